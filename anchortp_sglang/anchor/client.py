@@ -1,0 +1,252 @@
+"""How servers and ranks talk to an anchor: every call ends in time, with an answer or an ``AnchorError``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import msgspec
+import zmq
+
+from anchortp_sglang.anchor import messages as m
+from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, device_name
+
+__all__ = [
+    "AnchorClient",
+    "AnchorError",
+    "AnchorGone",
+    "AnchorRefused",
+    "AnchorTimeout",
+    "HandleGrant",
+    "open_handle",
+]
+
+_RETRY_S = 0.005  # while the handles socket's queue of connections is full
+
+ReplyT = TypeVar("ReplyT", m.Ok, m.Allocated, m.Handle, m.StatusReply)
+
+
+class AnchorError(Exception):
+    """A call to an anchor did not succeed."""
+
+
+class AnchorGone(AnchorError):
+    """There is no anchor: it ended, or was killed."""
+
+
+class AnchorTimeout(AnchorError):
+    """No answer in time; whether the anchor did what was asked is unknown. All calls may be repeated."""
+
+
+class AnchorRefused(AnchorError):
+    """The anchor refused, and changed nothing. ``code``: see ``messages.ReasonCode``."""
+
+    def __init__(self, code: m.ReasonCode, text: str) -> None:
+        super().__init__(code, text)
+        self.code: m.ReasonCode = code
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}"
+
+
+class HandleGrant(NamedTuple):
+    """An open segment: the receiver closes ``fd``. It can be mapped writable unless ``sealed``."""
+
+    fd: int
+    nbytes: int
+    sealed: bool
+
+
+class AnchorClient:
+    """Calls to the anchor of ``device`` (-1: the host) in ``run_dir``.
+
+    Safe to use from several threads and in forked processes: each control call has a ZeroMQ socket of its
+    own, so that no late answer meets another call's question. ``context`` is used in the process that made
+    this client only; elsewhere, or without it, one is made at the first control call. ``open_handle`` and
+    ``adopt_handle`` use no ZeroMQ. ``timeout_s`` bounds each call. A ``generation`` is the
+    caller's.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        run_id: str,
+        device: int,
+        timeout_s: float = 5.0,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        self.device = device
+        self._files = AnchorFiles(os.fspath(run_dir), device)
+        self._run_id = run_id
+        self._timeout_s = timeout_s
+        self._contexts = {} if context is None else {os.getpid(): context}
+
+    def status(self) -> m.StatusReply:
+        """What the anchor holds."""
+        return self._control(m.Status(run_id=self._run_id, generation=0), m.StatusReply)
+
+    def fence(self, generation: int) -> None:
+        """Raise the anchor's generation: messages of older ones are refused from now on."""
+        self._control(m.Fence(run_id=self._run_id, generation=generation), m.Ok)
+
+    def attach(
+        self, generation: int, controller_pid: int, identity: str, linger_s: float | None = None
+    ) -> None:
+        """Take over a lingering anchor; its generation becomes ``generation``: use one above ``status()``'s.
+
+        Refused while its former controller lives, or if ``identity`` is not the anchor's.
+        """
+        request = m.Attach(
+            run_id=self._run_id,
+            generation=generation,
+            controller_pid=controller_pid,
+            identity=identity,
+            linger_s=linger_s,
+        )
+        self._control(request, m.Ok)
+
+    def allocate(self, generation: int, name: str, nbytes: int, lazy: bool = False) -> m.Allocated:
+        """A segment of ``nbytes`` zeros, or the one of that name and size that is there (not ``created``).
+
+        ``lazy``: do not check that the machine has that much memory, as most of it will not be touched.
+        """
+        request = m.Allocate(run_id=self._run_id, generation=generation, name=name, nbytes=nbytes, lazy=lazy)
+        return self._control(request, m.Allocated)
+
+    def seal(self, generation: int, name: str) -> None:
+        """Make the segment read-only for good, except through mappings that exist."""
+        self._control(m.Seal(run_id=self._run_id, generation=generation, name=name), m.Ok)
+
+    def release(self, generation: int, name: str) -> None:
+        """Make the anchor let go of the segment. Freeing takes the kernel about 0.1 s a GiB."""
+        self._control(m.Release(run_id=self._run_id, generation=generation, name=name), m.Ok)
+
+    def shutdown(self, generation: int | None = None) -> None:
+        """Make the anchor let go of everything, and wait until it has ended. None: at any generation."""
+        deadline = time.monotonic() + self._timeout_s
+        if generation is None:
+            generation = self.status().generation
+        pidfd = os.pidfd_open(self._check_alive().pid)
+        try:
+            self._control(m.Shutdown(run_id=self._run_id, generation=generation), m.Ok)
+            if not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise self._error(AnchorTimeout, "took the shutdown, but has not ended yet")
+        finally:
+            os.close(pidfd)
+
+    def open_handle(self, generation: int, name: str) -> HandleGrant:
+        """The segment's memory, to be mapped with ``arena.map_fd``."""
+        request = m.OpenHandle(run_id=self._run_id, generation=generation, name=name)
+        reply, fds = self._exchange(request, [], m.Handle)
+        if len(fds) != 1:
+            raise self._error(AnchorError, "answered without a handle")
+        return HandleGrant(fds[0], reply.nbytes, reply.sealed)
+
+    def adopt_handle(self, generation: int, name: str, fd: int, nbytes: int, sealed: bool) -> None:
+        """Give a restarted anchor a segment that survived in this process; it keeps a duplicate of ``fd``."""
+        request = m.AdoptHandle(
+            run_id=self._run_id, generation=generation, name=name, nbytes=nbytes, sealed=sealed
+        )
+        self._exchange(request, [fd], m.Ok)
+
+    def _control(self, request: m.ControlRequest, expected: type[ReplyT]) -> ReplyT:
+        self._check_alive()
+        with self._context().socket(zmq.DEALER) as dealer:
+            dealer.setsockopt(zmq.LINGER, 0)
+            dealer.connect(f"ipc://{self._files.control}")
+            dealer.send(m.encode(request))
+            if not dealer.poll(int(self._timeout_s * 1000)):
+                raise self._timed_out()
+            return self._accept(dealer.recv(), expected)
+
+    def _context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        # A context does not survive fork. The parent's stays referenced here, lest the child closes it.
+        pid = os.getpid()
+        return self._contexts.get(pid) or self._contexts.setdefault(pid, zmq.Context())
+
+    def _exchange(
+        self, request: m.HandleRequest, fds: list[int], expected: type[ReplyT]
+    ) -> tuple[ReplyT, list[int]]:
+        deadline = time.monotonic() + self._timeout_s
+        received: list[int] = []
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                self._connect(sock, deadline)
+                socket.send_fds(sock, [m.frame(request)], fds)
+                header = self._receive(sock, m.FRAME_HEADER_BYTES, received, deadline)
+                payload = self._receive(sock, m.frame_length(header), received, deadline)
+            return self._accept(payload, expected), received
+        except BaseException as error:
+            for fd in received:
+                os.close(fd)
+            if isinstance(error, TimeoutError):
+                raise self._timed_out() from error
+            if isinstance(error, OSError) and error.errno != errno.EBADF:
+                raise self._error(AnchorGone, f"is not reachable: {error}") from error
+            raise
+
+    def _connect(self, sock: socket.socket, deadline: float) -> None:
+        while True:
+            sock.settimeout(_remaining_s(deadline))
+            try:
+                return sock.connect(self._files.handles)
+            except BlockingIOError:
+                time.sleep(_RETRY_S)
+
+    def _receive(self, sock: socket.socket, nbytes: int, fds: list[int], deadline: float) -> bytes:
+        received = b""
+        while len(received) < nbytes:
+            sock.settimeout(_remaining_s(deadline))
+            chunk, more, _, _ = socket.recv_fds(sock, nbytes - len(received), 1, socket.MSG_CMSG_CLOEXEC)
+            fds += more
+            if not chunk:
+                raise ConnectionResetError(errno.ECONNRESET, "connection closed without an answer")
+            received += chunk
+        return received
+
+    def _accept(self, payload: bytes, expected: type[ReplyT]) -> ReplyT:
+        try:
+            reply = m.decode_reply(payload)
+        except msgspec.DecodeError as error:
+            raise self._error(AnchorError, f"answered what cannot be understood: {error}") from error
+        if isinstance(reply, m.Refused):
+            raise AnchorRefused(reply.reason_code, reply.text)
+        if not isinstance(reply, expected):
+            raise self._error(AnchorError, f"answered {type(reply).__name__}, not {expected.__name__}")
+        return reply
+
+    def _check_alive(self) -> AnchorRecord:
+        record = AnchorRecord.read(self._files.record)
+        if record is None or not record.alive():
+            raise self._error(AnchorGone, "does not run")
+        return record
+
+    def _timed_out(self) -> AnchorError:
+        try:
+            self._check_alive()
+        except AnchorGone as gone:
+            return gone
+        return self._error(AnchorTimeout, f"gave no answer in {self._timeout_s:g} s")
+
+    def _error(self, kind: type[AnchorError], text: str) -> AnchorError:
+        return kind(f"the anchor of device {device_name(self.device)} in {self._files.run_dir} {text}")
+
+
+def open_handle(
+    run_dir: Path | str, run_id: str, device: int, generation: int, name: str, timeout_s: float = 5.0
+) -> HandleGrant:
+    """``AnchorClient.open_handle`` for those, like ranks, who need nothing else of an anchor."""
+    return AnchorClient(run_dir, run_id, device, timeout_s).open_handle(generation, name)
+
+
+def _remaining_s(deadline: float) -> float:
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
+        raise TimeoutError
+    return remaining_s

@@ -1,0 +1,169 @@
+"""Starting anchors, and finding those that run."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+import anchortp_sglang
+from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, device_name
+from anchortp_sglang.anchor.rundir import (
+    RunDir,
+    RunDirError,
+    RunDirInUse,
+    live_anchors,
+    prepare_run_dir,
+    remove_run_dir,
+)
+
+__all__ = [
+    "AnchorProcess",
+    "AnchorStartError",
+    "RunDir",
+    "RunDirError",
+    "RunDirInUse",
+    "find_anchor",
+    "live_anchors",
+    "prepare_run_dir",
+    "remove_run_dir",
+    "start_anchor",
+]
+
+_LOG_TAIL_BYTES = 2000
+_DROPPED_VARIABLES = ("LD_PRELOAD",)  # torch_memory_saver's, say, brings CUDA into every process
+
+
+class AnchorStartError(Exception):
+    """An anchor did not start."""
+
+
+@dataclass(frozen=True)
+class AnchorProcess:
+    """A running anchor. ``pidfd`` becomes readable when it ends; whoever asked for this closes it."""
+
+    device: int
+    pid: int
+    pidfd: int
+
+
+def start_anchor(
+    run_dir: Path,
+    run_id: str,
+    device: int,
+    identity: str,
+    controller_pid: int,
+    linger_s: float,
+    timeout_s: float = 10.0,
+    generation: int = 0,
+) -> AnchorProcess:
+    """Start the anchor of ``device`` (-1: the host) outside our own process tree; wait until it answers.
+
+    It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` died. ``identity``
+    names the model and ownership that its memory is for. ``generation``: what it is fenced at from its first
+    moment, for one that replaces a dead anchor. ``AnchorStartError`` if it is not ready within
+    ``timeout_s``, or if the device has an anchor here already.
+    """
+    files = AnchorFiles(str(run_dir), device)
+    options = {
+        "run-dir": run_dir,
+        "run-id": run_id,
+        "device": device,
+        "identity": identity,
+        "controller-pid": controller_pid,
+        "linger-s": linger_s,
+        "generation": generation,
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    name = f"anchor of device {device_name(device)}"
+    if rival := find_anchor(run_dir, device):
+        os.close(rival.pidfd)
+        raise AnchorStartError(f"the {name} runs in {run_dir} already: process {rival.pid}")
+    failure = _spawn(arguments, files, time.monotonic() + timeout_s)
+    anchor = None if failure else find_anchor(run_dir, device)
+    if anchor is None:
+        raise AnchorStartError(f"the {name} {failure or 'ended at once'}; {_tail(files.log)}")
+    return anchor
+
+
+def find_anchor(run_dir: Path, device: int) -> AnchorProcess | None:
+    """The running anchor of ``device`` in ``run_dir``, if there is one."""
+    record = AnchorRecord.read(AnchorFiles(str(run_dir), device).record)
+    if record is None:
+        return None
+    try:
+        pidfd = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        return None
+    if not record.alive():  # asked again, now that the pidfd pins the process
+        os.close(pidfd)
+        return None
+    return AnchorProcess(device, record.pid, pidfd)
+
+
+def _spawn(arguments: list[str], files: AnchorFiles, deadline: float) -> str | None:
+    """Why it failed, or None."""
+    ready, signal_ready = os.pipe()
+    # -S -s -P: no .pth file or sitecustomize may pull something heavy into an anchor.
+    command = [sys.executable, "-S", "-s", "-P", "-m", "anchortp_sglang.anchor.server", *arguments]
+    try:
+        with open(files.log, "ab", opener=_private) as log:
+            starter = subprocess.Popen(
+                [*command, f"--ready-fd={signal_ready}"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=_environment(),
+                pass_fds=(signal_ready,),
+            )
+    finally:
+        os.close(signal_ready)
+    try:
+        return _wait(starter, ready, deadline)
+    finally:
+        os.close(ready)
+
+
+def _wait(starter: subprocess.Popen[bytes], ready: int, deadline: float) -> str | None:
+    try:
+        if not select.select([ready], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return "is not ready in time"
+        return None if os.read(ready, 1) else "failed to start"
+    finally:
+        try:
+            starter.wait(max(0.1, deadline - time.monotonic()))  # it only forks: the anchor is no child
+        except subprocess.TimeoutExpired:
+            starter.kill()
+            starter.wait()
+
+
+def _environment() -> dict[str, str]:
+    modules = (anchortp_sglang, zmq, msgspec)
+    origins = [os.path.dirname(os.path.dirname(os.path.abspath(module.__file__ or ""))) for module in modules]
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _DROPPED_VARIABLES and not name.startswith("PYTHON")
+    }
+    return {**kept, "PYTHONPATH": os.pathsep.join(dict.fromkeys(origins))}
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _tail(path: str) -> str:
+    try:
+        with open(path, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _LOG_TAIL_BYTES))
+            return f"end of {path}:\n{log.read().decode(errors='replace')}"
+    except OSError:
+        return f"no log at {path}"

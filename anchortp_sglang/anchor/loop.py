@@ -1,0 +1,238 @@
+"""An anchor at work: one thread, one poll loop over its sockets and its controller's pidfd."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+import zmq
+
+from anchortp_sglang.anchor import daemon
+from anchortp_sglang.anchor import messages as m
+from anchortp_sglang.anchor.files import AnchorFiles
+from anchortp_sglang.anchor.handles import HandleListener
+from anchortp_sglang.anchor.state import (
+    Action,
+    AnchorState,
+    CloseSegment,
+    ControllerDied,
+    CreateSegment,
+    Event,
+    KeepHandle,
+    Phase,
+    SealSegment,
+    Terminated,
+    Tick,
+)
+from anchortp_sglang.anchor.transitions import refuse, step
+from anchortp_sglang.memory.arena import BadHandle, MemfdArena, MemoryExhausted, inspect_handle
+
+__all__ = ["Anchor", "log"]
+
+_MAX_WAIT_S = 3600.0
+_MAX_QUEUED = 64  # control messages waiting in either direction, per peer
+_GOODBYE_MS = 200  # how long the last replies may take to leave
+_HANDSHAKE_MS = 2000
+
+
+class Anchor:
+    """Owns the sockets and the memory, and executes what ``step`` decides."""
+
+    def __init__(self, state: AnchorState, files: AnchorFiles) -> None:
+        self._state, self._files = state, files
+        self._arena = MemfdArena()
+        self._dropped: Counter[str] = Counter()
+        self._started = time.monotonic()
+        self._poller = zmq.Poller()
+        self._context = zmq.Context()
+        self._control = self._bind_control()
+        self._handles = HandleListener(files.handles, self._poller, self._answer_handle, self._count)
+        self._termination = daemon.terminate_to()
+        self._poller.register(self._termination.fileno(), zmq.POLLIN)
+        self._controller_pidfd: int | None = None
+        try:
+            self._watch(state.controller_pid)
+        except ProcessLookupError:
+            self._advance(ControllerDied(state.controller_pid))
+
+    def run(self) -> None:
+        """Serve until the state machine closes."""
+        while self._state.phase is not Phase.CLOSED:
+            for source, _ in self._poller.poll(self._wait_ms()):
+                try:
+                    self._serve(source)
+                except Exception:  # the memory is worth more than any one message
+                    traceback.print_exc()
+                    self._count("internal_error")
+            self._handles.expire(time.monotonic())
+            self._advance(Tick())
+
+    def close(self) -> None:
+        """Let go of the memory, then of the sockets."""
+        self._arena.close_all()
+        self._handles.close()
+        self._context.destroy(linger=_GOODBYE_MS)
+
+    def _bind_control(self) -> zmq.Socket[bytes]:
+        control = self._context.socket(zmq.ROUTER)
+        # Beyond this libzmq cuts the connection, unseen by us; a little too long is refused and counted.
+        control.setsockopt(zmq.MAXMSGSIZE, 2 * m.MAX_MESSAGE_BYTES)
+        control.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
+        control.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
+        control.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        control.bind(f"ipc://{self._files.control}")
+        self._poller.register(control, zmq.POLLIN)
+        return control
+
+    def _wait_ms(self) -> int:
+        deadlines = (self._handles.next_deadline(), self._state.linger_deadline)
+        nearest = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        if nearest is None:
+            return -1
+        wait_s = min(max(0.0, nearest - time.monotonic()), _MAX_WAIT_S)
+        return int(wait_s * 1000) + 1  # rounded up, lest the loop spins in the last millisecond
+
+    def _serve(self, source: object) -> None:
+        if source is self._control:
+            self._serve_control()
+        elif source == self._controller_pidfd:
+            self._unwatch()
+            self._advance(ControllerDied(self._state.controller_pid))
+        elif source == self._termination.fileno():
+            self._advance(Terminated())
+        elif isinstance(source, int):
+            self._handles.serve(source, time.monotonic())
+
+    def _serve_control(self) -> None:
+        frames = self._control.recv_multipart(zmq.NOBLOCK)
+        if len(frames) != 2:
+            return self._count("multipart")
+        sender, payload = frames
+        reply = self._answer_control(payload)
+        # Non-blocking: to a client that is gone, or reads no replies, a ROUTER drops.
+        self._control.send_multipart([sender, m.encode(reply)], zmq.NOBLOCK)
+
+    def _answer_control(self, payload: bytes) -> m.Reply:
+        if len(payload) > m.MAX_MESSAGE_BYTES:
+            return self._refused("bad_message", f"{len(payload)} bytes are too many", "oversized")
+        try:
+            request = m.decode_control(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return self._refused("bad_message", str(error), "undecodable")
+        return self._advance(request) or self._status()
+
+    def _answer_handle(self, payload: bytes, fds: list[int]) -> tuple[m.Reply, int | None]:
+        try:
+            request: m.HandleRequest = m.decode_handle_request(payload)
+            if isinstance(request, m.AdoptHandle):
+                request = _checked(request, fds)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return self._refused("bad_message", str(error), "undecodable"), None
+        except BadHandle as error:
+            return self._refused("bad_handle", str(error)), None
+        reply = self._advance(request, fds)
+        assert reply is not None
+        granted = isinstance(request, m.OpenHandle) and isinstance(reply, m.Handle)
+        return reply, self._arena.open(request.name) if granted else None
+
+    def _advance(self, event: Event, fds: Sequence[int] = ()) -> m.Reply | None:
+        outcome = step(self._state, event, time.monotonic())
+        if isinstance(outcome.reply, m.Refused):
+            self._count(outcome.reply.reason_code, outcome.reply.text)
+            return outcome.reply
+        try:
+            for action in outcome.actions:
+                self._execute(action, fds)
+        except (MemoryExhausted, BadHandle, OSError) as error:
+            return self._refused(_failure(error), str(error))
+        if outcome.state != self._state:
+            log(outcome.reason)
+            self._state = outcome.state
+        return outcome.reply
+
+    def _execute(self, action: Action, fds: Sequence[int]) -> None:
+        if isinstance(action, CreateSegment):
+            self._arena.create(action.name, action.nbytes, action.lazy)
+        elif isinstance(action, SealSegment):
+            self._arena.seal(action.name)
+        elif isinstance(action, CloseSegment):
+            self._arena.close(action.name)
+        elif isinstance(action, KeepHandle):
+            self._arena.adopt(action.name, fds[0])
+        else:
+            self._watch(action.pid)
+
+    def _watch(self, pid: int) -> None:
+        pidfd = os.pidfd_open(pid)
+        self._unwatch()
+        self._controller_pidfd = pidfd
+        self._poller.register(pidfd, zmq.POLLIN)
+
+    def _unwatch(self) -> None:
+        if self._controller_pidfd is not None:
+            self._poller.unregister(self._controller_pidfd)
+            os.close(self._controller_pidfd)
+            self._controller_pidfd = None
+
+    def _refused(self, code: m.ReasonCode, text: str, counted_as: str | None = None) -> m.Refused:
+        self._count(counted_as or code, text)
+        reply = refuse(self._state, code, text).reply
+        assert isinstance(reply, m.Refused)
+        return reply
+
+    def _status(self) -> m.StatusReply:
+        state = self._state
+        segments = [
+            m.SegmentInfo(
+                name=name,
+                nbytes=segment.nbytes,
+                resident_bytes=self._arena.resident_bytes(name),
+                generation=segment.generation,
+                sealed=segment.sealed,
+            )
+            for name, segment in state.segments.items()
+        ]
+        return m.StatusReply(
+            run_id=state.run_id,
+            generation=state.generation,
+            device=state.device,
+            pid=os.getpid(),
+            identity=state.identity,
+            controller_pid=state.controller_pid if state.phase is Phase.OWNED else None,
+            segments=segments,
+            dropped=dict(self._dropped),
+            uptime_s=time.monotonic() - self._started,
+        )
+
+    def _count(self, reason: str, text: str = "") -> None:
+        self._dropped[reason] += 1
+        if self._dropped[reason] == 1:  # a flood must not fill the disk
+            log(f"dropped or refused, counted from now on: {reason} {text}")
+
+
+def _checked(request: m.AdoptHandle, fds: Sequence[int]) -> m.AdoptHandle:
+    if not fds:
+        raise BadHandle("no handle came with the message")
+    facts = inspect_handle(fds[0])
+    if facts.nbytes != request.nbytes or (request.sealed and not facts.sealed):
+        raise BadHandle(f"the handle has {facts.nbytes} bytes, sealed: {facts.sealed}, unlike the message")
+    # Its sender may not know that the segment was sealed since.
+    return msgspec.structs.replace(request, sealed=facts.sealed)
+
+
+def _failure(error: Exception) -> m.ReasonCode:
+    if isinstance(error, MemoryExhausted):
+        return "no_memory"
+    if isinstance(error, BadHandle):
+        return "bad_handle"
+    return "no_such_process" if isinstance(error, ProcessLookupError) else "internal_error"
+
+
+def log(text: str) -> None:
+    """A line for the operator, with the time."""
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)

@@ -1,0 +1,104 @@
+"""Concurrent streaming clients that record what they were given, and when."""
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+_READ_TIMEOUT_S = 300.0
+
+
+@dataclass
+class History:
+    """What one client saw. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens."""
+
+    request: dict[str, Any]
+    output_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    error: str | None = None
+    done: bool = False
+
+    @property
+    def finish_reason(self) -> Any:
+        return self.meta.get("finish_reason")
+
+    def longest_pause_s(self) -> float:
+        """Longest gap between two messages; 0 with fewer than two."""
+        times = [at for at, _ in self.arrivals]
+        return max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
+
+    def first_after(self, moment: float) -> float | None:
+        """Seconds from ``moment`` (monotonic) to the first new token after it."""
+        return next((at - moment for at, _ in self.arrivals if at > moment), None)
+
+    def take(self, message: dict[str, Any]) -> None:
+        if "error" in message:
+            self.error = str(message["error"])
+            return
+        self.meta = message["meta_info"]
+        if len(message["output_ids"]) > len(self.output_ids):
+            self.arrivals.append((time.monotonic(), len(message["output_ids"])))
+        self.output_ids, self.text = list(message["output_ids"]), message["text"]
+
+
+class Streams:
+    """One thread per /generate stream; opened on entering the block, waited for on leaving it."""
+
+    def __init__(self, url: str, requests: Sequence[dict[str, Any]]) -> None:
+        self._address = urlsplit(url).netloc
+        self.histories = [History(request) for request in requests]
+        self._threads = [
+            threading.Thread(target=self._follow, args=(h,), daemon=True) for h in self.histories
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+
+    def wait(self, timeout_s: float = _READ_TIMEOUT_S) -> list[History]:
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return self.histories
+
+    def wait_tokens(self, tokens: int, timeout_s: float = 60.0) -> None:
+        """Until every stream has at least ``tokens`` tokens, or has ended."""
+        deadline = time.monotonic() + timeout_s
+        while any(len(h.output_ids) < tokens and not h.done for h in self.histories):
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"no {tokens} tokens in {timeout_s:g} s: {[len(h.output_ids) for h in self.histories]}"
+                )
+            time.sleep(0.005)
+
+    def _follow(self, history: History) -> None:
+        connection = http.client.HTTPConnection(self._address, timeout=_READ_TIMEOUT_S)
+        try:
+            body = json.dumps(history.request | {"stream": True})
+            connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            if answer.status != 200:
+                history.error = f"{answer.status} {answer.read().decode(errors='replace')}"
+                return
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    history.take(json.loads(line[6:]))
+        except OSError as error:
+            history.error = f"{type(error).__name__}: {error}"
+        finally:
+            history.done = True
+            connection.close()

@@ -1,0 +1,98 @@
+"""What SGLang must be told on a machine without a GPU, worked out from what the user said already. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
+
+
+@dataclass(frozen=True)
+class CpuDefaults:
+    """Additions only: ``env`` for os.environ, before SGLang is imported; ``flags`` by ServerArgs field."""
+
+    env: dict[str, str]
+    flags: dict[str, object]
+
+
+def cpu_defaults(
+    flags: Mapping[str, object], environ: Mapping[str, str], tp_size: int, cores: Sequence[int]
+) -> CpuDefaults:
+    """Settings for ``--device cpu``. Whatever ``flags`` or ``environ`` holds already is the user's and stays.
+
+    ``flags`` are those that were given, by ServerArgs field name. ``tp_size`` is the largest that will run: a
+    later, smaller one uses the first of the thread bindings. ``cores`` are the ids that the process may run
+    on, sorted(os.sched_getaffinity(0)).
+
+    Raises ValueError if the flags ask for another device, or if the user's thread bindings are too few.
+    """
+    if flags.get("device", "cpu") != "cpu":
+        raise ValueError(f"CPU defaults asked for, but --device is {flags['device']}")
+    if tp_size < 1 or not cores:
+        raise ValueError(f"need a rank and a core at least, got tp_size {tp_size}, cores {list(cores)}")
+    _check_bindings(environ.get(_THREADS_BIND), tp_size)
+    env = {name: value for name, value in _environment(tp_size, cores).items() if name not in environ}
+    return CpuDefaults(env, {name: value for name, value in _FLAGS.items() if name not in flags})
+
+
+def describe(defaults: CpuDefaults) -> str:
+    """One line for the log: what was set, as a user would have written it."""
+    env = [f"{name}={value}" for name, value in defaults.env.items()]
+    flags = [_as_option(name, value) for name, value in defaults.flags.items()]
+    return "no GPU, set for CPU: " + (" ".join(env + flags) or "nothing, all of it was given")
+
+
+_FLAGS: dict[str, object] = {
+    "device": "cpu",
+    # Stock picks intel_amx and falls back to this one where AMX is missing (overrides.py,
+    # _attention_backend_platform_fallbacks); intel_amx calls sgl_kernel.
+    "attention_backend": "torch_native",
+    # torch.cpu streams do nothing: with overlap on, every result only comes one step later.
+    "disable_overlap_schedule": True,
+    # Rank 0 else polls its sockets without pause (Scheduler.event_loop_normal) and keeps all ranks busy.
+    "sleep_on_idle": True,
+    # GroupCoordinator.__init__ else tries it and logs a warning for each group (dispatch_custom_allreduce).
+    "disable_custom_all_reduce": True,
+}
+
+
+def _environment(tp_size: int, cores: Sequence[int]) -> dict[str, str]:
+    return {
+        # platforms._is_cpu_available, utils.common.is_cpu
+        "SGLANG_USE_CPU_ENGINE": "1",
+        # PyNcclCommunicator is off if its library does not load; else it asks for a CUDA device.
+        "SGLANG_NCCL_SO_PATH": "/nonexistent",
+        # numa_utils.init_threads_binding wants an entry for each rank (indexed by gpu_id), or a NUMA node for
+        # each. On x86 without AMX it only checks: nothing is bound (bootstrap._init_cpu_threads_env).
+        _THREADS_BIND: _bindings(tp_size, cores),
+        # ModelRunner.load_model leaves torch's thread count alone on CPU.
+        "OMP_NUM_THREADS": str(max(1, len(cores) // tp_size)),
+        # numpy's pool is never needed, and a process with threads cannot be forked safely.
+        "OPENBLAS_NUM_THREADS": "1",
+        # vocab_parallel_embedding, sampler, penalizers are @torch.compile: seconds in every rank that starts.
+        "TORCHDYNAMO_DISABLE": "1",
+        # Tokenizer threads compete with the ranks; tokenizer_manager sets it for some models only.
+        "TOKENIZERS_PARALLELISM": "false",
+        # bootstrap._check_tp_memory_balance compares the host's free memory as seen at different moments.
+        "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+    }
+
+
+def _bindings(tp_size: int, cores: Sequence[int]) -> str:
+    """Entries split by "|", one a rank, each a list of core ids: disjoint shares while there are enough."""
+    width = len(cores) // tp_size
+    if width == 0:
+        return "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))
+    shares = (cores[rank * width : (rank + 1) * width] for rank in range(tp_size))
+    return "|".join(",".join(map(str, share)) for share in shares)
+
+
+def _check_bindings(given: str | None, tp_size: int) -> None:
+    # init_threads_binding: "all" stands for one NUMA node a rank, else the rank's index must have an entry.
+    entries = tp_size if given in (None, "all") else given.count("|") + 1
+    if entries < tp_size:
+        raise ValueError(f"{_THREADS_BIND}={given} has {entries} entries for {tp_size} ranks, each needs one")
+
+
+def _as_option(name: str, value: object) -> str:
+    option = "--" + name.replace("_", "-")
+    return option if value is True else f"{option} {value}"

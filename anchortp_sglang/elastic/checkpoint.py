@@ -1,0 +1,74 @@
+"""Slices of a safetensors checkpoint, by tensor name."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+class CheckpointError(RuntimeError):
+    """The checkpoint is missing, incomplete or damaged; the text names the file and the remedy."""
+
+
+class Checkpoint:
+    """An open checkpoint folder (model.safetensors, or shards with model.safetensors.index.json)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        for path in _shards(folder):
+            opened = self._stack.enter_context(_open(path))
+            self._files |= dict.fromkeys(opened.keys(), opened)
+        _check_index(folder, self._files)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+
+    def slice(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
+        """Elements [start, start + length) of tensor ``name`` along ``dim``; only they are read."""
+        window = [slice(None)] * dim + [slice(start, start + length)]
+        return self._files[name].get_slice(name)[tuple(window)]
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        paths = [folder / name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder} holds no *.safetensors file; convert the checkpoint to safetensors")
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; copy the checkpoint again")
+    return paths
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or cut off ({error}); copy it again") from error
+
+
+def _check_index(folder: Path, files: dict[str, Any]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    absent = sorted(set(json.loads(index.read_text())["weight_map"]) - files.keys())
+    if absent:
+        raise CheckpointError(f"{folder}: {len(absent)} tensors of the index are in no file ({absent[0]}, …)")

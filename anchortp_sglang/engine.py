@@ -1,0 +1,48 @@
+"""``anchortp_sglang.Engine``: sglang.Engine, which survives the loss of ranks and devices."""
+
+from typing import Any
+
+from anchortp_sglang import platform
+from anchortp_sglang.options import from_kwargs
+
+MAX_TP_SIZE = 8
+
+# SGLang reads its environment when it is imported, before any Engine can say how many ranks it wants.
+platform.prepare({"tp_size": MAX_TP_SIZE})
+
+from sglang.srt.entrypoints.engine import Engine as _StockEngine  # noqa: E402
+from sglang.srt.server_args import ServerArgs  # noqa: E402
+
+from anchortp_sglang import startup  # noqa: E402
+
+
+class Engine(_StockEngine):
+    """``sglang.Engine`` with ``anchor_*`` keyword arguments (AnchorOptions) beside SGLang's own.
+
+    Raises ValueError for what is not supported. One per process, as the hooks are the process's.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        options, rest = from_kwargs(kwargs)
+        server_args = rest.get("server_args") or _record(rest)
+        if server_args.tp_size > MAX_TP_SIZE:
+            raise ValueError(f"tp_size is {server_args.tp_size}; an Engine takes at most {MAX_TP_SIZE}")
+        self._anchor_runtime = startup.start(server_args, options)
+        try:
+            super().__init__(server_args=server_args)
+        except BaseException:
+            self._anchor_runtime.close()
+            raise
+
+    def shutdown(self) -> None:
+        """End all processes and free their memory; may be called twice."""
+        runtime, self._anchor_runtime = self._anchor_runtime, None
+        if runtime is not None:
+            runtime.coordinator.stop()
+            super().shutdown()
+            runtime.close()
+
+
+def _record(kwargs: dict[str, Any]) -> Any:
+    flags = platform.prepare(kwargs).flags
+    return ServerArgs(**({"log_level": "error"} | flags | kwargs))

@@ -1,0 +1,79 @@
+"""``python -m anchortp_sglang.launch_server``: SGLang's server, which survives the loss of ranks and devices."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from anchortp_sglang import platform
+from anchortp_sglang.options import AnchorOptions, print_help, split_argv
+
+log = logging.getLogger("anchortp_sglang")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve until stopped. Refuses with a message on stderr and exit code 2."""
+    try:
+        options, rest = split_argv(argv)
+        given = platform.given_flags(rest)
+        wants_help = "help" in given or "-h" in rest
+        defaults = platform.prepare({} if wants_help else given)
+    except ValueError as error:
+        _refuse(error)
+    if wants_help:
+        print_help()
+        return
+    _serve(options, [*rest, *platform.as_arguments(defaults.flags)], platform.describe(defaults))
+
+
+def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
+    started = time.monotonic()
+    print("anchortp: importing SGLang (once, for all processes) …", file=sys.stderr, flush=True)
+    from anchortp_sglang import preload
+
+    preload.import_sglang()
+    from sglang.srt.server_args import prepare_server_args
+
+    from anchortp_sglang import startup
+
+    server_args = prepare_server_args(argv)
+    log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
+    try:
+        runtime = startup.start(server_args, options)
+    except ValueError as error:
+        _refuse(error)
+    try:
+        _run_http_server(server_args, runtime, options)
+    finally:
+        runtime.close()
+        from sglang.srt.utils import kill_process_tree
+
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> None:
+    from sglang.srt.entrypoints import http_server
+
+    from anchortp_sglang.middleware import AnchorMiddleware
+
+    def start_loop() -> None:
+        http_server._global_state.tokenizer_manager.auto_create_handle_loop()
+
+    http_server.app.add_middleware(
+        AnchorMiddleware,
+        coordinator=runtime.coordinator,
+        on_startup=start_loop,
+        allow_injection=options.allow_injection,
+    )
+    http_server.launch_server(server_args)
+
+
+def _refuse(error: ValueError) -> Any:
+    print(f"anchortp: cannot start: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

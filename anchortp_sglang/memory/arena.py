@@ -1,0 +1,203 @@
+"""Memory that outlives the process using it: named segments, each backed by a memfd.
+
+A segment's bytes exist as long as anybody holds its file descriptor or a mapping of it. Sizes are fixed by
+seals when the segment is made, so nobody can shrink it under another process's mapping. ``seal_read_only``
+forbids every new way of writing; mappings made before stay writable until their process unmaps them or dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from typing import NamedTuple
+
+__all__ = [
+    "ArenaError",
+    "BadHandle",
+    "HandleFacts",
+    "MemfdArena",
+    "MemoryExhausted",
+    "available_bytes",
+    "create_memfd",
+    "inspect_handle",
+    "map_fd",
+    "resident_bytes",
+    "seal_read_only",
+]
+
+_SEAL_FUTURE_WRITE = 0x10  # F_SEAL_FUTURE_WRITE, Linux 5.1; missing from fcntl in Python 3.11
+_SIZE_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+_READ_ONLY_SEALS = _SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE
+_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's block size
+_CGROUP = "/sys/fs/cgroup"
+
+
+class ArenaError(Exception):
+    """A memory segment could not be made or taken."""
+
+
+class MemoryExhausted(ArenaError):
+    """The machine has less memory available than a segment needs."""
+
+
+class BadHandle(ArenaError):
+    """A file descriptor is not a segment of the promised size and protection."""
+
+
+class HandleFacts(NamedTuple):
+    """What a segment's file descriptor says of itself; handles with the same ``inode`` are one segment."""
+
+    nbytes: int
+    sealed: bool
+    inode: tuple[int, int]
+
+
+def available_bytes() -> int:
+    """Bytes this process's machine, or its container (cgroup v2), could still give out without swapping."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    container = _cgroup_available_bytes()
+    return machine if container is None else min(machine, container)
+
+
+def _cgroup_available_bytes() -> int | None:
+    try:
+        limit, used = (_read_cgroup(name).strip() for name in ("memory.max", "memory.current"))
+        if limit == "max":
+            return None
+        counters = dict(line.split() for line in _read_cgroup("memory.stat").splitlines())
+    except OSError:
+        return None
+    reclaimable = int(counters.get("inactive_file", 0)) + int(counters.get("active_file", 0))
+    return max(0, int(limit) - int(used) + reclaimable)
+
+
+def _read_cgroup(name: str) -> str:
+    with open(f"{_CGROUP}/{name}", encoding="ascii") as file:
+        return file.read()
+
+
+def create_memfd(name: str, nbytes: int, *, lazy: bool = False, promised_bytes: int = 0) -> int:
+    """A new memfd of exactly ``nbytes`` zero bytes that can neither grow nor shrink; the caller closes it.
+
+    Pages are taken when they are first touched. Unless ``lazy`` (a segment that will mostly stay untouched),
+    the machine must have ``nbytes`` available besides ``promised_bytes``, which earlier segments will still
+    touch: ``MemoryExhausted`` otherwise.
+    """
+    if not lazy:
+        available = available_bytes() - promised_bytes
+        if nbytes > available:
+            raise MemoryExhausted(
+                f"segment {name!r} needs {nbytes / 2**30:.2f} GiB, {max(0, available) / 2**30:.2f} GiB are"
+                " available: free memory on this machine, or ask for less"
+            )
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def map_fd(fd: int, nbytes: int, writable: bool) -> mmap.mmap:
+    """Map a whole segment, shared. ``PermissionError`` if ``writable`` is asked of a sealed one.
+
+    The mapping keeps the memory alive by itself: ``fd`` may be closed afterwards.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    try:
+        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
+    except PermissionError as error:
+        raise PermissionError(errno.EPERM, "the segment is sealed: map it with writable=False") from error
+
+
+def seal_read_only(fd: int) -> None:
+    """From now on no handle of this segment can be written to or mapped writable; existing mappings stay."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+
+
+def resident_bytes(fd: int) -> int:
+    """Bytes of the segment that occupy memory (or swap) now: its touched pages."""
+    return os.fstat(fd).st_blocks * _BLOCK_BYTES
+
+
+def inspect_handle(fd: int) -> HandleFacts:
+    """Check that ``fd`` is a segment as ``create_memfd`` makes them; ``BadHandle`` if not."""
+    try:
+        # Asked first: it answers without touching a file system, which for a foreign fd might block.
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise BadHandle("the handle is no memfd") from error
+    facts = os.fstat(fd)
+    if not stat.S_ISREG(facts.st_mode) or seals & _SIZE_SEALS != _SIZE_SEALS:
+        raise BadHandle("the handle's size is not sealed")
+    sealed = bool(seals & _READ_ONLY_SEALS)
+    if not sealed and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise BadHandle("the handle of a writable segment must be open for reading and writing")
+    return HandleFacts(facts.st_size, sealed, (facts.st_dev, facts.st_ino))
+
+
+class MemfdArena:
+    """The segments one anchor holds, by name; never mapped, so they do not count as its resident memory."""
+
+    def __init__(self) -> None:
+        self._fds: dict[str, int] = {}
+        self._lazy: set[str] = set()
+
+    def create(self, name: str, nbytes: int, lazy: bool) -> None:
+        """Make and keep a new segment; errors as in ``create_memfd``."""
+        promised = 0 if lazy else self._promised_bytes()
+        self._keep(name, create_memfd(name, nbytes, lazy=lazy, promised_bytes=promised), lazy)
+
+    def adopt(self, name: str, fd: int) -> None:
+        """Keep a duplicate of ``fd``, checked by ``inspect_handle``; no-op if it is held already.
+
+        ``BadHandle`` if another segment is held under this name.
+        """
+        facts = inspect_handle(fd)
+        if name not in self._fds:
+            self._keep(name, os.dup(fd), lazy=False)
+        elif inspect_handle(self._fds[name]).inode != facts.inode:
+            raise BadHandle(f"another segment is already held as {name!r}")
+
+    def seal(self, name: str) -> None:
+        """``seal_read_only`` on the segment."""
+        seal_read_only(self._fds[name])
+
+    def open(self, name: str) -> int:
+        """A new fd of the segment, opened read-only where it is sealed; the caller closes it."""
+        fd = self._fds[name]
+        if inspect_handle(fd).sealed:
+            try:
+                return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                pass  # no procfs here: the seal alone protects the segment
+        return os.dup(fd)
+
+    def close(self, name: str) -> None:
+        """Let go of the segment; its bytes are freed once nobody else holds it."""
+        os.close(self._fds.pop(name))
+        self._lazy.discard(name)
+
+    def close_all(self) -> None:
+        """Let go of everything."""
+        for name in list(self._fds):
+            self.close(name)
+
+    def resident_bytes(self, name: str) -> int:
+        """``resident_bytes`` of the segment."""
+        return resident_bytes(self._fds[name])
+
+    def _keep(self, name: str, fd: int, lazy: bool) -> None:
+        self._fds[name] = fd
+        if lazy:
+            self._lazy.add(name)
+
+    def _promised_bytes(self) -> int:
+        facts = [os.fstat(fd) for name, fd in self._fds.items() if name not in self._lazy]
+        return sum(max(0, fact.st_size - fact.st_blocks * _BLOCK_BYTES) for fact in facts)

@@ -1,0 +1,95 @@
+"""The 64-bit hash that ties a KV slot to its token and to every token before it.
+
+``h(child) = h(parent) * A + mix(token)  (mod 2**64)``, from a root that stands for the model. Being affine in
+the parent it has a closed form over a run, so a prompt of any length is hashed without a Python loop.
+``UNKNOWN`` (0) means "nothing known about this slot"; a hash that comes out as 0 is stored as 1.
+
+It guards against stale entries, not against forgery: who wants two prompts of equal hash can build them, and
+gains a mix-up between those two prompts only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+
+UNKNOWN = 0
+
+_MULTIPLIER = (
+    6364136223846793005  # odd, hence invertible mod 2**64; = 5 mod 8, hence of full order (Knuth, MMIX)
+)
+_INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
+
+
+def _constant(value: int) -> Hashes:
+    # 0-d arrays, since ufuncs take them at half the cost of numpy scalars, and a decode step is all overhead.
+    return np.array(value, dtype=np.uint64)
+
+
+_A = _constant(_MULTIPLIER)
+_ONE = _constant(1)
+_SALT = _constant(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = _constant(0xBF58476D1CE4E5B9), _constant(0x94D049BB133111EB)
+_27, _30, _31 = _constant(27), _constant(30), _constant(31)
+
+
+def root_hash(namespace: bytes) -> int:
+    """The hash of the empty chain: a nonzero 64-bit digest of whatever makes KV unfit for another model."""
+    return int.from_bytes(hashlib.blake2b(namespace, digest_size=8).digest(), "little") or 1
+
+
+def mix(tokens: Ids) -> Hashes:
+    """splitmix64's finaliser of each token: int64[n] -> uint64[n]; a bijection, so tokens never collide."""
+    x = tokens.view(np.uint64) ^ _SALT
+    x ^= x >> _30
+    x *= _MIX_1
+    x ^= x >> _27
+    x *= _MIX_2
+    x ^= x >> _31
+    return x
+
+
+def child_hashes(parent_hashes: Hashes, tokens: Ids) -> Hashes:
+    """The hash of each token below its own parent: uint64[n], int64[n] -> uint64[n], never ``UNKNOWN``."""
+    hashes = parent_hashes * _A
+    hashes += mix(tokens)
+    np.maximum(hashes, _ONE, out=hashes)
+    return hashes
+
+
+class RunHasher:
+    """Hashes runs of consecutive tokens in O(n); keeps the powers of A that it has needed so far.
+
+    Over a run, ``h_i = A**(i+1) * (h_parent + sum_{j<=i} mix(t_j) * A**-(j+1))``.
+    """
+
+    def __init__(self) -> None:
+        self._powers: Hashes = np.empty(0, np.uint64)
+        self._inverses: Hashes = np.empty(0, np.uint64)
+
+    def run_hashes(self, parent_hash: int, tokens: Ids) -> Hashes:
+        """The hash of each token (int64[n]) below the one before, the first below a parent: uint64[n]."""
+        n = len(tokens)
+        self._reserve(n)
+        sums = mix(tokens)
+        sums *= self._inverses[:n]
+        np.cumsum(sums, out=sums)
+        sums += _constant(parent_hash)
+        sums *= self._powers[:n]
+        if np.count_nonzero(sums) < n:
+            # What is stored for a zero is 1, and the rest of the run descends from what is stored.
+            zero = int(np.argmin(sums))
+            sums[zero] = 1
+            sums[zero + 1 :] = self.run_hashes(1, tokens[zero + 1 :])
+        return sums
+
+    def _reserve(self, n: int) -> None:
+        if n > len(self._powers):
+            size = max(n, 2 * len(self._powers), 1024)
+            self._powers = np.cumprod(np.full(size, _MULTIPLIER, np.uint64), dtype=np.uint64)
+            self._inverses = np.cumprod(np.full(size, _INVERSE, np.uint64), dtype=np.uint64)

@@ -1,0 +1,223 @@
+"""What each KV slot holds, in shared memory, readable after all ranks were killed at any instant.
+
+Four arrays over the slots (chain hash, token, parent slot, step of last use) behind a small header. Rank 0
+alone writes; the next generation reads, once all old ranks are dead. There is no journal: an entry counts if
+its hash follows from its own token and its parent's hash, up to the root, and is dropped otherwise. Two rules
+make that safe:
+
+- a slot is invalidated when it is allocated, before any rank can write KV to it;
+- a slot is committed once its KV is written completely, while its request still owns it; within a commit the
+  hash is stored last, and any older hash is cleared first.
+
+Slot 0 is SGLang's padding slot: it never holds an entry; as a parent it means "first token of a sequence".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids, RunHasher, child_hashes, root_hash
+from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask, chains_of, verified_slots
+
+__all__ = ["Chain", "PageTable", "PageTableMismatch"]
+
+Buffer = bytes | bytearray | memoryview | mmap.mmap
+Store = tuple[np.ndarray[Any, Any], Any, Any]  # (array, where, value)
+
+_WORD = 8
+_HEADER_WORDS = 8
+_MAGIC, _VERSION, _SLOTS, _SEED, _STEP = range(5)
+_IDENTITY = ("magic", "version", "slots", "namespace seed")
+_MAGIC_VALUE = int.from_bytes(b"anchorTP", "little")
+_VERSION_VALUE = 1
+_STEP_LIMIT = 1 << 62
+
+
+class PageTableMismatch(Exception):
+    """The buffer holds no page table of this size and namespace: its content is useless, create a new one."""
+
+
+class PageTable:
+    """A page table over ``slots`` KV slots (ids 0 to slots-1) in a buffer of ``nbytes(slots)`` bytes or more.
+
+    Use ``create`` or ``attach``. The arrays are views of the buffer, so an mmap cannot be closed before the
+    table is gone. A read-only buffer will do for reading. Slot arrays hold int64 ids; one outside [0, slots)
+    is a ValueError, and nothing is written.
+    """
+
+    def __init__(self, buffer: Buffer, slots: int, seed: int) -> None:
+        self._header = np.frombuffer(buffer, np.uint64, _HEADER_WORDS)
+        arrays = np.frombuffer(buffer, np.int64, 4 * slots, _HEADER_WORDS * _WORD).reshape(4, slots)
+        # The root's hash is kept in the otherwise unused entry of slot 0: commits need no case for it.
+        self._hash: Hashes = arrays[0].view(np.uint64)
+        self._token, self._parent, self._last_use = arrays[1], arrays[2], arrays[3]
+        self._slots = slots
+        self._seed = seed
+        self._hasher = RunHasher()
+
+    @staticmethod
+    def nbytes(slots: int) -> int:
+        """Bytes of shared memory for a table over ``slots`` slots, the padding slot included; slots >= 1."""
+        if slots < 1:
+            raise ValueError(f"a page table needs at least the padding slot, not {slots} slots")
+        return _WORD * (_HEADER_WORDS + 4 * slots)
+
+    @classmethod
+    def create(cls, buffer: Buffer, slots: int, namespace: bytes) -> PageTable:
+        """Make an empty table of whatever is in the buffer. ValueError if the buffer is too small."""
+        have, need = memoryview(buffer).nbytes, cls.nbytes(slots)
+        if have < need:
+            raise ValueError(f"a page table of {slots} slots needs {need} bytes, the buffer has {have}")
+        table = cls(buffer, slots, root_hash(namespace))
+        _apply(table._create_stores())
+        return table
+
+    @classmethod
+    def attach(cls, buffer: Buffer, slots: int, namespace: bytes) -> PageTable:
+        """Use the table that another process left; PageTableMismatch if it does not fit the arguments."""
+        have, need = memoryview(buffer).nbytes, cls.nbytes(slots)
+        if have < need:
+            raise PageTableMismatch(
+                f"a page table of {slots} slots has {need} bytes, this buffer only {have}"
+            )
+        table = cls(buffer, slots, root_hash(namespace))
+        table._check_header()
+        return table
+
+    def invalidate(self, slots: ArrayLike) -> None:
+        """Forget slots (int64[n]) just allocated, before anything writes their KV; padding is ignored."""
+        ids = self._checked(slots)
+        _apply([(self._hash, ids[ids != ROOT], UNKNOWN)])
+
+    def commit_run(self, slots: ArrayLike, tokens: ArrayLike, parent_slot: int) -> bool:
+        """Record an extend of one request: the KV of ``tokens`` is completely in ``slots``; int64[n] each.
+
+        ``parent_slot`` holds the token before the first; 0 if there is none. False, with nothing written, if
+        that slot's content is unknown. Slot 0 in ``slots`` is a ValueError.
+        """
+        ids, above = self._checked(slots), self._checked([parent_slot])
+        its_tokens = np.asarray(tokens, np.int64)
+        parents = np.concatenate((above, ids[:-1]))[: len(ids)]
+        _check_lengths(ids, its_tokens, parents)
+        if not ids.all():
+            raise ValueError("slot 0 is the padding slot: no token of a run can be in it")
+        parent_hash = int(self._hash[above[0]])
+        if parent_hash == UNKNOWN:
+            return False
+        if ids.size:
+            hashes = self._hasher.run_hashes(parent_hash, its_tokens)
+            _apply(self._commit_stores(ids, its_tokens, parents, hashes))
+        return True
+
+    def commit_step(self, slots: ArrayLike, tokens: ArrayLike, parents: ArrayLike) -> None:
+        """Record a decode step: one token per request, its KV complete; int64[batch] each.
+
+        ``parents`` are the slots of the tokens before, none of them in ``slots``. Entries whose parent is
+        unknown, and padding (slot 0), are skipped.
+        """
+        ids, its_tokens, above = self._checked(slots), np.asarray(tokens, np.int64), self._checked(parents)
+        _check_lengths(ids, its_tokens, above)
+        above_hashes = self._hash[above]
+        hashes = child_hashes(above_hashes, its_tokens)
+        usable = (above_hashes != UNKNOWN) & (ids != ROOT)
+        n_usable = np.count_nonzero(usable)
+        if n_usable < len(ids):
+            ids, its_tokens, above, hashes = ids[usable], its_tokens[usable], above[usable], hashes[usable]
+        if n_usable:
+            _apply(self._commit_stores(ids, its_tokens, above, hashes))
+
+    def verified(self) -> Mask:
+        """bool[slots]: the slots whose whole chain, up to the root, is intact. Slot 0 never is."""
+        return verified_slots(self._hash, self._token, self._parent, self._seed)
+
+    def chains(self) -> list[Chain]:
+        """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
+
+        Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
+        """
+        return chains_of(self.verified(), self._token, self._parent, self._last_use)
+
+    def kept_slots(self) -> Ids:
+        """int64[n], ascending: the slots of all intact chains."""
+        return np.flatnonzero(self.verified())
+
+    def drop_unverified(self) -> None:
+        """Forget every slot that does not verify, so that no later entry can lend it credence."""
+        stale = ~self.verified()
+        stale[ROOT] = False
+        _apply([(self._hash, np.flatnonzero(stale), UNKNOWN)])
+
+    def digest(self) -> str:
+        """Hex digest of all that ``chains`` depends on: two ranks with one digest rebuild the same forest."""
+        kept = self.kept_slots()
+        digest = hashlib.blake2b(self._header[: _SEED + 1].tobytes(), digest_size=16)
+        for column in (kept, self._hash[kept], self._token[kept], self._parent[kept], self._last_use[kept]):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def _create_stores(self) -> list[Store]:
+        # The magic goes first and comes back last: a table torn by a kill here is refused by attach.
+        return [
+            (self._header, slice(None), 0),
+            (self._hash, slice(None), UNKNOWN),
+            (self._token, slice(None), 0),
+            (self._parent, slice(None), ROOT),
+            (self._last_use, slice(None), 0),
+            (self._hash, ROOT, self._seed),
+            (self._header, slice(_VERSION, _SEED + 1), (_VERSION_VALUE, self._slots, self._seed)),
+            (self._header, _MAGIC, _MAGIC_VALUE),
+        ]
+
+    def _commit_stores(self, slots: Ids, tokens: Ids, parents: Ids, hashes: Hashes) -> list[Store]:
+        """The stores of a commit, in an order in which it may be cut off anywhere."""
+        step = int(self._header[_STEP]) + 1
+        stores: list[Store] = [(self._header, _STEP, step)]
+        held = self._hash[slots]
+        if np.count_nonzero(held):
+            # An entry that stays as it is keeps its hash throughout: its descendants hang on it.
+            same = (held == hashes) & (self._token[slots] == tokens) & (self._parent[slots] == parents)
+            stores.append((self._last_use, slots[same], step))
+            slots, tokens, parents, hashes = slots[~same], tokens[~same], parents[~same], hashes[~same]
+            stores.append((self._hash, slots, UNKNOWN))
+        stores.append((self._token, slots, tokens))
+        stores.append((self._parent, slots, parents))
+        stores.append((self._last_use, slots, step))
+        stores.append((self._hash, slots, hashes))
+        return stores
+
+    def _check_header(self) -> None:
+        expected = (_MAGIC_VALUE, _VERSION_VALUE, self._slots, self._seed)
+        found = self._header.tolist()
+        for name, want, have in zip(_IDENTITY, expected, found, strict=False):
+            if have != want:
+                raise PageTableMismatch(
+                    f"page table: {name} is {have:#x}, expected {want:#x}; create a new one"
+                )
+        if found[_STEP] >= _STEP_LIMIT or int(self._hash[ROOT]) != self._seed:
+            raise PageTableMismatch("page table: the header was overwritten; create a new one")
+
+    def _checked(self, slots: ArrayLike) -> Ids:
+        ids = np.asarray(slots, np.int64)
+        # As unsigned, a negative id is too large as well.
+        if ids.size and ids.view(np.uint64).max() >= self._slots:
+            raise ValueError(f"slot ids {ids.min()}..{ids.max()} are not all within [0, {self._slots})")
+        return ids
+
+
+def _check_lengths(slots: Ids, tokens: Ids, parents: Ids) -> None:
+    if slots.ndim != 1 or not slots.shape == tokens.shape == parents.shape:
+        raise ValueError(
+            f"want one token and parent per slot, got {slots.shape}, {tokens.shape}, {parents.shape}"
+        )
+
+
+def _apply(stores: Sequence[Store]) -> None:
+    """Carry out stores in order; the only place that writes to the shared memory."""
+    for array, where, value in stores:
+        array[where] = value

@@ -1,0 +1,247 @@
+"""Everything an operator can choose about anchors and recovery, in one frozen record.
+
+The command line (``--anchor-widths 2,1,1``), the help text and the keyword arguments of
+``anchortp_sglang.Engine`` (``anchor_widths=(2, 1, 1)``) are all derived from the fields of
+:class:`AnchorOptions`. SGLang's own flags pass through untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+FLAG_PREFIX = "--anchor-"
+KWARG_PREFIX = "anchor_"
+
+# A Unix socket address holds 107 bytes (sun_path): room for a run id and a socket's name below.
+MAX_RUN_DIR_BYTES = 80
+
+
+class OptionsError(ValueError):
+    """An ``--anchor-*`` option is unknown, malformed or out of range. The text says which."""
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _option(default: Any, usage: str, help_text: str, parse: Callable | None = None) -> Any:
+    """A dataclass field with its command line; without ``parse`` the flag is a switch that flips it."""
+    flag, _, metavar = usage.partition(" ")
+    metadata = {"flag": FLAG_PREFIX + flag, "help": help_text, "parse": parse, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """The ``--anchor-*`` options. Durations are seconds; invalid values raise ``OptionsError``."""
+
+    widths: tuple[int, ...] | None = _option(
+        None,
+        "widths N,N,...",
+        "KV-head groups held by each device, for instance 2,1,1 with --tp 3 and 4 KV heads;"
+        " the other axes follow in proportion (default: as even as the model allows)",
+        _integers,
+    )
+    min_devices: int = _option(
+        1,
+        "min-devices N",
+        "with fewer devices than this, open requests end with an error and /health says 503",
+        int,
+    )
+    linger_s: float = _option(
+        0.0,
+        "linger SECONDS",
+        "how long anchors keep the weights after the server has died, for a restarted server to take over",
+        float,
+    )
+    run_dir: str | None = _option(
+        None,
+        "run-dir PATH",
+        "directory of the sockets, mode 0700, owned by the server's user (default: chosen per run)",
+        str,
+    )
+    hang_timeout_s: float = _option(
+        30.0,
+        "hang-timeout SECONDS",
+        "a rank that has work and completes no step for this long is taken for hung and replaced",
+        float,
+    )
+    recovery_deadline_s: float = _option(
+        120.0,
+        "recovery-deadline SECONDS",
+        "a recovery that takes longer than this ends every open request with an error",
+        float,
+    )
+    allow_injection: bool = _option(
+        False, "allow-injection", "let 'anchortp inject' kill ranks and devices of this server"
+    )
+    allow_drift: bool = _option(
+        False, "allow-drift", "start although the installed SGLang differs from the one the hooks are for"
+    )
+    kv_mirror: Literal["off"] = _option(
+        "off", "kv-mirror off", "a second copy of the KV cache, to lose none with a device (not yet)", str
+    )
+    spare_ranks: bool = _option(
+        True, "no-spare-ranks", "fork no ranks ahead of the next fault: less memory, longer recoveries"
+    )
+
+    def __post_init__(self) -> None:
+        if self.run_dir is not None:
+            # Anchors leave the server's working directory.
+            object.__setattr__(self, "run_dir", os.path.abspath(os.path.expanduser(self.run_dir)))
+        if self.widths is not None:
+            object.__setattr__(self, "widths", _as_widths(self.widths))
+        _check_count("min-devices", self.min_devices)
+        _check_seconds("linger", self.linger_s, zero_allowed=True)
+        _check_seconds("hang-timeout", self.hang_timeout_s)
+        _check_seconds("recovery-deadline", self.recovery_deadline_s)
+        _check_kv_mirror(self.kv_mirror)
+        _check_run_dir(self.run_dir)
+
+    def check_tp_size(self, tp_size: int) -> None:
+        """Refuse options that contradict SGLang's ``--tp-size``."""
+        if self.widths is not None and len(self.widths) != tp_size:
+            raise OptionsError(
+                f"--anchor-widths gives widths to {len(self.widths)} devices, but --tp-size is {tp_size}:"
+                f" give one width per device, or --tp-size {len(self.widths)}"
+            )
+        if self.min_devices > tp_size:
+            raise OptionsError(
+                f"--anchor-min-devices {self.min_devices} is more than the {tp_size} devices of --tp-size:"
+                f" choose 1 to {tp_size}"
+            )
+
+
+def _as_widths(value: Any) -> tuple[int, ...]:
+    try:
+        widths = _integers(value) if isinstance(value, str) else tuple(value)
+    except (TypeError, ValueError):
+        widths = ()
+    if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise OptionsError(f"--anchor-widths takes whole numbers above 0, for instance 2,1,1; got {value!r}")
+    return widths
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionsError(f"{FLAG_PREFIX}{name} takes a whole number of at least 1; got {value!r}")
+
+
+def _check_seconds(name: str, value: Any, zero_allowed: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < 0 or (value == 0 and not zero_allowed):
+        least = "of at least 0" if zero_allowed else "above 0"
+        raise OptionsError(f"{FLAG_PREFIX}{name} takes a number of seconds {least}; got {value!r}")
+
+
+def _check_kv_mirror(value: Any) -> None:
+    if value == "host":
+        raise OptionsError(
+            "--anchor-kv-mirror host is not there yet: leave it off; KV lost with a device is then"
+            " recomputed when its requests are replayed"
+        )
+    if value != "off":
+        raise OptionsError(f"--anchor-kv-mirror takes 'off'; got {value!r}")
+
+
+def _check_run_dir(path: str | None) -> None:
+    if path is not None and len(os.fsencode(path)) > MAX_RUN_DIR_BYTES:
+        raise OptionsError(
+            f"--anchor-run-dir {path} is longer than {MAX_RUN_DIR_BYTES} bytes, too long for the Unix sockets"
+            " inside it: choose a shorter path, for instance under /run or /tmp"
+        )
+
+
+_FIELD_OF_FLAG = {f.metadata["flag"]: f for f in fields(AnchorOptions)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the ``--anchor-*`` flags to ``parser`` in a group of their own."""
+    group = parser.add_argument_group("anchortp", "surviving the loss of ranks and devices")
+    for flag, option in _FIELD_OF_FLAG.items():
+        about: dict[str, Any] = {"dest": KWARG_PREFIX + option.name, "help": _help(option)}
+        if option.metadata["parse"] is None:
+            group.add_argument(flag, action="store_false" if option.default else "store_true", **about)
+        else:
+            kind, metavar = option.metadata["parse"], option.metadata["metavar"]
+            group.add_argument(flag, type=kind, default=option.default, metavar=metavar, **about)
+
+
+def _help(option: Any) -> str:
+    told = option.metadata["parse"] is None or option.default is None or "default" in option.metadata["help"]
+    return option.metadata["help"] if told else f"{option.metadata['help']} (default: {option.default})"
+
+
+def split_argv(argv: Sequence[str]) -> tuple[AnchorOptions, list[str]]:
+    """Take the ``--anchor-*`` flags out of ``argv``; return them and SGLang's arguments in their order."""
+    values: dict[str, Any] = {}
+    rest: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith(FLAG_PREFIX) and token != FLAG_PREFIX.rstrip("-"):
+            rest.append(token)
+            continue
+        flag, has_value, text = token.partition("=")
+        option = _FIELD_OF_FLAG.get(flag)
+        if option is None:
+            raise OptionsError(_unknown(flag, _FIELD_OF_FLAG))
+        if option.metadata["parse"] is None:
+            if has_value:
+                raise OptionsError(f"{flag} is a switch and takes no value; got {text!r}")
+            values[option.name] = not option.default
+        else:
+            values[option.name] = _parse(option, text if has_value else next(tokens, None))
+    return AnchorOptions(**values), rest
+
+
+def _parse(option: Any, text: str | None) -> Any:
+    flag, metavar = option.metadata["flag"], option.metadata["metavar"]
+    if text is None or text == "" or text.startswith("--"):
+        raise OptionsError(f"{flag} needs a value: {flag} {metavar}")
+    try:
+        return option.metadata["parse"](text)
+    except ValueError:
+        raise OptionsError(f"{flag} takes {metavar}; got {text!r}") from None
+
+
+def _unknown(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    return f"unknown option {name}; {hint}"
+
+
+def from_kwargs(kwargs: dict[str, Any]) -> tuple[AnchorOptions, dict[str, Any]]:
+    """Take ``anchor_*`` out of an Engine's keyword arguments; return them and SGLang's.
+
+    A name is the field's (``anchor_linger_s``) or the flag's (``anchor_linger``).
+    """
+    known = {KWARG_PREFIX + f.name: f.name for f in fields(AnchorOptions)}
+    known |= {key.removesuffix("_s"): name for key, name in known.items() if key.endswith("_s")}
+    values: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if not name.startswith(KWARG_PREFIX):
+            rest[name] = value
+        elif name not in known:
+            raise OptionsError(_unknown(name, known))
+        elif known[name] in values:
+            raise OptionsError(f"{name} is given twice, as {name} and under its other name")
+        else:
+            values[known[name]] = value
+    return AnchorOptions(**values), rest
+
+
+def print_help(prog: str = "python -m anchortp_sglang.launch_server") -> None:
+    """Print SGLang's own help and the anchortp group. The only function here that imports SGLang."""
+    from sglang.srt.server_args import ServerArgs  # prepare_server_args builds its parser the same way
+
+    parser = argparse.ArgumentParser(prog=prog)
+    ServerArgs.add_cli_args(parser)
+    add_arguments(parser)
+    parser.print_help()

@@ -1,0 +1,160 @@
+"""The shard of one rank: where each parameter lies in memory, and which checkpoint elements it is made of."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+
+from anchortp_sglang.planning.intervals import Intervals, intersect, locate, scale, subtract, total
+from anchortp_sglang.planning.model_axes import Block, ModelAxes, ParamSpec
+from anchortp_sglang.planning.ownership import Ownership
+
+PARAM_ALIGN_BYTES = 64
+LAYER_ALIGN_BYTES = 4096  # a page: a layer can be mapped, moved and protected by itself
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A parameter of one rank, row-major and contiguous at ``offset_bytes``, split along ``dim``."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    nbytes: int
+    layer: int | None
+    dim: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements along ``dim``: ``param[start : start + length]`` is
+    ``checkpoint[source][source_start : source_start + length]``; all other dimensions are whole."""
+
+    param: str
+    dim: int
+    start: int
+    length: int
+    source: str
+    source_start: int
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One rank's parameters, in the order of execution.
+
+    ``padding`` is ``(param, start, length)`` along its dim: rows that no checkpoint tensor fills and that
+    must be zero. ``total_bytes`` is a multiple of 4096.
+    """
+
+    params: tuple[Placed, ...]
+    pieces: tuple[Piece, ...]
+    padding: tuple[tuple[str, int, int], ...]
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint tensor as the model expects it; ``dim`` is the dimension along which it is split."""
+
+    shape: tuple[int, ...]
+    dim: int
+
+    @property
+    def extent(self) -> int:
+        """Elements along the split dimension."""
+        return self.shape[self.dim]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A block of a rank's parameter: ``held`` are the source's elements along dim, laid out from ``base`` on;
+    those from ``source_extent`` on are padding."""
+
+    block: Block
+    base: int
+    held: Intervals
+    source_extent: int
+
+    @property
+    def filled(self) -> Intervals:
+        """Elements that come from the checkpoint."""
+        return intersect(self.held, ((0, self.source_extent),))
+
+    def position(self, element: int) -> int:
+        """Where an element of the source lies in the parameter, along dim."""
+        return self.base + locate(self.held, element)
+
+
+def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) -> tuple[Span, ...]:
+    """The blocks of a parameter as a rank holds them."""
+    held = [_held(block, ownership, rank) for block in spec.blocks]
+    bases = accumulate((total(runs) for runs in held[:-1]), initial=0)
+    return tuple(
+        Span(block, base, runs, source_extent(model, block))
+        for block, base, runs in zip(spec.blocks, bases, held, strict=True)
+    )
+
+
+def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayout:
+    """Lay out a rank's shard: parameters start on 64 bytes, each new layer on 4096."""
+    params: list[Placed] = []
+    pieces: list[Piece] = []
+    padding: list[tuple[str, int, int]] = []
+    end, layer = 0, None
+    for spec in model.params:
+        blocks = spans(model, spec, ownership, rank)
+        shape = _shape(spec, sum(total(span.held) for span in blocks))
+        nbytes = prod(shape) * model.dtype_bytes
+        start = _align(end, PARAM_ALIGN_BYTES if spec.layer == layer else LAYER_ALIGN_BYTES)
+        params.append(Placed(spec.name, shape, start, nbytes, spec.layer, spec.dim))
+        end, layer = start + nbytes, spec.layer
+        for span in blocks:
+            pieces.extend(_pieces(spec, span))
+            padding.extend(_padding(spec, span))
+    return ShardLayout(tuple(params), tuple(pieces), tuple(padding), _align(end, LAYER_ALIGN_BYTES))
+
+
+def source_extent(model: ModelAxes, block: Block) -> int:
+    """Elements of the block's checkpoint tensor along the split dimension."""
+    if block.axis is None:
+        return block.elements_per_unit
+    units = model.vocab_size if block.axis == "vocab" else model.axes[block.axis]
+    return units * block.elements_per_unit
+
+
+def sources(model: ModelAxes) -> dict[str, Source]:
+    """Every checkpoint tensor that the model needs, by name."""
+    return {
+        block.source: Source(_shape(spec, source_extent(model, block)), spec.dim)
+        for spec in model.params
+        for block in spec.blocks
+    }
+
+
+def source_shape(model: ModelAxes, source: str) -> tuple[int, ...]:
+    """The full shape expected of a checkpoint tensor. Raises KeyError for one the model does not have."""
+    return sources(model)[source].shape
+
+
+def _held(block: Block, ownership: Ownership, rank: int) -> Intervals:
+    # A replicated extent is an axis of a single unit, held by everybody.
+    units = ((0, 1),) if block.axis is None else ownership.of(block.axis, rank)
+    return scale(units, block.elements_per_unit)
+
+
+def _pieces(spec: ParamSpec, span: Span) -> Iterator[Piece]:
+    for start, stop in span.filled:
+        yield Piece(spec.name, spec.dim, span.position(start), stop - start, span.block.source, start)
+
+
+def _padding(spec: ParamSpec, span: Span) -> Iterator[tuple[str, int, int]]:
+    for start, stop in subtract(span.held, ((0, span.source_extent),)):
+        yield spec.name, span.position(start), stop - start
+
+
+def _shape(spec: ParamSpec, extent: int) -> tuple[int, ...]:
+    return (*spec.rest[: spec.dim], extent, *spec.rest[spec.dim :])
+
+
+def _align(offset_bytes: int, alignment: int) -> int:
+    return (offset_bytes + alignment - 1) // alignment * alignment

@@ -1,0 +1,76 @@
+"""What must be settled before SGLang is imported: device, environment, stand-ins. Imports no SGLang."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from anchortp_sglang.cpu.environment import CpuDefaults, cpu_defaults, describe
+
+log = logging.getLogger(__name__)
+
+_TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")
+_ALIASES = {flag: "tp_size" for flag in _TP_FLAGS}
+
+
+def given_flags(argv: Sequence[str]) -> dict[str, str]:
+    """ServerArgs field -> text, for every flag of a command line and of its --config file (YAML)."""
+    given: dict[str, str] = {}
+    for index, token in enumerate(argv):
+        if token.startswith("--"):
+            flag, has_value, value = token.partition("=")
+            if not has_value:
+                value = argv[index + 1] if index + 1 < len(argv) else ""
+            given[_ALIASES.get(flag, flag[2:].replace("-", "_"))] = value
+    if "config" in given:
+        given = _config_file(given["config"]) | given
+    return given
+
+
+def _config_file(path: str) -> dict[str, str]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from None
+    return {str(key).replace("-", "_"): str(value) for key, value in (settings or {}).items()}
+
+
+def tp_size_of(given: Mapping[str, object]) -> int:
+    text = given.get("tp_size", 1)
+    try:
+        return int(str(text))
+    except ValueError:
+        raise ValueError(f"--tp-size takes a number, not {text!r}") from None
+
+
+def prepare(given: Mapping[str, object]) -> CpuDefaults:
+    """Set the environment for the device and install stand-ins; returns the flags to add as well.
+
+    Raises ValueError for another device than cpu, and for what contradicts itself.
+    """
+    defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
+    os.environ.update(defaults.env)
+    install_stand_ins()
+    return defaults
+
+
+def install_stand_ins() -> None:
+    """Modules that cannot load on this machine and that SGLang imports by name."""
+    from anchortp_sglang.cpu import sgl_kernel_stub
+
+    sgl_kernel_stub.install()
+
+
+def as_arguments(flags: Mapping[str, object]) -> list[str]:
+    """Fields as command-line arguments; True is a bare switch."""
+    arguments = []
+    for name, value in flags.items():
+        arguments.append("--" + name.replace("_", "-"))
+        if value is not True:
+            arguments.append(str(value))
+    return arguments
+
+
+__all__ = ["as_arguments", "describe", "given_flags", "install_stand_ins", "prepare", "tp_size_of"]

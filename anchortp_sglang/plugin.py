@@ -1,0 +1,202 @@
+"""Every hook into SGLang, in one table, and the only function that installs them."""
+
+from __future__ import annotations
+
+import logging
+
+from anchortp_sglang import hooking, manifest, preload
+from anchortp_sglang.cpu import hooks as cpu
+from anchortp_sglang.elastic import config, kv_pool, prefixes, weights
+from anchortp_sglang.hooking import Hook
+from anchortp_sglang.recovery import detokenizer, rank
+from anchortp_sglang.recovery import hooks as main
+
+logger = logging.getLogger(__name__)
+
+_SRT = "sglang.srt."
+_ENGINE = _SRT + "entrypoints.engine."
+_HTTP = _SRT + "entrypoints.http_server."
+_OPENAI = _SRT + "entrypoints.openai."
+_TM = _SRT + "managers.tokenizer_manager."
+_TM_CLASS = _TM + "TokenizerManager."
+_DETOKENIZER = _SRT + "managers.detokenizer_manager.DetokenizerManager."
+_SCHEDULER = _SRT + "managers.scheduler.Scheduler."
+_RECEIVER = _SRT + "managers.scheduler_components.request_receiver.SchedulerRequestReceiver."
+_MEMORY = _SRT + "mem_cache."
+
+HOOKS: tuple[Hook, ...] = (
+    # Unequal shards: what a rank sees of the model, and where its parameters lie.
+    Hook(
+        _SRT + "configs.model_config.ModelConfig.from_server_args",
+        "after",
+        config.after_from_server_args,
+        "each rank's config is scaled so that SGLang's even split yields the rank's own share",
+    ),
+    Hook(
+        _SRT + "configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        "around",
+        config.around_unaligned_cpu_tp,
+        "on CPU it would pad heads and columns of shares that are unequal on purpose",
+    ),
+    Hook(
+        _SRT + "model_loader.loader.get_model_loader",
+        "around",
+        weights.around_get_model_loader,
+        "parameters are bound to the anchor's memory instead of being loaded",
+    ),
+    # KV in the anchors' memory, and the page table that lets it be found again.
+    Hook(
+        _MEMORY + "memory_pool.MHATokenToKVPool._create_buffers_normal",
+        "around",
+        kv_pool.around_create_buffers,
+        "KV buffers are views of the anchor's memory",
+    ),
+    Hook(
+        _MEMORY + "kv_cache_configurator.KVCacheConfigurator._resolve_memory_pool_config",
+        "around",
+        kv_pool.around_resolve_memory_pool_config,
+        "every rank has the planned number of slots, however many heads it holds",
+    ),
+    Hook(
+        _MEMORY + "allocator.token.TokenToKVPoolAllocator.alloc",
+        "after",
+        prefixes.after_alloc,
+        "what an allocated slot held before is forgotten in the page table",
+    ),
+    Hook(
+        _SCHEDULER + "process_batch_result",
+        "before",
+        prefixes.before_process_batch_result,
+        "the KV of a finished forward pass is entered in the page table",
+    ),
+    Hook(
+        _MEMORY + "kv_cache_builder.build_kv_cache",
+        "after",
+        prefixes.after_build_kv_cache,
+        "a new generation starts with the prefix tree of the last one",
+    ),
+    # Ranks: the gate between generations, and requests that go on.
+    Hook(
+        _RECEIVER + "_pull_raw_reqs",
+        "after",
+        rank.after_pull_raw_reqs,
+        "leftovers for a dead rank 0 are dropped; every loop of the scheduler beats the heart",
+    ),
+    Hook(
+        _SCHEDULER + "_create_generation_req",
+        "after",
+        rank.after_create_generation_req,
+        "a resumed request starts where its last delivered token was",
+    ),
+    Hook(
+        _SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
+        "after",
+        rank.after_penalizers,
+        "penalties count the tokens a resumed request already has",
+    ),
+    # The detokenizer's fence.
+    Hook(
+        _DETOKENIZER + "init_ipc_channels",
+        "after",
+        detokenizer.after_init_ipc_channels,
+        "its input socket's connections are watched, so that a drain is known to be complete",
+    ),
+    Hook(
+        _DETOKENIZER + "init_request_dispatcher",
+        "after",
+        detokenizer.after_init_request_dispatcher,
+        "it answers fences",
+    ),
+    # Main: launch, signals, TokenizerManager's traffic.
+    Hook(
+        _ENGINE + "Engine._launch_scheduler_processes",
+        "replace",
+        main.launch_scheduler_processes,
+        "ranks are forked from the zygote, one generation after the other",
+    ),
+    Hook(
+        _ENGINE + "Engine._launch_detokenizer_subprocesses",
+        "replace",
+        main.launch_detokenizer,
+        "the detokenizer is forked from the zygote too",
+    ),
+    Hook(
+        _ENGINE + "_set_envs_and_config",
+        "after",
+        main.after_set_envs,
+        "SIGQUIT from a dying child must not kill the server",
+    ),
+    Hook(
+        _TM + "SignalHandler.running_phase_sigquit_handler",
+        "replace",
+        main.on_sigquit,
+        "the same, once requests are served",
+    ),
+    Hook(
+        _TM_CLASS + "auto_create_handle_loop",
+        "after",
+        main.after_auto_create_handle_loop,
+        "the coordinator runs on TokenizerManager's event loop",
+    ),
+    Hook(
+        _TM_CLASS + "_dispatch_to_scheduler",
+        "around",
+        main.around_dispatch,
+        "requests are recorded for the replay, and held back in an outage",
+    ),
+    Hook(
+        _TM_CLASS + "_async_dispatch_to_scheduler",
+        "around",
+        main.around_async_dispatch,
+        "the same for control messages",
+    ),
+    Hook(
+        _TM_CLASS + "_handle_batch_output",
+        "around",
+        main.around_handle_batch_output,
+        "a batch that would double or skip a token is stopped before it reaches a client",
+    ),
+    # Admission: what could not be continued after a fault is refused with a 400.
+    Hook(_TM_CLASS + "generate_request", "before", main.before_generate_request, "every request passes here"),
+    Hook(
+        _HTTP + "serve_generate_request",
+        "around",
+        main.around_serve_generate_request,
+        "a stream's status is sent before its generator runs",
+    ),
+    Hook(
+        _OPENAI + "serving_chat.OpenAIServingChat._handle_streaming_request",
+        "before",
+        main.before_handle_streaming_request,
+        "the same for chat streams",
+    ),
+    Hook(
+        _OPENAI + "serving_completions.OpenAIServingCompletion._handle_streaming_request",
+        "before",
+        main.before_handle_streaming_request,
+        "the same for completion streams",
+    ),
+    Hook(
+        _SRT + "utils.hf_transformers.tokenizer.get_tokenizer",
+        "around",
+        preload.around_get_tokenizer,
+        "main loads the tokenizer once, before the zygote is forked",
+    ),
+    *(Hook(*row) for row in cpu.HOOKS),
+)
+
+
+def install_all(allow_drift: bool = False) -> None:
+    """Compare the table with the installed SGLang, install every hook and verify that it took.
+
+    Raises :class:`anchortp_sglang.manifest.DriftError` unless ``allow_drift``, and
+    :class:`anchortp_sglang.hooking.HookError` in any case.
+    """
+    # Before patching, though fingerprints are of files: a missing symbol is then named as such.
+    drifts = manifest.compare(HOOKS)
+    if drifts and not allow_drift:
+        raise manifest.DriftError(drifts)
+    for drift in drifts:
+        logger.warning("SGLang drifted, going on as --anchor-allow-drift says: %s", drift)
+    hooking.install(HOOKS)
+    logger.info("%d hooks into SGLang %s installed and verified", len(HOOKS), manifest.SGLANG_VERSION)

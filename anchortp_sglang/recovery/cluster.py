@@ -1,0 +1,273 @@
+"""The processes and segments of a server: anchors, zygote, and one generation of ranks after the other.
+
+Everything here blocks, with timeouts; the coordinator calls it from a worker thread.
+"""
+
+import logging
+import select
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from anchortp_sglang.anchor.client import AnchorClient
+from anchortp_sglang.anchor.launch import AnchorProcess, start_anchor
+from anchortp_sglang.cpu.collectives import region_bytes
+from anchortp_sglang.elastic.attachment import (
+    HOST_DEVICE,
+    PAGE_TABLE_SEGMENT,
+    Assignment,
+    KVPlan,
+    kv_segment,
+    lanes_segment,
+    weights_segment,
+)
+from anchortp_sglang.memory.page_table import PageTable
+from anchortp_sglang.planning.layout import shard_layout
+from anchortp_sglang.planning.model_axes import ModelAxes
+from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.recovery import detokenizer, heartbeat, rank
+from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError, spawn_zygote
+
+log = logging.getLogger(__name__)
+
+ANCHOR_TIMEOUT_S = 10.0
+
+
+class StartFailed(RuntimeError):
+    """A rank did not come up; the text is its own."""
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What does not change over a server's life. ``server_args``: tp_size -> resolved ServerArgs."""
+
+    run_dir: Path
+    run_id: str
+    identity: str
+    checkpoint: Path
+    model: ModelAxes
+    kv: KVPlan
+    linger_s: float
+    server_args: Callable[[int], Any]
+    controller_pid: int
+
+
+@dataclass
+class Generation:
+    """One configuration and its rank processes, in rank order."""
+
+    number: int
+    ownership: Ownership
+    ranks: list[Child]
+    infos: list[dict[str, Any]] = field(default_factory=list)
+
+    def kill(self) -> None:
+        for child in self.ranks:
+            child.kill()
+
+    def dead(self) -> tuple[int, ...]:
+        """Ranks whose process is dead right now."""
+        return tuple(rank for rank, child in enumerate(self.ranks) if is_dead(child.pidfd))
+
+    def close(self) -> None:
+        for child in self.ranks:
+            child.close()
+
+
+def is_dead(pidfd: int) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+class Cluster:
+    """Anchors by device (HOST_DEVICE: the host anchor), the zygote and its spare children."""
+
+    def __init__(self, plan: ServerPlan, zygote: Zygote) -> None:
+        self.plan = plan
+        self.zygote = zygote
+        self.anchors: dict[int, AnchorProcess] = {}
+        self._clients: dict[int, AnchorClient] = {}
+        self._spares: list[Child] = []
+        self._store: Any = None
+        self.port_args: Any = None
+        self.detokenizer: Child | None = None
+        self._detokenizer_args: Any = None
+
+    # ---- anchors
+
+    def start_anchors(self, devices: Sequence[int]) -> None:
+        """Start the missing anchors of ``devices`` and the host anchor."""
+        for device in (HOST_DEVICE, *devices):
+            if device not in self.anchors:
+                self.start_one_anchor(device)
+
+    def start_one_anchor(self, device: int) -> None:
+        plan = self.plan
+        self.anchors[device] = start_anchor(
+            plan.run_dir,
+            plan.run_id,
+            device,
+            plan.identity,
+            plan.controller_pid,
+            plan.linger_s,
+            ANCHOR_TIMEOUT_S,
+        )
+
+    def client(self, device: int) -> AnchorClient:
+        if device not in self._clients:
+            self._clients[device] = AnchorClient(
+                self.plan.run_dir, self.plan.run_id, device, ANCHOR_TIMEOUT_S
+            )
+        return self._clients[device]
+
+    def anchor_alive(self, device: int) -> bool:
+        anchor = self.anchors.get(device)
+        return anchor is not None and not is_dead(anchor.pidfd)
+
+    def fence(self, generation: int, devices: Sequence[int]) -> None:
+        """From now on the anchors refuse messages and attachments of older generations."""
+        for device in (HOST_DEVICE, *devices):
+            self.client(device).fence(generation)
+
+    def allocate(self, number: int, ownership: Ownership) -> None:
+        """Segments of a generation; those that exist already are kept as they are."""
+        plan = self.plan
+        for index, device in enumerate(ownership.devices):
+            layout = shard_layout(plan.model, ownership, index)
+            kv_bytes = plan.kv.nbytes(plan.model, ownership.units("kv_head", index))
+            client = self.client(device)
+            client.allocate(number, weights_segment(ownership), layout.total_bytes, lazy=False)
+            client.allocate(number, kv_segment(ownership), kv_bytes, lazy=True)
+        host = self.client(HOST_DEVICE)
+        host.allocate(number, PAGE_TABLE_SEGMENT, PageTable.nbytes(plan.kv.rows), lazy=True)
+        lanes = heartbeat.BYTES + region_bytes(ownership.tp_size)
+        host.allocate(number, lanes_segment(number), lanes, lazy=True)
+
+    def release_kv(self, number: int, ownership: Ownership) -> None:
+        """Free KV that no later generation can use, before its successor is allocated."""
+        for device in ownership.devices:
+            if self.anchor_alive(device):
+                self._release(device, number, keep=lambda name: name != kv_segment(ownership))
+
+    def settle(self, generation: Generation) -> None:
+        """Seal this generation's weights and free whatever belongs to no generation any more."""
+        keep = {
+            weights_segment(generation.ownership),
+            kv_segment(generation.ownership),
+            PAGE_TABLE_SEGMENT,
+            lanes_segment(generation.number),
+        }
+        for device in generation.ownership.devices:
+            self.client(device).seal(generation.number, weights_segment(generation.ownership))
+        for device in (HOST_DEVICE, *generation.ownership.devices):
+            self._release(device, generation.number, keep=keep.__contains__)
+
+    def _release(self, device: int, number: int, keep: Callable[[str], bool]) -> None:
+        client = self.client(device)
+        for segment in client.status().segments:
+            if not keep(segment.name):
+                client.release(number, segment.name)
+
+    # ---- detokenizer
+
+    def start_detokenizer(self, server_args: Any) -> None:
+        self._detokenizer_args = server_args
+        self.detokenizer = self.fork()
+        self.detokenizer.start(detokenizer.run, detokenizer.DetokenizerSpec(server_args, self.port_args))
+
+    def restart_detokenizer(self, timeout_s: float) -> None:
+        """In place of a dead one. Raises StartFailed."""
+        assert self.detokenizer is not None
+        self.detokenizer.close()
+        self.start_detokenizer(self._detokenizer_args)
+        if not self.detokenizer.pipe.poll(timeout_s):
+            raise StartFailed("the detokenizer did not start in time")
+
+    # ---- ranks
+
+    def fork(self) -> Child:
+        """A spare child, or a new one; a dead zygote is replaced by a spawned one."""
+        while self._spares:
+            child = self._spares.pop()
+            if not is_dead(child.pidfd):
+                return child
+            child.close()
+        try:
+            return self.zygote.fork()
+        except ZygoteError as error:
+            log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
+            self.zygote = spawn_zygote()
+            return self.zygote.fork()
+
+    def refill_spares(self, count: int) -> None:
+        while len(self._spares) < count:
+            self._spares.append(self.zygote.fork())
+
+    def start_ranks(
+        self, number: int, ownership: Ownership, previous: Ownership | None, restore_prefixes: bool
+    ) -> Generation:
+        """Fork a generation. Its anchors must be fenced and its segments allocated."""
+        plan = self.plan
+        server_args = plan.server_args(ownership.tp_size)
+        self._store = TCPStore(rank.STORE_HOST, 0, is_master=True, wait_for_workers=False)
+        ranks = []
+        for index, device in enumerate(ownership.devices):
+            assignment = Assignment(
+                generation=number,
+                rank=index,
+                device=device,
+                run_dir=plan.run_dir,
+                run_id=plan.run_id,
+                checkpoint=plan.checkpoint,
+                model=plan.model,
+                ownership=ownership,
+                previous=previous,
+                kv=plan.kv,
+                restore_prefixes=restore_prefixes,
+            )
+            child = self.fork()
+            child.start(rank.run, rank.RankSpec(assignment, server_args, self.port_args, self._store.port))
+            ranks.append(child)
+        return Generation(number, ownership, ranks)
+
+    def wait_ready(self, generation: Generation, timeout_s: float) -> None:
+        """Until every rank is ready. Raises StartFailed as soon as one fails or dies."""
+        deadline = time.monotonic() + timeout_s
+        generation.infos = [
+            self._wait_one(generation, index, deadline) for index in range(len(generation.ranks))
+        ]
+
+    def _wait_one(self, generation: Generation, index: int, deadline: float) -> dict[str, Any]:
+        pipe = generation.ranks[index].pipe
+        while not pipe.poll(0.02):
+            for dead in generation.dead():
+                self._receive(generation, dead)  # a dead rank's pipe ends, after its last words if it had any
+            if time.monotonic() > deadline:
+                raise StartFailed(f"rank {index} was not ready in time")
+        return self._receive(generation, index)
+
+    def _receive(self, generation: Generation, index: int) -> dict[str, Any]:
+        try:
+            status, payload = generation.ranks[index].pipe.recv()
+        except EOFError:
+            raise StartFailed(f"rank {index} died while it was starting") from None
+        if status != "ready":
+            raise StartFailed(f"rank {index}: {payload}")
+        return dict(payload)
+
+    # ---- end
+
+    def shut_down(self, number: int) -> None:
+        """End ranks, zygote and anchors; free all memory."""
+        self.zygote.kill()
+        for device, anchor in self.anchors.items():
+            if not is_dead(anchor.pidfd):
+                try:
+                    self.client(device).shutdown(number)
+                except Exception as error:
+                    log.warning("anchortp: anchor %s did not take the shutdown (%s)", device, error)

@@ -1,0 +1,145 @@
+"""What main must know of every open request to go on with it in another generation.
+
+Lives beside TokenizerManager (TM), on its event loop. In an outage nothing is sent to the dead scheduler: messages
+are held back in order and follow the replays, else an abort could overtake its request.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+
+from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed, Resume, resume_of
+
+log = logging.getLogger(__name__)
+
+
+class TokenCountMismatch(AssertionError):
+    """A batch would have left a gap in, or doubled, a client's tokens."""
+
+
+@dataclass
+class Record:
+    """A dispatched request as it was sent, and the cached_tokens last reported to its client."""
+
+    request: TokenizedGenerateReqInput
+    cached_tokens: int = 0
+
+
+class Ledger:
+    """Requests between TM and the scheduler. ``send``: TM's own way to the scheduler, unhooked."""
+
+    def __init__(self, tokenizer_manager: Any, send: Callable[[Any], None]) -> None:
+        self._tm = tokenizer_manager
+        self._send = send
+        self._records: dict[str, Record] = {}
+        self._held: list[Any] = []
+        self.outage = True  # until the first generation is ready
+        self.refusal: str | None = None
+        """Why nothing is served any more; set by ``give_up``."""
+
+    def dispatch(self, message: Any) -> None:
+        """TM wants to send ``message``."""
+        if not self.outage:
+            self._remember(message)
+            self._send(message)
+        elif isinstance(message, AbortReq):
+            self._abort(message)
+        else:
+            # A copy: TM puts unpicklable time_stats back into the same object once it is dispatched.
+            self._held.append(copy.copy(message))
+
+    def delivered(self, output: Any) -> bool:
+        """Check a batch for gaps and doubles before TM takes it; True if it carries a new token.
+
+        Raises TokenCountMismatch, which must end the requests concerned: their streams would be wrong.
+        """
+        counts, ids = getattr(output, "completion_tokens", None), getattr(output, "output_ids", None)
+        if counts is None or ids is None:
+            return False
+        fresh = False
+        for rid, count, new, cached in zip(output.rids, counts, ids, output.cached_tokens, strict=True):
+            state, record = self._tm.rid_to_state.get(rid), self._records.get(rid)
+            if state is None or record is None:
+                continue
+            if count != len(state.output_ids) + len(new):
+                raise TokenCountMismatch(
+                    f"request {rid} has {len(state.output_ids)} tokens, got {len(new)} and should then have {count}"
+                )
+            record.cached_tokens = cached
+            fresh = fresh or bool(new)
+        return fresh
+
+    def forget_finished(self) -> None:
+        """Drop the records of requests that TM is done with."""
+        open_requests = self._tm.rid_to_state
+        for rid in [rid for rid in self._records if rid not in open_requests]:
+            del self._records[rid]
+
+    def replay(self, generation: int) -> list[tuple[str, int, int]]:
+        """Open the new generation's gate, resume what is open, then send what was held back, in order.
+
+        Returns (rid, prompt tokens, delivered tokens) of the resumed requests.
+        """
+        self.forget_finished()
+        self._send(GenerationStart(generation=generation))
+        resumed = []
+        for rid, record in self._records.items():
+            message = self._resume(rid, record)
+            resumed.append((rid, len(record.request.input_ids), len(message.delivered)))
+            self._send(message)
+        self.outage = False
+        held, self._held = self._held, []
+        for message in held:
+            self.dispatch(message)
+        return resumed
+
+    def reseed(self) -> Reseed:
+        """What a new detokenizer must know of the requests that have delivered tokens."""
+        self.forget_finished()
+        message = Reseed(rids=[], decode_ids=[], context_tokens=[], sent_chars=[])
+        for rid, record in self._records.items():
+            state = self._tm.rid_to_state[rid]
+            if state.output_ids:
+                context = list(record.request.input_ids[-CONTEXT_TOKENS:])
+                message.rids.append(rid)
+                message.decode_ids.append([*context, *state.output_ids])
+                message.context_tokens.append(len(context))
+                message.sent_chars.append(len(state.get_text()))
+        return message
+
+    def give_up(self, reason: str) -> int:
+        """End every open request with a clear error; returns how many."""
+        self.refusal = reason
+        self._held.clear()
+        rids = list(self._tm.rid_to_state)
+        for rid in rids:
+            self._finish(rid, reason, status_code=503)
+        self._records.clear()
+        return len(rids)
+
+    def _resume(self, rid: str, record: Record) -> Resume:
+        delivered = list(self._tm.rid_to_state[rid].output_ids)
+        return resume_of(record.request, delivered, record.cached_tokens)
+
+    def _remember(self, message: Any) -> None:
+        for request in getattr(message, "batch", None) or [message]:
+            if isinstance(request, TokenizedGenerateReqInput):
+                self._records[request.rid] = Record(copy.copy(request))
+
+    def _abort(self, message: AbortReq) -> None:
+        """The scheduler would have answered; it is dead (``Scheduler.abort_request`` matches by prefix)."""
+        rids = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
+        for rid in rids:
+            self._records.pop(rid, None)
+            self._held = [held for held in self._held if getattr(held, "rid", None) != rid]
+            self._finish(rid, "Aborted while the server was recovering", status_code=None)
+
+    def _finish(self, rid: str, text: str, status_code: int | None) -> None:
+        reason: dict[str, Any] = {"type": "abort", "message": text}
+        if status_code is not None:
+            reason |= {"status_code": status_code, "err_type": "ServiceUnavailable"}
+        self._tm._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))

@@ -1,0 +1,154 @@
+"""Inside a rank: entry point, generation gate, seeding of resumed requests.
+
+Stands in for ``run_scheduler_process`` (managers/scheduler.py), which answers an exception with SIGQUIT to its
+parent: here that is the zygote. A rank that fails says so on its pipe and dies; the coordinator sees its pidfd.
+"""
+
+import logging
+import os
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from anchortp_sglang.cpu import hooks as cpu_hooks
+from anchortp_sglang.elastic import prefixes, weights
+from anchortp_sglang.elastic.attachment import HOST_DEVICE, Assignment, attach, current, lanes_segment
+from anchortp_sglang.recovery import heartbeat
+from anchortp_sglang.recovery.stamps import Stamps
+from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Resume
+
+log = logging.getLogger(__name__)
+
+STORE_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What turns a forked process into rank ``assignment.rank``."""
+
+    assignment: Assignment
+    server_args: Any
+    port_args: Any
+    store_port: int
+
+
+def run(spec: RankSpec, pipe: Connection) -> None:
+    """Be one rank until killed. Sends ("ready", info) or ("failed", text) to main."""
+    stamps = Stamps()
+    try:
+        info = _start(spec, stamps)
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        return
+    pipe.send(("ready", {**info[1], "stamps": stamps.taken}))
+    info[0].run_event_loop()
+
+
+def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
+    assignment = spec.assignment
+    attachment = attach(assignment)
+    filler = weights.start_filling(attachment)
+    lanes = attachment.map(HOST_DEVICE, lanes_segment(assignment.generation), writable=True)
+    world_size = assignment.ownership.tp_size
+    heartbeat.open_beats(lanes, assignment.rank)
+    cpu_hooks.attach(memoryview(lanes)[heartbeat.BYTES :], assignment.rank, world_size)
+    prefixes.open_table(attachment)
+    stamps.take("attached")
+    _rendezvous_by_main(spec)
+    scheduler = _make_scheduler(spec)
+    stamps.take("bound")
+    stamps.taken["moved"] = filler.finished_at
+    return scheduler, {
+        **scheduler.get_init_info(),
+        "moved_bytes": filler.moved,
+        "rebuilt": prefixes.rebuilt,
+        "fds": attachment.fds,
+    }
+
+
+def _rendezvous_by_main(spec: RankSpec) -> None:
+    """Main serves each generation's TCPStore, so that no rank has to listen first (torch calls it agent store)."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(spec.store_port)
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{STORE_HOST}:{spec.store_port}"
+
+
+def _make_scheduler(spec: RankSpec) -> Any:
+    from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
+    from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
+
+    rank = spec.assignment.rank
+    world_rank = spawn_world_rank(spec.server_args, tp_rank=rank, pp_rank=0)
+    publish(
+        spec.server_args,
+        role="scheduler",
+        ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=rank),
+    )
+    configure_scheduler_process(spec.server_args, rank)
+    return Scheduler(spec.server_args, spec.port_args)
+
+
+_gate_open = False
+
+
+def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] | None:
+    """AFTER SchedulerRequestReceiver._pull_raw_reqs: every rank's loop passes here, rank 0 with requests.
+
+    TokenizerManager's PUSH socket may still hold requests meant for the dead rank 0; they arrive first.
+    """
+    global _gate_open
+    attachment = current()
+    if attachment is None:
+        return requests
+    heartbeat.beat()
+    if not requests:
+        return requests
+    kept = []
+    for request in requests:
+        if isinstance(request, GenerationStart):
+            _gate_open = _gate_open or request.generation == attachment.assignment.generation
+        elif _gate_open:
+            kept.append(request)
+    return kept
+
+
+def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER Scheduler._create_generation_req: the state that a request had when its last token was delivered."""
+    if isinstance(received, Resume) and received.delivered:
+        _seed(req, received)
+    return req
+
+
+def _seed(req: Any, received: Resume) -> None:
+    delivered = len(received.delivered)
+    req.output_ids.extend(received.delivered)
+    req.send_token_offset = delivered
+    req.send_decode_id_offset = min(CONTEXT_TOKENS, len(req.origin_input_ids_unpadded)) + delivered
+    # As after a retraction: origin + output are prefilled again (refresh_fill_ids). The stain freezes
+    # cached_tokens, which the client has been told already.
+    req.retracted_stain = req.is_retracted = True
+    req.cached_tokens = received.cached_tokens
+    if req.return_logprob:
+        _seed_logprobs(req, delivered)
+
+
+def _seed_logprobs(req: Any, delivered: int) -> None:
+    """Lists are sliced by output index when sent: pad what was delivered, and never send input logprobs again."""
+    req.input_logprob_sent = True
+    logprob = req.logprob
+    logprob.input_token_logprobs_val = logprob.input_token_logprobs_val or []
+    logprob.output_token_logprobs_val.extend([0.0] * delivered)
+    logprob.output_token_logprobs_idx.extend([0] * delivered)
+    for name in ("top_logprobs_val", "top_logprobs_idx", "token_ids_logprobs_val", "token_ids_logprobs_idx"):
+        getattr(logprob, f"output_{name}").extend([[]] * delivered)
+    req.send_output_token_logprobs_offset = delivered
+
+
+def after_penalizers(result: Any, orchestrator: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER BatchedPenalizerOrchestrator.__init__: stock starts a retracted request's counters at zero."""
+    from anchortp_sglang.recovery.penalties import restore_counts
+
+    if any(req.output_ids for req in orchestrator.reqs()):
+        restore_counts(orchestrator)

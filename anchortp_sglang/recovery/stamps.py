@@ -1,0 +1,13 @@
+"""Time stamps of a process's steps, on the machine-wide monotonic clock."""
+
+import time
+
+
+class Stamps:
+    """``taken``: step name -> time.monotonic() when it was done."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, float] = {}
+
+    def take(self, name: str) -> None:
+        self.taken[name] = time.monotonic()

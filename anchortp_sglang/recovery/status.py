@@ -1,0 +1,59 @@
+"""The coordinator's state as the JSON of ``GET /anchortp/status``."""
+
+from typing import Any
+
+from anchortp_sglang.planning.layout import shard_layout
+from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.machine import Phase
+
+
+def status(coordinator: Coordinator) -> dict[str, Any]:
+    generation = coordinator.generation
+    ownership = generation.ownership if generation is not None else coordinator.configured
+    return {
+        "state": state_name(coordinator),
+        "generation": generation.number if generation is not None else 0,
+        "tp_size": ownership.tp_size,
+        "devices": [_device(coordinator, device) for device in coordinator.configured.devices],
+        "recoveries": coordinator.recoveries.to_json(),
+    }
+
+
+def state_name(coordinator: Coordinator) -> str:
+    """starting, serving, degraded (fewer devices than configured), recovering or down."""
+    phase = coordinator.state.phase
+    if phase in (Phase.DOWN, Phase.STOPPED):
+        return "down"
+    if phase is not Phase.SERVING:
+        return "recovering"
+    generation = coordinator.generation
+    if generation is None or coordinator.ledger is None:
+        return "starting"
+    fewer = generation.ownership.tp_size < coordinator.configured.tp_size
+    return "degraded" if fewer else "serving"
+
+
+def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
+    cluster, generation = coordinator.cluster, coordinator.generation
+    anchor = cluster.anchors.get(device)
+    alive = cluster.anchor_alive(device)
+    entry: dict[str, Any] = {
+        "id": device,
+        "state": "idle" if alive else "lost",
+        "rank": None,
+        "rank_pid": None,
+        "anchor_pid": anchor.pid if anchor is not None and alive else None,
+        "weight_bytes": 0,
+        "kv_bytes": 0,
+    }
+    if generation is None or device not in generation.ownership.devices or not alive:
+        return entry
+    ownership, plan = generation.ownership, cluster.plan
+    rank = ownership.devices.index(device)
+    return entry | {
+        "state": "serving",
+        "rank": rank,
+        "rank_pid": generation.ranks[rank].pid,
+        "weight_bytes": shard_layout(plan.model, ownership, rank).total_bytes,
+        "kv_bytes": plan.kv.nbytes(plan.model, ownership.units("kv_head", rank)),
+    }

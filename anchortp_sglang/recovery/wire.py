@@ -1,0 +1,57 @@
+"""Our messages on SGLang's own ZeroMQ sockets."""
+
+from typing import Any
+
+from sglang.srt.managers.io_struct import BaseReq, TokenizedGenerateReqInput, hook_custom_types
+
+
+class Resume(TokenizedGenerateReqInput, kw_only=True):
+    """A request that was running when its ranks died.
+
+    ``delivered``: the output tokens that TokenizerManager holds; ``cached_tokens``: what it reported so far.
+    """
+
+    delivered: list[int] = []
+    cached_tokens: int = 0
+
+
+class GenerationStart(BaseReq, kw_only=True):
+    """First message of a generation: rank 0 drops whatever arrived before it, meant for its dead predecessor."""
+
+    generation: int
+
+
+class Fence(BaseReq, kw_only=True):
+    """main -> detokenizer -> TokenizerManager: nothing of an older generation comes after this."""
+
+    generation: int
+    drained: int = 0
+    waited_s: float = 0.0
+
+
+class Reseed(BaseReq, kw_only=True):
+    """main -> a new detokenizer: how far its predecessor had come with each request that delivered tokens.
+
+    ``decode_ids``: as in SGLang's DecodeStatus, the last prompt tokens (``context_tokens`` of them), then the
+    delivered ones. ``sent_chars``: characters of text that TokenizerManager holds.
+    """
+
+    rids: list[str]
+    decode_ids: list[list[int]]
+    context_tokens: list[int]
+    sent_chars: list[int]
+
+
+CONTEXT_TOKENS = 5
+"""``INIT_INCREMENTAL_DETOKENIZATION_OFFSET`` of managers/schedule_batch.py: prompt tokens sent ahead for decoding."""
+
+
+def register() -> None:
+    """Make the types known to SGLang's msgpack codec, in every process that sends or receives them."""
+    hook_custom_types(Resume, GenerationStart, Fence, Reseed)
+
+
+def resume_of(request: Any, delivered: list[int], cached_tokens: int) -> Resume:
+    """The resume message of a recorded TokenizedGenerateReqInput."""
+    fields = {name: getattr(request, name) for name in TokenizedGenerateReqInput.__struct_fields__}
+    return Resume(**fields, delivered=delivered, cached_tokens=cached_tokens)

@@ -1,0 +1,224 @@
+"""The zygote: one process that has imported SGLang once and forks ranks in milliseconds.
+
+It keeps a single thread and touches no device, so that its children may. Each request on its socket forks one
+child, which then waits on its own pipe for what to be: spare ranks are nothing but children forked early.
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_MESSAGE_BYTES = 64
+_FORK_TIMEOUT_S = 20.0
+
+
+class ZygoteError(RuntimeError):
+    """The zygote is gone or does not answer."""
+
+
+@dataclass
+class Child:
+    """A forked process. ``pidfd`` becomes readable when it is dead and its memory torn down.
+
+    ``pipe``: the child first receives a (target, argument) pair and calls target(argument, pipe).
+    """
+
+    pid: int
+    pidfd: int
+    pipe: Connection
+
+    def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
+        self.pipe.send((target, argument))
+
+    def kill(self) -> None:
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        """Give back the descriptors of a dead child."""
+        self.pipe.close()
+        os.close(self.pidfd)
+
+
+class Zygote:
+    """Main's end. ``fork`` may be called from any thread."""
+
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._control = control
+        self._lock = threading.Lock()
+
+    def fork(self) -> Child:
+        """Fork one child. Raises ZygoteError."""
+        ours, theirs = Pipe()
+        try:
+            with self._lock:
+                self._control.settimeout(_FORK_TIMEOUT_S)
+                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+                answer, fds, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
+        except OSError as error:
+            raise ZygoteError(f"the zygote (pid {self.pid}) does not answer: {error}") from error
+        finally:
+            theirs.close()
+        if not fds:
+            raise ZygoteError(
+                f"the zygote (pid {self.pid}) could not fork: {answer.decode() or 'it is gone'}"
+            )
+        return Child(int(answer), fds[0], ours)
+
+    def kill(self) -> None:
+        """End the zygote and, by their parent-death signal, all its children."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def unfit_to_fork() -> str | None:
+    """Why this process must not become a zygote; None if it may."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        return f"it has {threads} threads"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "CUDA is initialised"
+    return None
+
+
+def fork_zygote() -> Zygote:
+    """Turn a fork of this process into the zygote. The caller must have checked ``unfit_to_fork``."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    gc.collect()
+    gc.freeze()  # the children then share these pages for good
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            serve(theirs, parent)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    theirs.close()
+    return Zygote(pid, ours)
+
+
+def spawn_zygote() -> Zygote:
+    """A zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [
+        sys.executable,
+        "-m",
+        "anchortp_sglang.recovery.zygote_main",
+        str(theirs.fileno()),
+        str(os.getpid()),
+    ]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    theirs.close()
+    return Zygote(process.pid, ours)
+
+
+def serve(control: socket.socket, parent: int) -> None:
+    """The zygote's loop: fork on request, reap the dead, end with main."""
+    die_with_parent(parent)
+    _set_title("anchortp::zygote")
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    selector.register(wake_read, selectors.EVENT_READ)
+    while True:
+        ready = {key.fd for key, _ in selector.select()}
+        if wake_read in ready:
+            os.read(wake_read, 4096)
+            _reap()
+        if control.fileno() in ready and not _fork_one(control, (wake_read, wake_write)):
+            return
+
+
+def _fork_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
+    request, fds, _, _ = socket.recv_fds(control, _MESSAGE_BYTES, 1)
+    if not request or not fds:
+        return False  # main is gone
+    try:
+        pid = os.fork()
+    except OSError as error:
+        control.send(str(error).encode()[:_MESSAGE_BYTES])
+        os.close(fds[0])
+        return True
+    if pid == 0:
+        _become_child(control, close_in_child, fds[0])
+    # Reaping happens in this thread only, so the pid cannot be reused before its pidfd is open.
+    pidfd = os.pidfd_open(pid)
+    socket.send_fds(control, [str(pid).encode()], [pidfd])
+    os.close(pidfd)
+    os.close(fds[0])
+    return True
+
+
+def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) -> None:
+    try:
+        die_with_parent(os.getppid())
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        control.close()
+        for fd in close:
+            os.close(fd)
+        pipe = Connection(pipe_fd)
+        target, argument = pipe.recv()
+        target(argument, pipe)
+    except EOFError:
+        pass  # main let go of a spare
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)  # no atexit, no collective teardown with dead peers
+
+
+def _reap() -> None:
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask for SIGKILL when the forking thread of ``parent`` ends; exit at once if it already has."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _set_title(title: str) -> None:
+    try:
+        import setproctitle
+    except ImportError:
+        return
+    setproctitle.setproctitle(title)

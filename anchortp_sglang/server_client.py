@@ -1,0 +1,78 @@
+"""Speaks HTTP with a running server: its status, and faults injected into it."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+STATUS_TIMEOUT_S = 10.0
+INJECT_TIMEOUT_S = 60.0  # the answer comes when the fault has been seen to take effect
+
+
+class UnreachableError(RuntimeError):
+    """Nothing answers at the address, or what answers is not an anchortp server."""
+
+
+class RefusedError(RuntimeError):
+    """The server understood and said no. The text is its own."""
+
+
+def get_status(url: str, api_key: str | None = None, timeout_s: float = STATUS_TIMEOUT_S) -> dict[str, Any]:
+    """``GET /anchortp/status``."""
+    return _exchange(url, "/anchortp/status", None, api_key, timeout_s)
+
+
+def inject(
+    url: str, device: int, kind: str, api_key: str | None = None, timeout_s: float = INJECT_TIMEOUT_S
+) -> dict[str, Any]:
+    """``POST /anchortp/inject``: cause a fault of ``kind`` at ``device``; returns ok, verified, detail."""
+    return _exchange(url, "/anchortp/inject", {"device": device, "kind": kind}, api_key, timeout_s)
+
+
+def _exchange(url: str, path: str, body: Any, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    try:
+        answer = json.loads(_read(_request(url.rstrip("/") + path, body, api_key), timeout_s))
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            raise UnreachableError(
+                f"{url} answers, but not as an anchortp server: start it with"
+                " 'python -m anchortp_sglang.launch_server'"
+            ) from None
+        raise RefusedError(_reason(error)) from None
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UnreachableError(f"no server at {url} ({reason}): is it running, and is --url right?") from None
+    except ValueError as error:  # not a URL, not JSON
+        raise UnreachableError(f"no sense in the answer of {url}: {error}") from None
+    if not isinstance(answer, dict):
+        raise UnreachableError(f"no sense in the answer of {url}: {str(answer)[:200]}")
+    return answer
+
+
+def _request(url: str, body: Any, api_key: str | None) -> urllib.request.Request:
+    headers = {"Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    data = None if body is None else json.dumps(body).encode()
+    return urllib.request.Request(url, data=data, headers=headers)
+
+
+def _read(request: urllib.request.Request, timeout_s: float) -> bytes:
+    # Without proxies: http_proxy is often set where servers run, and no_proxy often is not.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=timeout_s) as response:
+        return response.read()
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What the server says, from the shapes that FastAPI, SGLang and our routes use."""
+    text = error.read().decode(errors="replace")
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = None
+    if isinstance(answer, dict):
+        text = str(answer.get("detail") or answer.get("message") or answer.get("error") or text)
+    return f"{text.strip()[:500] or error.reason} (HTTP {error.code})"

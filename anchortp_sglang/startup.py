@@ -1,0 +1,196 @@
+"""From SGLang's arguments to a coordinator: checks, plan, hooks, zygote, anchors. Shared by all faces."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from anchortp_sglang.anchor.launch import RunDir, prepare_run_dir, remove_run_dir
+from anchortp_sglang.elastic.attachment import KVPlan
+from anchortp_sglang.elastic.checkpoint import Checkpoint
+from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
+from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
+from anchortp_sglang.planning.ownership import Ownership, split, validate
+from anchortp_sglang.recovery import wire
+from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
+from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.hooks import install_coordinator
+from anchortp_sglang.recovery.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
+from anchortp_sglang.refusals import UnsupportedError, check_server_args
+
+log = logging.getLogger(__name__)
+
+_PINNED = (
+    "mem_fraction_static chunked_prefill_size max_prefill_tokens page_size attention_backend sampling_backend "
+    "kv_cache_dtype context_length random_seed dtype schedule_conservativeness"
+).split()
+"""Resolved values of the first generation that later ones keep; some depend on tp_size in SGLang's resolution."""
+
+
+@dataclass
+class Runtime:
+    """A prepared server, before SGLang's own launch."""
+
+    coordinator: Coordinator
+    run_dir: RunDir
+
+    def close(self) -> None:
+        """End ranks, zygote and anchors, free their memory, remove the run directory."""
+        self.coordinator.shut_down()
+        remove_run_dir(self.run_dir)
+
+
+def start(server_args: Any, options: AnchorOptions) -> Runtime:
+    """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
+
+    Raises ValueError subclasses with a text for the operator; nothing is left behind then.
+    """
+    from anchortp_sglang.plugin import install_all
+
+    raw = msgspec.structs.asdict(server_args)
+    _refuse(server_args)
+    server_args.resolve_once()
+    view = _view(server_args)
+    _refuse(view)
+    options.check_tp_size(view.tp_size)
+    checkpoint = Path(view.model_path)
+    model = _read_model(checkpoint, view.dtype)
+    ownership = split(model, tuple(range(view.tp_size)), options.widths)
+    _check_plan(model, ownership, checkpoint)
+    kv = _plan_kv(model, ownership, view)
+    install_all(allow_drift=options.allow_drift)
+    wire.register()
+    zygote = _make_zygote(view)
+    return _assemble(raw, view, options, model, ownership, checkpoint, kv, zygote)
+
+
+def _view(server_args: Any) -> Any:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return resolving_view(server_args)
+
+
+def _refuse(view: Any) -> None:
+    refusals = check_server_args(view)
+    if refusals:
+        raise UnsupportedError(refusals)
+
+
+def _read_model(checkpoint: Path, dtype: str) -> ModelAxes:
+    config = checkpoint / "config.json"
+    if not config.exists():
+        raise ValueError(f"{checkpoint} is no local Hugging Face checkpoint: it has no config.json")
+    if (checkpoint / "hf_quant_config.json").exists():
+        raise ValueError(f"{checkpoint} is quantized (hf_quant_config.json); use the unquantized checkpoint")
+    return read_model_axes(json.loads(config.read_text()), dtype)
+
+
+def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:
+    """Fail closed: every element of every shard comes from exactly one place, every tensor is used."""
+    validate(model, ownership)
+    layouts = [shard_layout(model, ownership, rank) for rank in range(ownership.tp_size)]
+    for layout in layouts:
+        check_coverage(layout)
+    with Checkpoint(checkpoint) as opened:
+        shapes = opened.shapes()
+    unused = check_sources(model, layouts, shapes.keys(), shapes)
+    if unused:
+        log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
+
+
+def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
+    """Slots for every generation: what the operator says, else what memory allows.
+
+    On CPU all virtual devices share the host's memory, so fewer of them hold just as many slots.
+    """
+    page_size = view.page_size or 1
+    heads = sum(ownership.units("kv_head", rank) for rank in range(ownership.tp_size))
+    weights = sum(shard_layout(model, ownership, r).total_bytes for r in range(ownership.tp_size))
+    available = psutil.virtual_memory().available
+    slot_bytes = KVPlan(1, 0, model.dtype_bytes).nbytes(model, heads)
+    free = int(available * (view.mem_fraction_static or 0.8)) - weights
+    slots = view.max_total_tokens or max(0, free) // slot_bytes
+    slots = slots // page_size * page_size
+    plan = KVPlan(slots, page_size, model.dtype_bytes)
+    needed = weights + plan.nbytes(model, heads)
+    if slots < 1 or needed > available:
+        raise ValueError(
+            f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, "
+            f"{available >> 20} MiB are available; lower --max-total-tokens or use a smaller model"
+        )
+    return plan
+
+
+def _make_zygote(view: Any) -> Zygote:
+    from anchortp_sglang import preload
+
+    preload.preload(view)
+    reason = unfit_to_fork()
+    if reason is None:
+        return fork_zygote()
+    log.warning(
+        "anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason
+    )
+    return spawn_zygote()
+
+
+def _assemble(
+    raw: dict[str, Any],
+    view: Any,
+    options: AnchorOptions,
+    model: ModelAxes,
+    ownership: Ownership,
+    checkpoint: Path,
+    kv: KVPlan,
+    zygote: Zygote,
+) -> Runtime:
+    base = Path(options.run_dir) if options.run_dir else None
+    try:
+        run_dir = prepare_run_dir(base, f"run-{view.port}")
+        plan = ServerPlan(
+            run_dir=run_dir.path,
+            run_id=run_dir.run_id,
+            identity=f"{checkpoint.resolve()}:{model.dtype}:{ownership.digest()}",
+            checkpoint=checkpoint.resolve(),
+            model=model,
+            kv=kv,
+            linger_s=options.linger_s,
+            server_args=_records(raw, view, kv),
+            controller_pid=os.getpid(),
+        )
+        cluster = Cluster(plan, zygote)
+        coordinator = Coordinator(
+            cluster,
+            ownership,
+            min_devices=options.min_devices,
+            hang_timeout_s=options.hang_timeout_s,
+            deadline_s=options.recovery_deadline_s,
+            spare_ranks=options.spare_ranks,
+        )
+    except BaseException:
+        zygote.kill()
+        raise
+    install_coordinator(coordinator)
+    return Runtime(coordinator, run_dir)
+
+
+def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:
+    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations."""
+    from sglang.srt.server_args import ServerArgs
+
+    pins = {name: getattr(view, name) for name in _PINNED} | {"max_total_tokens": kv.slots}
+    made: dict[int, Any] = {}
+
+    def record(tp_size: int) -> Any:
+        if tp_size not in made:
+            made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size}))
+            made[tp_size].resolve_once()
+        return made[tp_size]
+
+    return record

@@ -1,0 +1,130 @@
+"""Draws a server's status (``GET /anchortp/status``) for a terminal. Pure: a dict in, renderables out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+RECOVERIES_SHOWN = 5
+_COLOURS = {
+    "serving": "green",
+    "starting": "cyan",
+    "degraded": "yellow",
+    "recovering": "yellow",
+    "idle": "yellow",
+    "down": "bold red",
+    "lost": "red",
+}
+
+
+def status_view(status: Mapping[str, Any]) -> RenderableType:
+    """A headline, the devices, and the last recoveries with their stages."""
+    recoveries = status.get("recoveries") or []
+    parts: list[RenderableType] = [_headline(status), _devices(status.get("devices") or [])]
+    if not recoveries:
+        return Group(*parts, Text("no recoveries so far", style="dim"))
+    shown = recoveries[-RECOVERIES_SHOWN:]
+    return Group(*parts, _recoveries(shown), *map(_stages, shown))
+
+
+def timeline_view(recovery: Mapping[str, Any], width: int = 80) -> RenderableType:
+    """A Gantt chart, ``width`` columns wide: each stage from the end of the one before it, in seconds."""
+    stages = recovery.get("stages") or []
+    title = (
+        f"generation {_cell(recovery.get('generation'))}, device {_cell(recovery.get('device'))}, "
+        f"{_cell(recovery.get('cause'))} fault: {_cell(recovery.get('reason'))}"
+    )
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("stage", ""):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("took", "at"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = 2 * len("  999.999 s")
+    names = max((len(stage["name"]) for stage in stages), default=0)
+    bar_width = max(10, width - numbers - names - 2)
+    end_s = max((float(stage["at_s"]) for stage in stages), default=0.0)
+    before_s = 0.0
+    for stage in stages:
+        at_s = float(stage["at_s"])
+        bar = _bar(before_s, at_s, end_s, bar_width)
+        table.add_row(stage["name"], bar, f"{at_s - before_s:.3f} s", f"{at_s:.3f} s")
+        before_s = at_s
+    return table
+
+
+def _bar(start_s: float, end_s: float, total_s: float, width: int) -> Text:
+    scale = width / total_s if total_s > 0 else 0.0
+    first = min(int(start_s * scale), width - 1)
+    length = max(1, round(end_s * scale) - first)
+    return Text(" " * first + "█" * length, style="cyan")
+
+
+def _headline(status: Mapping[str, Any]) -> Text:
+    state = str(status.get("state", "?"))
+    line = Text.assemble((state, _COLOURS.get(state, "")))
+    line.append(f"  generation {status.get('generation', '?')}  tp {status.get('tp_size', '?')}")
+    return line
+
+
+def _devices(devices: list[Mapping[str, Any]]) -> Table:
+    table = Table(title="devices", title_justify="left")
+    for heading in ("device", "state", "rank", "rank pid", "anchor pid", "weights", "KV"):
+        table.add_column(heading, justify="left" if heading == "state" else "right")
+    for device in devices:
+        state = str(device.get("state", "?"))
+        table.add_row(
+            *(_cell(device.get("id")), Text(state, style=_COLOURS.get(state, ""))),
+            *(_cell(device.get(key)) for key in ("rank", "rank_pid", "anchor_pid")),
+            *(_size(device.get(key)) for key in ("weight_bytes", "kv_bytes")),
+        )
+    return table
+
+
+def _recoveries(recoveries: list[Mapping[str, Any]]) -> Table:
+    table = Table(title="last recoveries", title_justify="left")
+    for heading in ("gen", "cause", "device", "TFS", "moved", "replayed", "kept/redone"):
+        table.add_column(heading, justify="left" if heading in ("cause", "moved") else "right")
+    for recovery in recoveries:
+        tfs_s = recovery.get("tfs_s")
+        kept, redone = recovery.get("tokens_reused"), recovery.get("tokens_recomputed")
+        table.add_row(
+            *(_cell(recovery.get(key)) for key in ("generation", "cause", "device")),
+            "-" if tfs_s is None else f"{float(tfs_s):.2f} s",
+            _moved(recovery),
+            _cell(recovery.get("requests_replayed")),
+            f"{_cell(kept)}/{_cell(redone)}",
+        )
+    return table
+
+
+def _stages(recovery: Mapping[str, Any]) -> Text:
+    """Why, and the seconds from the fault to the end of each stage."""
+    parts = [f"generation {_cell(recovery.get('generation'))}: {_cell(recovery.get('reason'))}"]
+    parts += [f"{stage['name']} {float(stage['at_s']):.2f}" for stage in recovery.get("stages") or []]
+    return Text(" · ".join(parts))
+
+
+def _moved(recovery: Mapping[str, Any]) -> str:
+    named = {"reload_bytes": "read", "p2p_bytes": "P2P", "copied_bytes": "copied"}
+    parts = [f"{_size(recovery[key])} {name}" for key, name in named.items() if recovery.get(key)]
+    return ", ".join(parts) or "nothing"
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _size(value: Any) -> str:
+    """Bytes with a binary unit: 0 B, 1.5 MiB."""
+    if value is None:
+        return "-"
+    amount = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, {"B": "KiB", "KiB": "MiB", "MiB": "GiB", "GiB": "TiB"}[unit]
+    return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"

@@ -1,0 +1,52 @@
+"""The chain hash: a run in closed form is the same as token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from anchortp_sglang.memory.chain_hash import RunHasher, child_hashes, root_hash
+from anchortp_sglang.memory.page_table import PageTable
+
+ROOT_HASH = root_hash(b"model-a")
+
+
+def one_by_one(parent_hash: int, tokens: np.ndarray) -> list[int]:
+    hashes = [parent_hash]
+    for token in tokens:
+        hashes.append(int(child_hashes(np.array(hashes[-1:], np.uint64), np.array([token]))[0]))
+    return hashes[1:]
+
+
+def token_that_hashes_to_zero(parent_hash: int) -> int:
+    """mix and A are invertible, so a token can be chosen that makes the hash come out as 0."""
+    wrap = (1 << 64) - 1
+    x = -parent_hash * 6364136223846793005 & wrap
+    x ^= x >> 31 ^ x >> 62
+    x = x * pow(0x94D049BB133111EB, -1, 1 << 64) & wrap
+    x ^= x >> 27 ^ x >> 54
+    x = x * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & wrap
+    x ^= x >> 30 ^ x >> 60
+    x ^= 0x9E3779B97F4A7C15
+    return int(np.array(x, np.uint64).view(np.int64))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1023, 1025, 3000])
+def test_a_run_hashes_as_its_tokens_one_by_one(n: int) -> None:
+    tokens = np.random.default_rng(n).integers(-(1 << 62), 1 << 62, n)
+    seed = ROOT_HASH
+    assert RunHasher().run_hashes(seed, tokens).tolist() == one_by_one(seed, tokens)
+
+
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_a_hash_of_zero_is_stored_as_one_and_its_descendants_verify(at: int) -> None:
+    tokens = np.arange(8)
+    above = one_by_one(ROOT_HASH, tokens[:at])
+    tokens[at] = token_that_hashes_to_zero(above[-1] if above else ROOT_HASH)
+    hashes = RunHasher().run_hashes(ROOT_HASH, tokens)
+    assert hashes[at] == 1
+    assert hashes.tolist() == one_by_one(ROOT_HASH, tokens)
+    table = PageTable.create(bytearray(PageTable.nbytes(10)), 10, b"model-a")
+    assert table.commit_run(np.arange(1, 9), tokens, 0)
+    table.commit_step([9], [5], [8])
+    assert table.kept_slots().tolist() == list(range(1, 10))

@@ -1,0 +1,163 @@
+import pytest
+from planning_cases import FAMILIES, config, model, source_names
+
+from anchortp_sglang.planning.layout import source_shape
+from anchortp_sglang.planning.model_axes import (
+    UnsupportedModel,
+    equal_vocab_cut,
+    padded_vocab_rows,
+    read_model_axes,
+)
+
+
+def names(architecture: str, **changes: object) -> list[str]:
+    layer_of = [p.name for p in model(architecture=architecture, **changes).params]
+    return [name.replace("model.layers.0.", "") for name in layer_of if ".layers.1." not in name]
+
+
+def test_qwen3_parameters_are_those_of_sglang_in_order_of_execution() -> None:
+    assert names("Qwen3ForCausalLM") == [
+        "model.embed_tokens.weight",
+        "input_layernorm.weight",
+        "self_attn.qkv_proj.weight",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+        "self_attn.o_proj.weight",
+        "post_attention_layernorm.weight",
+        "mlp.gate_up_proj.weight",
+        "mlp.down_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "biases"),
+    [
+        ("LlamaForCausalLM", {}, []),
+        ("LlamaForCausalLM", {"attention_bias": True}, ["self_attn.qkv_proj.bias", "self_attn.o_proj.bias"]),
+        ("LlamaForCausalLM", {"bias": True}, ["self_attn.qkv_proj.bias", "self_attn.o_proj.bias"]),
+        ("Qwen2ForCausalLM", {}, ["self_attn.qkv_proj.bias"]),
+        ("Qwen3ForCausalLM", {}, []),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, ["self_attn.qkv_proj.bias", "self_attn.o_proj.bias"]),
+    ],
+)
+def test_biases_are_those_that_sglang_creates(
+    architecture: str, changes: dict[str, object], biases: list[str]
+) -> None:
+    assert [name for name in names(architecture, **changes) if name.endswith("bias")] == biases
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_tied_head_is_no_parameter_and_its_tensor_is_unused(architecture: str) -> None:
+    tied = model(architecture=architecture, tie_word_embeddings=True)
+    assert "lm_head.weight" not in [param.name for param in tied.params]
+    assert r"^lm_head\.weight$" in tied.unused_sources
+
+
+def test_shapes_of_checkpoint_tensors_follow_the_config() -> None:
+    axes = model((12, 4), attention_bias=True)
+    layer = "model.layers.1."
+    expected = {
+        "model.embed_tokens.weight": (130, 8),
+        layer + "self_attn.q_proj.weight": (24, 8),
+        layer + "self_attn.v_proj.weight": (8, 8),
+        layer + "self_attn.k_proj.bias": (8,),
+        layer + "self_attn.o_proj.weight": (8, 24),
+        layer + "self_attn.o_proj.bias": (8,),
+        layer + "self_attn.q_norm.weight": (2,),
+        layer + "mlp.up_proj.weight": (1040, 8),
+        layer + "mlp.down_proj.weight": (8, 1040),
+        layer + "input_layernorm.weight": (8,),
+    }
+    assert {name: source_shape(axes, name) for name in expected} == expected
+    assert len(source_names(axes)) == len(set(source_names(axes)))
+
+
+def test_axes_count_units() -> None:
+    assert model((12, 4)).axes == {"q_head": 12, "kv_head": 4, "mlp": 65, "vocab": 192}
+    assert model((12, 4)).group_size == 3
+
+
+@pytest.mark.parametrize(("columns", "unit"), [(1040, 16), (1024, 16), (1008, 1), (2050, 1)])
+def test_wide_mlps_are_cut_in_aligned_units(columns: int, unit: int) -> None:
+    assert model(intermediate_size=columns).mlp_unit == unit
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head_dim", "expected"),
+    [("LlamaForCausalLM", None, 4), ("Qwen2ForCausalLM", None, 4), ("Qwen3ForCausalLM", 16, 16)],
+)
+def test_head_dim_is_named_or_derived(architecture: str, head_dim: int | None, expected: int) -> None:
+    assert model((6, 2), architecture, hidden_size=24, head_dim=head_dim).head_dim == expected
+
+
+def test_keys_left_out_mean_what_transformers_says() -> None:
+    llama, qwen3 = config(architecture="LlamaForCausalLM"), config((64, 8))
+    del llama["num_key_value_heads"], qwen3["head_dim"], qwen3["num_key_value_heads"]
+    assert read_model_axes(llama).num_kv_heads == 12
+    assert (read_model_axes(qwen3).head_dim, read_model_axes(qwen3).num_kv_heads) == (128, 32)
+
+
+@pytest.mark.parametrize(
+    ("declared", "wanted", "dtype", "nbytes"),
+    [
+        ({"dtype": "bfloat16"}, None, "bfloat16", 2),
+        ({"dtype": None, "torch_dtype": "float16"}, None, "float16", 2),
+        ({"dtype": "torch.bfloat16"}, "float32", "float32", 4),
+        ({"dtype": "bfloat16"}, "auto", "bfloat16", 2),
+        ({"dtype": "float32"}, "auto", "float16", 2),
+        ({"dtype": "float32"}, "half", "float16", 2),
+        ({"dtype": None}, None, "float32", 4),
+    ],
+)
+def test_dtype_is_read_as_sglang_reads_it(
+    declared: dict[str, object], wanted: str | None, dtype: str, nbytes: int
+) -> None:
+    axes = read_model_axes(config() | declared, wanted)
+    assert (axes.dtype, axes.dtype_bytes) == (dtype, nbytes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported.*LlamaForCausalLM"),
+        ({"architectures": None}, "none named"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "unquantized"),
+        ({"use_sliding_window": True}, "sliding window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"dual_chunk_attention_config": {"chunk_size": 1}}, "dual chunk"),
+        ({"num_attention_heads": 10}, "num_attention_heads=10 is not a multiple of num_key_value_heads=4"),
+        ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, "mlp_bias"),
+        ({"hidden_size": 10, "head_dim": None}, "hidden_size=10 is not a multiple"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_reason(changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        read_model_axes(config() | changes)
+
+
+def test_sliding_window_sizes_that_are_switched_off_are_accepted() -> None:
+    assert model(sliding_window=4096, use_sliding_window=False, layer_types=["full_attention"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp_size", "rows"),
+    [
+        (128, 1, 128),
+        (130, 1, 192),
+        (130, 2, 192),
+        (130, 3, 192),
+        (130, 4, 192),
+        (130, 5, 320),
+        (151936, 3, 152064),
+    ],
+)
+def test_vocab_rows_are_padded_as_sglang_pads_them(vocab_size: int, tp_size: int, rows: int) -> None:
+    assert padded_vocab_rows(vocab_size, tp_size) == rows
+    cut = equal_vocab_cut(vocab_size, tp_size)
+    assert cut[0][0][0] == 0
+    assert cut[-1][0][1] == rows
+    assert {stop - start for ((start, stop),) in cut} == {rows // tp_size}
