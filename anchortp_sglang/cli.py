@@ -85,18 +85,14 @@ def inject(
     if as_json:
         _print_json(answer)
     else:
-        verdict = (
-            f"{kind.value} fault at device {device} took effect" if took_effect else "no fault took effect"
-        )
+        verdict = f"{kind.value} fault at device {device} took effect" if took_effect else "no fault took effect"
         typer.echo(f"{verdict}: {answer.get('detail', '')}", err=not took_effect)
     raise typer.Exit(0 if took_effect else 1)
 
 
 @app.command()
 def doctor(
-    run_dir: Annotated[
-        str | None, typer.Option("--run-dir", help="The --anchor-run-dir you mean to use.")
-    ] = None,
+    run_dir: Annotated[str | None, typer.Option("--run-dir", help="The --anchor-run-dir you mean to use.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check whether this machine can run the server. Exit code 1 if something fails."""

@@ -96,9 +96,7 @@ def check_memfd() -> Check:
             return Check("memfd", "PASS", "created and sealed")
     finally:
         os.close(fd)
-    return Check(
-        "memfd", "FAIL", "a sealed memfd could be cut", "run outside of a sandbox that emulates memfd"
-    )
+    return Check("memfd", "FAIL", "a sealed memfd could be cut", "run outside of a sandbox that emulates memfd")
 
 
 def check_pidfd() -> Check:
@@ -123,9 +121,7 @@ def check_zeromq() -> Check:
     import zmq
 
     if not zmq.has("ipc"):
-        return Check(
-            "ZeroMQ", "FAIL", f"{zmq.zmq_version()} without ipc://", "pip install --force-reinstall pyzmq"
-        )
+        return Check("ZeroMQ", "FAIL", f"{zmq.zmq_version()} without ipc://", "pip install --force-reinstall pyzmq")
     return Check("ZeroMQ", "PASS", zmq.zmq_version())
 
 

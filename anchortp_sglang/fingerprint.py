@@ -94,9 +94,7 @@ def _canonical(node: object) -> str:
         if field == "body" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             value = _without_docstring(node)
         elif isinstance(node, ast.JoinedStr):  # Python 3.12.1 adds empty strings to format specs
-            value = [
-                part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")
-            ]
+            value = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
         if value is not None and value != [] and field not in ("ctx", "type_comment"):
             parts.append(f"{field}:{_canonical(value)}")
     return "(" + " ".join(parts) + ")"

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from anchortp_sglang import platform
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
@@ -42,10 +42,13 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
     log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
     try:
         runtime = startup.start(server_args, options)
-    except ValueError as error:
+    except startup.REFUSALS as error:
         _refuse(error)
     try:
         _run_http_server(server_args, runtime, options)
+    except startup.START_FAILURES as error:
+        print(f"anchortp: the server did not start: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         runtime.close()
         from sglang.srt.utils import kill_process_tree
@@ -70,7 +73,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     http_server.launch_server(server_args)
 
 
-def _refuse(error: ValueError) -> Any:
+def _refuse(error: Exception) -> NoReturn:
     print(f"anchortp: cannot start: {error}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -8,6 +8,7 @@ from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.inject import InjectionError, inject
 from anchortp_sglang.recovery.machine import Phase
 from anchortp_sglang.recovery.status import status
+from anchortp_sglang.refusals import check_route
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -57,6 +58,8 @@ class AnchorMiddleware:
             await _respond(send, 503 if down else 200, {"status": "down" if down else "recovering"})
         elif path in _GENERATE and phase is Phase.DOWN and self._coordinator.ledger is not None:
             await _respond(send, 503, {"error": {"message": self._coordinator.ledger.refusal, "code": 503}})
+        elif (refusal := check_route(path)) is not None:
+            await _respond(send, 400, {"error": {"message": refusal, "code": 400}})
         elif path == "/anchortp/status" and scope["method"] == "GET":
             await _respond(send, 200, status(self._coordinator))
         elif path == "/anchortp/inject" and scope["method"] == "POST":

@@ -10,7 +10,7 @@ from anchortp_sglang.cpu.environment import CpuDefaults, cpu_defaults, describe
 log = logging.getLogger(__name__)
 
 _TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")
-_ALIASES = {flag: "tp_size" for flag in _TP_FLAGS}
+_ALIASES = dict.fromkeys(_TP_FLAGS, "tp_size")
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str]:

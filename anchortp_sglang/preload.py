@@ -8,11 +8,31 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_MODULES = (
+_NEEDED = (
     "sglang.srt.managers.scheduler",
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.models.registry",
+)
+
+_LATE = (
+    # What a rank would import in its __init__ otherwise, a tenth of a second after the fork.
+    "sglang.srt.distributed.device_communicators.all_reduce_utils",
+    "sglang.srt.distributed.device_communicators.custom_all_reduce",
+    "sglang.srt.distributed.device_communicators.hpu_communicator",
+    "sglang.srt.distributed.device_communicators.pymscclpp",
+    "sglang.srt.distributed.device_communicators.shm_broadcast",
+    "sglang.srt.distributed.device_communicators.torch_symm_mem",
+    "sglang.srt.distributed.device_communicators.xpu_communicator",
+    "sglang.srt.distributed.device_communicators.pcie_ipc_ar",
+    "sglang.srt.dllm.algorithm",
+    "sglang.srt.layers.attention.qsa",
+    "sglang.srt.layers.attention.torch_native_backend",
+    "sglang.srt.mem_cache.prefill_budget",
+    "sglang.srt.mem_cache.rust_tree_core.adapter",
+    "sglang.srt.mem_cache.rust_tree_core.extension",
+    "sglang.srt.mem_cache.rust_tree_core.mem_cache",
+    "anchortp_sglang.recovery.penalties",
 )
 
 
@@ -20,10 +40,20 @@ def import_sglang() -> None:
     """Import everything a rank imports at some point of its start."""
     gc.disable()  # with it on, importing SGLang takes twice as long
     try:
-        for name in _MODULES:
+        for name in _NEEDED:
             importlib.import_module(name)
+        for name in _LATE:
+            _try_import(name)
     finally:
         gc.enable()
+
+
+def _try_import(name: str) -> None:
+    """Import what only saves time; where it cannot be imported the rank would do without it too."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        log.info("anchortp: %s is not preloaded (%s)", name, error)
 
 
 def preload(view: Any) -> None:

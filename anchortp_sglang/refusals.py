@@ -154,6 +154,4 @@ def _check_sampling_params(params: Any) -> str | None:
 
 
 def _cannot_resume(what: str, name: str) -> str:
-    return (
-        f"{what[0].upper()}{what[1:]} cannot be resumed after a fault yet; send the request without {name}."
-    )
+    return f"{what[0].upper()}{what[1:]} cannot be resumed after a fault yet; send the request without {name}."

@@ -37,8 +37,7 @@ def _exchange(url: str, path: str, body: Any, api_key: str | None, timeout_s: fl
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise UnreachableError(
-                f"{url} answers, but not as an anchortp server: start it with"
-                " 'python -m anchortp_sglang.launch_server'"
+                f"{url} answers, but not as an anchortp server: start it with 'python -m anchortp_sglang.launch_server'"
             ) from None
         raise RefusedError(_reason(error)) from None
     except (urllib.error.URLError, OSError) as error:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from typing import Any
 import msgspec
 import psutil
 
-from anchortp_sglang.anchor.launch import RunDir, prepare_run_dir, remove_run_dir
+from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.elastic.attachment import KVPlan
-from anchortp_sglang.elastic.checkpoint import Checkpoint
+from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
+from anchortp_sglang.hooking import HookError
+from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership import Ownership, split, validate
 from anchortp_sglang.recovery import wire
-from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
+from anchortp_sglang.recovery.cluster import Cluster, ServerPlan, StartFailed
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.hooks import install_coordinator
 from anchortp_sglang.recovery.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
@@ -27,10 +31,26 @@ from anchortp_sglang.refusals import UnsupportedError, check_server_args
 log = logging.getLogger(__name__)
 
 _PINNED = (
-    "mem_fraction_static chunked_prefill_size max_prefill_tokens page_size attention_backend sampling_backend "
-    "kv_cache_dtype context_length random_seed dtype schedule_conservativeness"
-).split()
-"""Resolved values of the first generation that later ones keep; some depend on tp_size in SGLang's resolution."""
+    "attention_backend",
+    "chunked_prefill_size",
+    "context_length",
+    "dtype",
+    "kv_cache_dtype",
+    "max_prefill_tokens",
+    "mem_fraction_static",
+    "page_size",
+    "random_seed",
+    "sampling_backend",
+    "schedule_conservativeness",
+)
+"""Resolved values of the first generation that later ones keep; SGLang derives some of them from tp_size."""
+
+
+REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
+"""What ``start`` raises for the operator to mend: wrong flags, models, files, directories, another SGLang."""
+
+START_FAILURES = (StartFailed, AnchorError, AnchorStartError)
+"""What SGLang's launch raises when our processes do not come up."""
 
 
 @dataclass
@@ -59,6 +79,7 @@ def start(server_args: Any, options: AnchorOptions) -> Runtime:
     view = _view(server_args)
     _refuse(view)
     options.check_tp_size(view.tp_size)
+    _check_port(view.host or "127.0.0.1", view.port)
     checkpoint = Path(view.model_path)
     model = _read_model(checkpoint, view.dtype)
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
@@ -80,6 +101,17 @@ def _refuse(view: Any) -> None:
     refusals = check_server_args(view)
     if refusals:
         raise UnsupportedError(refusals)
+
+
+def _check_port(host: str, port: int) -> None:
+    """SGLang would notice a port in use only after everything has been loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"--port {port} on {host} cannot be used ({error.strerror}); choose another") from None
 
 
 def _read_model(checkpoint: Path, dtype: str) -> ModelAxes:
@@ -134,9 +166,7 @@ def _make_zygote(view: Any) -> Zygote:
     reason = unfit_to_fork()
     if reason is None:
         return fork_zygote()
-    log.warning(
-        "anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason
-    )
+    log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
     return spawn_zygote()
 
 

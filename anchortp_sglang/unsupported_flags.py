@@ -151,8 +151,7 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         allowed=("serial",),
     ),
     FlagRule(
-        "enable_memory_saver enable_weights_cpu_backup cpu_offload_gb offload_group_size "
-        "ple_offload_embedding",
+        "enable_memory_saver enable_weights_cpu_backup cpu_offload_gb offload_group_size ple_offload_embedding",
         "weights and KV live in the anchors and stay there",
         allowed=(-1,),
     ),

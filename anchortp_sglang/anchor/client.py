@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import zmq
 
 from anchortp_sglang.anchor import messages as m
 from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, device_name
+from anchortp_sglang.anchor.pids import wait_readable
 
 __all__ = [
     "AnchorClient",
@@ -69,8 +69,7 @@ class AnchorClient:
     Safe to use from several threads and in forked processes: each control call has a ZeroMQ socket of its
     own, so that no late answer meets another call's question. ``context`` is used in the process that made
     this client only; elsewhere, or without it, one is made at the first control call. ``open_handle`` and
-    ``adopt_handle`` use no ZeroMQ. ``timeout_s`` bounds each call. A ``generation`` is the
-    caller's.
+    ``adopt_handle`` use no ZeroMQ. ``timeout_s`` bounds each call. A ``generation`` is the caller's.
     """
 
     def __init__(
@@ -95,9 +94,7 @@ class AnchorClient:
         """Raise the anchor's generation: messages of older ones are refused from now on."""
         self._control(m.Fence(run_id=self._run_id, generation=generation), m.Ok)
 
-    def attach(
-        self, generation: int, controller_pid: int, identity: str, linger_s: float | None = None
-    ) -> None:
+    def attach(self, generation: int, controller_pid: int, identity: str, linger_s: float | None = None) -> None:
         """Take over a lingering anchor; its generation becomes ``generation``: use one above ``status()``'s.
 
         Refused while its former controller lives, or if ``identity`` is not the anchor's.
@@ -124,7 +121,7 @@ class AnchorClient:
         self._control(m.Seal(run_id=self._run_id, generation=generation, name=name), m.Ok)
 
     def release(self, generation: int, name: str) -> None:
-        """Make the anchor let go of the segment. Freeing takes the kernel about 0.1 s a GiB."""
+        """Make the anchor let go of the segment. Freeing many GiB takes the kernel a while."""
         self._control(m.Release(run_id=self._run_id, generation=generation, name=name), m.Ok)
 
     def shutdown(self, generation: int | None = None) -> None:
@@ -135,7 +132,7 @@ class AnchorClient:
         pidfd = os.pidfd_open(self._check_alive().pid)
         try:
             self._control(m.Shutdown(run_id=self._run_id, generation=generation), m.Ok)
-            if not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not wait_readable(pidfd, deadline - time.monotonic()):
                 raise self._error(AnchorTimeout, "took the shutdown, but has not ended yet")
         finally:
             os.close(pidfd)
@@ -150,9 +147,7 @@ class AnchorClient:
 
     def adopt_handle(self, generation: int, name: str, fd: int, nbytes: int, sealed: bool) -> None:
         """Give a restarted anchor a segment that survived in this process; it keeps a duplicate of ``fd``."""
-        request = m.AdoptHandle(
-            run_id=self._run_id, generation=generation, name=name, nbytes=nbytes, sealed=sealed
-        )
+        request = m.AdoptHandle(run_id=self._run_id, generation=generation, name=name, nbytes=nbytes, sealed=sealed)
         self._exchange(request, [fd], m.Ok)
 
     def _control(self, request: m.ControlRequest, expected: type[ReplyT]) -> ReplyT:
@@ -170,9 +165,7 @@ class AnchorClient:
         pid = os.getpid()
         return self._contexts.get(pid) or self._contexts.setdefault(pid, zmq.Context())
 
-    def _exchange(
-        self, request: m.HandleRequest, fds: list[int], expected: type[ReplyT]
-    ) -> tuple[ReplyT, list[int]]:
+    def _exchange(self, request: m.HandleRequest, fds: list[int], expected: type[ReplyT]) -> tuple[ReplyT, list[int]]:
         deadline = time.monotonic() + self._timeout_s
         received: list[int] = []
         try:

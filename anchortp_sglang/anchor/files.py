@@ -1,4 +1,4 @@
-"""The files of a run directory, and whether the process that wrote one is still alive."""
+"""The files of a run directory, and the records in them of who runs there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TypeVar
 
 import msgspec
 
+from anchortp_sglang.anchor.pids import is_alive
+
 __all__ = [
     "HOST_DEVICE",
     "AnchorFiles",
     "AnchorRecord",
     "ServerRecord",
     "device_name",
-    "is_alive",
-    "start_ticks",
 ]
 
 HOST_DEVICE = -1  # the anchor of host memory
@@ -112,21 +112,3 @@ class AnchorFiles(msgspec.Struct, frozen=True):
 
     def _path(self, suffix: str) -> str:
         return os.path.join(self.run_dir, f"anchor-{device_name(self.device)}.{suffix}")
-
-
-def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None if it does not run (a zombie does not).
-
-    Not ``psutil.Process.create_time``: that is wall-clock time, which moves when the clock is set.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()  # the command may hold blanks and brackets
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def is_alive(pid: int, ticks: int) -> bool:
-    """Whether the process ``pid`` that started at ``ticks`` still runs."""
-    return start_ticks(pid) == ticks

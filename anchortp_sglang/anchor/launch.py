@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import select
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import zmq
 
 import anchortp_sglang
 from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, device_name
+from anchortp_sglang.anchor.pids import wait_readable
 from anchortp_sglang.anchor.rundir import (
     RunDir,
     RunDirError,
@@ -87,8 +89,10 @@ def start_anchor(
         os.close(rival.pidfd)
         raise AnchorStartError(f"the {name} runs in {run_dir} already: process {rival.pid}")
     failure = _spawn(arguments, files, time.monotonic() + timeout_s)
-    anchor = None if failure else find_anchor(run_dir, device)
-    if anchor is None:
+    anchor = find_anchor(run_dir, device)
+    if failure or anchor is None:
+        if anchor:
+            _end(anchor)  # it became ready while we gave up; one that does later finds our pipe closed
         raise AnchorStartError(f"the {name} {failure or 'ended at once'}; {_tail(files.log)}")
     return anchor
 
@@ -111,30 +115,34 @@ def find_anchor(run_dir: Path, device: int) -> AnchorProcess | None:
 def _spawn(arguments: list[str], files: AnchorFiles, deadline: float) -> str | None:
     """Why it failed, or None."""
     ready, signal_ready = os.pipe()
-    # -S -s -P: no .pth file or sitecustomize may pull something heavy into an anchor.
-    command = [sys.executable, "-S", "-s", "-P", "-m", "anchortp_sglang.anchor.server", *arguments]
     try:
-        with open(files.log, "ab", opener=_private) as log:
-            starter = subprocess.Popen(
-                [*command, f"--ready-fd={signal_ready}"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env=_environment(),
-                pass_fds=(signal_ready,),
-            )
-    finally:
-        os.close(signal_ready)
-    try:
+        try:
+            starter = _popen([*arguments, f"--ready-fd={signal_ready}"], files.log, signal_ready)
+        finally:
+            os.close(signal_ready)
         return _wait(starter, ready, deadline)
     finally:
         os.close(ready)
 
 
+def _popen(arguments: list[str], log_path: str, signal_ready: int) -> subprocess.Popen[bytes]:
+    # -S -s -P: no .pth file or sitecustomize may pull something heavy into an anchor.
+    command = [sys.executable, "-S", "-s", "-P", "-m", "anchortp_sglang.anchor.server", *arguments]
+    with open(log_path, "ab", opener=_private) as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=_environment(),
+            pass_fds=(signal_ready,),
+        )
+
+
 def _wait(starter: subprocess.Popen[bytes], ready: int, deadline: float) -> str | None:
     try:
-        if not select.select([ready], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not wait_readable(ready, deadline - time.monotonic()):
             return "is not ready in time"
         return None if os.read(ready, 1) else "failed to start"
     finally:
@@ -143,6 +151,12 @@ def _wait(starter: subprocess.Popen[bytes], ready: int, deadline: float) -> str 
         except subprocess.TimeoutExpired:
             starter.kill()
             starter.wait()
+
+
+def _end(anchor: AnchorProcess) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(anchor.pidfd, signal.SIGTERM)
+    os.close(anchor.pidfd)
 
 
 def _environment() -> dict[str, str]:

@@ -38,6 +38,7 @@ _MAX_WAIT_S = 3600.0
 _MAX_QUEUED = 64  # control messages waiting in either direction, per peer
 _GOODBYE_MS = 200  # how long the last replies may take to leave
 _HANDSHAKE_MS = 2000
+_ERROR_PAUSE_S = 0.01  # lest an error that repeats takes all of a core
 
 
 class Anchor:
@@ -67,8 +68,8 @@ class Anchor:
                 try:
                     self._serve(source)
                 except Exception:  # the memory is worth more than any one message
-                    traceback.print_exc()
-                    self._count("internal_error")
+                    self._count("internal_error", traceback.format_exc())
+                    time.sleep(_ERROR_PAUSE_S)
             self._handles.expire(time.monotonic())
             self._advance(Tick())
 
@@ -109,7 +110,10 @@ class Anchor:
             self._handles.serve(source, time.monotonic())
 
     def _serve_control(self) -> None:
-        frames = self._control.recv_multipart(zmq.NOBLOCK)
+        try:
+            frames = self._control.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
         if len(frames) != 2:
             return self._count("multipart")
         sender, payload = frames

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, ServerRecord, start_ticks
+from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, ServerRecord
+from anchortp_sglang.anchor.pids import start_ticks
 
 __all__ = ["RunDir", "RunDirError", "RunDirInUse", "live_anchors", "prepare_run_dir", "remove_run_dir"]
 
@@ -124,9 +125,7 @@ def _check_private(path: Path) -> None:
     if not stat.S_ISDIR(facts.st_mode):
         raise RunDirError(f"{path} is not a directory (a link will not do): remove it, or choose another")
     if facts.st_uid != os.geteuid():
-        raise RunDirError(
-            f"{path} belongs to user {facts.st_uid}, not {os.geteuid()}: choose another directory"
-        )
+        raise RunDirError(f"{path} belongs to user {facts.st_uid}, not {os.geteuid()}: choose another directory")
     if stat.S_IMODE(facts.st_mode) & 0o077:
         raise RunDirError(f"others may enter {path}: chmod 700 it if nothing in it is theirs")
 
@@ -135,4 +134,7 @@ def _check_private(path: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     with open(path / _LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # not by close(): a process forked meanwhile has it open too

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 
 from anchortp_sglang.anchor import daemon
-from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, start_ticks
+from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord
 from anchortp_sglang.anchor.loop import Anchor, log
+from anchortp_sglang.anchor.pids import start_ticks
 from anchortp_sglang.anchor.state import AnchorState
 
 __all__ = ["main"]
 
-_LOG_TIMEOUT_S = 2.0  # an anchor that is just ending may still hold the device's log
+_LOG_TIMEOUT_S = 1.0  # an anchor that is just ending may still hold the device's log
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _live(state: AnchorState, files: AnchorFiles, ready_fd: int | None) -> None:
     anchor = Anchor(state, files)
     pid = os.getpid()
-    record = AnchorRecord(
-        pid=pid, start_ticks=start_ticks(pid) or 0, run_id=state.run_id, device=state.device
-    )
+    record = AnchorRecord(pid=pid, start_ticks=start_ticks(pid) or 0, run_id=state.run_id, device=state.device)
     record.write(files.record)
     if ready_fd is not None:
         os.write(ready_fd, b"1")  # fails, and ends the anchor, if the starter has given up on it
@@ -71,9 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--controller-pid", type=int, required=True)
     parser.add_argument("--linger-s", type=float, required=True)
     parser.add_argument("--generation", type=int, default=0)
-    parser.add_argument(
-        "--ready-fd", type=int, help="one byte is written to it when the anchor can be reached"
-    )
+    parser.add_argument("--ready-fd", type=int, help="one byte is written to it when the anchor can be reached")
     return parser.parse_args(argv)
 
 

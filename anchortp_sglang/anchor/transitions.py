@@ -37,9 +37,7 @@ def step(state: AnchorState, event: Event, now: float) -> Step:
     """The one transition function. ``now``: a monotonic clock, in seconds."""
     if isinstance(event, m.REQUEST_TYPES):
         if event.run_id != state.run_id:
-            return refuse(
-                state, "wrong_run", f"this anchor belongs to run {state.run_id!r}, not {event.run_id!r}"
-            )
+            return refuse(state, "wrong_run", f"this anchor belongs to run {state.run_id!r}, not {event.run_id!r}")
         if event.generation < state.generation and not isinstance(event, m.Status):
             text = f"generation {event.generation} is superseded by {state.generation}"
             return refuse(state, "stale_generation", text)
@@ -128,9 +126,7 @@ def _open(state: AnchorState, event: m.OpenHandle, now: float) -> Step:
     segment = state.segments.get(event.name)
     if segment is None:
         return _unknown(state, event.name)
-    reply = m.Handle(
-        run_id=state.run_id, generation=state.generation, nbytes=segment.nbytes, sealed=segment.sealed
-    )
+    reply = m.Handle(run_id=state.run_id, generation=state.generation, nbytes=segment.nbytes, sealed=segment.sealed)
     return Step(state=state, reason=f"handed out {event.name!r}", reply=reply)
 
 
@@ -145,9 +141,7 @@ def _adopt(state: AnchorState, event: m.AdoptHandle, now: float) -> Step:
 
 def _already_attached(state: AnchorState, event: m.Attach, now: float) -> Step:
     if event.controller_pid != state.controller_pid:
-        text = (
-            f"the anchor belongs to process {state.controller_pid}, which still runs: stop that server first"
-        )
+        text = f"the anchor belongs to process {state.controller_pid}, which still runs: stop that server first"
         return refuse(state, "controller_alive", text)
     return _attach(state, event, now)
 

@@ -130,9 +130,7 @@ class Server:
             if status["state"] in ("serving", "degraded") and status["generation"] >= generation:
                 return status
             time.sleep(0.02)
-        raise ServerFailed(
-            f"generation {generation} did not serve within {timeout_s:g} s: {status}\n{self.tail()}"
-        )
+        raise ServerFailed(f"generation {generation} did not serve within {timeout_s:g} s: {status}\n{self.tail()}")
 
     def tail(self, lines: int = 40) -> str:
         if not self.log.exists():

@@ -1,6 +1,7 @@
 """Concurrent streaming clients that record what they were given, and when."""
 
 import http.client
+import itertools
 import json
 import threading
 import time
@@ -32,7 +33,7 @@ class History:
     def longest_pause_s(self) -> float:
         """Longest gap between two messages; 0 with fewer than two."""
         times = [at for at, _ in self.arrivals]
-        return max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
 
     def first_after(self, moment: float) -> float | None:
         """Seconds from ``moment`` (monotonic) to the first new token after it."""
@@ -54,9 +55,7 @@ class Streams:
     def __init__(self, url: str, requests: Sequence[dict[str, Any]]) -> None:
         self._address = urlsplit(url).netloc
         self.histories = [History(request) for request in requests]
-        self._threads = [
-            threading.Thread(target=self._follow, args=(h,), daemon=True) for h in self.histories
-        ]
+        self._threads = [threading.Thread(target=self._follow, args=(h,), daemon=True) for h in self.histories]
 
     def __enter__(self) -> Self:
         for thread in self._threads:

@@ -50,6 +50,8 @@ _FLAGS: dict[str, object] = {
     "disable_overlap_schedule": True,
     # Rank 0 else polls its sockets without pause (Scheduler.event_loop_normal) and keeps all ranks busy.
     "sleep_on_idle": True,
+    # Constrained output cannot be resumed yet and is refused at admission; each rank would load its backend.
+    "grammar_backend": "none",
     # GroupCoordinator.__init__ else tries it and logs a warning for each group (dispatch_custom_allreduce).
     "disable_custom_all_reduce": True,
 }
@@ -72,6 +74,9 @@ def _environment(tp_size: int, cores: Sequence[int]) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",
         # Tokenizer threads compete with the ranks; tokenizer_manager sets it for some models only.
         "TOKENIZERS_PARALLELISM": "false",
+        # GroupCoordinator.__init__ else makes one in /dev/shm, which a killed rank leaves behind, and starts a
+        # resource tracker; nobody uses it.
+        "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
         # bootstrap._check_tp_memory_balance compares the host's free memory as seen at different moments.
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
     }

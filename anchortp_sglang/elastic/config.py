@@ -49,9 +49,7 @@ def _hf_configs(model_config: Any) -> list[Any]:
     return list(configs.values())
 
 
-def around_unaligned_cpu_tp(
-    original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int
-) -> Any:
+def around_unaligned_cpu_tp(original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
     """AROUND update_config.adjust_config_with_unaligned_cpu_tp: it would pad the shares we already made."""
     if current() is None:
         return original(model_config, load_config, tp_size)

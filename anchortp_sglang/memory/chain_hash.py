@@ -20,9 +20,7 @@ Hashes = NDArray[np.uint64]
 
 UNKNOWN = 0
 
-_MULTIPLIER = (
-    6364136223846793005  # odd, hence invertible mod 2**64; = 5 mod 8, hence of full order (Knuth, MMIX)
-)
+_MULTIPLIER = 6364136223846793005  # odd, hence invertible mod 2**64; = 5 mod 8, hence of full order (Knuth, MMIX)
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
 
 

@@ -83,9 +83,7 @@ class PageTable:
         """Use the table that another process left; PageTableMismatch if it does not fit the arguments."""
         have, need = memoryview(buffer).nbytes, cls.nbytes(slots)
         if have < need:
-            raise PageTableMismatch(
-                f"a page table of {slots} slots has {need} bytes, this buffer only {have}"
-            )
+            raise PageTableMismatch(f"a page table of {slots} slots has {need} bytes, this buffer only {have}")
         table = cls(buffer, slots, root_hash(namespace))
         table._check_header()
         return table
@@ -196,9 +194,7 @@ class PageTable:
         found = self._header.tolist()
         for name, want, have in zip(_IDENTITY, expected, found, strict=False):
             if have != want:
-                raise PageTableMismatch(
-                    f"page table: {name} is {have:#x}, expected {want:#x}; create a new one"
-                )
+                raise PageTableMismatch(f"page table: {name} is {have:#x}, expected {want:#x}; create a new one")
         if found[_STEP] >= _STEP_LIMIT or int(self._hash[ROOT]) != self._seed:
             raise PageTableMismatch("page table: the header was overwritten; create a new one")
 
@@ -212,9 +208,7 @@ class PageTable:
 
 def _check_lengths(slots: Ids, tokens: Ids, parents: Ids) -> None:
     if slots.ndim != 1 or not slots.shape == tokens.shape == parents.shape:
-        raise ValueError(
-            f"want one token and parent per slot, got {slots.shape}, {tokens.shape}, {parents.shape}"
-        )
+        raise ValueError(f"want one token and parent per slot, got {slots.shape}, {tokens.shape}, {parents.shape}")
 
 
 def _apply(stores: Sequence[Store]) -> None:

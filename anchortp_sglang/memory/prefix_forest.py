@@ -34,9 +34,7 @@ class Chain:
 
     def __post_init__(self) -> None:
         if len(self.slots) != len(self.tokens) or not 0 <= self.shared < len(self.slots):
-            raise ValueError(
-                f"a chain of {len(self.slots)} slots has {len(self.tokens)} tokens, {self.shared} shared"
-            )
+            raise ValueError(f"a chain of {len(self.slots)} slots has {len(self.tokens)} tokens, {self.shared} shared")
 
 
 def verified_slots(hashes: Hashes, tokens: Ids, parents: Ids, root_hash: int) -> Mask:

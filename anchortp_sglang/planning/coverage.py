@@ -26,9 +26,7 @@ def check_coverage(layout: ShardLayout) -> None:
     runs: defaultdict[str, Runs] = defaultdict(list)
     for piece in layout.pieces:
         if dims.get(piece.param) != piece.dim:
-            raise CoverageError(
-                f"{piece.source} fills {piece.param} along dim {piece.dim}, where it is not split"
-            )
+            raise CoverageError(f"{piece.source} fills {piece.param} along dim {piece.dim}, where it is not split")
         runs[piece.param].append((piece.start, piece.start + piece.length))
     for param, start, length in layout.padding:
         runs[param].append((start, start + length))
@@ -57,9 +55,7 @@ def check_sources(
             raise CoverageError(f"the checkpoint has no {source}, which {model.architecture} needs")
         if tuple(source_shapes.get(source, ())) != needed.shape:
             found = source_shapes.get(source)
-            raise CoverageError(
-                f"{source} has shape {found} in the checkpoint; config.json says {needed.shape}"
-            )
+            raise CoverageError(f"{source} has shape {found} in the checkpoint; config.json says {needed.shape}")
     unused = _unused(model, names - expected.keys())
     read = _reads(layouts_of_all_ranks)
     for source, needed in expected.items():

@@ -176,8 +176,7 @@ def _params(
         return ParamSpec(prefix + rule.name, blocks, rule.dim, rest, layer)
 
     before, layers, after = (
-        [rule for rule in rules if _exists(rule, config)]
-        for rules in (family.before, family.layer, family.after)
+        [rule for rule in rules if _exists(rule, config)] for rules in (family.before, family.layer, family.after)
     )
     return (
         *(spec(rule) for rule in before),

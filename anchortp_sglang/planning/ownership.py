@@ -69,8 +69,7 @@ class Ownership:
             value = json.loads(text)
             devices = tuple(int(device) for device in value["devices"])
             shares = {
-                axis: tuple(tuple((int(a), int(b)) for a, b in runs) for runs in value["shares"][axis])
-                for axis in AXES
+                axis: tuple(tuple((int(a), int(b)) for a, b in runs) for runs in value["shares"][axis]) for axis in AXES
             }
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidOwnership(f"not the JSON of an ownership: {error!r}") from error
@@ -83,9 +82,7 @@ class Ownership:
     def __str__(self) -> str:
         lines = []
         for rank, device in enumerate(self.devices):
-            runs = (
-                f"{axis} " + ",".join(f"{a}-{b - 1}" for a, b in ranks[rank]) for axis, ranks in self.shares
-            )
+            runs = (f"{axis} " + ",".join(f"{a}-{b - 1}" for a, b in ranks[rank]) for axis, ranks in self.shares)
             lines.append(f"device {device}: " + "  ".join(runs))
         return "\n".join(lines)
 
@@ -101,14 +98,10 @@ def validate(model: ModelAxes, ownership: Ownership) -> None:
     for rank, device in enumerate(ownership.devices):
         empty = [axis for axis, ranks in ownership.shares if not ranks[rank]]
         if empty:
-            raise InvalidOwnership(
-                f"device {device} would hold no units of {', '.join(empty)}; use fewer devices"
-            )
+            raise InvalidOwnership(f"device {device} would hold no units of {', '.join(empty)}; use fewer devices")
         _check_head_groups(model, ownership, rank)
     if dict(ownership.shares)["vocab"] != equal_vocab_cut(model.vocab_size, ownership.tp_size):
-        raise InvalidOwnership(
-            f"vocab is not the equal cut of {model.vocab_size} rows over {ownership.tp_size} ranks"
-        )
+        raise InvalidOwnership(f"vocab is not the equal cut of {model.vocab_size} rows over {ownership.tp_size} ranks")
 
 
 def _check_held_once(axis: str, units: int, ranks: Sequence[Intervals]) -> None:
@@ -123,15 +116,11 @@ def _check_held_once(axis: str, units: int, ranks: Sequence[Intervals]) -> None:
 def _check_head_groups(model: ModelAxes, ownership: Ownership, rank: int) -> None:
     q_heads, kv_heads = ownership.of("q_head", rank), ownership.of("kv_head", rank)
     where = f"device {ownership.devices[rank]}"
-    needed = normalize(
-        (q // model.group_size, q // model.group_size + 1) for a, b in q_heads for q in range(a, b)
-    )
+    needed = normalize((q // model.group_size, q // model.group_size + 1) for a, b in q_heads for q in range(a, b))
     if kv_heads != needed:
         raise InvalidOwnership(f"{where} holds KV heads {kv_heads}, its query heads need {needed}")
     sizes = {
-        total(intersect(q_heads, scale(((kv, kv + 1),), model.group_size)))
-        for a, b in kv_heads
-        for kv in range(a, b)
+        total(intersect(q_heads, scale(((kv, kv + 1),), model.group_size))) for a, b in kv_heads for kv in range(a, b)
     }
     if len(sizes) > 1:
         raise InvalidOwnership(f"{where} has KV heads with unequal numbers of query heads: {sorted(sizes)}")

@@ -120,9 +120,7 @@ class Cluster:
 
     def client(self, device: int) -> AnchorClient:
         if device not in self._clients:
-            self._clients[device] = AnchorClient(
-                self.plan.run_dir, self.plan.run_id, device, ANCHOR_TIMEOUT_S
-            )
+            self._clients[device] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, ANCHOR_TIMEOUT_S)
         return self._clients[device]
 
     def anchor_alive(self, device: int) -> bool:
@@ -238,9 +236,7 @@ class Cluster:
     def wait_ready(self, generation: Generation, timeout_s: float) -> None:
         """Until every rank is ready. Raises StartFailed as soon as one fails or dies."""
         deadline = time.monotonic() + timeout_s
-        generation.infos = [
-            self._wait_one(generation, index, deadline) for index in range(len(generation.ranks))
-        ]
+        generation.infos = [self._wait_one(generation, index, deadline) for index in range(len(generation.ranks))]
 
     def _wait_one(self, generation: Generation, index: int, deadline: float) -> dict[str, Any]:
         pipe = generation.ranks[index].pipe

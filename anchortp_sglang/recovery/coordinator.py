@@ -264,10 +264,10 @@ class Coordinator:
         await asyncio.wait_for(self._fence_seen, _FENCE_TIMEOUT_S)
 
     def _on_fence(self, fence: Fence) -> None:
-        seen = self._fence_seen
-        if seen is not None and not seen.done() and self.generation is not None:
-            if fence.generation == self.generation.number:
-                seen.set_result(fence)
+        seen, generation = self._fence_seen, self.generation
+        if seen is None or seen.done() or generation is None or fence.generation != generation.number:
+            return
+        seen.set_result(fence)
 
     async def _start(self) -> Event:
         old, recovery = self.generation, self._recovery

@@ -1,4 +1,4 @@
-"""A counter per rank in shared memory, moved by every turn of its scheduler loop: it tells a hung rank from a busy one."""
+"""A counter per rank in shared memory, moved by every turn of its scheduler loop: it tells hung from busy."""
 
 import mmap
 

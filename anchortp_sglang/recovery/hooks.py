@@ -91,9 +91,7 @@ async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager:
     ledger.dispatch(message)
 
 
-async def around_handle_batch_output(
-    original: Callable[..., Any], tokenizer_manager: Any, output: Any
-) -> None:
+async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:
     """AROUND TokenizerManager._handle_batch_output: nothing doubled, nothing missing reaches a client.
 
     Must not raise: print_exception_wrapper would kill the whole tree.

@@ -122,14 +122,10 @@ def judge(evidence: Sequence[DeviceEvidence], reason: str) -> Verdict:
     lost = tuple(e.device for e in evidence if not e.anchor_alive)
     if lost:
         names = ", ".join(map(str, lost))
-        return Verdict(
-            "device", lost[0], lost, f"anchor and rank of device {names} are dead: its memory is gone"
-        )
+        return Verdict("device", lost[0], lost, f"anchor and rank of device {names} are dead: its memory is gone")
     for item in evidence:
         if item.rank_died:
-            return Verdict(
-                "process", item.device, (), f"the rank on device {item.device} died, its anchor lives"
-            )
+            return Verdict("process", item.device, (), f"the rank on device {item.device} died, its anchor lives")
     for item in evidence:
         if item.rank_hung:
             return Verdict("hang", item.device, (), f"the rank on device {item.device} made no progress")

@@ -37,7 +37,13 @@ def run(spec: RankSpec, pipe: Connection) -> None:
     """Be one rank until killed. Sends ("ready", info) or ("failed", text) to main."""
     stamps = Stamps()
     try:
+        import cProfile
+
+        pr = cProfile.Profile()
+        pr.enable()
         info = _start(spec, stamps)
+        pr.disable()
+        pr.dump_stats(f"/tmp/prof.{spec.assignment.generation}.{spec.assignment.rank}")
     except BaseException as error:
         traceback.print_exc()
         pipe.send(("failed", f"{type(error).__name__}: {error}"))

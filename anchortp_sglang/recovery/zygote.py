@@ -80,9 +80,7 @@ class Zygote:
         finally:
             theirs.close()
         if not fds:
-            raise ZygoteError(
-                f"the zygote (pid {self.pid}) could not fork: {answer.decode() or 'it is gone'}"
-            )
+            raise ZygoteError(f"the zygote (pid {self.pid}) could not fork: {answer.decode() or 'it is gone'}")
         return Child(int(answer), fds[0], ours)
 
     def kill(self) -> None:
@@ -129,7 +127,7 @@ def spawn_zygote() -> Zygote:
     command = [
         sys.executable,
         "-m",
-        "anchortp_sglang.recovery.zygote_main",
+        "anchortp_sglang.zygote_main",
         str(theirs.fileno()),
         str(os.getpid()),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import time
@@ -15,6 +14,7 @@ from types import TracebackType
 from anchortp_sglang.anchor.client import AnchorClient
 from anchortp_sglang.anchor.files import AnchorFiles
 from anchortp_sglang.anchor.launch import AnchorProcess, prepare_run_dir, start_anchor
+from anchortp_sglang.anchor.pids import wait_readable
 
 IDENTITY = "model:tp2"
 TIMEOUT_S = 5.0
@@ -46,9 +46,7 @@ class AnchorRig:
         self, device: int = 0, linger_s: float = 0.0, controller_pid: int | None = None, generation: int = 0
     ) -> AnchorProcess:
         pid = os.getpid() if controller_pid is None else controller_pid
-        anchor = start_anchor(
-            self.run.path, self.run.run_id, device, IDENTITY, pid, linger_s, TIMEOUT_S, generation
-        )
+        anchor = start_anchor(self.run.path, self.run.run_id, device, IDENTITY, pid, linger_s, TIMEOUT_S, generation)
         self._anchors.append(anchor)
         return anchor
 
@@ -67,7 +65,7 @@ class AnchorRig:
 
 def ended(anchor: AnchorProcess, timeout_s: float = TIMEOUT_S) -> bool:
     """Whether the anchor ends in time."""
-    return bool(select.select([anchor.pidfd], [], [], timeout_s)[0])
+    return wait_readable(anchor.pidfd, timeout_s)
 
 
 def kill(anchor: AnchorProcess) -> None:
@@ -114,7 +112,14 @@ def holders(segment: str) -> set[int]:
 
 def _holds(pid: str, mark: str) -> bool:
     try:
-        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-        return any(link.startswith(mark) for link in links) or mark in Path(f"/proc/{pid}/maps").read_text()
+        fds = os.listdir(f"/proc/{pid}/fd")
+        return mark in Path(f"/proc/{pid}/maps").read_text() or any(_leads_to(pid, fd, mark) for fd in fds)
     except OSError:
         return False
+
+
+def _leads_to(pid: str, fd: str, mark: str) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}").startswith(mark)
+    except FileNotFoundError:
+        return False  # closed meanwhile

@@ -13,9 +13,7 @@ FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 Tensors = dict[str, np.ndarray]
 
 
-def config(
-    heads: tuple[int, int] = (12, 4), architecture: str = "Qwen3ForCausalLM", **changes: Any
-) -> dict[str, Any]:
+def config(heads: tuple[int, int] = (12, 4), architecture: str = "Qwen3ForCausalLM", **changes: Any) -> dict[str, Any]:
     """A config.json of two small layers; 1040 MLP columns are 65 units of 16."""
     return {
         "architectures": [architecture],
@@ -30,9 +28,7 @@ def config(
     } | changes
 
 
-def model(
-    heads: tuple[int, int] = (12, 4), architecture: str = "Qwen3ForCausalLM", **changes: Any
-) -> ModelAxes:
+def model(heads: tuple[int, int] = (12, 4), architecture: str = "Qwen3ForCausalLM", **changes: Any) -> ModelAxes:
     return read_model_axes(config(heads, architecture, **changes))
 
 
@@ -81,9 +77,7 @@ def _at(tensor: np.ndarray, dim: int, start: int, length: int) -> np.ndarray:
 
 def attention(weights: Tensors, layer: str, q_heads: int, kv_heads: int, x: np.ndarray) -> np.ndarray:
     """A stand-in for attention on one rank's parameters that mixes each query head with its own KV head."""
-    qkv = weights[f"{layer}.self_attn.qkv_proj.weight"] @ x + weights.get(
-        f"{layer}.self_attn.qkv_proj.bias", 0
-    )
+    qkv = weights[f"{layer}.self_attn.qkv_proj.weight"] @ x + weights.get(f"{layer}.self_attn.qkv_proj.bias", 0)
     heads = qkv.reshape(q_heads + 2 * kv_heads, -1)
     q, k, v = np.split(heads, [q_heads, q_heads + kv_heads])
     group = q_heads // kv_heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import socket
 import struct
 import time
@@ -171,13 +172,20 @@ class TestControl:
                 sock.send(payload)
             rig.client().status()
 
-    def test_many_connections(self, rig: AnchorRig) -> None:
+    def test_more_connections_than_a_process_may_open_by_default(self, rig: AnchorRig) -> None:
+        # libzmq would abort the anchor when accept() fails for want of descriptors.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        try:
+            anchor = rig.start(device=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         crowd = []
         for _ in range(300):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.connect(rig.files().control)
+            sock.connect(rig.files(1).control)
             crowd.append(sock)
-        rig.client().status()
+        assert rig.client(1).status().pid == anchor.pid
         for sock in crowd:
             sock.close()
 
@@ -204,12 +212,12 @@ class TestHandles:
         assert isinstance(send_frame(rig, payload), m.Refused)
         assert dropped(rig, "undecodable") == 1
 
-    @pytest.mark.parametrize("length", [m.MAX_MESSAGE_BYTES + 1, 2**31, 2**32 - 1])
-    def test_huge_announced_lengths(self, rig: AnchorRig, length: int) -> None:
-        with connect(rig) as sock:
-            sock.sendall(struct.pack("<I", length))
-            assert sock.recv(1) == b""
-        assert dropped(rig, "oversized") == 1
+    def test_huge_announced_lengths(self, rig: AnchorRig) -> None:
+        for length in (m.MAX_MESSAGE_BYTES + 1, 2**31, 2**32 - 1):
+            with connect(rig) as sock:
+                sock.sendall(struct.pack("<I", length))
+                assert sock.recv(1) == b""
+        assert dropped(rig, "oversized") == 3
 
     def test_half_a_frame(self, rig: AnchorRig) -> None:
         for part in (b"\x10", struct.pack("<I", 100) + b"abc"):
@@ -250,7 +258,6 @@ class TestHandles:
     def test_another_user_is_refused(self, rig: AnchorRig) -> None:
         rig.run.path.chmod(0o711)
         os.chmod(rig.files().handles, 0o777)
-        os.chdir("/")
 
         def child() -> None:
             os.chdir(rig.run.path)

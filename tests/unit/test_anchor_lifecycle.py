@@ -48,10 +48,11 @@ def test_it_is_no_descendant_of_its_starter(rig: AnchorRig) -> None:
 
 def test_it_is_small_and_imports_nothing_heavy(rig: AnchorRig) -> None:
     anchor = rig.start()
-    maps = Path(f"/proc/{anchor.pid}/maps").read_text()
-    assert "_zmq" in maps, "these are not the maps of an anchor"
-    for library in ("torch", "numpy", "cuda", "sglang"):
-        assert f"/{library}" not in maps.replace(os.path.dirname(os.path.dirname(__file__)), "")
+    maps = Path(f"/proc/{anchor.pid}/maps").read_text().splitlines()
+    libraries = {os.path.basename(line) for line in maps if ".so" in line}
+    assert any("zmq" in library for library in libraries), "these are not the maps of an anchor"
+    for heavy in ("torch", "cuda", "c10", "multiarray", "blas", "sgl"):
+        assert not any(heavy in library for library in libraries)
     assert psutil.Process(anchor.pid).memory_info().rss < 32 * 2**20
 
 
@@ -160,7 +161,7 @@ class TestAttach:
         assert error.value.code == "wrong_identity"
 
     def test_is_refused_for_a_dead_process_and_the_linger_goes_on(self, rig: AnchorRig) -> None:
-        lingering(rig, linger_s=1.0)
+        lingering(rig, linger_s=0.6)
         dead = rig.controller()
         dead.kill()
         dead.wait()

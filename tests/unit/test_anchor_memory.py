@@ -103,14 +103,15 @@ def test_memory_is_gone_with_a_killed_anchor_if_nobody_holds_it(rig: AnchorRig, 
     assert refusal(error) == "unknown_segment"
 
 
-@pytest.mark.parametrize("sealed", [False, True])
-def test_a_restarted_anchor_takes_its_memory_back(rig: AnchorRig, name: str, sealed: bool) -> None:
+@pytest.mark.parametrize("sealed, opened_since", [(False, False), (True, True), (True, False)])
+def test_a_restarted_anchor_takes_its_memory_back(rig: AnchorRig, name: str, sealed: bool, opened_since: bool) -> None:
     first = rig.start()
     rig.client().allocate(0, name, NBYTES)
     grant = rig.client().open_handle(0, name)
     write(grant, 0, b"kept")
     if sealed:
         rig.client().seal(0, name)
+    if opened_since:
         os.close(grant.fd)
         grant = rig.client().open_handle(0, name)
     kill(first)

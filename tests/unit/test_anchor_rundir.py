@@ -11,7 +11,7 @@ from anchor_rig import IDENTITY, AnchorRig, exit_status, fork
 
 from anchortp_sglang.anchor import rundir
 from anchortp_sglang.anchor.client import AnchorClient
-from anchortp_sglang.anchor.files import ServerRecord, is_alive, start_ticks
+from anchortp_sglang.anchor.files import ServerRecord
 from anchortp_sglang.anchor.launch import (
     RunDir,
     RunDirError,
@@ -21,6 +21,7 @@ from anchortp_sglang.anchor.launch import (
     remove_run_dir,
     start_anchor,
 )
+from anchortp_sglang.anchor.pids import is_alive, start_ticks
 
 
 @pytest.fixture
@@ -161,9 +162,7 @@ class TestDefaultBase:
         assert prepare_run_dir(None, "key").path == tmp_path / "anchortp" / "key"
 
     @pytest.mark.parametrize("runtime", ["", "/nowhere/at/all"])
-    def test_is_the_users_own_under_tmp_otherwise(
-        self, monkeypatch: pytest.MonkeyPatch, runtime: str
-    ) -> None:
+    def test_is_the_users_own_under_tmp_otherwise(self, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
         monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
         assert rundir._default_base() == Path(f"/tmp/anchortp-{os.geteuid()}")
 

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from anchortp_sglang.anchor import messages as m
 from anchortp_sglang.anchor.state import (
+    Action,
     AnchorState,
     CloseSegment,
     ControllerDied,
@@ -81,7 +82,13 @@ TABLE = [
 
 
 @pytest.mark.parametrize("state, request_type, phase, answer, actions", TABLE)
-def test_each_request_in_each_phase(state, request_type, phase, answer, actions) -> None:  # type: ignore[no-untyped-def]
+def test_each_request_in_each_phase(
+    state: AnchorState,
+    request_type: type,
+    phase: Phase,
+    answer: type | str | None,
+    actions: tuple[Action, ...],
+) -> None:
     outcome = step(state, REQUESTS[request_type], now=0.0)
     assert outcome.state.phase is phase
     assert outcome.actions == actions
@@ -211,7 +218,9 @@ events = st.one_of(
 
 
 @given(st.lists(st.tuples(events, st.floats(0, 20)), max_size=30))
-def test_whatever_happens_generations_only_rise_and_sealed_stays_sealed(history) -> None:  # type: ignore[no-untyped-def]
+def test_whatever_happens_generations_only_rise_and_sealed_stays_sealed(
+    history: list[tuple[Event, float]],
+) -> None:
     state, now = replace(OWNED, segments={}, generation=0), 0.0
     for event, wait_s in history:
         now += wait_s

@@ -6,7 +6,7 @@ import fcntl
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -107,9 +107,7 @@ class TestMemoryExhausted:
         memory.create("second", 2 * NBYTES, lazy=False)
         memory.close_all()
 
-    def test_available_memory_is_no_more_than_the_container_may_use(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_available_memory_is_no_more_than_the_container_may_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         files = {"memory.max": "1000000\n", "memory.current": "900000\n"}
         files["memory.stat"] = "anon 700000\ninactive_file 40000\nactive_file 10000\n"
         monkeypatch.setattr(arena, "_read_cgroup", files.__getitem__)
@@ -142,7 +140,7 @@ def _read_only_handle_of_a_writable_segment() -> int:
 
 
 @pytest.mark.parametrize("make", [_pipe, _file, _growing_memfd, _read_only_handle_of_a_writable_segment])
-def test_what_is_no_segment_is_not_taken_for_one(make) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_no_segment_is_not_taken_for_one(make: Callable[[], int]) -> None:
     fd = make()
     try:
         with pytest.raises(BadHandle):

@@ -164,16 +164,12 @@ def test_inject_succeeds_only_if_the_fault_is_seen_to_take_effect(server, answer
     assert answer[1]["detail"] in json.loads(as_json.stdout)["detail"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--device", "-1", "--kind", "hang"], ["--device", "1", "--kind", "fire"]]
-)
+@pytest.mark.parametrize("arguments", [["--device", "-1", "--kind", "hang"], ["--device", "1", "--kind", "fire"]])
 def test_inject_refuses_what_is_no_fault(arguments):
     assert run("inject", *arguments).exit_code == 2
 
 
-@pytest.mark.parametrize(
-    "command", [["status"], ["timeline"], ["inject", "--device", "0", "--kind", "process"]]
-)
+@pytest.mark.parametrize("command", [["status"], ["timeline"], ["inject", "--device", "0", "--kind", "process"]])
 def test_no_server_is_exit_code_two_and_says_where(command):
     done = run(*command, "--url", "http://127.0.0.1:1")
     assert done.exit_code == 2

@@ -154,9 +154,7 @@ def test_a_hook_beneath_another_plugins_replacement_is_caught(registry, toy):
 
 
 def test_hooks_of_other_plugins_around_ours_are_fine(registry, toy):
-    registry.register(
-        "toy.work.double", lambda original, value: -original(value), kind_of(registry, "around")
-    )
+    registry.register("toy.work.double", lambda original, value: -original(value), kind_of(registry, "around"))
     install(HOOKS)
     assert toy[0].double(2) == -4 + 1
 

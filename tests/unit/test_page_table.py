@@ -222,9 +222,7 @@ def test_a_kill_while_entries_are_replaced_leaves_each_old_or_new_or_unknown(
 
 
 @pytest.mark.parametrize("n_stores", range(8))
-def test_a_kill_while_entries_are_committed_again_loses_nothing(
-    n_stores: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_while_entries_are_committed_again_loses_nothing(n_stores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     table, buffer = new_table()
     table.commit_run([1, 2, 3, 4], [1, 2, 3, 4], 0)
     stop_after(monkeypatch, n_stores)

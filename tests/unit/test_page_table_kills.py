@@ -72,9 +72,7 @@ class ServerLife(RuleBasedStateMachine):
     # --- what a server does
 
     @rule(seed=seeds, n=st.integers(1, 5), committed=st.booleans(), kill_alloc=kills, kill_commit=kills)
-    def extend(
-        self, seed: int, n: int, committed: bool, kill_alloc: int | None, kill_commit: int | None
-    ) -> None:
+    def extend(self, seed: int, n: int, committed: bool, kill_alloc: int | None, kill_commit: int | None) -> None:
         """A request arrives, perhaps on a cached prefix; its extend may stay in flight while others go on."""
         rng = random.Random(seed)
         prefix = self.some_prefix(rng)

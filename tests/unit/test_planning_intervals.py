@@ -80,9 +80,7 @@ def test_even_gives_the_larger_shares_first() -> None:
 def test_proportional_shares_are_within_one_unit_of_exact(units: int, weights: list[int]) -> None:
     shares = proportional(units, weights)
     assert sum(shares) == units
-    assert all(
-        abs(share * sum(weights) - units * w) < sum(weights) for share, w in zip(shares, weights, strict=True)
-    )
+    assert all(abs(share * sum(weights) - units * w) < sum(weights) for share, w in zip(shares, weights, strict=True))
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(0, 60))

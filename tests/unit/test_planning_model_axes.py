@@ -42,9 +42,7 @@ def test_qwen3_parameters_are_those_of_sglang_in_order_of_execution() -> None:
         ("Qwen3ForCausalLM", {"attention_bias": True}, ["self_attn.qkv_proj.bias", "self_attn.o_proj.bias"]),
     ],
 )
-def test_biases_are_those_that_sglang_creates(
-    architecture: str, changes: dict[str, object], biases: list[str]
-) -> None:
+def test_biases_are_those_that_sglang_creates(architecture: str, changes: dict[str, object], biases: list[str]) -> None:
     assert [name for name in names(architecture, **changes) if name.endswith("bias")] == biases
 
 

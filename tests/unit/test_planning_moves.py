@@ -54,10 +54,7 @@ def test_adopting_reloads_exactly_the_bytes_that_were_lost(lost: set[int], archi
     before = split(axes, range(4))
     after = adopt(axes, before, sorted(set(range(4)) - lost))
     lost_bytes = sum(
-        placed.nbytes
-        for rank in lost
-        for placed in shard_layout(axes, before, rank).params
-        if placed.name in sharded
+        placed.nbytes for rank in lost for placed in shard_layout(axes, before, rank).params if placed.name in sharded
     )
     moves = [move for rank in range(after.tp_size) for move in fill_moves(axes, after, rank, before)]
     assert moved_bytes(move for move in moves if move.param not in VOCAB_PARAMS)["reload"] == lost_bytes

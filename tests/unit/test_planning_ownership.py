@@ -17,9 +17,7 @@ def units(ownership: Ownership, axis: str) -> list[int]:
 
 
 def replaced(ownership: Ownership, axis: str, *ranks: tuple[tuple[int, int], ...]) -> Ownership:
-    return dataclasses.replace(
-        ownership, shares=tuple((a, ranks if a == axis else r) for a, r in ownership.shares)
-    )
+    return dataclasses.replace(ownership, shares=tuple((a, ranks if a == axis else r) for a, r in ownership.shares))
 
 
 @st.composite
@@ -33,9 +31,7 @@ def widths(draw: st.DrawFn, kv_heads: int) -> list[int]:
 @pytest.mark.parametrize("tp_size", range(1, 9))
 def test_every_size_up_to_the_query_heads_splits_validly(heads: tuple[int, int], tp_size: int) -> None:
     if tp_size > heads[0]:
-        with pytest.raises(
-            InvalidOwnership, match=f"largest tensor-parallel size of this model is {heads[0]}"
-        ):
+        with pytest.raises(InvalidOwnership, match=f"largest tensor-parallel size of this model is {heads[0]}"):
             split(MODELS[heads], range(tp_size))
         return
     ownership = split(MODELS[heads], range(tp_size))
@@ -105,9 +101,7 @@ def test_a_device_without_mlp_units_is_refused() -> None:
         ("vocab", (((0, 100),), ((100, 192),)), "equal cut"),
     ],
 )
-def test_broken_shares_are_refused(
-    axis: str, ranks: tuple[tuple[tuple[int, int], ...], ...], reason: str
-) -> None:
+def test_broken_shares_are_refused(axis: str, ranks: tuple[tuple[tuple[int, int], ...], ...], reason: str) -> None:
     with pytest.raises(InvalidOwnership, match=reason):
         validate(MODELS[12, 4], replaced(split(MODELS[12, 4], range(2)), axis, *ranks))
 
@@ -126,9 +120,7 @@ def test_shares_that_are_not_canonical_are_refused() -> None:
 
 @given(widths(8), st.data())
 @settings(max_examples=50, deadline=None)
-def test_adopting_keeps_every_unit_and_levels_the_lost_ones(
-    given_widths: list[int], data: st.DataObject
-) -> None:
+def test_adopting_keeps_every_unit_and_levels_the_lost_ones(given_widths: list[int], data: st.DataObject) -> None:
     axes = MODELS[32, 8]
     ownership = split(axes, range(10, 10 + len(given_widths)), given_widths)
     while ownership.tp_size > 1:
@@ -194,9 +186,7 @@ def test_an_ownership_is_a_value_that_survives_json() -> None:
     assert "device 1: q_head 6-8  kv_head 2-2" in str(first)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"devices":[0],"shares":{}}', '{"devices":["x"],"shares":{}}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"devices":[0],"shares":{}}', '{"devices":["x"],"shares":{}}'])
 def test_text_that_is_no_ownership_is_refused(text: str) -> None:
     with pytest.raises(InvalidOwnership):
         Ownership.from_json(text)

@@ -39,9 +39,7 @@ def check(axes: ModelAxes, shards: list[ShardLayout], found: dict[str, tuple[int
 
 @pytest.mark.parametrize("heads", SHAPES)
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_layouts_cover_every_parameter_and_every_source_exactly_once(
-    heads: tuple[int, int], architecture: str
-) -> None:
+def test_layouts_cover_every_parameter_and_every_source_exactly_once(heads: tuple[int, int], architecture: str) -> None:
     axes = model(heads, architecture, attention_bias=True)
     for tp_size in range(1, min(8, heads[0]) + 1):
         shards = layouts(axes, split(axes, range(tp_size)))

@@ -55,9 +55,7 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
     environ = (SRT / "environ.py").read_text()
     assert [name for name in ENVIRONMENT if f"    {name} = " not in environ] == []
     assert set(REQUEST_FIELDS) - set(declared(SRT / "managers" / "io_struct.py", "GenerateReqInput")) == set()
-    assert (
-        set(SAMPLING_KEYS) - set(declared(SRT / "sampling" / "sampling_params.py", "SamplingParams")) == set()
-    )
+    assert set(SAMPLING_KEYS) - set(declared(SRT / "sampling" / "sampling_params.py", "SamplingParams")) == set()
     server = (SRT / "entrypoints" / "http_server.py").read_text()
     assert [route for route in ROUTES if f'"{route}"' not in server] == []
 

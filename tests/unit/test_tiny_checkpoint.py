@@ -52,9 +52,7 @@ def test_names_and_shapes_are_those_of_the_transformers_model(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_tokenizer_loads_with_autotokenizer_and_round_trips_multi_byte_text(
-    tmp_path: Path, family: Any
-) -> None:
+def test_tokenizer_loads_with_autotokenizer_and_round_trips_multi_byte_text(tmp_path: Path, family: Any) -> None:
     from transformers import AutoTokenizer
 
     write_checkpoint(tmp_path, family, **SMALL)
@@ -91,9 +89,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path:
 
 
 @pytest.mark.parametrize("shards", [2, 5, 25])
-def test_shards_hold_the_tensors_of_the_single_file_and_the_index_finds_each(
-    tmp_path: Path, shards: int
-) -> None:
+def test_shards_hold_the_tensors_of_the_single_file_and_the_index_finds_each(tmp_path: Path, shards: int) -> None:
     single = write_checkpoint(tmp_path / "single", "qwen3", **SMALL)
     split = write_checkpoint(tmp_path / "split", "qwen3", shards=shards, **SMALL)
     assert len(list(split.glob("*.safetensors"))) == shards
@@ -132,9 +128,9 @@ def test_greedy_decoding_wanders_instead_of_repeating_one_token(tmp_path: Path, 
     write_checkpoint(tmp_path, "qwen3", tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
     prompt = torch.tensor([[40, 41, 42, 300]])
-    output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False
-    )[0, 4:].tolist()
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False)[
+        0, 4:
+    ].tolist()
     assert len(output) == 48, "the end token must not be sampled"
     assert len(set(output)) >= 30
 

@@ -1,4 +1,4 @@
-"""A zygote in an interpreter of its own: ``python -m anchortp_sglang.recovery.zygote_main FD PARENT_PID``."""
+"""A zygote in an interpreter of its own: ``python -m anchortp_sglang.zygote_main FD PARENT_PID``."""
 
 import gc
 import socket
