@@ -70,6 +70,12 @@ HOOKS: tuple[Hook, ...] = (
         "the KV of a finished forward pass is entered in the page table",
     ),
     Hook(
+        _SCHEDULER + "process_batch_result",
+        "before",
+        rank.before_process_batch_result,
+        "what resumed requests found in kept KV is counted for the status",
+    ),
+    Hook(
         _MEMORY + "kv_cache_builder.build_kv_cache",
         "after",
         prefixes.after_build_kv_cache,

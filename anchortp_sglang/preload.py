@@ -38,6 +38,8 @@ _LATE = (
 
 def import_sglang() -> None:
     """Import everything a rank imports at some point of its start."""
+    # It warns of each model that needs a library this machine lacks; what cannot serve here is refused by name.
+    logging.getLogger("sglang.srt.models.registry").setLevel(logging.ERROR)
     gc.disable()  # with it on, importing SGLang takes twice as long
     try:
         for name in _NEEDED:

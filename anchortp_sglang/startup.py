@@ -23,7 +23,7 @@ from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership import Ownership, split, validate
 from anchortp_sglang.recovery import wire
 from anchortp_sglang.recovery.cluster import Cluster, ServerPlan, StartFailed
-from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.hooks import install_coordinator
 from anchortp_sglang.recovery.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
 from anchortp_sglang.refusals import UnsupportedError, check_server_args
@@ -186,28 +186,30 @@ def _assemble(
         plan = ServerPlan(
             run_dir=run_dir.path,
             run_id=run_dir.run_id,
-            identity=f"{checkpoint.resolve()}:{model.dtype}:{ownership.digest()}",
+            identity=f"{checkpoint.resolve()}:{model.dtype}:{ownership.digest()}:{kv.slots}",
             checkpoint=checkpoint.resolve(),
             model=model,
             kv=kv,
             linger_s=options.linger_s,
             server_args=_records(raw, view, kv),
             controller_pid=os.getpid(),
+            stale_anchors=run_dir.stale_anchors,
         )
-        cluster = Cluster(plan, zygote)
-        coordinator = Coordinator(
-            cluster,
-            ownership,
-            min_devices=options.min_devices,
-            hang_timeout_s=options.hang_timeout_s,
-            deadline_s=options.recovery_deadline_s,
-            spare_ranks=options.spare_ranks,
-        )
+        coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
     except BaseException:
         zygote.kill()
         raise
     install_coordinator(coordinator)
     return Runtime(coordinator, run_dir)
+
+
+def _policy(options: AnchorOptions) -> Policy:
+    return Policy(
+        min_devices=options.min_devices,
+        hang_timeout_s=options.hang_timeout_s,
+        deadline_s=options.recovery_deadline_s,
+        spare_ranks=options.spare_ranks,
+    )
 
 
 def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:

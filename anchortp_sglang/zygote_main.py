@@ -7,12 +7,14 @@ import sys
 
 def main(control_fd: int, parent: int) -> None:
     """Import SGLang, install the hooks, serve. The environment is inherited from main."""
-    from anchortp_sglang import platform, plugin, preload
-    from anchortp_sglang.recovery import wire
+    from anchortp_sglang import platform
     from anchortp_sglang.recovery.zygote import die_with_parent, serve, unfit_to_fork
 
     die_with_parent(parent)
     platform.install_stand_ins()
+    from anchortp_sglang import plugin, preload  # these import SGLang, which needs the stand-ins
+    from anchortp_sglang.recovery import wire
+
     preload.import_sglang()
     plugin.install_all(allow_drift=True)  # main has compared it already
     wire.register()

@@ -4,7 +4,9 @@ Everything here blocks, with timeouts; the coordinator calls it from a worker th
 """
 
 import logging
-import select
+import mmap
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +15,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from anchortp_sglang.anchor.client import AnchorClient
-from anchortp_sglang.anchor.launch import AnchorProcess, start_anchor
+from anchortp_sglang.anchor.client import AnchorClient, AnchorError
+from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
 from anchortp_sglang.cpu.collectives import region_bytes
 from anchortp_sglang.elastic.attachment import (
     HOST_DEVICE,
@@ -25,11 +27,13 @@ from anchortp_sglang.elastic.attachment import (
     lanes_segment,
     weights_segment,
 )
+from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.memory.page_table import PageTable
 from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.recovery import detokenizer, heartbeat, rank
+from anchortp_sglang.recovery.processes import died_within, is_dead
 from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError, spawn_zygote
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,11 @@ class StartFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What does not change over a server's life. ``server_args``: tp_size -> resolved ServerArgs."""
+    """What does not change over a server's life.
+
+    ``server_args``: tp_size -> resolved ServerArgs. ``stale_anchors``: devices whose anchors linger in the run
+    directory from a server that died.
+    """
 
     run_dir: Path
     run_id: str
@@ -54,6 +62,7 @@ class ServerPlan:
     linger_s: float
     server_args: Callable[[int], Any]
     controller_pid: int
+    stale_anchors: tuple[int, ...] = ()
 
 
 @dataclass
@@ -78,10 +87,11 @@ class Generation:
             child.close()
 
 
-def is_dead(pidfd: int) -> bool:
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
+def wait_dead(generation: Generation) -> None:
+    """Until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
+    for child in generation.ranks:
+        while not died_within(child.pidfd, 1.0):
+            log.warning("anchortp: process %d is not dead yet", child.pid)
 
 
 class Cluster:
@@ -106,7 +116,8 @@ class Cluster:
             if device not in self.anchors:
                 self.start_one_anchor(device)
 
-    def start_one_anchor(self, device: int) -> None:
+    def start_one_anchor(self, device: int, generation: int = 0) -> None:
+        """Start an anchor, or another one in place of a dead one, fenced at ``generation``."""
         plan = self.plan
         self.anchors[device] = start_anchor(
             plan.run_dir,
@@ -116,7 +127,40 @@ class Cluster:
             plan.controller_pid,
             plan.linger_s,
             ANCHOR_TIMEOUT_S,
+            generation,
         )
+
+    def take_over(self, ownership: Ownership) -> int | None:
+        """Anchors that linger from a server that died: attach to them if they hold all of ``ownership``.
+
+        Returns their generation; None if there is nothing to take over. Others are shut down.
+        """
+        found = {device: find_anchor(self.plan.run_dir, device) for device in self.plan.stale_anchors}
+        anchors = {device: anchor for device, anchor in found.items() if anchor is not None}
+        if not anchors:
+            return None
+        generation = 1 + max(self.client(device).status().generation for device in anchors)
+        try:
+            for device in (HOST_DEVICE, *ownership.devices):
+                self.client(device).attach(generation, os.getpid(), self.plan.identity, self.plan.linger_s)
+            complete = all(self._holds(device, ownership) for device in ownership.devices)
+        except AnchorError as error:
+            log.info("anchortp: lingering anchors cannot be taken over: %s", error)
+            complete = False
+        if complete and anchors.keys() == {HOST_DEVICE, *ownership.devices}:
+            log.info("anchortp: weights and KV of %d lingering anchors are taken over", len(anchors))
+            self.anchors = anchors
+            return generation
+        for anchor in anchors.values():
+            signal.pidfd_send_signal(anchor.pidfd, signal.SIGTERM)
+            died_within(anchor.pidfd, ANCHOR_TIMEOUT_S)
+            os.close(anchor.pidfd)
+        return None
+
+    def _holds(self, device: int, ownership: Ownership) -> bool:
+        """Whether the weights of ``ownership`` lie complete on this device."""
+        segments = self.client(device).status().segments
+        return any(segment.name == weights_segment(ownership) and segment.sealed for segment in segments)
 
     def client(self, device: int) -> AnchorClient:
         if device not in self._clients:
@@ -154,16 +198,31 @@ class Cluster:
 
     def settle(self, generation: Generation) -> None:
         """Seal this generation's weights and free whatever belongs to no generation any more."""
-        keep = {
-            weights_segment(generation.ownership),
-            kv_segment(generation.ownership),
-            PAGE_TABLE_SEGMENT,
-            lanes_segment(generation.number),
-        }
+        keep = self.segments_of(generation)
         for device in generation.ownership.devices:
             self.client(device).seal(generation.number, weights_segment(generation.ownership))
         for device in (HOST_DEVICE, *generation.ownership.devices):
             self._release(device, generation.number, keep=keep.__contains__)
+
+    @staticmethod
+    def segments_of(generation: Generation) -> frozenset[str]:
+        """Names of all segments that a generation uses, on whichever anchor."""
+        return frozenset(
+            (
+                weights_segment(generation.ownership),
+                kv_segment(generation.ownership),
+                PAGE_TABLE_SEGMENT,
+                lanes_segment(generation.number),
+            )
+        )
+
+    def map_lanes(self, number: int) -> mmap.mmap:
+        """A generation's counters and collectives, read only."""
+        fd, nbytes, _ = self.client(HOST_DEVICE).open_handle(number, lanes_segment(number))
+        try:
+            return map_fd(fd, nbytes, writable=False)
+        finally:
+            os.close(fd)
 
     def _release(self, device: int, number: int, keep: Callable[[str], bool]) -> None:
         client = self.client(device)
@@ -202,9 +261,12 @@ class Cluster:
             self.zygote = spawn_zygote()
             return self.zygote.fork()
 
-    def refill_spares(self, count: int) -> None:
-        while len(self._spares) < count:
+    def prepare_next(self, tp_size: int) -> None:
+        """What the next recovery would otherwise wait for: spare children, configurations."""
+        while len(self._spares) < tp_size:
             self._spares.append(self.zygote.fork())
+        for size in range(max(1, tp_size - 1), tp_size + 1):
+            self.plan.server_args(size)
 
     def start_ranks(
         self, number: int, ownership: Ownership, previous: Ownership | None, restore_prefixes: bool
@@ -213,25 +275,29 @@ class Cluster:
         plan = self.plan
         server_args = plan.server_args(ownership.tp_size)
         self._store = TCPStore(rank.STORE_HOST, 0, is_master=True, wait_for_workers=False)
-        ranks = []
-        for index, device in enumerate(ownership.devices):
-            assignment = Assignment(
-                generation=number,
-                rank=index,
-                device=device,
-                run_dir=plan.run_dir,
-                run_id=plan.run_id,
-                checkpoint=plan.checkpoint,
-                model=plan.model,
-                ownership=ownership,
-                previous=previous,
-                kv=plan.kv,
-                restore_prefixes=restore_prefixes,
-            )
-            child = self.fork()
-            child.start(rank.run, rank.RankSpec(assignment, server_args, self.port_args, self._store.port))
-            ranks.append(child)
-        return Generation(number, ownership, ranks)
+        generation = Generation(number, ownership, [])
+        try:
+            for index, device in enumerate(ownership.devices):
+                assignment = Assignment(
+                    generation=number,
+                    rank=index,
+                    device=device,
+                    run_dir=plan.run_dir,
+                    run_id=plan.run_id,
+                    checkpoint=plan.checkpoint,
+                    model=plan.model,
+                    ownership=ownership,
+                    previous=previous,
+                    kv=plan.kv,
+                    restore_prefixes=restore_prefixes,
+                )
+                child = self.fork()
+                generation.ranks.append(child)
+                child.start(rank.run, rank.RankSpec(assignment, server_args, self.port_args, self._store.port))
+        except BaseException:
+            generation.kill()
+            raise
+        return generation
 
     def wait_ready(self, generation: Generation, timeout_s: float) -> None:
         """Until every rank is ready. Raises StartFailed as soon as one fails or dies."""

@@ -1,4 +1,4 @@
-"""The recovery coordinator: watches processes, carries out what the state machine decides.
+"""The recovery coordinator: carries out what the state machine decides.
 
 It lives in main, on TokenizerManager's event loop, because it needs its request state. What blocks (forks, anchors,
 waiting for ranks) runs in a worker thread.
@@ -7,91 +7,104 @@ waiting for ranks) runs in a worker thread.
 import asyncio
 import logging
 import mmap
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
 
-from anchortp_sglang.elastic.attachment import HOST_DEVICE, lanes_segment
-from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.anchor.launch import AnchorStartError
+from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership, adopt
 from anchortp_sglang.recovery import heartbeat, machine
-from anchortp_sglang.recovery.cluster import Cluster, Generation, StartFailed, is_dead
+from anchortp_sglang.recovery.cluster import Cluster, Generation, StartFailed, wait_dead
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
+from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
+from anchortp_sglang.recovery.restore import restore_anchor
+from anchortp_sglang.recovery.watch import DeathWatch, HangWatch, hung_ranks, watch_for_hang
 from anchortp_sglang.recovery.wire import Fence
+from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
 
-_FENCE_TIMEOUT_S = 5.0
-_HANG_POLL_S = 0.5
+_FENCE_TIMEOUT_S = 10.0
+_ANCHOR_GRACE_S = 0.2
+_REFILL_DELAY_S = 1.0
+
+_ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
+"""What a recovery step raises when something died meanwhile: it is planned again from what is left."""
 
 
 class Unrecoverable(RuntimeError):
     """No new generation is possible; the text says why."""
 
 
-class Coordinator:
-    """One per server. ``min_devices``, ``hang_timeout_s`` and ``deadline_s`` as in AnchorOptions."""
+@dataclass(frozen=True)
+class Policy:
+    """The part of AnchorOptions that decides about recoveries; durations in seconds."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        ownership: Ownership,
-        *,
-        min_devices: int,
-        hang_timeout_s: float,
-        deadline_s: float,
-        spare_ranks: bool,
-    ) -> None:
+    min_devices: int
+    hang_timeout_s: float
+    deadline_s: float
+    spare_ranks: bool
+
+
+class Coordinator:
+    """One per server."""
+
+    def __init__(self, cluster: Cluster, ownership: Ownership, policy: Policy) -> None:
         self.cluster = cluster
         self.configured = ownership
+        self.policy = policy
         self.state = machine.State()
         self.recoveries = Recoveries()
         self.ledger: Ledger | None = None
         self.generation: Generation | None = None
-        self._min_devices = min_devices
-        self._hang_timeout_s = hang_timeout_s
-        self._deadline_s = deadline_s
-        self._spare_ranks = spare_ranks
         self._held: Ownership | None = None  # whose complete weights the anchors hold
         self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
         self._number = 0
         self._recovery: Recovery | None = None
-        self._first_died: set[int] = set()
+        self._died: set[int] = set()  # ranks of this generation that were dead before we killed the others
         self._hung: set[int] = set()
+        self._lanes: dict[int, mmap.mmap] = {}
         self._tm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._deaths: DeathWatch | None = None
         self._fence_push: zmq.Socket[bytes] | None = None
         self._fence_seen: asyncio.Future[Fence] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._watched: list[int] = []
 
     # ---- the first generation (no event loop yet)
 
     def start_first(self) -> None:
         """Anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
         ownership = self.configured
+        taken = self.cluster.take_over(ownership)
+        if taken is not None:
+            self._number, self._held = taken + 1, ownership
         self.cluster.start_anchors(ownership.devices)
-        self.cluster.fence(0, ownership.devices)
-        self.cluster.allocate(0, ownership)
-        self.generation = self.cluster.start_ranks(0, ownership, None, restore_prefixes=False)
+        self.cluster.fence(self._number, ownership.devices)
+        self.cluster.allocate(self._number, ownership)
+        self.generation = self.cluster.start_ranks(
+            self._number, ownership, self._held, restore_prefixes=self._held is not None
+        )
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
         """Until the first generation is ready; its ranks' infos. Raises StartFailed."""
         assert self.generation is not None
         self.cluster.wait_ready(self.generation, timeout_s)
+        self._take_stock(self.generation)
         self.cluster.settle(self.generation)
-        self._held, self._kv_valid = self.generation.ownership, True
         return self.generation.infos
 
     # ---- on TokenizerManager's loop
 
     def attach(self, tokenizer_manager: Any, send: Callable[[Any], None]) -> None:
-        """Take over TokenizerManager's traffic and watch the ranks; call on its running loop."""
+        """Take over TokenizerManager's traffic and watch the processes; call on its running loop."""
         from sglang.utils import TypeBasedDispatcher
 
         assert self.generation is not None
@@ -100,22 +113,30 @@ class Coordinator:
         self._fence_push = zmq.Context.instance().socket(zmq.PUSH)
         self._fence_push.connect(self.cluster.port_args.detokenizer_ipc_name)
         self.ledger = Ledger(tokenizer_manager, send)
-        self.ledger.replay(0)
+        self.ledger.replay(self.generation.number)
+        self._deaths = DeathWatch(tokenizer_manager.event_loop)
         self._watch()
         self._spawn(self._watch_for_hangs())
         self._refill()
 
     def on_token(self) -> None:
         """A new token goes to a client."""
-        if self._recovery is not None and self.state.phase is Phase.SERVING:
-            self._recovery.stage("first_token")
-            self._recovery.tfs_s = self._recovery.stages[-1][1]
-            self._recovery = None
+        recovery, generation = self._recovery, self.generation
+        if recovery is None or self.state.phase is not Phase.SERVING or generation is None:
+            return
+        recovery.stage("first_token")
+        recovery.tfs_s = recovery.stages[-1][1]
+        self._recovery = None
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
         """A batch contradicts what clients have: nothing of this generation can be trusted."""
         log.error("anchortp: %s", error)
         self._fault(str(error))
+
+    def tokens_reused(self) -> tuple[int, int] | None:
+        """(reused, recomputed) tokens of the requests that this generation resumed so far."""
+        lanes = self._lanes.get(self.generation.number) if self.generation is not None else None
+        return None if lanes is None else heartbeat.read_tokens(lanes)
 
     def stop(self) -> None:
         """The operator ends the server: deaths are no faults any more."""
@@ -129,72 +150,65 @@ class Coordinator:
     # ---- detection
 
     def _watch(self) -> None:
-        assert self._loop is not None and self.generation is not None
-        for index, child in enumerate(self.generation.ranks):
-            self._watched.append(child.pidfd)
-            self._loop.add_reader(child.pidfd, self._on_rank_death, self.generation, index)
-        detokenizer = self.cluster.detokenizer
-        assert detokenizer is not None
-        self._watched.append(detokenizer.pidfd)
-        self._loop.add_reader(detokenizer.pidfd, self._on_detokenizer_death)
+        deaths, generation, detokenizer = self._deaths, self.generation, self.cluster.detokenizer
+        assert deaths is not None and generation is not None and detokenizer is not None
+        for index, child in enumerate(generation.ranks):
+            deaths.watch(child.pidfd, lambda index=index: self._on_rank_death(index))  # type: ignore[misc]
+        deaths.watch(detokenizer.pidfd, lambda: self._fault("the detokenizer died"))
+        for device in (HOST_DEVICE, *generation.ownership.devices):
+            self._watch_anchor(device)
 
-    def _unwatch(self) -> None:
-        assert self._loop is not None
-        for fd in self._watched:
-            self._loop.remove_reader(fd)
-        self._watched.clear()
+    def _watch_anchor(self, device: int) -> None:
+        assert self._deaths is not None
+        pidfd = self.cluster.anchors[device].pidfd
+        self._deaths.watch(pidfd, lambda: self._spawn(self._on_anchor_death(device)))
 
-    def _on_rank_death(self, generation: Generation, index: int) -> None:
-        if generation is self.generation and self.state.phase is not Phase.STOPPED:
-            if self._tm.gracefully_exit and not self._tm.rid_to_state:
-                self.stop()
-                return
-            self._first_died.update(generation.dead() or (index,))
-            self._fault(f"the process of rank {index} died")
+    def _on_rank_death(self, index: int) -> None:
+        assert self.generation is not None
+        if self._tm.gracefully_exit and not self._tm.rid_to_state:
+            self.stop()
+            return
+        self._died.update({index, *self.generation.dead()})
+        self._fault(f"the process of rank {index} died")
 
-    def _on_detokenizer_death(self) -> None:
-        if self.state.phase is not Phase.STOPPED:
-            self._fault("the detokenizer died")
-
-    def _fault(self, reason: str) -> None:
-        self._unwatch()
-        self._advance(Event(EventKind.FAULT, reason))
+    async def _on_anchor_death(self, device: int) -> None:
+        """An anchor alone costs nothing: its rank still holds the memory. With its rank it is a lost device."""
+        await asyncio.sleep(_ANCHOR_GRACE_S)
+        generation = self.generation
+        if self.state.phase is not Phase.SERVING or generation is None:
+            return
+        try:
+            segments = await self._in_thread(restore_anchor, self.cluster, generation, device)
+        except Exception as error:
+            log.error("anchortp: the anchor of device %s died and could not be restored: %s", device, error)
+            self._fault(f"the anchor of device {device} died")
+            return
+        log.warning("anchortp: the anchor of device %s died; a new one took back %s", device, ", ".join(segments))
+        if self.generation is generation and self.state.phase is Phase.SERVING:
+            self._watch_anchor(device)
 
     async def _watch_for_hangs(self) -> None:
-        """Ranks whose loop counter stands still for the timeout are hung; a stopped one stops its peers too."""
-        seen: tuple[int, tuple[int, ...]] | None = None
-        since = time.monotonic()
-        lanes: tuple[int, mmap.mmap] | None = None
+        watch = HangWatch(self.policy.hang_timeout_s)
         while self.state.phase is not Phase.STOPPED:
-            await asyncio.sleep(min(_HANG_POLL_S, self._hang_timeout_s / 4))
-            generation = self.generation
-            if self.state.phase is not Phase.SERVING or generation is None:
-                seen = None
-                continue
-            if lanes is None or lanes[0] != generation.number:
-                lanes = (generation.number, await self._in_thread(self._map_lanes, generation.number))
-            beats = heartbeat.read(lanes[1], generation.ownership.tp_size)
-            if seen != (generation.number, beats):
-                seen, since = (generation.number, beats), time.monotonic()
-            elif time.monotonic() - since > self._hang_timeout_s:
-                self._hung = await self._in_thread(_stopped_ranks, generation)
-                self._fault(f"no rank made progress for {self._hang_timeout_s:g} s")
-                seen = None
+            hung = await watch_for_hang(watch, self._serving, self._lanes)
+            self._hung = hung_ranks(hung)
+            self._fault(f"no rank made progress for {watch.timeout_s:g} s")
 
-    def _map_lanes(self, number: int) -> mmap.mmap:
-        fd, nbytes, _ = self.cluster.client(HOST_DEVICE).open_handle(number, lanes_segment(number))
-        try:
-            return map_fd(fd, nbytes, writable=False)
-        finally:
-            os.close(fd)
+    def _serving(self) -> Generation | None:
+        return self.generation if self.state.phase is Phase.SERVING else None
+
+    def _fault(self, reason: str) -> None:
+        self._advance(Event(EventKind.FAULT, reason))
 
     # ---- the machine's shell
 
     def _advance(self, event: Event) -> None:
         before = self.state
-        self.state, action, reason = machine.step(before, event, time.monotonic(), self._deadline_s)
+        self.state, action, reason = machine.step(before, event, time.monotonic(), self.policy.deadline_s)
         if action is not Action.NOTHING:
             log.info("anchortp: %s -> %s (%s)", before.phase, self.state.phase, reason)
+        if self.state.phase is not Phase.SERVING and self._deaths is not None:
+            self._deaths.stop()
         if action is Action.FENCE:
             self._begin(before, reason)
             self._carry_out(self._fence())
@@ -203,6 +217,9 @@ class Coordinator:
         elif action is Action.REPLAY:
             self._carry_out(self._replay())
         elif action is Action.RESUME:
+            assert self.generation is not None
+            self._watch()
+            self._spawn(self._settle(self.generation))
             self._refill()
         elif action is Action.GIVE_UP:
             self._give_up(reason)
@@ -216,20 +233,21 @@ class Coordinator:
         assert self._recovery is not None
         self._recovery.reason = reason
         self._recovery.stage("detected")
+        self._died.update(self.generation.dead())
         self.generation.kill()
 
-    def _carry_out(self, work: Any) -> None:
+    def _carry_out(self, work: Awaitable[Event]) -> None:
         attempt = self.state.attempt
 
         async def report() -> None:
             try:
                 event = await work
-            except (StartFailed, Unrecoverable) as error:
-                kind = EventKind.FAULT if isinstance(error, StartFailed) else EventKind.FAILED
-                event = Event(kind, str(error), attempt)
+            except _ANOTHER_FAULT as error:
+                event = Event(EventKind.ABORTED, f"{type(error).__name__}: {error}")
             except Exception as error:
-                log.exception("anchortp: recovery step failed")
-                event = Event(EventKind.FAILED, f"{type(error).__name__}: {error}", attempt)
+                if not isinstance(error, Unrecoverable):
+                    log.exception("anchortp: a recovery step failed")
+                event = Event(EventKind.FAILED, str(error))
             self._advance(Event(event.kind, event.reason, attempt))
 
         self._spawn(report())
@@ -237,15 +255,15 @@ class Coordinator:
     async def _expire(self, deadline_at: float) -> None:
         await asyncio.sleep(deadline_at - time.monotonic())
         if self.state.deadline_at == deadline_at:
-            self._advance(Event(EventKind.DEADLINE, f"not recovered within {self._deadline_s:g} s"))
+            self._advance(Event(EventKind.DEADLINE, f"not recovered within {self.policy.deadline_s:g} s"))
 
     # ---- actions
 
     async def _fence(self) -> Event:
-        """Kill and reap the old ranks, then drain what rank 0 still said."""
+        """Reap the killed ranks, then drain what rank 0 still said."""
         generation, recovery = self.generation, self._recovery
         assert generation is not None and recovery is not None
-        await self._in_thread(_wait_dead, generation)
+        await self._in_thread(wait_dead, generation)
         recovery.stage("reaped")
         await self._drain(generation.number)
         recovery.stage("fenced")
@@ -256,7 +274,8 @@ class Coordinator:
 
         assert self._loop is not None and self._fence_push is not None and self.ledger is not None
         detokenizer = self.cluster.detokenizer
-        if detokenizer is not None and is_dead(detokenizer.pidfd):
+        assert detokenizer is not None
+        if is_dead(detokenizer.pidfd):
             await self._in_thread(self.cluster.restart_detokenizer, _FENCE_TIMEOUT_S)
             sock_send(self._fence_push, self.ledger.reseed())
         self._fence_seen = self._loop.create_future()
@@ -270,88 +289,93 @@ class Coordinator:
         seen.set_result(fence)
 
     async def _start(self) -> Event:
-        old, recovery = self.generation, self._recovery
-        assert old is not None and recovery is not None and self._held is not None
-        verdict = machine.judge(self._evidence(old), recovery.reason)
-        recovery.cause, recovery.device = verdict.cause, verdict.device
-        recovery.reason = verdict.reason
-        log.info("anchortp: verdict: %s: %s", verdict.cause, verdict.reason)
-        ownership = self._plan(verdict)
+        """Verdict, plan, fork, and wait until the new ranks are ready."""
+        old, recovery, attempt = self.generation, self._recovery, self.state.attempt
+        assert old is not None and recovery is not None
+        ownership = self._plan(self._judge(old, recovery))
         self._number += 1
         recovery.generation = self._number
         recovery.stage("planned")
         new = await self._in_thread(self._fork_generation, ownership)
         old.close()
         self.generation = new
+        self._died, self._hung = set(), set()
         recovery.stage("forked")
-        self._first_died, self._hung = set(), set()
+        if self.state.phase is not Phase.STARTING or self.state.attempt != attempt:
+            new.kill()  # given up while the fork was under way
+            raise Unrecoverable("abandoned")
         assert self.state.deadline_at is not None
         await self._in_thread(self.cluster.wait_ready, new, self.state.deadline_at - time.monotonic())
-        await self._in_thread(self.cluster.settle, new)
-        self._report_ranks(recovery, new)
-        self._held, self._kv_valid = ownership, True
+        self._take_stock(new)
+        recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
 
-    def _evidence(self, generation: Generation) -> list[machine.DeviceEvidence]:
-        return [
+    def _judge(self, generation: Generation, recovery: Recovery) -> machine.Verdict:
+        assert self._held is not None
+        ranks = generation.ownership.devices
+        evidence = [
             machine.DeviceEvidence(
                 device=device,
                 anchor_alive=self.cluster.anchor_alive(device),
-                rank_died=index in self._first_died,
-                rank_hung=index in self._hung,
+                rank_died=device in ranks and ranks.index(device) in self._died,
+                rank_hung=device in ranks and ranks.index(device) in self._hung,
             )
-            for index, device in enumerate(generation.ownership.devices)
+            for device in self._held.devices
         ]
+        verdict = machine.judge(evidence, recovery.reason)
+        recovery.cause, recovery.device, recovery.reason = verdict.cause, verdict.device, verdict.reason
+        log.info("anchortp: verdict: %s: %s", verdict.cause, verdict.reason)
+        return verdict
 
     def _plan(self, verdict: machine.Verdict) -> Ownership:
         """The next ownership. Raises Unrecoverable."""
         assert self._held is not None
-        survivors = [d for d in self._held.devices if d not in verdict.lost]
-        if len(survivors) < self._min_devices:
+        survivors = [device for device in self._held.devices if device not in verdict.lost]
+        if len(survivors) < self.policy.min_devices:
             raise Unrecoverable(
                 f"{len(survivors)} of {len(self.configured.devices)} devices are left, "
-                f"--anchor-min-devices is {self._min_devices}"
+                f"--anchor-min-devices is {self.policy.min_devices}"
             )
-        if not self.cluster.anchor_alive(HOST_DEVICE):
+        if verdict.lost or not self.cluster.anchor_alive(HOST_DEVICE):
             self._kv_valid = False
         if not verdict.lost:
             return self._held
-        self._kv_valid = False
         try:
             return adopt(self.cluster.plan.model, self._held, survivors)
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 
     def _fork_generation(self, ownership: Ownership) -> Generation:
-        cluster = self.cluster
+        cluster, held = self.cluster, self._held
+        assert held is not None
         if not cluster.anchor_alive(HOST_DEVICE):
-            cluster.start_one_anchor(HOST_DEVICE)
+            cluster.start_one_anchor(HOST_DEVICE, self._number)
         cluster.fence(self._number, ownership.devices)
-        assert self._held is not None
-        if ownership != self._held:
-            cluster.release_kv(self._number, self._held)
+        if ownership != held:
+            cluster.release_kv(self._number, held)
         cluster.allocate(self._number, ownership)
-        return cluster.start_ranks(self._number, ownership, self._held, restore_prefixes=self._kv_valid)
+        return cluster.start_ranks(self._number, ownership, held, restore_prefixes=self._kv_valid)
 
-    def _report_ranks(self, recovery: Recovery, new: Generation) -> None:
-        for stage, name in (("groups_ready", "groups"), ("bytes_moved", "moved"), ("bound", "bound")):
-            times = [info["stamps"][name] for info in new.infos if name in info["stamps"]]
-            if times:
-                recovery.stage(stage, max(times))
-        for info in new.infos:
-            for kind, nbytes in info["moved_bytes"].items():
-                recovery.bytes_moved[kind] = recovery.bytes_moved.get(kind, 0) + nbytes
-        recovery.stage("ready")
+    def _take_stock(self, generation: Generation) -> None:
+        """All its ranks are ready: its weights are complete, its KV and page table are in use."""
+        self._held, self._kv_valid = generation.ownership, True
+        self._lanes = {generation.number: self.cluster.map_lanes(generation.number)}
+
+    async def _settle(self, generation: Generation) -> None:
+        """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""
+        try:
+            await self._in_thread(self.cluster.settle, generation)
+        except AnchorError as error:
+            log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._recovery
         assert generation is not None and recovery is not None and self.ledger is not None
         self._tm.max_req_input_len = generation.infos[0]["max_req_input_len"]
-        self._watch()
-        resumed = self.ledger.replay(generation.number)
-        recovery.requests_replayed = len(resumed)
+        recovery.requests_replayed = self.ledger.replay(generation.number)
+        recovery.tokens = self.tokens_reused
         recovery.stage("replayed")
-        return Event(EventKind.REPLAYED, f"{len(resumed)} requests resumed")
+        return Event(EventKind.REPLAYED, f"{recovery.requests_replayed} requests resumed")
 
     def _give_up(self, reason: str) -> None:
         assert self.ledger is not None
@@ -365,8 +389,15 @@ class Coordinator:
         log.error("anchortp: down: %s; %d open requests ended with an error", reason, ended)
 
     def _refill(self) -> None:
-        if self._spare_ranks and self.generation is not None:
-            self._spawn(self._in_thread(self.cluster.refill_spares, self.generation.ownership.tp_size))
+        if self.policy.spare_ranks:
+            self._spawn(self._refill_later())
+
+    async def _refill_later(self) -> None:
+        """Fork the next ranks ahead, once this recovery's first tokens are out."""
+        await asyncio.sleep(_REFILL_DELAY_S)
+        generation = self._serving()
+        if generation is not None:
+            await self._in_thread(self.cluster.prepare_next, generation.ownership.tp_size)
 
     # ---- plumbing
 
@@ -374,28 +405,8 @@ class Coordinator:
         assert self._loop is not None
         return await self._loop.run_in_executor(None, function, *args)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._loop is not None
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _wait_dead(generation: Generation) -> None:
-    """Until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
-    for child in generation.ranks:
-        while not is_dead(child.pidfd):
-            time.sleep(0.001)
-
-
-def _stopped_ranks(generation: Generation) -> set[int]:
-    """Ranks in state T (stopped); all of them if none is: whoever is stuck holds up the others."""
-    stopped = set()
-    for index, child in enumerate(generation.ranks):
-        try:
-            with open(f"/proc/{child.pid}/stat") as stat:
-                if stat.read().rpartition(")")[2].split()[0] == "T":
-                    stopped.add(index)
-        except FileNotFoundError:
-            continue
-    return stopped or {0}

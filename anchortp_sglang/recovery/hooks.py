@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,8 @@ def launch_detokenizer(
 
 def after_set_envs(result: None, *args: Any, **kwargs: Any) -> None:
     """AFTER engine._set_envs_and_config, which installs a handler that kills the whole tree."""
-    signal.signal(signal.SIGQUIT, _ignore_sigquit)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGQUIT, _ignore_sigquit)
 
 
 def on_sigquit(handler: Any, signum: Any = None, frame: Any = None) -> None:
@@ -104,7 +106,7 @@ async def around_handle_batch_output(original: Callable[..., Any], tokenizer_man
         mine.on_mismatch(error)
         return
     await original(tokenizer_manager, output)
-    mine.ledger.forget_finished()
+    mine.ledger.forget(output.rids)
     if fresh:
         mine.on_token()
 

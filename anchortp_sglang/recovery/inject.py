@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from anchortp_sglang.recovery.cluster import is_dead
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.machine import Phase
+from anchortp_sglang.recovery.processes import is_dead, process_state
 
 _EFFECT_TIMEOUT_S = 5.0
 
@@ -53,12 +53,3 @@ async def _seen(effect: Callable[[], bool], failure: str) -> None:
         if time.monotonic() > deadline:
             raise InjectionError(failure)
         await asyncio.sleep(0.005)
-
-
-def process_state(pid: int) -> str | None:
-    """State letter of /proc/<pid>/stat; None when there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return None

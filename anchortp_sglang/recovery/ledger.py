@@ -6,15 +6,30 @@ are held back in order and follow the replays, else an abort could overtake its 
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.managers.communicator import FanOutCommunicator
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    FlushCacheReqInput,
+    GetInternalStateReq,
+    TokenizedGenerateReqInput,
+)
 
-from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed, Resume, resume_of
+from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed, resume_of
 
 log = logging.getLogger(__name__)
+
+
+_REPEATABLE: dict[str, type] = {
+    "get_internal_state_communicator": GetInternalStateReq,
+    "flush_cache_communicator": FlushCacheReqInput,
+}
+"""TokenizerManager's control calls that may be sent twice, by the attribute that awaits their answer."""
+
+_STALE_RECORDS = 64
 
 
 class TokenCountMismatch(AssertionError):
@@ -37,6 +52,7 @@ class Ledger:
         self._send = send
         self._records: dict[str, Record] = {}
         self._held: list[Any] = []
+        self._control: dict[type, Any] = {}  # the last message of each repeatable kind
         self.outage = True  # until the first generation is ready
         self.refusal: str | None = None
         """Why nothing is served any more; set by ``give_up``."""
@@ -73,24 +89,34 @@ class Ledger:
             fresh = fresh or bool(new)
         return fresh
 
+    def forget(self, rids: Sequence[str]) -> None:
+        """Drop those of these requests that TM is done with."""
+        for rid in rids:
+            if rid not in self._tm.rid_to_state:
+                self._records.pop(rid, None)
+
     def forget_finished(self) -> None:
-        """Drop the records of requests that TM is done with."""
+        """Drop the records of all requests that TM is done with (an abort is answered without a batch)."""
         open_requests = self._tm.rid_to_state
         for rid in [rid for rid in self._records if rid not in open_requests]:
             del self._records[rid]
 
-    def replay(self, generation: int) -> list[tuple[str, int, int]]:
+    def replay(self, generation: int) -> int:
         """Open the new generation's gate, resume what is open, then send what was held back, in order.
 
-        Returns (rid, prompt tokens, delivered tokens) of the resumed requests.
+        Returns how many were resumed.
         """
         self.forget_finished()
         self._send(GenerationStart(generation=generation))
-        resumed = []
-        for rid, record in self._records.items():
-            message = self._resume(rid, record)
-            resumed.append((rid, len(record.request.input_ids), len(message.delivered)))
-            self._send(message)
+        self._repeat_control()
+        resumed = 0
+        for rid, record in list(self._records.items()):
+            if self._tm.rid_to_state[rid].abort_sent:
+                self._drop(rid)  # the abort died with the scheduler
+                continue
+            delivered = list(self._tm.rid_to_state[rid].output_ids)
+            self._send(resume_of(record.request, delivered, record.cached_tokens))
+            resumed += 1
         self.outage = False
         held, self._held = self._held, []
         for message in held:
@@ -121,22 +147,40 @@ class Ledger:
         self._records.clear()
         return len(rids)
 
-    def _resume(self, rid: str, record: Record) -> Resume:
-        delivered = list(self._tm.rid_to_state[rid].output_ids)
-        return resume_of(record.request, delivered, record.cached_tokens)
-
     def _remember(self, message: Any) -> None:
+        if type(message) in _REPEATABLE.values():
+            self._control[type(message)] = message
         for request in getattr(message, "batch", None) or [message]:
             if isinstance(request, TokenizedGenerateReqInput):
                 self._records[request.rid] = Record(copy.copy(request))
+        if len(self._records) > 2 * len(self._tm.rid_to_state) + _STALE_RECORDS:
+            self.forget_finished()
+
+    def _repeat_control(self) -> None:
+        """Ask again what the dead scheduler did not answer; what must not be asked twice fails instead of hanging."""
+        held = {type(message) for message in self._held}
+        for name, call in list(vars(self._tm).items()):
+            waits = isinstance(call, FanOutCommunicator) and call._result_event is not None
+            if not waits or call._result_event.is_set():
+                continue
+            kind = _REPEATABLE.get(name)
+            if kind in self._control and kind not in held:
+                call._result_values.clear()
+                self._send(self._control[kind])
+            elif kind is None and not held:
+                log.error("anchortp: the answer to %s was lost in the outage", name.removesuffix("_communicator"))
+                call._result_event.set()
 
     def _abort(self, message: AbortReq) -> None:
         """The scheduler would have answered; it is dead (``Scheduler.abort_request`` matches by prefix)."""
         rids = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
         for rid in rids:
-            self._records.pop(rid, None)
-            self._held = [held for held in self._held if getattr(held, "rid", None) != rid]
-            self._finish(rid, "Aborted while the server was recovering", status_code=None)
+            self._drop(rid)
+
+    def _drop(self, rid: str) -> None:
+        self._records.pop(rid, None)
+        self._held = [held for held in self._held if getattr(held, "rid", None) != rid]
+        self._finish(rid, "Aborted while the server was recovering", status_code=None)
 
     def _finish(self, rid: str, text: str, status_code: int | None) -> None:
         reason: dict[str, Any] = {"type": "abort", "message": text}

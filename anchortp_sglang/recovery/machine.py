@@ -24,6 +24,7 @@ class Phase(StrEnum):
 
 class EventKind(StrEnum):
     FAULT = "fault"
+    ABORTED = "aborted"  # a step could not be finished because something else died
     FENCED = "fenced"
     STARTED = "started"
     REPLAYED = "replayed"
@@ -67,6 +68,7 @@ TRANSITIONS: dict[tuple[Phase, EventKind], tuple[Phase, Action]] = {
     (Phase.FENCING, EventKind.FAULT): (Phase.FENCING, Action.NOTHING),
     (Phase.FENCING, EventKind.FENCED): (Phase.STARTING, Action.START),
     (Phase.STARTING, EventKind.FAULT): (Phase.FENCING, Action.FENCE),
+    **{(phase, EventKind.ABORTED): (Phase.FENCING, Action.FENCE) for phase in _RECOVERING},
     (Phase.STARTING, EventKind.STARTED): (Phase.REPLAYING, Action.REPLAY),
     (Phase.REPLAYING, EventKind.FAULT): (Phase.FENCING, Action.FENCE),
     (Phase.REPLAYING, EventKind.REPLAYED): (Phase.SERVING, Action.RESUME),

@@ -58,7 +58,7 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     filler = weights.start_filling(attachment)
     lanes = attachment.map(HOST_DEVICE, lanes_segment(assignment.generation), writable=True)
     world_size = assignment.ownership.tp_size
-    heartbeat.open_beats(lanes, assignment.rank)
+    heartbeat.open_counters(lanes, assignment.rank)
     cpu_hooks.attach(memoryview(lanes)[heartbeat.BYTES :], assignment.rank, world_size)
     prefixes.open_table(attachment)
     stamps.take("attached")
@@ -122,8 +122,10 @@ def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] 
 
 def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER Scheduler._create_generation_req: the state that a request had when its last token was delivered."""
-    if isinstance(received, Resume) and received.delivered:
-        _seed(req, received)
+    if isinstance(received, Resume):
+        req.anchortp_resumed_at = len(req.origin_input_ids) + len(received.delivered)
+        if received.delivered:
+            _seed(req, received)
     return req
 
 
@@ -150,6 +152,22 @@ def _seed_logprobs(req: Any, delivered: int) -> None:
     for name in ("top_logprobs_val", "top_logprobs_idx", "token_ids_logprobs_val", "token_ids_logprobs_idx"):
         getattr(logprob, f"output_{name}").extend([[]] * delivered)
     req.send_output_token_logprobs_offset = delivered
+
+
+def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE Scheduler.process_batch_result: what resumed requests reused, counted as they are prefilled."""
+    attachment = current()
+    if attachment is None or attachment.assignment.rank != 0 or batch is None or not batch.forward_mode.is_extend():
+        return
+    for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+        end = getattr(req, "anchortp_resumed_at", None)
+        if end is None:
+            continue
+        first_chunk = not hasattr(req, "anchortp_counted")
+        heartbeat.count_tokens(prefix_len if first_chunk else 0, extend_len)
+        req.anchortp_counted = True
+        if prefix_len + extend_len >= end:
+            req.anchortp_resumed_at = None
 
 
 def after_penalizers(result: Any, orchestrator: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,10 @@ class Recovery:
     tfs_s: float | None = None
     bytes_moved: dict[str, int] = field(default_factory=dict)
     requests_replayed: int = 0
-    tokens_reused: int = 0
-    tokens_recomputed: int = 0
+    tokens: Callable[[], tuple[int, int] | None] = lambda: None
+    """(reused, recomputed) so far; asked until the generation is replaced."""
     failed: str | None = None
+    _last_tokens: tuple[int, int] = (0, 0)
 
     def stage(self, name: str, at: float | None = None) -> None:
         """Stamp a stage (``at``: monotonic seconds, default now) and log it in one line."""
@@ -36,7 +38,24 @@ class Recovery:
         self.stages.append((name, seconds))
         log.info("anchortp recovery: %s after %.3f s", name, seconds)
 
+    def add_ranks(self, infos: Sequence[Mapping[str, Any]]) -> None:
+        """Take the stages and moved bytes that the new ranks report; a stage is done when the last rank is."""
+        for name, label in (("groups", "groups_ready"), ("moved", "bytes_moved"), ("bound", "bound")):
+            times = [info["stamps"][name] for info in infos if name in info["stamps"]]
+            if times:
+                self.stage(label, max(times))
+        for info in infos:
+            for kind, nbytes in info["moved_bytes"].items():
+                self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + nbytes
+        self.stage("ready")
+
+    def close(self) -> None:
+        """Its generation is about to be replaced: what it counted so far is final."""
+        self._last_tokens = self.tokens() or self._last_tokens
+        self.tokens = lambda: None
+
     def to_json(self) -> dict[str, Any]:
+        reused, recomputed = self._last_tokens = self.tokens() or self._last_tokens
         return {
             "generation": self.generation,
             "cause": self.cause,
@@ -48,8 +67,8 @@ class Recovery:
             "p2p_bytes": self.bytes_moved.get("p2p", 0),
             "copied_bytes": self.bytes_moved.get("copy", 0),
             "requests_replayed": self.requests_replayed,
-            "tokens_reused": self.tokens_reused,
-            "tokens_recomputed": self.tokens_recomputed,
+            "tokens_reused": reused,
+            "tokens_recomputed": recomputed,
             "failed": self.failed,
         }
 
@@ -65,6 +84,8 @@ class Recoveries:
         self._ring: deque[Recovery] = deque(maxlen=_RING)
 
     def begin(self) -> Recovery:
+        if self._ring:
+            self._ring[-1].close()
         recovery = Recovery(began=time.monotonic())
         self._ring.append(recovery)
         return recovery
