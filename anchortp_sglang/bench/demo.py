@@ -114,9 +114,9 @@ def _broken(screen: Screen, server: Server, tokens: int) -> tuple[list[ClientStr
     with OpenAIStreams(server.url, PROMPTS, tokens) as clients:
         screen.show(clients, "8 open streams")
         clients.wait(tokens // 4)
-        faults = [_fault(screen, server, f"SIGKILL to the rank on device {KILLED_DEVICE}", _kill_rank)]
+        faults = [_fault(screen, server, f"SIGKILL, rank on device {KILLED_DEVICE}", _kill_rank)]
         clients.wait(tokens * 5 // 8)
-        faults.append(_fault(screen, server, f"loss of device {LOST_DEVICE}: rank, anchor, memory", _lose_device))
+        faults.append(_fault(screen, server, f"loss of device {LOST_DEVICE}", _lose_device))
         clients.wait()
     screen.say(f"all streams ended: {clients.tokens} tokens")
     return clients.streams, faults

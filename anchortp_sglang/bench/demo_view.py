@@ -210,14 +210,14 @@ def _total(clients: OpenAIStreams) -> Text:
 
 def fault_table(faults: Sequence["Fault"], streams: Sequence[ClientStream]) -> Table:
     """A column for each fault: what clients saw, and what the server did."""
-    table = Table(title="what happened", title_justify="left", show_lines=False)
-    table.add_column("")
+    table = Table(title="what happened", title_justify="left")
+    table.add_column("", no_wrap=True)
     columns = []
     for fault, following in zip(faults, [*faults[1:], None], strict=True):
-        table.add_column(fault.title, ratio=1)
+        table.add_column(fault.title, justify="right")
         columns.append(_column(fault, following.at if following else float("inf"), streams))
-    for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(column.get(name, "") for column in columns))
     return table
 
 
@@ -227,18 +227,16 @@ def _column(fault: "Fault", until: float, streams: Sequence[ClientStream]) -> di
     lengths_s = [length_s for length_s, _ in pauses]
     tfs_s = min(end for _, end in pauses) - fault.at
     received = sum(s.tokens_at(until) - s.tokens_at(fault.at) for s in streams)
-    stages = "\n".join(f"{stage['at_s']:6.3f}  {stage['name']}" for stage in recovery["stages"])
     return {
-        "pause at clients, median": f"{median(lengths_s):.2f} s",
-        "pause at clients, max": f"{max(lengths_s):.2f} s",
-        "TFS: fault to first token": f"{tfs_s:.2f} s",
-        "server: detected to token": f"{recovery['tfs_s']:.2f} s",
-        "stages, s after detection": stages,
+        "pause seen by clients, median": f"{median(lengths_s):.2f} s",
+        "pause seen by clients, max": f"{max(lengths_s):.2f} s",
+        "TFS: fault to first new token": f"{tfs_s:.2f} s",
+        **{f"  {stage['name']}": f"{stage['at_s']:.3f} s" for stage in recovery["stages"]},
         "devices": f"{fault.devices_before} → {fault.devices_after}",
         "read from the checkpoint": decimal(recovery["reload_bytes"]),
         "copied within devices": decimal(recovery["copied_bytes"]),
         "requests replayed": str(recovery["requests_replayed"]),
-        "tokens reused/recomputed": f"{recovery['tokens_reused']}/{recovery['tokens_recomputed']}",
+        "their tokens kept / recomputed": f"{recovery['tokens_reused']} / {recovery['tokens_recomputed']}",
         "tokens received after it": str(received),
     }
 

@@ -1,13 +1,18 @@
 """Detection: dead processes by pidfd, hung ranks by their counters."""
 
+from __future__ import annotations
+
 import asyncio
 import mmap
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from anchortp_sglang.recovery import heartbeat
-from anchortp_sglang.recovery.cluster import Generation
 from anchortp_sglang.recovery.processes import process_state
+
+if TYPE_CHECKING:
+    from anchortp_sglang.recovery.cluster import Generation
 
 _HANG_POLL_S = 0.5
 
