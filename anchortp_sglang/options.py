@@ -69,7 +69,7 @@ class AnchorOptions:
     hang_timeout_s: float = _option(
         30.0,
         "hang-timeout SECONDS",
-        "a rank that has work and completes no step for this long is taken for hung and replaced",
+        "ranks that make no progress (a layer, or a turn of their loop) for this long are taken for hung and replaced",
         float,
     )
     recovery_deadline_s: float = _option(

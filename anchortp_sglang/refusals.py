@@ -14,9 +14,6 @@ from typing import Any
 from anchortp_sglang.unsupported_flags import ENVIRONMENT, FLAG_OF_FIELD, FLAG_RULES, FlagRule
 from anchortp_sglang.unsupported_requests import REQUEST_FIELDS, ROUTES, SAMPLING_KEYS
 
-# Turned on once the replay restores logprob offsets (input and output) exactly.
-LOGPROBS_SUPPORTED = False
-
 # SGLang spells "off" differently from flag to flag.
 _OFF_WORDS = ("", "{}", "null", "none", "off")
 _FALSE_WORDS = ("", "0", "false", "no", "n")
@@ -71,8 +68,6 @@ def check_generate_request(obj: Any) -> str | None:
     for name, what in REQUEST_FIELDS.items():
         if is_present(getattr(obj, name, None)):
             return _cannot_resume(what, name)
-    if not LOGPROBS_SUPPORTED and is_present(getattr(obj, "return_logprob", None)):
-        return _cannot_resume("a request with logprobs", "return_logprob")
     return _check_sampling_params(getattr(obj, "sampling_params", None))
 
 

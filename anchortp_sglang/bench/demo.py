@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(screen: Screen, folder: Path, log: Path, options: argparse.Namespace) -> bool:
     checkpoint = write_checkpoint(folder / "model", "qwen3")
-    screen.say("made a small Qwen3 checkpoint with random weights (float32, 4 KV heads, 6 layers)")
+    screen.say("made a small Qwen3 checkpoint (random weights, float32, 4 KV heads)")
     flags = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--anchor-allow-injection")
     server = Server(checkpoint, TP_SIZE, *flags, log=log)
     try:
@@ -114,7 +114,7 @@ def _broken(screen: Screen, server: Server, tokens: int) -> tuple[list[ClientStr
     with OpenAIStreams(server.url, PROMPTS, tokens) as clients:
         screen.show(clients, "8 open streams")
         clients.wait(tokens // 4)
-        faults = [_fault(screen, server, f"SIGKILL, rank on device {KILLED_DEVICE}", _kill_rank)]
+        faults = [_fault(screen, server, f"SIGKILL of rank {KILLED_DEVICE}", _kill_rank)]
         clients.wait(tokens * 5 // 8)
         faults.append(_fault(screen, server, f"loss of device {LOST_DEVICE}", _lose_device))
         clients.wait()

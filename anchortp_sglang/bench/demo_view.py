@@ -68,7 +68,8 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line that stays, with the seconds since the start."""
-        self._console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/]  {text}")
+        elapsed_s = time.monotonic() - self._started
+        self._console.print(f"[dim]{elapsed_s:6.1f} s[/]  {text}", soft_wrap=self._live is None)
 
     def fail(self, text: str, log: Path) -> None:
         self._console.print("failed:", style="bold red", end=" ")
@@ -210,7 +211,12 @@ def _total(clients: OpenAIStreams) -> Text:
 
 def fault_table(faults: Sequence["Fault"], streams: Sequence[ClientStream]) -> Table:
     """A column for each fault: what clients saw, and what the server did."""
-    table = Table(title="what happened", title_justify="left")
+    table = Table(
+        title="what happened",
+        title_justify="left",
+        caption="Indented: the server's own stages, from the moment it noticed the fault.",
+        caption_justify="left",
+    )
     table.add_column("", no_wrap=True)
     columns = []
     for fault, following in zip(faults, [*faults[1:], None], strict=True):

@@ -33,6 +33,7 @@ class _Attachment:
     tensors: SharedMemoryGroup
     objects: SharedMemoryGroup
     thread: int
+    on_progress: Callable[[], None]
 
     def spans(self, world_size: int) -> bool:
         """Whether a call of this thread on a group of that size is one that all ranks make in one order.
@@ -45,7 +46,7 @@ class _Attachment:
 _attached: _Attachment | None = None
 
 
-def attach(buffer: object, rank: int, world_size: int) -> bool:
+def attach(buffer: object, rank: int, world_size: int, on_progress: Callable[[], None] = lambda: None) -> bool:
     """Use ``buffer`` (region_bytes(world_size), zeroed, mapped by all ranks of the generation) from now on.
 
     Call it in every rank, in the thread that runs the scheduler, before the process groups are built. Returns
@@ -61,6 +62,7 @@ def attach(buffer: object, rank: int, world_size: int) -> bool:
         tensors=SharedMemoryGroup(buffer, rank, world_size, Lane.TENSORS),
         objects=SharedMemoryGroup(buffer, rank, world_size, Lane.OBJECTS),
         thread=threading.get_ident(),
+        on_progress=on_progress,
     )
     return True
 
@@ -76,6 +78,7 @@ def all_reduce(original: Callable[..., torch.Tensor], group: Any, input_: torch.
     attached = _attached
     if attached is None or input_.dtype not in _SUMMABLE or not _applies(attached, group, input_):
         return original(group, input_)
+    attached.on_progress()
     return attached.tensors.all_reduce(input_)
 
 

@@ -1,7 +1,7 @@
 """Counters in shared memory that a rank moves while it works; main reads them.
 
-One per rank, moved by every turn of its scheduler loop, tells hung from busy. Two more are rank 0's account of what
-resumed requests could reuse.
+One per rank, moved by every turn of its scheduler loop and by every all-reduce, tells hung from busy. Two more are
+rank 0's account of what resumed requests could reuse.
 """
 
 import mmap

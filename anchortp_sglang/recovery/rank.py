@@ -59,7 +59,8 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     lanes = attachment.map(HOST_DEVICE, lanes_segment(assignment.generation), writable=True)
     world_size = assignment.ownership.tp_size
     heartbeat.open_counters(lanes, assignment.rank)
-    cpu_hooks.attach(memoryview(lanes)[heartbeat.BYTES :], assignment.rank, world_size)
+    collectives = memoryview(lanes)[heartbeat.BYTES :]
+    cpu_hooks.attach(collectives, assignment.rank, world_size, on_progress=heartbeat.beat)
     prefixes.open_table(attachment)
     stamps.take("attached")
     _rendezvous_by_main(spec)

@@ -45,6 +45,10 @@ class DeathWatch:
             self._loop.remove_reader(fd)
 
 
+_ALONE_FACTOR = 10
+"""A single rank has no all-reduce to show progress within a step: it gets that much more time."""
+
+
 class HangWatch:
     """Whether a generation's counters stand still for too long. Fed with what it sees and when: no clock of its own."""
 
@@ -58,7 +62,7 @@ class HangWatch:
         """True if no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers too."""
         if self._seen != (generation, beats):
             self._seen, self._since = (generation, beats), now
-        return now - self._since > self.timeout_s
+        return now - self._since > self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
 
     def reset(self) -> None:
         self._seen = None

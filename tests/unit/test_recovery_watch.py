@@ -25,3 +25,8 @@ def test_after_a_reset_the_time_counts_anew():
     watch.hung(1, (5, 5), 0.0)
     watch.reset()
     assert not watch.hung(1, (5, 5), 10.0)
+
+
+def test_a_single_rank_has_more_time_for_a_step():
+    watch = HangWatch(timeout_s=2.0)
+    assert [watch.hung(1, (5,), now) for now in (0.0, 3.0, 20.0, 20.1)] == [False, False, False, True]

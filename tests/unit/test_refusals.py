@@ -180,7 +180,6 @@ def test_plain_requests_and_batches_of_nothing_special_are_admitted(fields):
         ("return_sampling_mask", {"return_sampling_mask": [False, True]}),
         ("custom_logit_processor", {"custom_logit_processor": "{}"}),
         ("bootstrap_room", {"bootstrap_room": 0}),
-        ("return_logprob", {"return_logprob": [False, True]}),
         ("regex", {"sampling_params": [{}, {"regex": "a+"}]}),
         ("json_schema", {"sampling_params": {"json_schema": "{}"}}),
         ("structural_tag", {"sampling_params": {"structural_tag": "t"}}),
@@ -193,8 +192,7 @@ def test_what_cannot_be_resumed_is_refused_in_one_sentence_that_names_the_field(
     assert told.endswith(f"send the request without {name}.")
 
 
-def test_logprobs_are_admitted_once_they_are_supported(monkeypatch):
-    monkeypatch.setattr(refusals, "LOGPROBS_SUPPORTED", True)
+def test_logprobs_are_admitted():
     assert check_generate_request(request(return_logprob=True)) is None
 
 
