@@ -27,7 +27,7 @@ class Engine(_StockEngine):
         server_args = rest.get("server_args") or _record(rest)
         if server_args.tp_size > MAX_TP_SIZE:
             raise ValueError(f"tp_size is {server_args.tp_size}; an Engine takes at most {MAX_TP_SIZE}")
-        self._anchor_runtime: startup.Runtime | None = startup.start(server_args, options)
+        self._anchor_runtime: startup.Runtime | None = startup.start(server_args, options, serves_http=False)
         try:
             super().__init__(server_args=server_args)
         except BaseException:

@@ -41,7 +41,7 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
     server_args = prepare_server_args(argv)
     log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
     try:
-        runtime = startup.start(server_args, options)
+        runtime = startup.start(server_args, options, serves_http=True)
     except startup.REFUSALS as error:
         _refuse(error)
     try:

@@ -1,5 +1,6 @@
 """From SGLang's arguments to a coordinator: checks, plan, hooks, zygote, anchors. Shared by all faces."""
 
+import hashlib
 import json
 import logging
 import os
@@ -66,8 +67,10 @@ class Runtime:
         remove_run_dir(self.run_dir)
 
 
-def start(server_args: Any, options: AnchorOptions) -> Runtime:
+def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Runtime:
     """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
+
+    A server is known by its port, so that it finds its anchors again after a crash; an Engine by its process.
 
     Raises ValueError subclasses with a text for the operator; nothing is left behind then.
     """
@@ -79,7 +82,8 @@ def start(server_args: Any, options: AnchorOptions) -> Runtime:
     view = _view(server_args)
     _refuse(view)
     options.check_tp_size(view.tp_size)
-    _check_port(view.host or "127.0.0.1", view.port)
+    if serves_http:
+        _check_port(view.host or "127.0.0.1", view.port)
     checkpoint = Path(view.model_path)
     model = _read_model(checkpoint, view.dtype)
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
@@ -88,7 +92,28 @@ def start(server_args: Any, options: AnchorOptions) -> Runtime:
     install_all(allow_drift=options.allow_drift)
     wire.register()
     zygote = _make_zygote(view)
-    return _assemble(raw, view, options, model, ownership, checkpoint, kv, zygote)
+    base = Path(options.run_dir) if options.run_dir else None
+    key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
+    try:
+        run_dir = prepare_run_dir(base, key)
+    except BaseException:
+        zygote.kill()
+        raise
+    plan = ServerPlan(
+        run_dir=run_dir.path,
+        run_id=run_dir.run_id,
+        identity=_identity(checkpoint, model, ownership, kv),
+        checkpoint=checkpoint.resolve(),
+        model=model,
+        kv=kv,
+        linger_s=options.linger_s,
+        server_args=_records(raw, view, kv),
+        controller_pid=os.getpid(),
+        stale_anchors=run_dir.stale_anchors,
+    )
+    coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
+    install_coordinator(coordinator)
+    return Runtime(coordinator, run_dir)
 
 
 def _view(server_args: Any) -> Any:
@@ -159,6 +184,15 @@ def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
     return plan
 
 
+def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan) -> str:
+    """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
+    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv)]
+    for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
+        stat = path.stat()
+        parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
 def _make_zygote(view: Any) -> Zygote:
     from anchortp_sglang import preload
 
@@ -168,39 +202,6 @@ def _make_zygote(view: Any) -> Zygote:
         return fork_zygote()
     log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
     return spawn_zygote()
-
-
-def _assemble(
-    raw: dict[str, Any],
-    view: Any,
-    options: AnchorOptions,
-    model: ModelAxes,
-    ownership: Ownership,
-    checkpoint: Path,
-    kv: KVPlan,
-    zygote: Zygote,
-) -> Runtime:
-    base = Path(options.run_dir) if options.run_dir else None
-    try:
-        run_dir = prepare_run_dir(base, f"run-{view.port}")
-        plan = ServerPlan(
-            run_dir=run_dir.path,
-            run_id=run_dir.run_id,
-            identity=f"{checkpoint.resolve()}:{model.dtype}:{ownership.digest()}:{kv.slots}",
-            checkpoint=checkpoint.resolve(),
-            model=model,
-            kv=kv,
-            linger_s=options.linger_s,
-            server_args=_records(raw, view, kv),
-            controller_pid=os.getpid(),
-            stale_anchors=run_dir.stale_anchors,
-        )
-        coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
-    except BaseException:
-        zygote.kill()
-        raise
-    install_coordinator(coordinator)
-    return Runtime(coordinator, run_dir)
 
 
 def _policy(options: AnchorOptions) -> Policy:

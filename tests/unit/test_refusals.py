@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from anchortp_sglang import refusals
 from anchortp_sglang.refusals import UnsupportedError, check_generate_request, check_route, check_server_args
 from anchortp_sglang.unsupported_flags import ENVIRONMENT, FLAG_RULES
 from anchortp_sglang.unsupported_requests import REQUEST_FIELDS, ROUTES, SAMPLING_KEYS
