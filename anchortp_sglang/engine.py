@@ -24,9 +24,11 @@ class Engine(_StockEngine):
 
     def __init__(self, **kwargs: Any) -> None:
         options, rest = from_kwargs(kwargs)
-        server_args = rest.get("server_args") or _record(rest)
-        if server_args.tp_size > MAX_TP_SIZE:
-            raise ValueError(f"tp_size is {server_args.tp_size}; an Engine takes at most {MAX_TP_SIZE}")
+        server_args = rest.get("server_args")
+        tp_size = server_args.tp_size if server_args is not None else platform.tp_size_of(rest)
+        if tp_size > MAX_TP_SIZE:
+            raise ValueError(f"tp_size is {tp_size}; an Engine takes at most {MAX_TP_SIZE}")
+        server_args = server_args or _record(rest)
         self._anchor_runtime: startup.Runtime | None = startup.start(server_args, options, serves_http=False)
         try:
             super().__init__(server_args=server_args)

@@ -7,6 +7,7 @@ looked up again after the fact, and one that did not take stops the start with i
 
 from __future__ import annotations
 
+import logging
 import pkgutil
 import sys
 import types
@@ -72,6 +73,7 @@ def install(hooks: Sequence[Hook]) -> None:
         known = [(kind.value, function) for kind, function, _ in HookRegistry._hooks.get(hook.target, ())]
         if (hook.kind, hook.function) not in known:
             HookRegistry.register(hook.target, hook.function, HookType(hook.kind), source=source)
+    logging.getLogger(HookRegistry.__module__).setLevel(logging.WARNING)  # else a line for each hook
     HookRegistry.apply_hooks()
     verify(hooks, originals)
 

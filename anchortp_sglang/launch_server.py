@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from anchortp_sglang import platform
+from anchortp_sglang import early, platform
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 
 log = logging.getLogger("anchortp_sglang")
@@ -20,6 +20,8 @@ def main(argv: Sequence[str]) -> None:
         given = platform.given_flags(rest)
         wants_help = "help" in given or "-h" in rest
         defaults = platform.prepare({} if wants_help else given)
+        if not wants_help:
+            early.check_given(given)
     except ValueError as error:
         _refuse(error)
     if wants_help:

@@ -10,7 +10,7 @@ from anchortp_sglang.cpu.environment import CpuDefaults, cpu_defaults, describe
 log = logging.getLogger(__name__)
 
 _TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")
-_ALIASES = dict.fromkeys(_TP_FLAGS, "tp_size")
+_ALIASES = dict.fromkeys(_TP_FLAGS, "tp_size") | {"--model": "model_path"}
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str]:
@@ -50,6 +50,9 @@ def prepare(given: Mapping[str, object]) -> CpuDefaults:
 
     Raises ValueError for another device than cpu, and for what contradicts itself.
     """
+    device = given.get("device") or "cpu"
+    if device != "cpu":
+        raise ValueError(f"--device {device} is not supported yet, the CUDA arena comes later; use --device cpu")
     defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
     os.environ.update(defaults.env)
     install_stand_ins()

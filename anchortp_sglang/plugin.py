@@ -76,6 +76,12 @@ HOOKS: tuple[Hook, ...] = (
         "what resumed requests found in kept KV is counted for the status",
     ),
     Hook(
+        _SCHEDULER + "flush_cache",
+        "after",
+        prefixes.after_flush_cache,
+        "a flushed cache does not come back with the next generation",
+    ),
+    Hook(
         _MEMORY + "kv_cache_builder.build_kv_cache",
         "after",
         prefixes.after_build_kv_cache,

@@ -47,6 +47,7 @@ def import_sglang() -> None:
         for name in _LATE:
             _try_import(name)
     finally:
+        gc.freeze()  # millions of objects that stay: every later collection would take a second over them
         gc.enable()
 
 

@@ -1,10 +1,8 @@
 """From SGLang's arguments to a coordinator: checks, plan, hooks, zygote, anchors. Shared by all faces."""
 
 import hashlib
-import json
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import psutil
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.early import check_port, read_config
 from anchortp_sglang.elastic.attachment import KVPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.hooking import HookError
@@ -78,14 +77,15 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
 
     raw = msgspec.structs.asdict(server_args)
     _refuse(server_args)
+    checkpoint = Path(server_args.model_path)
+    config = read_config(checkpoint)
     server_args.resolve_once()
     view = _view(server_args)
     _refuse(view)
     options.check_tp_size(view.tp_size)
     if serves_http:
-        _check_port(view.host or "127.0.0.1", view.port)
-    checkpoint = Path(view.model_path)
-    model = _read_model(checkpoint, view.dtype)
+        check_port(view.host or "127.0.0.1", view.port)
+    model = read_model_axes(config, view.dtype)
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
     _check_plan(model, ownership, checkpoint)
     kv = _plan_kv(model, ownership, view)
@@ -126,26 +126,6 @@ def _refuse(view: Any) -> None:
     refusals = check_server_args(view)
     if refusals:
         raise UnsupportedError(refusals)
-
-
-def _check_port(host: str, port: int) -> None:
-    """SGLang would notice a port in use only after everything has been loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"--port {port} on {host} cannot be used ({error.strerror}); choose another") from None
-
-
-def _read_model(checkpoint: Path, dtype: str) -> ModelAxes:
-    config = checkpoint / "config.json"
-    if not config.exists():
-        raise ValueError(f"{checkpoint} is no local Hugging Face checkpoint: it has no config.json")
-    if (checkpoint / "hf_quant_config.json").exists():
-        raise ValueError(f"{checkpoint} is quantized (hf_quant_config.json); use the unquantized checkpoint")
-    return read_model_axes(json.loads(config.read_text()), dtype)
 
 
 def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:

@@ -13,8 +13,9 @@ import signal
 import sys
 import tempfile
 import time
+import urllib.error
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,8 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         screen.say("stopped")
         shutil.rmtree(folder, ignore_errors=True)
         return 130
-    except (ServerFailed, DemoFailed, TimeoutError, OSError) as error:
+    except (ServerFailed, DemoFailed, TimeoutError) as error:
         screen.fail(str(error), log)
+        return 1
+    except OSError as error:
+        screen.fail(f"the server does not answer any more, or a file cannot be written: {error}", log)
         return 1
     if not identical:
         screen.fail("the streams differ from the unbroken run, see above", log)
@@ -119,7 +123,9 @@ def _broken(screen: Screen, server: Server, tokens: int) -> tuple[list[ClientStr
         faults.append(_fault(screen, server, f"loss of device {LOST_DEVICE}", _lose_device))
         clients.wait()
     screen.say(f"all streams ended: {clients.tokens} tokens")
-    return clients.streams, faults
+    # Again, as what replayed requests reuse is counted while they are prefilled.
+    accounts = {recovery["generation"]: recovery for recovery in server.status()["recoveries"]}
+    return clients.streams, [replace(fault, recovery=accounts[fault.recovery["generation"]]) for fault in faults]
 
 
 def _fault(screen: Screen, server: Server, title: str, cause: Callable[[Server], str]) -> Fault:
@@ -145,7 +151,10 @@ def _kill_rank(server: Server) -> str:
 
 
 def _lose_device(server: Server) -> str:
-    return str(server.inject(LOST_DEVICE, "device")["detail"])
+    try:
+        return str(server.inject(LOST_DEVICE, "device")["detail"])
+    except urllib.error.HTTPError as error:
+        raise DemoFailed(f"the fault was refused: {error.read().decode(errors='replace')}") from None
 
 
 def _check(streams: Sequence[ClientStream]) -> None:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _STOP_TIMEOUT_S = 60.0
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is never behind a proxy
 
 
 class ServerFailed(RuntimeError):
@@ -56,19 +57,33 @@ class Server:
         return self._process.pid
 
     def start(self, timeout_s: float = 240.0) -> float:
-        """Start and wait until /health says 200; seconds it took. Raises ServerFailed."""
+        """Start and wait until /health says 200; seconds it took. Raises ServerFailed, and leaves nothing running."""
         began = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
             )
-        while time.monotonic() - began < timeout_s:
+        try:
+            self._wait_healthy(began + timeout_s)
+        except BaseException:
+            self.kill()
+            raise
+        return time.monotonic() - began
+
+    def _wait_healthy(self, deadline: float) -> None:
+        assert self._process is not None
+        while self.health() != 200:
             if self._process.poll() is not None:
                 raise ServerFailed(f"the server ended with code {self._process.returncode}\n{self.tail()}")
-            if self.health() == 200:
-                return time.monotonic() - began
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"the server was not healthy in time\n{self.tail()}")
             time.sleep(0.1)
-        raise ServerFailed(f"the server was not healthy within {timeout_s:g} s\n{self.tail()}")
+
+    def kill(self) -> None:
+        """SIGKILL the main process; everything else ends by itself."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
 
     def wait(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
         assert self._process is not None
@@ -81,8 +96,7 @@ class Server:
         try:
             self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
 
     def __enter__(self) -> Self:
         self.start()
@@ -96,7 +110,7 @@ class Server:
     def health(self) -> int:
         """HTTP status of /health, 0 if nobody answers."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
+            with _opener.open(f"{self.url}/health", timeout=30) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -107,7 +121,7 @@ class Server:
         return self.get("/anchortp/status")
 
     def get(self, path: str) -> dict[str, Any]:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        with _opener.open(self.url + path, timeout=60) as answer:
             return dict(json.load(answer))
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 300.0) -> Any:
@@ -115,7 +129,7 @@ class Server:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        with _opener.open(request, timeout=timeout_s) as answer:
             return json.load(answer)
 
     def inject(self, device: int, kind: str) -> dict[str, Any]:

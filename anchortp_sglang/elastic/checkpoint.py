@@ -46,8 +46,7 @@ class Checkpoint:
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        paths = [folder / name for name in names]
+        paths = [folder / name for name in sorted(set(_weight_map(index).values()))]
     else:
         paths = sorted(folder.glob("*.safetensors"))
     if not paths:
@@ -58,10 +57,17 @@ def _shards(folder: Path) -> list[Path]:
     return paths
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}); copy it again") from error
+
+
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut off ({error}); copy it again") from error
 
 
@@ -69,6 +75,6 @@ def _check_index(folder: Path, files: dict[str, Any]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return
-    absent = sorted(set(json.loads(index.read_text())["weight_map"]) - files.keys())
+    absent = sorted(set(_weight_map(index)) - files.keys())
     if absent:
         raise CheckpointError(f"{folder}: {len(absent)} tensors of the index are in no file ({absent[0]}, …)")

@@ -80,6 +80,13 @@ def _commit_extend(table: PageTable, rows: np.ndarray, batch: Any) -> None:
         table.commit_run(row[prefix_len:end], tokens, parent)
 
 
+def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
+    """AFTER Scheduler.flush_cache: what was flushed must not come back with the next generation."""
+    if flushed and _table is not None:
+        _table.invalidate(np.arange(1, _table.slots))
+    return flushed
+
+
 def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER kv_cache_builder.build_kv_cache: the prefix tree of the last generation, from verified chains only."""
     global _table

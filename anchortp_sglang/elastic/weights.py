@@ -39,6 +39,8 @@ class Filler(threading.Thread):
         super().__init__(name="anchortp-fill", daemon=True)
         self.attachment = attachment
         self.moved: dict[str, int] = {}
+        self.waited_from = 0.0
+        """When the main thread came to load the model: its process groups are ready then."""
         self.finished_at = 0.0
         self._error: BaseException | None = None
 
@@ -101,6 +103,7 @@ class AnchorModelLoader(BaseModelLoader):
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         attachment, filler = current(), _filler
         assert attachment is not None and filler is not None
+        filler.waited_from = time.monotonic()
         # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
         with set_default_torch_dtype(model_config.dtype), torch.device(device_config.device):
             model = _initialize_model(model_config, self.load_config)

@@ -88,6 +88,11 @@ class PageTable:
         table._check_header()
         return table
 
+    @property
+    def slots(self) -> int:
+        """How many slots there are, the padding slot included."""
+        return self._slots
+
     def invalidate(self, slots: ArrayLike) -> None:
         """Forget slots (int64[n]) just allocated, before anything writes their KV; padding is ignored."""
         ids = self._checked(slots)

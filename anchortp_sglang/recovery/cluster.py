@@ -333,3 +333,7 @@ class Cluster:
                     self.client(device).shutdown(number)
                 except Exception as error:
                     log.warning("anchortp: anchor %s did not take the shutdown (%s)", device, error)
+        # PortArgs.init_new makes files for its sockets; who bound them has been killed, SGLang leaves them behind.
+        names = [name for name in dir(self.port_args) if name.endswith("_ipc_name")]
+        for endpoint in filter(None, (getattr(self.port_args, name) for name in names)):
+            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)

@@ -359,7 +359,8 @@ class Coordinator:
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""
         self._held, self._kv_valid = generation.ownership, True
-        self._lanes = {generation.number: self.cluster.map_lanes(generation.number)}
+        self._lanes.clear()  # in place: the watch for hangs holds on to it
+        self._lanes[generation.number] = self.cluster.map_lanes(generation.number)
 
     async def _settle(self, generation: Generation) -> None:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""

@@ -2,6 +2,7 @@
 
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -53,18 +54,41 @@ def after_init_request_dispatcher(result: None, manager: Any, *args: Any, **kwar
 
 
 def _reseed(manager: Any, reseed: Reseed) -> None:
-    """Take up each request where the dead detokenizer left it: all of its tokens again, minus the text sent."""
+    """Take up each request where the dead detokenizer left it."""
     from sglang.srt.managers.detokenizer_manager import DecodeStatus
 
-    rows = zip(reseed.rids, reseed.decode_ids, reseed.context_tokens, reseed.sent_chars, strict=True)
-    for rid, decode_ids, context_tokens, sent_chars in rows:
+    for row, rid in enumerate(reseed.rids):
+        ids = manager._clamp_decode_ids(reseed.decode_ids[row], manager.vocab_size)
+        flags = [reseed.skip_special[row]], [reseed.space_special[row]]
+
+        def decode(ids: list[int], flags: tuple[list[bool], list[bool]] = flags) -> str:
+            return str(manager._grouped_batch_decode([ids], *flags)[0])
+
+        text, read_offset = _committed(decode, ids, reseed.context_tokens[row], reseed.sent_chars[row])
         manager.decode_status[rid] = DecodeStatus(
-            decoded_text="",
-            decode_ids=manager._clamp_decode_ids(decode_ids, manager.vocab_size),
+            decoded_text=text,
+            decode_ids=ids,
             surr_offset=0,
-            read_offset=context_tokens,
-            sent_offset=sent_chars,
+            read_offset=read_offset,
+            sent_offset=reseed.sent_chars[row],
         )
+
+
+def _committed(
+    decode: Callable[[list[int]], str], ids: list[int], context_tokens: int, sent_chars: int
+) -> tuple[str, int]:
+    """The text that the dead detokenizer had done with, and where in ``ids`` it ends.
+
+    As far as the text sent reaches, up to a token that ends a character. SGLang relies on it: while a character is
+    incomplete it sends nothing behind the last space of the text that is *not* done with, and takes what it counted
+    as sent back (``_decode_batch_token_id_output``); were all of the text in that part, some would be sent twice.
+    """
+    skipped = len(decode(ids[:context_tokens]))
+    for end in range(len(ids), context_tokens, -1):
+        text = decode(ids[:end])[skipped:]
+        if text and not text.endswith("�") and len(text) <= sent_chars:
+            return text, end
+    return "", context_tokens
 
 
 class _Peers:

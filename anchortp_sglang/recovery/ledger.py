@@ -126,7 +126,7 @@ class Ledger:
     def reseed(self) -> Reseed:
         """What a new detokenizer must know of the requests that have delivered tokens."""
         self.forget_finished()
-        message = Reseed(rids=[], decode_ids=[], context_tokens=[], sent_chars=[])
+        message = Reseed(rids=[], decode_ids=[], context_tokens=[], sent_chars=[], skip_special=[], space_special=[])
         for rid, record in self._records.items():
             state = self._tm.rid_to_state[rid]
             if state.output_ids:
@@ -135,6 +135,8 @@ class Ledger:
                 message.decode_ids.append([*context, *state.output_ids])
                 message.context_tokens.append(len(context))
                 message.sent_chars.append(len(state.get_text()))
+                message.skip_special.append(record.request.sampling_params.skip_special_tokens)
+                message.space_special.append(record.request.sampling_params.spaces_between_special_tokens)
         return message
 
     def give_up(self, reason: str) -> int:

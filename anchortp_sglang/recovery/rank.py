@@ -37,19 +37,13 @@ def run(spec: RankSpec, pipe: Connection) -> None:
     """Be one rank until killed. Sends ("ready", info) or ("failed", text) to main."""
     stamps = Stamps()
     try:
-        import cProfile
-
-        pr = cProfile.Profile()
-        pr.enable()
-        info = _start(spec, stamps)
-        pr.disable()
-        pr.dump_stats(f"/tmp/prof.{spec.assignment.generation}.{spec.assignment.rank}")
+        scheduler, info = _start(spec, stamps)
     except BaseException as error:
         traceback.print_exc()
         pipe.send(("failed", f"{type(error).__name__}: {error}"))
         return
-    pipe.send(("ready", {**info[1], "stamps": stamps.taken}))
-    info[0].run_event_loop()
+    pipe.send(("ready", info | {"stamps": stamps.taken}))
+    scheduler.run_event_loop()
 
 
 def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
@@ -66,7 +60,7 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     _rendezvous_by_main(spec)
     scheduler = _make_scheduler(spec)
     stamps.take("bound")
-    stamps.taken["moved"] = filler.finished_at
+    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at}
     return scheduler, {
         **scheduler.get_init_info(),
         "moved_bytes": filler.moved,

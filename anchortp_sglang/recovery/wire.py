@@ -33,13 +33,16 @@ class Reseed(BaseReq, kw_only=True):
     """main -> a new detokenizer: how far its predecessor had come with each request that delivered tokens.
 
     ``decode_ids``: as in SGLang's DecodeStatus, the last prompt tokens (``context_tokens`` of them), then the
-    delivered ones. ``sent_chars``: characters of text that TokenizerManager holds.
+    delivered ones. ``sent_chars``: characters of text that TokenizerManager holds. ``skip_special``,
+    ``space_special``: the request's skip_special_tokens and spaces_between_special_tokens.
     """
 
     rids: list[str]
     decode_ids: list[list[int]]
     context_tokens: list[int]
     sent_chars: list[int]
+    skip_special: list[bool]
+    space_special: list[bool]
 
 
 CONTEXT_TOKENS = 5

@@ -1,0 +1,71 @@
+"""What can be refused before SGLang is imported, which takes ten seconds. Resolved values are checked later."""
+
+import json
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anchortp_sglang.planning.model_axes import read_model_axes
+from anchortp_sglang.refusals import UnsupportedError, check_server_args
+
+_DEFAULT_PORT = 30000  # ServerArgs.port
+
+
+def check_given(given: Mapping[str, str]) -> None:
+    """Check the flags of a command line (``platform.given_flags``). Raises ValueError for the operator."""
+    refusals = check_server_args({name: _value(text) for name, text in given.items()})
+    if refusals:
+        raise UnsupportedError(refusals)
+    if "model_path" in given:
+        read_model_axes(read_config(Path(given["model_path"])))
+    port = _value(given.get("port", _DEFAULT_PORT))
+    if isinstance(port, int):
+        check_port(given.get("host", "127.0.0.1"), port)
+
+
+def check_port(host: str, port: int) -> None:
+    """SGLang would notice a port in use only after everything has been loaded. Raises ValueError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except socket.gaierror as error:
+            raise ValueError(f"--host {host} is no address of this machine ({error.strerror})") from None
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"--port {port} on {host} cannot be used ({reason}); choose another") from None
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises ValueError where SGLang would ask the hub, or fail obscurely."""
+    path = checkpoint / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"--model-path {checkpoint} is no folder with a Hugging Face checkpoint: there is no {path};"
+            " download the model first and give its folder"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object; copy it again")
+    if (checkpoint / "hf_quant_config.json").exists():
+        raise ValueError(f"{checkpoint} is quantized (hf_quant_config.json); use the unquantized checkpoint")
+    return config
+
+
+def _value(text: Any) -> Any:
+    """A flag's text as the value it stands for; a bare switch is followed by the next flag or by nothing."""
+    if not isinstance(text, str):
+        return text
+    if text == "" or text.startswith("--") or text.lower() == "true":
+        return True
+    if text.lower() in ("false", "none", "null"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return text
