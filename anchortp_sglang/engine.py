@@ -1,5 +1,6 @@
 """``anchortp_sglang.Engine``: sglang.Engine, which survives the loss of ranks and devices."""
 
+import os
 from typing import Any
 
 from anchortp_sglang import platform
@@ -8,7 +9,8 @@ from anchortp_sglang.options import from_kwargs
 MAX_TP_SIZE = 8
 
 # SGLang reads its environment when it is imported, before any Engine can say how many ranks it wants.
-platform.prepare({"tp_size": MAX_TP_SIZE})
+# Thread bindings of the user's own are checked when it is known.
+platform.prepare({"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
 
 from sglang.srt.entrypoints.engine import Engine as _StockEngine  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402

@@ -22,8 +22,9 @@ from anchortp_sglang.planning.layout import check_coverage, check_sources, shard
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership import Ownership, split, validate
 from anchortp_sglang.recovery import wire
-from anchortp_sglang.recovery.cluster import Cluster, ServerPlan, StartFailed
+from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
 from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery.generation import StartFailed
 from anchortp_sglang.recovery.hooks import install_coordinator
 from anchortp_sglang.recovery.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
 from anchortp_sglang.refusals import UnsupportedError, check_server_args

@@ -64,10 +64,13 @@ def prepare_run_dir(base: Path | None, key: str) -> RunDir:
         AnchorFiles(str(path), _LONGEST_NAMED_DEVICE)
     except ValueError as error:
         raise RunDirError(str(error)) from error
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _make_private(path)
-    with _locked(path):
-        return _claim(path)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(path)
+        with _locked(path):
+            return _claim(path)
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be used ({error.strerror}): choose another directory") from error
 
 
 def remove_run_dir(run_dir: RunDir) -> None:

@@ -7,9 +7,8 @@ import logging
 import mmap
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,13 @@ from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.recovery import detokenizer, heartbeat, rank
+from anchortp_sglang.recovery.generation import Generation, StartFailed
 from anchortp_sglang.recovery.processes import died_within, is_dead
 from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError, spawn_zygote
 
 log = logging.getLogger(__name__)
 
 ANCHOR_TIMEOUT_S = 10.0
-
-
-class StartFailed(RuntimeError):
-    """A rank did not come up; the text is its own."""
 
 
 @dataclass(frozen=True)
@@ -63,35 +59,6 @@ class ServerPlan:
     server_args: Callable[[int], Any]
     controller_pid: int
     stale_anchors: tuple[int, ...] = ()
-
-
-@dataclass
-class Generation:
-    """One configuration and its rank processes, in rank order."""
-
-    number: int
-    ownership: Ownership
-    ranks: list[Child]
-    infos: list[dict[str, Any]] = field(default_factory=list)
-
-    def kill(self) -> None:
-        for child in self.ranks:
-            child.kill()
-
-    def dead(self) -> tuple[int, ...]:
-        """Ranks whose process is dead right now."""
-        return tuple(rank for rank, child in enumerate(self.ranks) if is_dead(child.pidfd))
-
-    def close(self) -> None:
-        for child in self.ranks:
-            child.close()
-
-
-def wait_dead(generation: Generation) -> None:
-    """Until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
-    for child in generation.ranks:
-        while not died_within(child.pidfd, 1.0):
-            log.warning("anchortp: process %d is not dead yet", child.pid)
 
 
 class Cluster:
@@ -299,34 +266,12 @@ class Cluster:
             raise
         return generation
 
-    def wait_ready(self, generation: Generation, timeout_s: float) -> None:
-        """Until every rank is ready. Raises StartFailed as soon as one fails or dies."""
-        deadline = time.monotonic() + timeout_s
-        generation.infos = [self._wait_one(generation, index, deadline) for index in range(len(generation.ranks))]
-
-    def _wait_one(self, generation: Generation, index: int, deadline: float) -> dict[str, Any]:
-        pipe = generation.ranks[index].pipe
-        while not pipe.poll(0.02):
-            for dead in generation.dead():
-                self._receive(generation, dead)  # a dead rank's pipe ends, after its last words if it had any
-            if time.monotonic() > deadline:
-                raise StartFailed(f"rank {index} was not ready in time")
-        return self._receive(generation, index)
-
-    def _receive(self, generation: Generation, index: int) -> dict[str, Any]:
-        try:
-            status, payload = generation.ranks[index].pipe.recv()
-        except EOFError:
-            raise StartFailed(f"rank {index} died while it was starting") from None
-        if status != "ready":
-            raise StartFailed(f"rank {index}: {payload}")
-        return dict(payload)
-
     # ---- end
 
     def shut_down(self, number: int) -> None:
         """End ranks, zygote and anchors; free all memory."""
         self.zygote.kill()
+        self._remove_load_file()
         for device, anchor in self.anchors.items():
             if not is_dead(anchor.pidfd):
                 try:
@@ -337,3 +282,10 @@ class Cluster:
         names = [name for name in dir(self.port_args) if name.endswith("_ipc_name")]
         for endpoint in filter(None, (getattr(self.port_args, name) for name in names)):
             Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+
+    def _remove_load_file(self) -> None:
+        """ShmLoadSnapshotWriter (managers/load_snapshot.py) makes it in /dev/shm, and nobody removes it."""
+        from sglang.srt.managers.load_snapshot import shm_path_for
+
+        if self.port_args is not None:
+            Path(shm_path_for(self.port_args.instance_id)).unlink(missing_ok=True)

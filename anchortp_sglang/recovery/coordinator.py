@@ -6,33 +6,29 @@ waiting for ranks) runs in a worker thread.
 
 import asyncio
 import logging
-import mmap
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
-
-import zmq
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership, adopt
 from anchortp_sglang.recovery import heartbeat, machine
-from anchortp_sglang.recovery.cluster import Cluster, Generation, StartFailed, wait_dead
+from anchortp_sglang.recovery.cluster import Cluster
+from anchortp_sglang.recovery.detection import Detection
+from anchortp_sglang.recovery.fence import FenceLine
+from anchortp_sglang.recovery.generation import Generation, StartFailed, wait_dead, wait_ready
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
-from anchortp_sglang.recovery.restore import restore_anchor
-from anchortp_sglang.recovery.watch import DeathWatch, HangWatch, hung_ranks, watch_for_hang
-from anchortp_sglang.recovery.wire import Fence
 from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
 
-_FENCE_TIMEOUT_S = 10.0
-_ANCHOR_GRACE_S = 0.2
+_DETOKENIZER_TIMEOUT_S = 30.0
 _REFILL_DELAY_S = 1.0
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
@@ -68,14 +64,10 @@ class Coordinator:
         self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
         self._number = 0
         self._recovery: Recovery | None = None
-        self._died: set[int] = set()  # ranks of this generation that were dead before we killed the others
-        self._hung: set[int] = set()
-        self._lanes: dict[int, mmap.mmap] = {}
+        self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
         self._tm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._deaths: DeathWatch | None = None
-        self._fence_push: zmq.Socket[bytes] | None = None
-        self._fence_seen: asyncio.Future[Fence] | None = None
+        self._fence_line: FenceLine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- the first generation (no event loop yet)
@@ -96,7 +88,7 @@ class Coordinator:
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
         """Until the first generation is ready; its ranks' infos. Raises StartFailed."""
         assert self.generation is not None
-        self.cluster.wait_ready(self.generation, timeout_s)
+        wait_ready(self.generation, timeout_s)
         self._take_stock(self.generation)
         self.cluster.settle(self.generation)
         return self.generation.infos
@@ -105,18 +97,13 @@ class Coordinator:
 
     def attach(self, tokenizer_manager: Any, send: Callable[[Any], None]) -> None:
         """Take over TokenizerManager's traffic and watch the processes; call on its running loop."""
-        from sglang.utils import TypeBasedDispatcher
-
         assert self.generation is not None
         self._tm, self._loop = tokenizer_manager, tokenizer_manager.event_loop
-        self._tm._result_dispatcher += TypeBasedDispatcher([(Fence, self._on_fence)])
-        self._fence_push = zmq.Context.instance().socket(zmq.PUSH)
-        self._fence_push.connect(self.cluster.port_args.detokenizer_ipc_name)
+        self._fence_line = FenceLine(tokenizer_manager, self.cluster.port_args.detokenizer_ipc_name)
         self.ledger = Ledger(tokenizer_manager, send)
         self.ledger.replay(self.generation.number)
-        self._deaths = DeathWatch(tokenizer_manager.event_loop)
-        self._watch()
-        self._spawn(self._watch_for_hangs())
+        self._detection.begin(tokenizer_manager.event_loop)
+        self._detection.watch(self.generation)
         self._refill()
 
     def on_token(self) -> None:
@@ -135,7 +122,7 @@ class Coordinator:
 
     def tokens_reused(self) -> tuple[int, int] | None:
         """(reused, recomputed) tokens of the requests that this generation resumed so far."""
-        lanes = self._lanes.get(self.generation.number) if self.generation is not None else None
+        lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
         return None if lanes is None else heartbeat.read_tokens(lanes)
 
     def stop(self) -> None:
@@ -149,55 +136,12 @@ class Coordinator:
 
     # ---- detection
 
-    def _watch(self) -> None:
-        deaths, generation, detokenizer = self._deaths, self.generation, self.cluster.detokenizer
-        assert deaths is not None and generation is not None and detokenizer is not None
-        for index, child in enumerate(generation.ranks):
-            deaths.watch(child.pidfd, lambda index=index: self._on_rank_death(index))  # type: ignore[misc]
-        deaths.watch(detokenizer.pidfd, lambda: self._fault("the detokenizer died"))
-        for device in (HOST_DEVICE, *generation.ownership.devices):
-            self._watch_anchor(device)
-
-    def _watch_anchor(self, device: int) -> None:
-        assert self._deaths is not None
-        pidfd = self.cluster.anchors[device].pidfd
-        self._deaths.watch(pidfd, lambda: self._spawn(self._on_anchor_death(device)))
-
-    def _on_rank_death(self, index: int) -> None:
-        assert self.generation is not None
-        if self._tm.gracefully_exit and not self._tm.rid_to_state:
-            self.stop()
-            return
-        self._died.update({index, *self.generation.dead()})
-        self._fault(f"the process of rank {index} died")
-
-    async def _on_anchor_death(self, device: int) -> None:
-        """An anchor alone costs nothing: its rank still holds the memory. With its rank it is a lost device."""
-        await asyncio.sleep(_ANCHOR_GRACE_S)
-        generation = self.generation
-        if self.state.phase is not Phase.SERVING or generation is None:
-            return
-        try:
-            segments = await self._in_thread(restore_anchor, self.cluster, generation, device)
-        except Exception as error:
-            log.error("anchortp: the anchor of device %s died and could not be restored: %s", device, error)
-            self._fault(f"the anchor of device {device} died")
-            return
-        log.warning("anchortp: the anchor of device %s died; a new one took back %s", device, ", ".join(segments))
-        if self.generation is generation and self.state.phase is Phase.SERVING:
-            self._watch_anchor(device)
-
-    async def _watch_for_hangs(self) -> None:
-        watch = HangWatch(self.policy.hang_timeout_s)
-        while self.state.phase is not Phase.STOPPED:
-            hung = await watch_for_hang(watch, self._serving, self._lanes)
-            self._hung = hung_ranks(hung)
-            self._fault(f"no rank made progress for {watch.timeout_s:g} s")
-
     def _serving(self) -> Generation | None:
         return self.generation if self.state.phase is Phase.SERVING else None
 
     def _fault(self, reason: str) -> None:
+        if self._tm.gracefully_exit and not self._tm.rid_to_state:
+            self.stop()  # SGLang has asked its schedulers to leave
         self._advance(Event(EventKind.FAULT, reason))
 
     # ---- the machine's shell
@@ -207,8 +151,8 @@ class Coordinator:
         self.state, action, reason = machine.step(before, event, time.monotonic(), self.policy.deadline_s)
         if action is not Action.NOTHING:
             log.info("anchortp: %s -> %s (%s)", before.phase, self.state.phase, reason)
-        if self.state.phase is not Phase.SERVING and self._deaths is not None:
-            self._deaths.stop()
+        if self.state.phase is not Phase.SERVING:
+            self._detection.stop_watching()
         if action is Action.FENCE:
             self._begin(before, reason)
             self._carry_out(self._fence())
@@ -218,7 +162,7 @@ class Coordinator:
             self._carry_out(self._replay())
         elif action is Action.RESUME:
             assert self.generation is not None
-            self._watch()
+            self._detection.watch(self.generation)
             self._spawn(self._settle(self.generation))
             self._refill()
         elif action is Action.GIVE_UP:
@@ -233,7 +177,7 @@ class Coordinator:
         assert self._recovery is not None
         self._recovery.reason = reason
         self._recovery.stage("detected")
-        self._died.update(self.generation.dead())
+        self._detection.died.update(self.generation.dead())
         self.generation.kill()
 
     def _carry_out(self, work: Awaitable[Event]) -> None:
@@ -265,28 +209,14 @@ class Coordinator:
         assert generation is not None and recovery is not None
         await self._in_thread(wait_dead, generation)
         recovery.stage("reaped")
-        await self._drain(generation.number)
+        assert self._fence_line is not None and self.ledger is not None
+        detokenizer = self.cluster.detokenizer
+        if detokenizer is None or is_dead(detokenizer.pidfd):
+            await self._in_thread(self.cluster.restart_detokenizer, _DETOKENIZER_TIMEOUT_S)
+            self._fence_line.send(self.ledger.reseed())
+        await self._fence_line.drain(generation.number)
         recovery.stage("fenced")
         return Event(EventKind.FENCED, "the old generation is dead and drained")
-
-    async def _drain(self, number: int) -> None:
-        from sglang.srt.managers.io_struct import sock_send
-
-        assert self._loop is not None and self._fence_push is not None and self.ledger is not None
-        detokenizer = self.cluster.detokenizer
-        assert detokenizer is not None
-        if is_dead(detokenizer.pidfd):
-            await self._in_thread(self.cluster.restart_detokenizer, _FENCE_TIMEOUT_S)
-            sock_send(self._fence_push, self.ledger.reseed())
-        self._fence_seen = self._loop.create_future()
-        sock_send(self._fence_push, Fence(generation=number))
-        await asyncio.wait_for(self._fence_seen, _FENCE_TIMEOUT_S)
-
-    def _on_fence(self, fence: Fence) -> None:
-        seen, generation = self._fence_seen, self.generation
-        if seen is None or seen.done() or generation is None or fence.generation != generation.number:
-            return
-        seen.set_result(fence)
 
     async def _start(self) -> Event:
         """Verdict, plan, fork, and wait until the new ranks are ready."""
@@ -299,13 +229,13 @@ class Coordinator:
         new = await self._in_thread(self._fork_generation, ownership)
         old.close()
         self.generation = new
-        self._died, self._hung = set(), set()
+        self._detection.take_up(new)
         recovery.stage("forked")
         if self.state.phase is not Phase.STARTING or self.state.attempt != attempt:
             new.kill()  # given up while the fork was under way
             raise Unrecoverable("abandoned")
         assert self.state.deadline_at is not None
-        await self._in_thread(self.cluster.wait_ready, new, self.state.deadline_at - time.monotonic())
+        await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
         self._take_stock(new)
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
@@ -317,8 +247,8 @@ class Coordinator:
             machine.DeviceEvidence(
                 device=device,
                 anchor_alive=self.cluster.anchor_alive(device),
-                rank_died=device in ranks and ranks.index(device) in self._died,
-                rank_hung=device in ranks and ranks.index(device) in self._hung,
+                rank_died=device in ranks and ranks.index(device) in self._detection.died,
+                rank_hung=device in ranks and ranks.index(device) in self._detection.hung,
             )
             for device in self._held.devices
         ]
@@ -359,8 +289,7 @@ class Coordinator:
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""
         self._held, self._kv_valid = generation.ownership, True
-        self._lanes.clear()  # in place: the watch for hangs holds on to it
-        self._lanes[generation.number] = self.cluster.map_lanes(generation.number)
+        self._detection.lanes[generation.number] = self.cluster.map_lanes(generation.number)
 
     async def _settle(self, generation: Generation) -> None:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""

@@ -5,7 +5,8 @@ import os
 from typing import Any
 
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
-from anchortp_sglang.recovery.cluster import Cluster, Generation
+from anchortp_sglang.recovery.cluster import Cluster
+from anchortp_sglang.recovery.generation import Generation
 
 _SYS_PIDFD_GETFD = 438  # Linux 5.6, the same on all architectures
 

@@ -12,7 +12,7 @@ from anchortp_sglang.recovery import heartbeat
 from anchortp_sglang.recovery.processes import process_state
 
 if TYPE_CHECKING:
-    from anchortp_sglang.recovery.cluster import Generation
+    from anchortp_sglang.recovery.generation import Generation
 
 _HANG_POLL_S = 0.5
 

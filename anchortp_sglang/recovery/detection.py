@@ -1,0 +1,99 @@
+"""Detection: what of a generation dies or hangs, and what that means for it."""
+
+import asyncio
+import logging
+import mmap
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from anchortp_sglang.elastic.attachment import HOST_DEVICE
+from anchortp_sglang.recovery.cluster import Cluster
+from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.restore import restore_anchor
+from anchortp_sglang.recovery.watch import DeathWatch, HangWatch, hung_ranks, watch_for_hang
+
+log = logging.getLogger(__name__)
+
+_ANCHOR_GRACE_S = 0.2
+
+
+class Detection:
+    """Watches the generation that serves. ``on_fault`` is called on the event loop, once per fault or more.
+
+    ``died`` and ``hung`` are the ranks of the current generation found so before the others were killed.
+    ``serving``: the generation that serves now, or None. ``spawn`` runs a coroutine as a task.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        hang_timeout_s: float,
+        serving: Callable[[], Generation | None],
+        on_fault: Callable[[str], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self.died: set[int] = set()
+        self.hung: set[int] = set()
+        self.lanes: dict[int, mmap.mmap] = {}
+        """The counters of the current generation, by its number."""
+        self._cluster = cluster
+        self._hang = HangWatch(hang_timeout_s)
+        self._serving = serving
+        self._on_fault = on_fault
+        self._spawn = spawn
+        self._deaths: DeathWatch | None = None
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Watch for hangs from now on; ``watch`` starts with each generation."""
+        self._deaths = DeathWatch(loop)
+        self._spawn(self._watch_for_hangs())
+
+    def watch(self, generation: Generation) -> None:
+        """Watch its ranks, the detokenizer and the anchors; what is dead already is reported at once."""
+        deaths, detokenizer = self._deaths, self._cluster.detokenizer
+        assert deaths is not None and detokenizer is not None
+        for index, child in enumerate(generation.ranks):
+            deaths.watch(child.pidfd, lambda index=index: self._rank_died(generation, index))  # type: ignore[misc]
+        deaths.watch(detokenizer.pidfd, lambda: self._on_fault("the detokenizer died"))
+        for device in (HOST_DEVICE, *generation.ownership.devices):
+            self._watch_anchor(generation, device)
+
+    def stop_watching(self) -> None:
+        """Deaths are expected from here on; must come before a child is closed."""
+        if self._deaths is not None:
+            self._deaths.stop()
+
+    def take_up(self, generation: Generation) -> None:
+        """A new generation is the current one."""
+        self.died, self.hung = set(), set()
+        self.lanes.clear()  # in place: the watch for hangs holds on to it
+
+    def _rank_died(self, generation: Generation, index: int) -> None:
+        self.died.update({index, *generation.dead()})
+        self._on_fault(f"the process of rank {index} died")
+
+    def _watch_anchor(self, generation: Generation, device: int) -> None:
+        assert self._deaths is not None
+        pidfd = self._cluster.anchors[device].pidfd
+        self._deaths.watch(pidfd, lambda: self._spawn(self._anchor_died(generation, device)))
+
+    async def _anchor_died(self, generation: Generation, device: int) -> None:
+        """An anchor alone costs nothing: its rank still holds the memory. With its rank it is a lost device."""
+        await asyncio.sleep(_ANCHOR_GRACE_S)
+        if self._serving() is not generation:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            segments = await loop.run_in_executor(None, restore_anchor, self._cluster, generation, device)
+        except Exception as error:
+            log.error("anchortp: the anchor of device %s died and could not be restored: %s", device, error)
+            self._on_fault(f"the anchor of device {device} died")
+            return
+        log.warning("anchortp: the anchor of device %s died; a new one took back %s", device, ", ".join(segments))
+        if self._serving() is generation:
+            self._watch_anchor(generation, device)
+
+    async def _watch_for_hangs(self) -> None:
+        while True:
+            self.hung = hung_ranks(await watch_for_hang(self._hang, self._serving, self.lanes))
+            self._on_fault(f"no rank made progress for {self._hang.timeout_s:g} s")

@@ -1,0 +1,48 @@
+"""One preloaded process and one of each checkpoint for all engine tests."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import leftovers
+import pytest
+from forge import Forge
+
+from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+
+CHECKPOINTS = {
+    "qwen3": {"num_layers": 4, "shards": 2},
+    "qwen2": {"num_layers": 4, "num_kv_heads": 2, "tie_word_embeddings": True},
+    "llama": {"num_layers": 4},
+}
+"""Untied with explicit head_dim; tied with qkv bias and two KV heads; head_dim derived from hidden_size."""
+
+
+@pytest.fixture(scope="session")
+def forge(tmp_path_factory):
+    made = Forge(tmp_path_factory.mktemp("forge"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """family -> folder of its checkpoint. Read only: tests that damage one copy it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {family: write_checkpoint(folder / family, family, **shape) for family, shape in CHECKPOINTS.items()}
+
+
+@pytest.fixture
+def run_base():
+    """A short, empty folder for run directories and temporary files, see ``places``."""
+    folder = Path(tempfile.mkdtemp(prefix="atp"))
+    (folder / "tmp").mkdir()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def places(run_base):
+    """Environment that makes a server put all its files under ``run_base``; nothing may be left there."""
+    yield {"XDG_RUNTIME_DIR": str(run_base), "TMPDIR": str(run_base / "tmp")}
+    assert leftovers.files(run_base) == []

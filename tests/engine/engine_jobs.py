@@ -1,0 +1,171 @@
+"""What engine tests do inside forked processes. Returns go back as JSON."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+ENGINE_FLAGS = {"dtype": "float32", "max_total_tokens": 4096, "random_seed": 1}
+
+
+def stock_generate(model, prompts, max_new_tokens):
+    """Stock SGLang's Engine at TP=1, with none of our hooks. Its processes are forked, not spawned: they
+    run the same code, without importing it again."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    from anchortp_sglang.cpu.environment import cpu_defaults
+
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda *args, **kwargs: None
+    flags = cpu_defaults({}, os.environ, 1, [0]).flags
+    engine = Engine(model_path=model, tp_size=1, log_level="error", **flags, **ENGINE_FLAGS)
+    answers = _generate(engine, prompts, max_new_tokens)
+    engine.shutdown()
+    return answers
+
+
+def anchored_generate(model, prompts, max_new_tokens, **arguments):
+    """Ours."""
+    from anchortp_sglang import Engine
+
+    engine = Engine(model_path=model, **ENGINE_FLAGS, **arguments)
+    answers = _generate(engine, prompts, max_new_tokens)
+    engine.shutdown()
+    return answers
+
+
+def _generate(engine, prompts, max_new_tokens):
+    """Greedy, all prompts in one batch; per prompt its tokens and the logprobs of prompt and answer."""
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+    return [
+        {
+            "ids": answer["output_ids"],
+            "prompt_logprobs": [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]],
+            "logprobs": [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]],
+        }
+        for answer in answers
+    ]
+
+
+def launch(argv):
+    """The launcher as from a command line. Ends with SystemExit, or runs until it is stopped."""
+    from anchortp_sglang.launch_server import main
+
+    _forget_preloading()
+    main(argv)
+
+
+def launch_with_a_wrong_rule(argv, family, rule, change):
+    """The same, after a mistake in a family's table: ``change`` is made to its rule named ``rule``, or None
+    to leave the rule out."""
+    from anchortp_sglang.planning import model_axes
+
+    table = model_axes.FAMILIES[family]
+    assert any(one.name == rule for one in table.layer)
+    changed = [one if one.name != rule else change and replace(one, **_tuples(change)) for one in table.layer]
+    model_axes.FAMILIES[family] = replace(table, layer=tuple(filter(None, changed)))
+    launch(argv)
+
+
+def launch_with_a_hook(argv, target):
+    """The same, with one hook more."""
+    from anchortp_sglang import plugin
+
+    plugin.HOOKS += (plugin.Hook(target, "before", launch, "only a test"),)
+    launch(argv)
+
+
+def launch_with_a_rival(argv, target):
+    """The same, after another plugin has asked to replace what we hook."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, lambda *args, **kwargs: None, HookType.REPLACE)
+    HookRegistry.apply_hooks()
+    launch(argv)
+
+
+def launch_with_a_manifest(argv, path):
+    """The same, with another manifest."""
+    from anchortp_sglang import manifest
+
+    manifest.manifest_path = lambda: Path(path)
+    launch(argv)
+
+
+def hooks_of_a_preloaded_process():
+    """Whose hooks SGLang's registry has; what is patched once ours are installed; what we mean to patch."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from anchortp_sglang import hooking, plugin
+
+    load_plugins()
+    before = sorted({source.plugin_name for hooks in HookRegistry._hooks.values() for _, _, source in hooks if source})
+    originals = hooking._originals(plugin.HOOKS)
+    plugin.install_all()
+    hooking.verify(plugin.HOOKS, originals)
+    return before, sorted(HookRegistry._patched), sorted({hook.target for hook in plugin.HOOKS})
+
+
+def manifest_text(path):
+    from anchortp_sglang import manifest, plugin
+
+    manifest.write_manifest(plugin.HOOKS, Path(path))
+    return manifest.manifest_path().read_text(encoding="utf-8"), Path(path).read_text(encoding="utf-8")
+
+
+def engine_refusals(model, cases):
+    """The text of the ValueError that each set of keyword arguments raises."""
+    from anchortp_sglang import Engine
+
+    texts = []
+    for arguments in cases:
+        try:
+            Engine(model_path=model, **arguments).shutdown()
+            texts.append(None)
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
+
+
+def generate_through_a_kill(model, prompt, max_new_tokens, victim, **arguments):
+    """A stream whose rank ``victim`` is killed after ten tokens, and the same request before that."""
+    from anchortp_sglang import Engine
+    from anchortp_sglang.recovery.status import status
+
+    engine = Engine(model_path=model, **ENGINE_FLAGS, **arguments)
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    unbroken = engine.generate(input_ids=prompt, sampling_params=sampling)["output_ids"]
+    coordinator = engine._anchor_runtime.coordinator
+    killed, ids = None, []
+    for chunk in engine.generate(input_ids=prompt, sampling_params=sampling, stream=True):
+        ids = chunk["output_ids"]
+        if killed is None and len(ids) >= 10:
+            killed = coordinator.generation.ranks[victim].pid
+            os.kill(killed, signal.SIGKILL)
+    found = status(coordinator)
+    engine.shutdown()
+    engine.shutdown()
+    return {"unbroken": unbroken, "ids": ids, "status": found, "killed": killed}
+
+
+def generate_with_threads(model, prompt, max_new_tokens):
+    """An Engine in a process that has threads already, hence cannot be forked."""
+    resting = threading.Event()
+    threading.Thread(target=resting.wait, daemon=True).start()
+    return generate_through_a_kill(model, prompt, max_new_tokens, 0, tp_size=2)
+
+
+def _forget_preloading():
+    """The preloaded process bound threads for eight ranks; a launcher binds for its own."""
+    del os.environ["SGLANG_CPU_OMP_THREADS_BIND"]
+
+
+def _tuples(value):
+    """What JSON made lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
