@@ -1,16 +1,19 @@
-"""A zygote in an interpreter of its own: ``python -m anchortp_sglang.zygote_main FD PARENT_PID``."""
+"""A zygote in an interpreter of its own: ``python -m anchortp_sglang.zygote_main FD``."""
 
 import gc
 import socket
 import sys
 
 
-def main(control_fd: int, parent: int) -> None:
-    """Import SGLang, install the hooks, serve. The environment is inherited from main."""
-    from anchortp_sglang import platform
-    from anchortp_sglang.recovery.zygote import die_with_parent, serve, unfit_to_fork
+def main(control_fd: int) -> None:
+    """Import SGLang, install the hooks, serve. The environment is inherited from main.
 
-    die_with_parent(parent)
+    It ends when main's end of the socket closes. A parent-death signal would come when the thread of main that
+    started it ends (prctl(2)), which may be long before.
+    """
+    from anchortp_sglang import platform
+    from anchortp_sglang.recovery.zygote import serve, unfit_to_fork
+
     platform.install_stand_ins()
     from anchortp_sglang import plugin, preload  # these import SGLang, which needs the stand-ins
     from anchortp_sglang.recovery import wire
@@ -23,8 +26,8 @@ def main(control_fd: int, parent: int) -> None:
         sys.exit(f"anchortp: the zygote cannot fork: {reason}")
     gc.collect()
     gc.freeze()
-    serve(socket.socket(fileno=control_fd), parent)
+    serve(socket.socket(fileno=control_fd))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

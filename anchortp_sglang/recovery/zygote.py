@@ -112,7 +112,8 @@ def fork_zygote() -> Zygote:
     if pid == 0:
         try:
             ours.close()
-            serve(theirs, parent)
+            die_with_parent(parent)
+            serve(theirs)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -124,21 +125,14 @@ def fork_zygote() -> Zygote:
 def spawn_zygote() -> Zygote:
     """A zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [
-        sys.executable,
-        "-m",
-        "anchortp_sglang.zygote_main",
-        str(theirs.fileno()),
-        str(os.getpid()),
-    ]
+    command = [sys.executable, "-m", "anchortp_sglang.zygote_main", str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
     return Zygote(process.pid, ours)
 
 
-def serve(control: socket.socket, parent: int) -> None:
-    """The zygote's loop: fork on request, reap the dead, end with main."""
-    die_with_parent(parent)
+def serve(control: socket.socket) -> None:
+    """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes."""
     _set_title("anchortp::zygote")
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
