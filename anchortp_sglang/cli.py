@@ -1,4 +1,4 @@
-"""The command ``anchortp``: look at a running server, injure it on purpose, check a machine.
+"""The command ``anchortp``: look at a running server, injure it on purpose, plan for faults, check a machine.
 
 Exit codes: 0 fine, 1 the answer is no, 2 no server answers (or a wrong command line).
 """
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from anchortp_sglang import server_client
+from anchortp_sglang import plan_command, server_client
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,6 +109,9 @@ def doctor(
             table.add_row(Text(check.level, style=colours[check.level]), check.name, Text(detail))
         Console().print(table)
     raise typer.Exit(1 if any(check.level == "FAIL" for check in checks) else 0)
+
+
+app.command()(plan_command.plan)
 
 
 def _status(url: str, api_key: str | None) -> dict[str, Any]:

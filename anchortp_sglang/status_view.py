@@ -50,17 +50,18 @@ def timeline_view(recovery: Mapping[str, Any], width: int = 80) -> RenderableTyp
     before_s = 0.0
     for stage in stages:
         at_s = float(stage["at_s"])
-        bar = _bar(before_s, at_s, end_s, bar_width)
-        table.add_row(stage["name"], bar, f"{at_s - before_s:.3f} s", f"{at_s:.3f} s")
+        drawn = bar(before_s, at_s, end_s, bar_width)
+        table.add_row(stage["name"], drawn, f"{at_s - before_s:.3f} s", f"{at_s:.3f} s")
         before_s = at_s
     return table
 
 
-def _bar(start_s: float, end_s: float, total_s: float, width: int) -> Text:
+def bar(start_s: float, end_s: float, total_s: float, width: int, colour: str = "cyan") -> Text:
+    """A bar from start to end in a line that is ``width`` columns for ``total_s``."""
     scale = width / total_s if total_s > 0 else 0.0
     first = min(int(start_s * scale), width - 1)
     length = max(1, round(end_s * scale) - first)
-    return Text(" " * first + "█" * length, style="cyan")
+    return Text(" " * first + "█" * length, style=colour)
 
 
 def _headline(status: Mapping[str, Any]) -> Text:
@@ -79,7 +80,7 @@ def _devices(devices: list[Mapping[str, Any]]) -> Table:
         table.add_row(
             *(_cell(device.get("id")), Text(state, style=_COLOURS.get(state, ""))),
             *(_cell(device.get(key)) for key in ("rank", "rank_pid", "anchor_pid")),
-            *(_size(device.get(key)) for key in ("weight_bytes", "kv_bytes")),
+            *(byte_size(device.get(key)) for key in ("weight_bytes", "kv_bytes")),
         )
     return table
 
@@ -110,7 +111,7 @@ def _stages(recovery: Mapping[str, Any]) -> Text:
 
 def _moved(recovery: Mapping[str, Any]) -> str:
     named = {"reload_bytes": "read", "p2p_bytes": "P2P", "copied_bytes": "copied"}
-    parts = [f"{_size(recovery[key])} {name}" for key, name in named.items() if recovery.get(key)]
+    parts = [f"{byte_size(recovery[key])} {name}" for key, name in named.items() if recovery.get(key)]
     return ", ".join(parts) or "nothing"
 
 
@@ -118,7 +119,7 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _size(value: Any) -> str:
+def byte_size(value: Any) -> str:
     """Bytes with a binary unit: 0 B, 1.5 MiB."""
     if value is None:
         return "-"

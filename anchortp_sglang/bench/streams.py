@@ -96,6 +96,8 @@ class Streams:
             for line in answer:
                 if line.startswith(b"data: {"):
                     history.take(json.loads(line[6:]))
+            if history.error is None and history.finish_reason is None:  # http.client does not tell
+                history.error = "the connection ended before the answer did"
         except OSError as error:
             history.error = f"{type(error).__name__}: {error}"
         finally:

@@ -128,7 +128,7 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None) -> Mode
     family = FAMILIES[architecture]
     _refuse(config, architecture, family)
     config = {**dict(family.defaults), **config}
-    hidden_size, num_q_heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    hidden_size, num_q_heads = positive_size(config, "hidden_size"), positive_size(config, "num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads") or num_q_heads
     if num_q_heads % num_kv_heads:
         raise UnsupportedModel(
@@ -136,9 +136,9 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None) -> Mode
             "config.json does not describe grouped-query attention"
         )
     head_dim = config.get("head_dim") or _derived_head_dim(hidden_size, num_q_heads)
-    intermediate_size = _size(config, "intermediate_size")
+    intermediate_size = positive_size(config, "intermediate_size")
     mlp_unit = _mlp_unit(intermediate_size)
-    num_layers, vocab_size = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
+    num_layers, vocab_size = positive_size(config, "num_hidden_layers"), positive_size(config, "vocab_size")
     sizes: dict[str, tuple[str | None, int]] = {
         "q_head": ("q_head", head_dim),
         "kv_head": ("kv_head", head_dim),
@@ -210,7 +210,8 @@ def _refuse(config: Mapping[str, Any], architecture: str, family: Family) -> Non
         )
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
+def positive_size(config: Mapping[str, Any], key: str) -> int:
+    """A size that config.json must name. Raises UnsupportedModel."""
     value = config.get(key)
     if not isinstance(value, int) or value <= 0:
         raise UnsupportedModel(f"config.json needs a positive {key}, but has {value!r}")

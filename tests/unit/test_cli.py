@@ -201,7 +201,7 @@ def test_a_status_with_holes_is_still_drawn(server):
 
 def test_sizes_are_told_in_binary_units():
     sizes = [0, 1023, 1024, 5 << 20, 3 << 30, 2048 << 40]
-    assert [status_view._size(size) for size in sizes] == [
+    assert [status_view.byte_size(size) for size in sizes] == [
         "0 B",
         "1023 B",
         "1.0 KiB",
