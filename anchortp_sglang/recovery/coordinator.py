@@ -165,6 +165,8 @@ class Coordinator:
             self._detection.watch(self.generation)
             self._spawn(self._settle(self.generation))
             self._refill()
+            if not self._tm.rid_to_state:
+                self._recovery = None  # nobody waits for a token: the next one says nothing about this recovery
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 

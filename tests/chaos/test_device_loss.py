@@ -1,0 +1,103 @@
+"""Devices die one after the other; each time their bytes are gone, and no client loses a token."""
+
+import os
+import signal
+
+import pytest
+from faults import (
+    assert_memory_is_gone,
+    holders,
+    is_gone,
+    kill_rank,
+    lose_device,
+    memfds_of,
+    recovered,
+)
+from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
+from remains import Remains
+
+from anchortp_sglang.bench.streams import Streams
+
+REQUESTS = [request(prompt(1000 + seed, 40), 160) for seed in range(8)]
+
+
+@pytest.fixture(scope="module")
+def shrinking(launch):
+    """A TP=4 server that loses a device in each of the tests below, which run in their order."""
+    with launch(4) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def unbroken(shrinking):
+    return Unbroken(shrinking)
+
+
+def model_bytes(checkpoint):
+    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+
+
+def anchor_first(server, device):
+    return lose_device(server, device, ("anchor_pid", "rank_pid"))
+
+
+def rank_first(server, device):
+    return lose_device(server, device, ("rank_pid", "anchor_pid"))
+
+
+def in_a_recovery(server, device):
+    """Another rank dies first; the device, as soon as its new rank has been forked."""
+    first = kill_rank(server, 0)
+    until(lambda: server.status()["generation"] > first.generation, "no rank was forked", poll_s=0)
+    assert server.status()["state"] == "recovering"
+    return lose_device(server, device)
+
+
+LOSSES = [
+    pytest.param(2, anchor_first, 3, id="4 to 3, the anchor dies first"),
+    pytest.param(0, rank_first, 2, id="3 to 2, the rank dies first"),
+    pytest.param(3, in_a_recovery, 1, id="2 to 1, in a recovery"),
+]
+
+
+@pytest.mark.parametrize(("device", "lose", "left"), LOSSES)
+def test_a_lost_device_costs_its_bytes_but_no_token(shrinking, unbroken, checkpoint, device, lose, left):
+    expected = unbroken(REQUESTS)
+    with Streams(shrinking.url, REQUESTS) as streams:
+        streams.wait_tokens(20)
+        before = shrinking.status()["devices"][device]
+        memory = memfds_of(before["anchor_pid"])
+        assert holders(memory).keys() == {before["anchor_pid"], before["rank_pid"]}, "others hold a device's memory"
+        fault = lose(shrinking, device)
+        record = recovered(shrinking, fault, "device")
+    assert_identical(expected, outcomes(streams.histories))
+    for history in streams.histories:
+        assert_exactly_once(history)
+    status = shrinking.status()
+    assert (status["state"], status["tp_size"]) == ("degraded", left)
+    assert status["devices"][device]["state"] == "lost"
+    assert is_gone(before["anchor_pid"])
+    assert_memory_is_gone(memory)
+    assert 0.9 * before["weight_bytes"] < record["reload_bytes"] < 1.1 * before["weight_bytes"]
+    assert record["reload_bytes"] < model_bytes(checkpoint)
+    assert record["p2p_bytes"] == 0
+    assert sum(d["weight_bytes"] for d in status["devices"]) >= model_bytes(checkpoint) * 0.99
+
+
+def test_a_rank_killed_on_the_last_device_costs_no_token(shrinking, unbroken):
+    expected = unbroken(REQUESTS)
+    assert shrinking.status()["tp_size"] == 1
+    with Streams(shrinking.url, REQUESTS) as streams:
+        streams.wait_tokens(30)
+        recovered(shrinking, kill_rank(shrinking, 0), "process")
+    assert_identical(expected, outcomes(streams.histories))
+    record = shrinking.status()["recoveries"][-1]
+    assert record["reload_bytes"] == 0
+    assert record["tokens_reused"] > record["tokens_recomputed"]
+
+
+def test_sigint_after_all_that_leaves_nothing_behind(shrinking):
+    remains = Remains(shrinking)
+    os.kill(shrinking.pid, signal.SIGINT)
+    shrinking.wait(30)
+    remains.assert_gone()
