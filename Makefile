@@ -28,7 +28,7 @@ lint: venv ## ruff, mypy, import-linter
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
 	$(PY) -m mypy
-	$(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports --no-cache
 
 format: venv ## let ruff mend what it can
 	$(PY) -m ruff check --fix $(SOURCES)

@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 import zmq
 
-import anchortp_sglang
 from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, device_name
 from anchortp_sglang.anchor.pids import wait_readable
 from anchortp_sglang.anchor.rundir import (
@@ -160,8 +159,8 @@ def _end(anchor: AnchorProcess) -> None:
 
 
 def _environment() -> dict[str, str]:
-    modules = (anchortp_sglang, zmq, msgspec)
-    origins = [os.path.dirname(os.path.dirname(os.path.abspath(module.__file__ or ""))) for module in modules]
+    files = (os.path.dirname(__file__), zmq.__file__, msgspec.__file__)
+    origins = [os.path.dirname(os.path.dirname(os.path.abspath(file))) for file in files]
     kept = {
         name: value
         for name, value in os.environ.items()
