@@ -31,6 +31,22 @@ def read_plan_model(
     KV is counted in ``kv_element_bytes`` per element, by default those of the model's dtype.
     Raises UnsupportedModel, naming the config field or the rule that is missing.
     """
+    try:
+        return _read(config, moe, dtype, kv_element_bytes, index)
+    except UnsupportedModel:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # Fields are read where they are used; one of the wrong type shows there.
+        raise UnsupportedModel(f"config.json: a field cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _read(
+    config: Mapping[str, Any],
+    moe: MoeSplit,
+    dtype: str | None,
+    kv_element_bytes: int | None,
+    index: Mapping[str, Any] | None,
+) -> PlanModel:
     name = _architecture_name(config)
     architecture = ARCHITECTURES[name]
     config = {**dict(architecture.defaults), **config}

@@ -1,4 +1,6 @@
+import json
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +156,17 @@ def test_an_index_that_does_not_fit_is_refused_by_name(add: Any, drop: Any, size
 def test_bad_configs_are_refused_with_the_field_or_the_missing_rule(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         read_plan_model(LLAMA_70B | changes)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("decoder_sparse_step", "x"), ("mlp_only_layers", 3), ("intermediate_size", None), ("num_experts_per_tok", {})],
+)
+def test_a_field_of_the_wrong_type_is_refused_and_not_a_crash(field: str, value: Any) -> None:
+    folder = Path(__file__).parent / "configs"
+    for path in sorted(folder.glob("*.json")):
+        damaged = json.loads(path.read_text()) | {field: value}
+        try:
+            read_plan_model(damaged)
+        except UnsupportedModel as error:
+            assert str(error)
