@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from anchortp_sglang import plan_command, server_client
+from anchortp_sglang import parity_command, plan_command, server_client
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,6 +112,7 @@ def doctor(
 
 
 app.command()(plan_command.plan)
+app.command()(parity_command.parity)
 
 
 def _status(url: str, api_key: str | None) -> dict[str, Any]:

@@ -21,21 +21,27 @@ def check_given(given: Mapping[str, str]) -> None:
         read_model_axes(read_config(Path(given["model_path"])))
     port = _value(given.get("port", _DEFAULT_PORT))
     if isinstance(port, int):
-        check_port(given.get("host", "127.0.0.1"), port)
+        reserve_port(given.get("host", "127.0.0.1"), port).close()
 
 
-def check_port(host: str, port: int) -> None:
-    """SGLang would notice a port in use only after everything has been loaded. Raises ValueError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except socket.gaierror as error:
-            raise ValueError(f"--host {host} is no address of this machine ({error.strerror})") from None
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"--port {port} on {host} cannot be used ({reason}); choose another") from None
+def reserve_port(host: str, port: int) -> socket.socket:
+    """A socket that keeps a port for a server that binds it later, as uvicorn does, with SO_REUSEADDR.
+
+    SGLang would notice a port in use only after everything has been loaded; and until then a port that the kernel
+    picks for somebody else, as for gloo's connections, could be this one. Raises ValueError for the operator.
+    """
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((host, port))
+        return held
+    except socket.gaierror as error:
+        held.close()
+        raise ValueError(f"--host {host} is no address of this machine ({error.strerror})") from None
+    except (OSError, OverflowError) as error:
+        held.close()
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--port {port} on {host} cannot be used ({reason}); choose another") from None
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

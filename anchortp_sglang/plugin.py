@@ -6,7 +6,7 @@ import logging
 
 from anchortp_sglang import hooking, manifest, preload
 from anchortp_sglang.cpu import hooks as cpu
-from anchortp_sglang.elastic import config, kv_pool, prefixes, weights
+from anchortp_sglang.elastic import config, experts, kv_pool, prefixes, weights
 from anchortp_sglang.hooking import Hook
 from anchortp_sglang.recovery import detokenizer, rank
 from anchortp_sglang.recovery import hooks as main
@@ -44,6 +44,24 @@ HOOKS: tuple[Hook, ...] = (
         weights.around_get_model_loader,
         "parameters are bound to the anchor's memory instead of being loaded",
     ),
+    Hook(
+        _SRT + "layers.moe.fused_moe_triton.layer.FusedMoE.__init__",
+        "around",
+        experts.around_fused_moe_init,
+        "a rank has as many experts, and those, as the plan says",
+    ),
+    Hook(
+        _SRT + "eplb.expert_location.ExpertLocationMetadata._init_common",
+        "around",
+        experts.around_init_expert_location,
+        "its tables are of equal shares",
+    ),
+    Hook(
+        _SRT + "layers.moe.fused_moe_native.moe_forward_native",
+        "around",
+        experts.around_moe_forward_native,
+        "on CPU it cannot take the id of an expert that another rank has",
+    ),
     # KV in the anchors' memory, and the page table that lets it be found again.
     Hook(
         _MEMORY + "memory_pool.MHATokenToKVPool._create_buffers_normal",
@@ -58,10 +76,10 @@ HOOKS: tuple[Hook, ...] = (
         "every rank has the planned number of slots, however many heads it holds",
     ),
     Hook(
-        _MEMORY + "allocator.token.TokenToKVPoolAllocator.alloc",
-        "after",
-        prefixes.after_alloc,
-        "what an allocated slot held before is forgotten in the page table",
+        _MEMORY + "allocator.token.TokenToKVPoolAllocator.free",
+        "before",
+        prefixes.before_free,
+        "what a freed slot held is forgotten in the page table",
     ),
     Hook(
         _SCHEDULER + "process_batch_result",
@@ -70,9 +88,10 @@ HOOKS: tuple[Hook, ...] = (
         "the KV of a finished forward pass is entered in the page table",
     ),
     Hook(
-        _SCHEDULER + "process_batch_result",
+        _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+        "process_batch_result_prefill",
         "before",
-        rank.before_process_batch_result,
+        rank.before_process_batch_result_prefill,
         "what resumed requests found in kept KV is counted for the status",
     ),
     Hook(

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import psutil
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
-from anchortp_sglang.early import check_port, read_config
+from anchortp_sglang.early import read_config, reserve_port
 from anchortp_sglang.elastic.attachment import KVPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.hooking import HookError
@@ -60,11 +61,15 @@ class Runtime:
 
     coordinator: Coordinator
     run_dir: RunDir
+    port: socket.socket | None
+    """Keeps the port that SGLang binds at the end of its launch."""
 
     def close(self) -> None:
         """End ranks, zygote and anchors, free their memory, remove the run directory."""
         self.coordinator.shut_down()
         remove_run_dir(self.run_dir)
+        if self.port is not None:
+            self.port.close()
 
 
 def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Runtime:
@@ -84,9 +89,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     view = _view(server_args)
     _refuse(view)
     options.check_tp_size(view.tp_size)
-    if serves_http:
-        check_port(view.host or "127.0.0.1", view.port)
-    model = read_model_axes(config, view.dtype)
+    _check_ep_size(view)
+    port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
+    model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
     _check_plan(model, ownership, checkpoint)
     kv = _plan_kv(model, ownership, view)
@@ -114,7 +119,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     )
     coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
     install_coordinator(coordinator)
-    return Runtime(coordinator, run_dir)
+    return Runtime(coordinator, run_dir, port)
 
 
 def _view(server_args: Any) -> Any:
@@ -127,6 +132,14 @@ def _refuse(view: Any) -> None:
     refusals = check_server_args(view)
     if refusals:
         raise UnsupportedError(refusals)
+
+
+def _check_ep_size(view: Any) -> None:
+    if view.ep_size not in (None, 1, view.tp_size):
+        raise ValueError(
+            f"--ep-size {view.ep_size} with --tp-size {view.tp_size} is not supported: experts are dealt to all "
+            "devices (the same size) or cut over all of them (leave --ep-size out)"
+        )
 
 
 def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:
@@ -203,7 +216,8 @@ def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:
 
     def record(tp_size: int) -> Any:
         if tp_size not in made:
-            made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size}))
+            ep_size = tp_size if (view.ep_size or 1) > 1 else 1
+            made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
             made[tp_size].resolve_once()
         return made[tp_size]
 

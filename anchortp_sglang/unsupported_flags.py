@@ -41,10 +41,10 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         allowed=(1,),
     ),
     FlagRule(
-        "ep_size moe_dp_size dwdp_size moe_a2a_backend enable_eplb moe_dense_tp_size "
+        "moe_dp_size dwdp_size moe_a2a_backend enable_eplb moe_dense_tp_size "
         "ep_num_redundant_experts elastic_ep_backend enable_elastic_expert_backup ep_join_mode "
         "enable_paged_experts kt_weight_path",
-        "experts are not moved between ranks yet",
+        "experts lie where the plan puts them",
         allowed=(1,),
     ),
     FlagRule(

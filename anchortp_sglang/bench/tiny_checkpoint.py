@@ -18,6 +18,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from safetensors.numpy import save_file
 
+from anchortp_sglang.bench.tiny_configs import GROUPS_PER_TOKEN
+from anchortp_sglang.bench.tiny_families import FAMILIES, Family, Spread
+from anchortp_sglang.bench.tiny_layers import Sizes
 from anchortp_sglang.bench.tiny_tokenizer import (
     END_OF_TEXT,
     PAD,
@@ -27,14 +30,8 @@ from anchortp_sglang.bench.tiny_tokenizer import (
     write_tokenizer,
 )
 
-Family = Literal["llama", "qwen2", "qwen3"]
 DType = Literal["float32", "float16", "bfloat16"]
 
-_ARCHITECTURE: dict[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _ROPE_THETA = 10000.0
 _EMBEDDING_STD = 0.9
 # Tied, the residual stream would vote for the token that came in: the layers must outweigh it.
@@ -48,102 +45,91 @@ _SPECIAL_ROW_SCALE = 0.05
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What shape the checkpoint has. `hidden_size` None: 320 for qwen3, 384 for the others, whose heads
-    have hidden_size / num_q_heads columns unless `head_dim` says otherwise (qwen3: 32)."""
+    """A family and sizes that it can have."""
 
     family: Family
-    hidden_size: int
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int | None
-    intermediate_size: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    attention_bias: bool
-    max_position_embeddings: int
+    sizes: Sizes
 
     def __post_init__(self) -> None:
-        if self.family not in _ARCHITECTURE:
-            raise ValueError(f"unknown family {self.family!r}; choose one of {', '.join(_ARCHITECTURE)}")
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type is int}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        if self.num_q_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_q_heads} q heads are not a multiple of {self.num_kv_heads} kv heads")
-        if self.family == "llama" and self.hidden_size % self.num_q_heads:
+        kind, sizes = FAMILIES[self.family], self.sizes
+        least = {"num_experts": kind.num_experts and 1, "experts_per_token": kind.experts_per_token and 1}
+        least |= {"num_dense_layers": 0, "q_lora_rank": 0}
+        for name, size in ((f.name, getattr(sizes, f.name)) for f in fields(sizes) if f.type is int):
+            if size < least.get(name, 1):
+                raise ValueError(f"{name} is {size}; it must be at least {least.get(name, 1)}")
+        if sizes.num_q_heads % sizes.num_kv_heads:
+            raise ValueError(f"{sizes.num_q_heads} q heads are not a multiple of {sizes.num_kv_heads} kv heads")
+        if kind.hidden_in_heads and sizes.hidden_size % sizes.num_q_heads:
             raise ValueError(
-                f"LlamaConfig refuses hidden_size {self.hidden_size} with {self.num_q_heads} heads: "
+                f"{self.family} takes no hidden_size {sizes.hidden_size} with {sizes.num_q_heads} heads: "
                 "give a hidden_size that is a multiple of num_q_heads"
             )
-        if self.head_columns % 2:
-            raise ValueError(f"head_dim {self.head_columns} is odd, rotary embeddings need it even")
-        if self.vocab_size < SMALLEST_VOCAB:
-            raise ValueError(f"vocab_size {self.vocab_size} is below {SMALLEST_VOCAB}")
-
-    @property
-    def head_columns(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_q_heads
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.family == "qwen2" or self.attention_bias
+        if sizes.head_dim is not None and not kind.takes_head_dim:
+            raise ValueError(f"{self.family} has no head_dim in its config; its heads follow from other sizes")
+        if sizes.head_columns % 2:
+            raise ValueError(f"head_dim {sizes.head_columns} is odd, rotary embeddings need it even")
+        if sizes.attention_bias != kind.attention_bias and kind.attention_bias is not None:
+            raise ValueError(f"{self.family} has no attention_bias")
+        if sizes.num_dense_layers and kind.num_dense_layers is None:
+            raise ValueError(f"{self.family} has no layers of another kind for num_dense_layers")
+        reachable = sizes.num_experts // kind.expert_groups * min(kind.expert_groups, GROUPS_PER_TOKEN)
+        if sizes.experts_per_token > reachable or sizes.num_experts % kind.expert_groups:
+            raise ValueError(
+                f"{sizes.num_experts} experts in {kind.expert_groups} groups are not enough or not alike for "
+                f"{sizes.experts_per_token} experts_per_token"
+            )
+        if sizes.vocab_size < SMALLEST_VOCAB:
+            raise ValueError(f"vocab_size {sizes.vocab_size} is below {SMALLEST_VOCAB}")
 
     def config(self, dtype: DType) -> dict[str, Any]:
-        ids = special_token_ids(self.vocab_size)
+        kind, sizes = FAMILIES[self.family], self.sizes
+        ids = special_token_ids(sizes.vocab_size)
         config: dict[str, Any] = {
-            "architectures": [_ARCHITECTURE[self.family]],
+            "architectures": [kind.architecture],
             "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_q_heads,
-            "num_key_value_heads": self.num_kv_heads,
+            "vocab_size": sizes.vocab_size,
+            "hidden_size": sizes.hidden_size,
+            "intermediate_size": sizes.intermediate_size,
+            "num_hidden_layers": sizes.num_layers,
+            "num_attention_heads": sizes.num_q_heads,
+            "num_key_value_heads": sizes.num_kv_heads,
             "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
+            "max_position_embeddings": sizes.max_position_embeddings,
             "rms_norm_eps": 1e-6,
             "rope_theta": _ROPE_THETA,
-            "tie_word_embeddings": self.tie_word_embeddings,
+            "tie_word_embeddings": sizes.tie_word_embeddings,
             "torch_dtype": dtype,
             "bos_token_id": ids[END_OF_TEXT],
             "eos_token_id": ids[TURN_END],
             "pad_token_id": ids[PAD],
         }
-        if self.head_dim is not None:
-            config["head_dim"] = self.head_dim
-        if self.family != "qwen2":
-            config["attention_bias"] = self.attention_bias
-        if self.family != "llama":
-            config["use_sliding_window"] = False
-        return config
+        if sizes.head_dim is not None:
+            config["head_dim"] = sizes.head_dim
+        config |= {"attention_bias": sizes.attention_bias} | kind.config(sizes)
+        return {key: value for key, value in config.items() if key not in kind.omitted}
 
     def tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes as transformers' {Llama,Qwen2,Qwen3}ForCausalLM stores them, in layer order."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        q_rows, kv_rows = self.num_q_heads * self.head_columns, self.num_kv_heads * self.head_columns
-        yield "model.embed_tokens.weight", (self.vocab_size, hidden)
-        for layer in range(self.num_layers):
-            attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-            yield f"model.layers.{layer}.input_layernorm.weight", (hidden,)
-            for projection, rows in (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
-                yield f"{attention}.{projection}.weight", (rows, hidden)
-                if self.qkv_bias:
-                    yield f"{attention}.{projection}.bias", (rows,)
-            if self.family == "qwen3":
-                yield f"{attention}.q_norm.weight", (self.head_columns,)
-                yield f"{attention}.k_norm.weight", (self.head_columns,)
-            yield f"{attention}.o_proj.weight", (hidden, q_rows)
-            if self.attention_bias and self.family != "qwen2":
-                yield f"{attention}.o_proj.bias", (hidden,)
-            yield f"model.layers.{layer}.post_attention_layernorm.weight", (hidden,)
-            yield f"{mlp}.gate_proj.weight", (inner, hidden)
-            yield f"{mlp}.up_proj.weight", (inner, hidden)
-            yield f"{mlp}.down_proj.weight", (hidden, inner)
-        yield "model.norm.weight", (hidden,)
-        if not self.tie_word_embeddings:
-            yield "lm_head.weight", (self.vocab_size, hidden)
+        """Names and shapes as the family's checkpoints store them, in layer order."""
+        kind, sizes = FAMILIES[self.family], self.sizes
+        yield "model.embed_tokens.weight", (sizes.vocab_size, sizes.hidden_size)
+        for layer in range(sizes.num_layers):
+            for part in kind.layer:
+                yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in part(sizes, layer))
+        yield "model.norm.weight", (sizes.hidden_size,)
+        if not sizes.tie_word_embeddings:
+            yield "lm_head.weight", (sizes.vocab_size, sizes.hidden_size)
+
+    def spread(self, name: str, shape: tuple[int, ...]) -> Spread:
+        for end, spread in FAMILIES[self.family].spread:
+            if name.endswith(end):
+                return spread
+        if name.endswith("norm.weight"):
+            return 1.0, _NORM_STD
+        if name.endswith("bias"):
+            return 0.0, _BIAS_STD
+        if name == "model.embed_tokens.weight":
+            return 0.0, _TIED_EMBEDDING_STD if self.sizes.tie_word_embeddings else _EMBEDDING_STD
+        return 0.0, _MATRIX_STD_AT_FAN_IN_320 * sqrt(320 / shape[1])
 
 
 def write_checkpoint(
@@ -159,6 +145,12 @@ def write_checkpoint(
     vocab_size: int = 512,
     tie_word_embeddings: bool = False,
     attention_bias: bool = False,
+    num_experts: int | None = None,
+    experts_per_token: int | None = None,
+    moe_intermediate_size: int = 96,
+    num_dense_layers: int | None = None,
+    sliding_window: int | None = None,
+    q_lora_rank: int = 96,
     dtype: DType = "float32",
     shards: int = 1,
     seed: int = 0,
@@ -166,24 +158,35 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint that transformers and SGLang load, and return its folder.
 
-    A tensor's values depend on the seed, its name and its shape alone, never on `shards`. `hidden_size`
-    and `head_dim`: see `TinyModel`. `attention_bias` says nothing for qwen2, which always has a qkv bias.
+    A tensor's values depend on the seed, its name, its shape and its family alone, never on `shards`. What is None
+    is the family's (`FAMILIES`); without a `head_dim` a head has hidden_size / num_q_heads columns. What a family
+    does not have says nothing, see `Sizes`. `attention_bias` and `tie_word_embeddings` say nothing where the
+    family always has them; DeepSeek has as many kv heads as q heads.
     """
     if dtype not in get_args(DType):
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(DType))}")
-    model = TinyModel(
-        family=family,
-        hidden_size=hidden_size or (320 if family == "qwen3" else 384),
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+    kind = FAMILIES[family]
+    sizes = Sizes(
+        hidden_size=hidden_size or kind.hidden_size,
         num_layers=num_layers,
         num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim or (32 if family == "qwen3" else None),
+        num_kv_heads=num_q_heads if kind.kv_heads_are_q_heads else num_kv_heads,
+        head_dim=head_dim or kind.head_dim,
         intermediate_size=intermediate_size,
         vocab_size=vocab_size,
-        tie_word_embeddings=tie_word_embeddings,
-        attention_bias=attention_bias,
+        tie_word_embeddings=tie_word_embeddings or bool(kind.tied),
+        attention_bias=attention_bias or bool(kind.attention_bias),
         max_position_embeddings=max_position_embeddings,
+        num_experts=kind.num_experts if num_experts is None else num_experts,
+        experts_per_token=kind.experts_per_token if experts_per_token is None else experts_per_token,
+        moe_intermediate_size=moe_intermediate_size,
+        num_dense_layers=(kind.num_dense_layers or 0) if num_dense_layers is None else num_dense_layers,
+        sliding_window=sliding_window or kind.sliding_window,
+        q_lora_rank=q_lora_rank,
     )
+    model = TinyModel(family, sizes)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: _random_tensor(name, shape, model, seed) for name, shape in model.tensor_shapes()}
@@ -198,19 +201,10 @@ def write_checkpoint(
 def _random_tensor(name: str, shape: tuple[int, ...], model: TinyModel, seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     noise = rng.standard_normal(shape, dtype=np.float32)
-    if name.endswith("norm.weight"):
-        return 1 + _NORM_STD * noise
-    if name.endswith(".bias"):
-        return _BIAS_STD * noise
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
-        noise[min(special_token_ids(model.vocab_size).values()) :] *= _SPECIAL_ROW_SCALE
-    if name == "model.embed_tokens.weight":
-        return (_TIED_EMBEDDING_STD if model.tie_word_embeddings else _EMBEDDING_STD) * noise
-    return _matrix_std(shape[1]) * noise
-
-
-def _matrix_std(fan_in: int) -> float:
-    return _MATRIX_STD_AT_FAN_IN_320 * sqrt(320 / fan_in)
+        noise[min(special_token_ids(model.sizes.vocab_size).values()) :] *= _SPECIAL_ROW_SCALE
+    mean, std = model.spread(name, shape)
+    return mean + std * noise if mean else std * noise
 
 
 def _numpy_dtype(dtype: DType) -> np.dtype:
@@ -267,8 +261,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("intermediate-size", 768), ("vocab-size", 512), ("shards", 1), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--hidden-size", type=int, help="default: 320 for qwen3, else 384")
-    parser.add_argument("--head-dim", type=int, help="default: 32 for qwen3, else hidden size / q heads")
+    for name in ("hidden-size", "head-dim", "num-experts", "experts-per-token", "num-dense-layers", "sliding-window"):
+        parser.add_argument(f"--{name}", type=int, help="default: the family's")
+    for name, default in (("moe-intermediate-size", 96), ("q-lora-rank", 96)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--max-position-embeddings", type=int, default=8192)
     parser.add_argument("--dtype", choices=get_args(DType), default="float32")
     parser.add_argument("--tie-word-embeddings", action="store_true")

@@ -5,6 +5,7 @@ zygote) they leave SGLang as it is.
 """
 
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,18 +86,27 @@ class Attachment:
         self.fds: dict[tuple[int, str], int] = {}
 
     def map(self, device: int, segment: str, writable: bool) -> mmap.mmap:
-        """Map a segment of a device's anchor (HOST_DEVICE: the host anchor's).
+        """Map a segment of a device's anchor (HOST_DEVICE: the host anchor's). Its descriptor is kept, so that an
+        anchor that dies can be given the segment back.
 
         Raises AnchorError when the anchor refuses or does not answer.
         """
         fd, nbytes = self._open(device, segment)
+        self.fds[device, segment] = fd
         return map_fd(fd, nbytes, writable=writable)
+
+    def map_briefly(self, device: int, segment: str) -> mmap.mmap:
+        """The same, read-only, of a segment that is about to be freed: when the mapping goes, nothing holds it."""
+        fd, nbytes = self._open(device, segment)
+        try:
+            return map_fd(fd, nbytes, writable=False)
+        finally:
+            os.close(fd)
 
     def _open(self, device: int, segment: str) -> tuple[int, int]:
         at = self.assignment
         client = AnchorClient(at.run_dir, at.run_id, device, _ANCHOR_TIMEOUT_S)
         fd, nbytes, _sealed = client.open_handle(at.generation, segment)
-        self.fds[device, segment] = fd
         return fd, nbytes
 
 

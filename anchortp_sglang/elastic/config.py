@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anchortp_sglang.elastic.attachment import Attachment, current
+from anchortp_sglang.planning.model_axes import ModelAxes
 
 _DONE = "_anchortp_scaled"
 
@@ -21,13 +22,32 @@ def after_from_server_args(model_config: Any, *args: Any, **kwargs: Any) -> Any:
     return model_config
 
 
+class _HeadCount(int):
+    """The pretended number of query heads, by which the hidden size still divides into heads of the true size: some
+    model files (mixtral.py among them) do not read ``head_dim``."""
+
+    _model: ModelAxes
+
+    def __new__(cls, heads: int, model: ModelAxes) -> "_HeadCount":
+        count = super().__new__(cls, heads)
+        count._model = model
+        return count
+
+    def __rfloordiv__(self, size: int) -> int:
+        return self._model.head_dim if size == self._model.hidden_size else size // int(self)
+
+
 def _scale(model_config: Any, attachment: Attachment) -> None:
     at = attachment.assignment
     model, tp_size = at.model, at.ownership.tp_size
     sizes = {
-        "num_attention_heads": at.ownership.units("q_head", at.rank) * tp_size,
+        "num_attention_heads": _HeadCount(at.ownership.units("q_head", at.rank) * tp_size, model),
         "num_key_value_heads": at.ownership.units("kv_head", at.rank) * tp_size,
-        "intermediate_size": at.ownership.units("mlp", at.rank) * model.mlp_unit * tp_size,
+        **{
+            each.config_key: at.ownership.units(each.axis, at.rank) * each.unit * tp_size
+            for each in model.columns
+            if each.config_key is not None
+        },
     }
     for config in _hf_configs(model_config):
         for name, size in sizes.items():

@@ -7,6 +7,7 @@ thread that starts when the rank does, while the main thread builds process grou
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +33,23 @@ def _views(memory: Any, layout: ShardLayout, dtype: torch.dtype) -> dict[str, to
     return {placed.name: view(placed) for placed in layout.params}
 
 
+def _stacked(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's parameters: slices over experts, which lie side by side, as one tensor each."""
+    slices: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+    whole = {}
+    for name, view in views.items():
+        stacked, _, expert = name.partition("[")
+        if expert:
+            slices[stacked].append(view)
+        else:
+            whole[name] = view
+    for name, (first, *others) in slices.items():
+        whole[name] = first.as_strided((1 + len(others), *first.shape), (first.numel(), *first.stride()))
+    return whole
+
+
 class Filler(threading.Thread):
-    """Fills this rank's weights segment: kept units from the device's previous shard, the rest from disk."""
+    """Fills this rank's weights segment: what anchors held before from there, the rest from disk."""
 
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(name="anchortp-fill", daemon=True)
@@ -63,23 +79,23 @@ class Filler(threading.Thread):
         dtype = getattr(torch, at.model.dtype)
         memory = self.attachment.map(at.device, weights_segment(at.ownership), writable=True)
         target = _views(memory, self.attachment.layout, dtype)
-        kept = self._previous_views(dtype)
         moves = fill_moves(at.model, at.ownership, at.rank, at.previous)
+        holders = {move.device for move in moves if move.device is not None}
+        before = {device: self._previous_views(device, dtype) for device in holders}
         with Checkpoint(at.checkpoint) as checkpoint:
             for move in moves:
                 into = target[move.param].narrow(move.dim, move.start, move.length)
-                if move.kind == "copy":
-                    into.copy_(kept[move.source].narrow(move.dim, move.source_start, move.length))
-                else:
+                if move.device is None:
                     into.copy_(checkpoint.slice(move.source, move.dim, move.source_start, move.length))
+                else:
+                    into.copy_(before[move.device][move.source].narrow(move.dim, move.source_start, move.length))
         self.moved = moved_bytes(moves)
 
-    def _previous_views(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def _previous_views(self, device: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         at = self.attachment.assignment
-        if at.previous is None or at.device not in at.previous.devices:
-            return {}
-        layout = shard_layout(at.model, at.previous, at.previous.devices.index(at.device))
-        memory = self.attachment.map(at.device, weights_segment(at.previous), writable=False)
+        assert at.previous is not None
+        layout = shard_layout(at.model, at.previous, at.previous.devices.index(device))
+        memory = self.attachment.map_briefly(device, weights_segment(at.previous))
         return _views(memory, layout, dtype)
 
 
@@ -122,7 +138,7 @@ def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
     """
     at = attachment.assignment
     memory = attachment.map(at.device, weights_segment(at.ownership), writable=False)
-    views = _views(memory, attachment.layout, getattr(torch, at.model.dtype))
+    views = _stacked(_views(memory, attachment.layout, getattr(torch, at.model.dtype)))
     parameters = dict(model.named_parameters())
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())

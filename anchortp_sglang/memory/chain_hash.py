@@ -24,6 +24,11 @@ _MULTIPLIER = 6364136223846793005  # odd, hence invertible mod 2**64; = 5 mod 8,
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
 
 
+_SALT_INT = 0x9E3779B97F4A7C15
+_MIX_1_INT, _MIX_2_INT = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
 def _constant(value: int) -> Hashes:
     # 0-d arrays, since ufuncs take them at half the cost of numpy scalars, and a decode step is all overhead.
     return np.array(value, dtype=np.uint64)
@@ -31,8 +36,7 @@ def _constant(value: int) -> Hashes:
 
 _A = _constant(_MULTIPLIER)
 _ONE = _constant(1)
-_SALT = _constant(0x9E3779B97F4A7C15)
-_MIX_1, _MIX_2 = _constant(0xBF58476D1CE4E5B9), _constant(0x94D049BB133111EB)
+_SALT, _MIX_1, _MIX_2 = _constant(_SALT_INT), _constant(_MIX_1_INT), _constant(_MIX_2_INT)
 _27, _30, _31 = _constant(27), _constant(30), _constant(31)
 
 
@@ -58,6 +62,14 @@ def child_hashes(parent_hashes: Hashes, tokens: Ids) -> Hashes:
     hashes += mix(tokens)
     np.maximum(hashes, _ONE, out=hashes)
     return hashes
+
+
+def child_hash(parent_hash: int, token: int) -> int:
+    """``child_hashes`` of one token, in plain integers."""
+    x = token & _MASK ^ _SALT_INT
+    x = (x ^ x >> 30) * _MIX_1_INT & _MASK
+    x = (x ^ x >> 27) * _MIX_2_INT & _MASK
+    return (parent_hash * _MULTIPLIER + (x ^ x >> 31)) & _MASK or 1
 
 
 class RunHasher:

@@ -5,7 +5,7 @@ alone writes; the next generation reads, once all old ranks are dead. There is n
 its hash follows from its own token and its parent's hash, up to the root, and is dropped otherwise. Two rules
 make that safe:
 
-- a slot is invalidated when it is allocated, before any rank can write KV to it;
+- a slot is invalidated when it is freed, hence before any rank can write other KV to it;
 - a slot is committed once its KV is written completely, while its request still owns it; within a commit the
   hash is stored last, and any older hash is cleared first.
 
@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids, RunHasher, child_hashes, root_hash
+from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids, RunHasher, child_hash, child_hashes, root_hash
 from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask, chains_of, verified_slots
 
 __all__ = ["Chain", "PageTable", "PageTableMismatch"]
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
-Store = tuple[np.ndarray[Any, Any], Any, Any]  # (array, where, value)
+Store = tuple[np.ndarray[Any, Any] | memoryview, Any, Any]  # (array, where, value)
 
 _WORD = 8
 _HEADER_WORDS = 8
@@ -57,6 +57,7 @@ class PageTable:
         # The root's hash is kept in the otherwise unused entry of slot 0: commits need no case for it.
         self._hash: Hashes = arrays[0].view(np.uint64)
         self._token, self._parent, self._last_use = arrays[1], arrays[2], arrays[3]
+        self._plain = tuple(memoryview(column) for column in (self._header, self._hash, *arrays[1:]))
         self._slots = slots
         self._seed = seed
         self._hasher = RunHasher()
@@ -94,7 +95,7 @@ class PageTable:
         return self._slots
 
     def invalidate(self, slots: ArrayLike) -> None:
-        """Forget slots (int64[n]) just allocated, before anything writes their KV; padding is ignored."""
+        """Forget slots (int64[n]) just freed, before anybody can have them anew; padding is ignored."""
         ids = self._checked(slots)
         _apply([(self._hash, ids[ids != ROOT], UNKNOWN)])
 
@@ -134,6 +135,34 @@ class PageTable:
             ids, its_tokens, above, hashes = ids[usable], its_tokens[usable], above[usable], hashes[usable]
         if n_usable:
             _apply(self._commit_stores(ids, its_tokens, above, hashes))
+
+    def commit_token(self, slot: int, token: int, parent: int) -> None:
+        """``commit_step`` for one request, in plain integers.
+
+        For a small batch a loop of these is several times as fast: numpy's calls cost most when a forward pass
+        has just displaced them from the processor's caches.
+        """
+        if not (0 <= slot < self._slots and 0 <= parent < self._slots):
+            raise ValueError(f"slot ids {slot} and {parent} are not both within [0, {self._slots})")
+        header, hashes, tokens, parents, last_use = self._plain
+        above = hashes[parent]
+        if above == UNKNOWN or slot == ROOT:
+            return
+        step = header[_STEP] + 1
+        own = child_hash(above, token)
+        if hashes[slot] == own and tokens[slot] == token and parents[slot] == parent:
+            _apply(((header, _STEP, step), (last_use, slot, step)))
+            return
+        _apply(
+            (
+                (header, _STEP, step),
+                (hashes, slot, UNKNOWN),
+                (tokens, slot, token),
+                (parents, slot, parent),
+                (last_use, slot, step),
+                (hashes, slot, own),
+            )
+        )
 
     def verified(self) -> Mask:
         """bool[slots]: the slots whose whole chain, up to the root, is intact. Slot 0 never is."""

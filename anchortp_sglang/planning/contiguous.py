@@ -1,96 +1,104 @@
 """Continuous Minimal Migration: every device holds one interval of each axis, in the order of the devices.
 
-Why this is minimal. Let ``c[1] <= … <= c[D-1]`` be where the intervals of a layer end, and ``F[d](c)`` the units
-below ``c`` that device ``d`` already has. It keeps ``F[d](c[d]) - F[d](c[d-1])`` units, so all together keep
-``sum over d of F[d](c[d]) - F[d+1](c[d])`` and a constant: every cut counts for itself. A unit that a survivor
-holds is never reloaded, wherever it goes, so reloads are at their lower bound for any cuts; what is not kept and
-not reloaded moves between devices, so most kept is least moved. For given widths the cuts are given, and nothing
-is left to choose. Where widths may be rounded either way, a dynamic program over the cuts, with the sum of a cut
-over the layers as its state, chooses them: exact for a single layer. Over several layers a sum is spread evenly,
-which is optimal as long as each cut stays between the start of its left and the end of its right neighbour's old
-interval (there what is kept is concave in the cut), and layers were cut alike or by the same rotation. Devices
-with only a few units of an axis each can leave that range; then a few units more than necessary may move.
+A unit that a survivor holds is never reloaded, wherever it goes, so reloads are at their lower bound for any
+intervals; what is not kept and not reloaded moves between devices, so most kept is least moved. Widths are rounded
+down or up, in every layer and over all of them together; who is rounded up where is all there is to choose.
+
+First the cuts are spread evenly over the layers, which is best in the usual case: layers that were cut alike, and
+cuts that stay between the start of the left and the end of the right neighbour's old interval. An integer program
+then looks for something better and ends when there can be none, so the result is optimal. Only where its work runs
+out (some twenty devices, or fewer and dozens of layers that were all cut differently) it may not be: then it is the
+best of the even spread, what the program has found, and a choice by prices.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+from anchortp_sglang.planning.even_spread import evenly_spread
 from anchortp_sglang.planning.intervals import Intervals
 from anchortp_sglang.planning.layer_ownership import Layout
-from anchortp_sglang.planning.rotation import layer_order
+from anchortp_sglang.planning.most_kept import Search, most_kept
+from anchortp_sglang.planning.priced_rounding import priced_rounding
+from anchortp_sglang.planning.relaxation import Choice
+from anchortp_sglang.planning.rotation import Due, due
+from anchortp_sglang.planning.rounding import NEVER, LayerKind, RoundedUp
 
-WINDOW = 64
-"""How many totals of a cut are tried. It is never fewer than there are for up to 64 devices; for more it keeps the
-work in proportion to their number."""
-
-Chain = tuple[int, "Chain"] | None
+SPARE = -1
+"""Names a layer that does not exist: who is rounded up there is rounded up once less than it may be in the others.
+With it the totals over all layers are given."""
 
 
 def contiguous_layouts(units: int, weights: Sequence[int], held: Sequence[Layout]) -> tuple[Layout, ...]:
     """Shares of each layer in proportion to ``weights``, given what each device ``held`` there before: widths
     rounded down or up in every layer, and over all layers together, such that most is kept."""
-    layers = len(held)
-    order = layer_order(layers)
-    totals = _best_totals(units, weights, [held[layer] for layer in order])
-    layouts: dict[tuple[int, ...], Layout] = {}
-    by_layer: dict[int, Layout] = {}
-    for place, layer in enumerate(order):
-        # Cut i ends at totals[i] / layers: one unit later in the first layers of the order.
-        cuts = tuple((total + layers - 1 - place) // layers for total in totals)
-        if cuts not in layouts:
-            layouts[cuts] = tuple(((start, stop),) if start < stop else () for start, stop in pairwise((0, *cuts)))
-        by_layer[layer] = layouts[cuts]
-    return tuple(by_layer[layer] for layer in range(layers))
+    share = due(units, weights, len(held))
+    even = [
+        tuple(device for device, (start, stop) in enumerate(pairwise((0, *cuts))) if stop - start > share.whole[device])
+        for cuts in evenly_spread(units, weights, held)
+    ]
+    layouts: dict[RoundedUp, Layout] = {}
+    chosen = _most_kept(share, units - sum(share.whole), held, even)
+    for rounded_up in set(chosen):
+        ups = frozenset(rounded_up)
+        cuts = accumulate(width + (device in ups) for device, width in enumerate(share.whole))
+        layouts[rounded_up] = tuple(((start, stop),) if start < stop else () for start, stop in pairwise((0, *cuts)))
+    return tuple(layouts[rounded_up] for rounded_up in chosen)
 
 
-def _best_totals(units: int, weights: Sequence[int], held: Sequence[Layout]) -> list[int]:
-    """Where each cut ends, summed over the layers: most kept, then nearest to what is due up to there.
-
-    One state of the dynamic program is the sum for one cut; ``held`` is in the order in which layers get their
-    cuts one unit later.
-    """
-    layers, parts = len(held), sum(weights)
-    # sum of a cut -> (units kept so far, less how far the cuts are off), the sums that led there
-    states: dict[int, tuple[tuple[int, int], Chain]] = {0: ((0, 0), None)}
-    before = 0
-    for cut, weight in enumerate(weights):
-        before += weight
-        width, uneven = divmod(layers * units * weight, parts)
-        ideal = layers * units * before // parts
-        last = cut == len(weights) - 1
-        low, high = (ideal, ideal) if last else (ideal - WINDOW // 2, ideal + WINDOW // 2)
-        sums = sorted({end + width + more for end in states for more in range(1 + (uneven > 0))})
-        sums = [end for end in sums if low <= end <= high]
-        gains = [0] if last else _gains(sums, [(layout[cut], layout[cut + 1]) for layout in held])
-        step: dict[int, tuple[tuple[int, int], Chain]] = {}
-        for end, gain in zip(sums, gains, strict=True):
-            reached = [states[start] for start in (end - width, end - width - 1) if start in states]
-            if not uneven:
-                reached = [states[end - width]]
-            (kept, off), chain = max(reached, key=lambda state: state[0])
-            step[end] = ((kept + gain, off - abs(end - ideal)), (end, chain))
-        states = step
-    chain = next(iter(states.values()))[1]
-    totals: list[int] = []
-    while chain is not None:
-        totals.append(chain[0])
-        chain = chain[1]
-    return totals[::-1]
+def _most_kept(share: Due, extra: int, held: Sequence[Layout], even: Sequence[RoundedUp]) -> Sequence[RoundedUp]:
+    """Who is rounded up in each layer: ``even``, unless another choice keeps more."""
+    names: dict[Layout, int] = {}
+    by_layer = [names.setdefault(layout, len(names)) for layout in held]
+    kinds = [_kind(name, by_layer.count(name), share, extra, layout) for layout, name in names.items()]
+    known = list(zip(by_layer, even, strict=True))
+    kept = sum(kinds[name].kept(rounded_up) for name, rounded_up in known)
+    free = [0] * len(share.whole)
+    if kept == sum(kind.layers * kind.best(free)[0] for kind in kinds):
+        return even
+    spare = _spare(share, extra)
+    totals = [share.highest(device) for device in range(len(free))]
+    ups = Counter(device for rounded_up in even for device in rounded_up)
+    unused = tuple(device for device, total in enumerate(totals) if ups[device] < total)
+    search = Search([*known, (SPARE, unused)], kept)
+    most_kept((*kinds, spare), totals, search)
+    if search.work < 0:
+        layers = [kinds[name] for name in by_layer]
+        priced = priced_rounding([spare, *layers], totals)[1:]
+        if sum(kind.kept(rounded_up) for kind, rounded_up in zip(layers, priced, strict=True)) > search.kept:
+            return priced
+    return _by_layer(by_layer, search.best) if search.kept > kept else even
 
 
-def _gains(sums: Sequence[int], sides: Sequence[tuple[Intervals, Intervals]]) -> list[int]:
-    """Units more that are kept if a cut has each of these sums, than if it has the first. ``sides`` are what the
-    devices before and after the cut held, by layer."""
-    gains, gained, at = [], 0, sums[0]
-    for end in sums:
-        while at < end:
-            unit, layer = divmod(at, len(sides))
-            left, right = sides[layer]
-            gained += _holds(left, unit) - _holds(right, unit)
-            at += 1
-        gains.append(gained)
-    return gains
+def _by_layer(names: Sequence[int], choice: Choice) -> list[RoundedUp]:
+    choices: defaultdict[int, list[RoundedUp]] = defaultdict(list)
+    for name, rounded_up in reversed(choice):
+        choices[name].append(rounded_up)
+    return [choices[name].pop() for name in names]
 
 
-def _holds(runs: Intervals, unit: int) -> bool:
-    return any(start <= unit < stop for start, stop in runs)
+def _kind(name: int, layers: int, share: Due, extra: int, layout: Layout) -> LayerKind:
+    down, up = [], []
+    starts = accumulate(share.whole, initial=0)
+    for start, width, rest, runs in zip(starts, share.whole, share.rest, layout, strict=False):
+        places = range(start, start + extra + 1)
+        down.append(_overlaps(runs, places, width))
+        up.append(_overlaps(runs, places, width + 1) if rest else (NEVER,) * len(places))
+    return LayerKind(name, layers, extra, tuple(down), tuple(up))
+
+
+def _overlaps(runs: Intervals, places: range, width: int) -> tuple[int, ...]:
+    """How many units of ``runs`` an interval of this width has that starts at each of the places."""
+    units = [0] * len(places)
+    for start, stop in runs:
+        for place in range(max(places.start, start - width + 1), min(places.stop, stop)):
+            units[place - places.start] += min(place + width, stop) - max(place, start)
+    return tuple(units)
+
+
+def _spare(share: Due, extra: int) -> LayerKind:
+    devices = range(len(share.whole))
+    spare = sum(map(share.highest, devices)) - share.layers * extra
+    free, barred = (0,) * (spare + 1), (NEVER,) * (spare + 1)
+    ups = tuple(free if share.highest(device) > share.lowest(device) else barred for device in devices)
+    return LayerKind(SPARE, 1, spare, (free,) * len(devices), ups)

@@ -4,7 +4,9 @@ A new family is a new entry in ``FAMILIES``. Names of sizes ("q_head", "hidden",
 in ``model_axes``. Written against SGLang 0.5.23.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,9 +14,11 @@ class Rule:
     """One SGLang parameter.
 
     ``sources`` are ``(checkpoint tensor, size)`` in the order in which the parameter stacks them along
-    ``dim``; a size is an axis ("q_head", "kv_head", "mlp", "vocab") or a whole extent ("hidden", "head_dim").
+    ``dim``; a size is an axis ("q_head", "kv_head", "mlp", "expert_column", "vocab") or a whole extent ("hidden",
+    "head_dim", "experts"). A tensor that is named several times holds those sizes one after the other.
     ``other`` names the remaining dimension, None for a vector. The parameter exists when any config key in
-    ``only_if`` is true (or ``only_if`` is empty) and ``unless`` is not.
+    ``only_if`` is true (or ``only_if`` is empty) and ``unless`` is not. With ``{expert}`` in its tensors' names it
+    has a leading dimension over the experts.
     """
 
     name: str
@@ -29,15 +33,28 @@ class Rule:
 class Family:
     """The parameters of one architecture, in the order of execution.
 
-    ``layer`` rules are relative to ``model.layers.N.``. ``defaults`` are what transformers assumes for a key
-    that config.json lacks. ``refused`` pairs a config key with why a true value cannot be served.
+    ``layer`` rules are relative to ``model.layers.N.``; in a layer with experts ``sparse`` takes the place of
+    ``dense``. ``columns`` pairs an axis with the config key of its size. ``defaults`` are what transformers assumes
+    for a key that config.json lacks. ``refused`` pairs a config key with why a true value cannot be served.
     """
 
     before: tuple[Rule, ...]
     layer: tuple[Rule, ...]
+    dense: tuple[Rule, ...]
     after: tuple[Rule, ...]
-    defaults: tuple[tuple[str, int], ...] = ()
+    sparse: tuple[Rule, ...] = ()
+    columns: tuple[tuple[str, str], ...] = (("mlp", "intermediate_size"),)
+    experts: str | None = None
+    """Config key of the number of experts."""
+    defaults: tuple[tuple[str, Any], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+
+    def is_sparse(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether config.json gives a layer experts, by the keys that Qwen models have for it; by default all do."""
+        if not self.sparse:
+            return False
+        step = config.get("decoder_sparse_step") or 1
+        return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0
 
 
 REFUSED: tuple[tuple[str, str], ...] = (
@@ -77,10 +94,14 @@ _QK_NORM = (
     _replicated("self_attn.k_norm.weight", "head_dim"),
 )
 _O_PROJ = Rule("self_attn.o_proj.weight", (("self_attn.o_proj.weight", "q_head"),), dim=1)
+_BEFORE_MLP = _replicated("post_attention_layernorm.weight", "hidden")
 _MLP = (
-    _replicated("post_attention_layernorm.weight", "hidden"),
     Rule("mlp.gate_up_proj.weight", (("mlp.gate_proj.weight", "mlp"), ("mlp.up_proj.weight", "mlp"))),
     Rule("mlp.down_proj.weight", (("mlp.down_proj.weight", "mlp"),), dim=1),
+)
+_FUSED_MLP = (
+    Rule("mlp.gate_up_proj.weight", (("mlp.gate_up_proj.weight", "mlp"), ("mlp.gate_up_proj.weight", "mlp"))),
+    _MLP[1],
 )
 
 
@@ -99,8 +120,9 @@ _LLAMA = Family(
         _qkv("bias", None, _LLAMA_BIAS),
         _O_PROJ,
         _o_bias(_LLAMA_BIAS),
-        *_MLP,
+        _BEFORE_MLP,
     ),
+    dense=_MLP,
     after=(_NORM, _HEAD),
     refused=(("mlp_bias", "SGLang's LlamaMLP drops the MLP biases, so its answers would be wrong"),),
 )
@@ -108,7 +130,8 @@ _LLAMA = Family(
 # models/qwen2.py, `Qwen2Attention`: q, k, v always have a bias, o_proj never.
 _QWEN2 = Family(
     before=(_EMBED,),
-    layer=(_BEFORE_ATTENTION, _qkv("weight", "hidden"), _qkv("bias", None), _O_PROJ, *_MLP),
+    layer=(_BEFORE_ATTENTION, _qkv("weight", "hidden"), _qkv("bias", None), _O_PROJ, _BEFORE_MLP),
+    dense=_MLP,
     after=(_NORM, _HEAD),
     defaults=(("num_key_value_heads", 32),),
 )
@@ -124,15 +147,87 @@ _QWEN3 = Family(
         *_QK_NORM,
         _O_PROJ,
         _o_bias(_QWEN3_BIAS),
-        *_MLP,
+        _BEFORE_MLP,
     ),
+    dense=_MLP,
     after=(_NORM, _HEAD),
     defaults=(("num_key_value_heads", 32), ("head_dim", 128)),
 )
 
+
+def _experts(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """`FusedMoE`: w13 stacks gate and up of each expert, w2 is down (layers/moe/fused_moe_triton/layer.py).
+
+    Every rank has all experts, each cut along its columns. The router is whole everywhere.
+    """
+    sources = [(f"{prefix}experts.{{expert}}.{name}.weight", "expert_column") for name in (gate, up, down)]
+    return (
+        Rule(f"{prefix}gate.weight", ((f"{prefix}gate.weight", "experts"),)),
+        Rule(f"{prefix}experts.w13_weight", tuple(sources[:2])),
+        Rule(f"{prefix}experts.w2_weight", (sources[2],), dim=1),
+    )
+
+
+# models/qwen3_moe.py, `Qwen3MoeSparseMoeBlock`: SGLang gives every layer experts, whatever config.json says.
+_QWEN3_MOE = replace(
+    _QWEN3,
+    dense=(),
+    sparse=_experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+    columns=(("expert_column", "moe_intermediate_size"),),
+    experts="num_experts",
+    defaults=(("num_key_value_heads", 4),),
+)
+
+# models/mixtral.py: no biases.
+_MIXTRAL = Family(
+    before=(_EMBED,),
+    layer=(_BEFORE_ATTENTION, _qkv("weight", "hidden"), _O_PROJ, _BEFORE_MLP),
+    dense=(),
+    sparse=_experts("block_sparse_moe.", "w1", "w3", "w2"),
+    after=(_NORM, _HEAD),
+    columns=(("expert_column", "intermediate_size"),),
+    experts="num_local_experts",
+    defaults=(("num_local_experts", 8), ("num_key_value_heads", 8)),
+)
+
+# models/llama.py, `Phi3ForCausalLM`: the checkpoint holds q, k and v in one tensor, gate and up in another. (SGLang
+# applies neither its sliding window nor Mistral's.)
+_PHI3 = replace(
+    _LLAMA,
+    layer=(
+        _BEFORE_ATTENTION,
+        Rule(
+            "self_attn.qkv_proj.weight",
+            tuple(("self_attn.qkv_proj.weight", axis) for axis in ("q_head", "kv_head", "kv_head")),
+        ),
+        _O_PROJ,
+        _BEFORE_MLP,
+    ),
+    dense=_FUSED_MLP,
+)
+
+# models/glm4.py: two more norms, on what attention and MLP put out; q, k, v with a bias.
+_GLM4 = replace(
+    _QWEN2,
+    layer=(
+        _BEFORE_ATTENTION,
+        _qkv("weight", "hidden"),
+        _qkv("bias", None, ("attention_bias",)),
+        _O_PROJ,
+        _replicated("post_self_attn_layernorm.weight", "hidden"),
+        _BEFORE_MLP,
+    ),
+    dense=(*_FUSED_MLP, _replicated("post_mlp_layernorm.weight", "hidden")),
+)
+
 FAMILIES: dict[str, Family] = {
+    "Glm4ForCausalLM": _GLM4,
     "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "MixtralForCausalLM": _MIXTRAL,
+    "Phi3ForCausalLM": _PHI3,
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen3ForCausalLM": _QWEN3,
+    "Qwen3MoeForCausalLM": _QWEN3_MOE,
 }
 """HF architecture name -> its family."""

@@ -1,7 +1,9 @@
 """From a HF config.json to the axes a model can be split along and the parameters that lie on them."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from anchortp_sglang.planning.families import FAMILIES, REFUSED, UNUSED_SOURCES, Family, Rule
@@ -9,6 +11,7 @@ from anchortp_sglang.planning.intervals import Intervals
 
 __all__ = [
     "Block",
+    "Columns",
     "Intervals",
     "ModelAxes",
     "ParamSpec",
@@ -38,7 +41,8 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class Block:
-    """A run of one parameter along its split dimension that comes from one checkpoint tensor.
+    """A run of one parameter along its split dimension that comes from one checkpoint tensor, from its element
+    ``offset`` on.
 
     ``axis`` None: every rank holds the whole extent, which is ``elements_per_unit``.
     """
@@ -46,6 +50,18 @@ class Block:
     source: str
     axis: str | None
     elements_per_unit: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """An axis of ``units`` units of ``unit`` columns each; ``config_key`` names their number in config.json, None for
+    whole experts."""
+
+    axis: str
+    units: int
+    unit: int
+    config_key: str | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,9 @@ class ParamSpec:
     """An SGLang parameter: its blocks stacked along ``dim``, ``rest`` the sizes of its other dimensions.
 
     A rank's shape is ``rest`` with the extent of its units inserted at ``dim``. ``layer`` None: outside of
-    the decoder layers.
+    the decoder layers. The slices of a parameter over experts are specs of their own, named ``parameter[expert]``
+    and in order: those that a rank holds lie side by side. ``expert`` is given where experts are dealt whole: a rank
+    holds the slice if it holds that unit of the axis "expert".
     """
 
     name: str
@@ -61,13 +79,19 @@ class ParamSpec:
     dim: int
     rest: tuple[int, ...]
     layer: int | None
+    expert: int | None = None
+
+    @cached_property
+    def likeness(self) -> tuple[object, ...]:
+        """Equal for parameters that differ in names only, as those of layers and experts do."""
+        return tuple((block.axis, block.elements_per_unit, block.offset) for block in self.blocks), self.dim, self.rest
 
 
 @dataclass(frozen=True)
 class ModelAxes:
     """What a model is made of. Sizes are the whole model's, in elements unless named otherwise.
 
-    ``mlp_unit`` is the columns of one "mlp" unit; ``params`` are in the order of execution;
+    ``columns`` are the axes besides heads and vocabulary; ``params`` are in the order of execution;
     ``unused_sources`` are regular expressions (searched) for checkpoint tensors that nobody needs.
     """
 
@@ -77,12 +101,11 @@ class ModelAxes:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
     vocab_size: int
     tie_word_embeddings: bool
     dtype: str
     dtype_bytes: int
-    mlp_unit: int
+    columns: tuple[Columns, ...]
     params: tuple[ParamSpec, ...]
     unused_sources: tuple[str, ...]
 
@@ -93,7 +116,7 @@ class ModelAxes:
         return {
             "q_head": self.num_q_heads,
             "kv_head": self.num_kv_heads,
-            "mlp": self.intermediate_size // self.mlp_unit,
+            **{columns.axis: columns.units for columns in self.columns},
             "vocab": padded_vocab_rows(self.vocab_size, 1),
         }
 
@@ -117,8 +140,8 @@ def equal_vocab_cut(vocab_size: int, tp_size: int) -> tuple[Intervals, ...]:
     return tuple(((rank * rows, (rank + 1) * rows),) for rank in range(tp_size))
 
 
-def read_model_axes(config: Mapping[str, Any], dtype: str | None = None) -> ModelAxes:
-    """Read a config.json.
+def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whole_experts: bool = False) -> ModelAxes:
+    """Read a config.json. Experts are cut along their columns, or with ``whole_experts`` dealt whole.
 
     ``dtype`` is SGLang's ``--dtype``: None keeps the dtype that the config names, "auto" follows SGLang
     (``_get_and_verify_dtype``: float32 checkpoints are served in float16).
@@ -136,17 +159,24 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None) -> Mode
             "config.json does not describe grouped-query attention"
         )
     head_dim = config.get("head_dim") or _derived_head_dim(hidden_size, num_q_heads)
-    intermediate_size = positive_size(config, "intermediate_size")
-    mlp_unit = _mlp_unit(intermediate_size)
     num_layers, vocab_size = positive_size(config, "num_hidden_layers"), positive_size(config, "vocab_size")
-    sizes: dict[str, tuple[str | None, int]] = {
-        "q_head": ("q_head", head_dim),
-        "kv_head": ("kv_head", head_dim),
-        "mlp": ("mlp", mlp_unit),
-        "vocab": ("vocab", 1),
-        "hidden": (None, hidden_size),
-        "head_dim": (None, head_dim),
+    columns = _columns(family, config, num_layers)
+    experts = positive_size(config, family.experts) if family.experts else 0
+    if whole_experts and not any(each.axis == "expert_column" for each in columns):
+        raise UnsupportedModel(f"this {architecture} has no experts: leave --ep-size out")
+    sizes = {
+        "q_head": _Size("q_head", head_dim, num_q_heads),
+        "kv_head": _Size("kv_head", head_dim, num_kv_heads),
+        **{each.axis: _Size(each.axis, each.unit, each.units) for each in columns},
+        "vocab": _Size("vocab", 1, vocab_size),
+        "hidden": _Size(None, hidden_size),
+        "head_dim": _Size(None, head_dim),
+        "experts": _Size(None, experts),
     }
+    if whole_experts:
+        sizes["expert_column"] = _Size(None, sizes["expert_column"].elements)
+        cut = [each for each in columns if each.axis != "expert_column"]
+        columns = (*cut, Columns("expert", experts, 1, None))
     tied = bool(config.get("tie_word_embeddings", False))
     dtype = _dtype(config, dtype)
     return ModelAxes(
@@ -156,33 +186,79 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None) -> Mode
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=intermediate_size,
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
         dtype=dtype,
         dtype_bytes=_DTYPE_BYTES[dtype],
-        mlp_unit=mlp_unit,
+        columns=columns,
         params=_params(family, config, sizes, num_layers),
         unused_sources=UNUSED_SOURCES + ((r"^lm_head\.weight$",) if tied else ()),
     )
 
 
-def _params(
-    family: Family, config: Mapping[str, Any], sizes: Mapping[str, tuple[str | None, int]], num_layers: int
-) -> tuple[ParamSpec, ...]:
-    def spec(rule: Rule, prefix: str = "", layer: int | None = None) -> ParamSpec:
-        blocks = tuple(Block(prefix + source, *sizes[size]) for source, size in rule.sources)
-        rest = () if rule.other is None else (sizes[rule.other][1],)
-        return ParamSpec(prefix + rule.name, blocks, rule.dim, rest, layer)
+@dataclass(frozen=True)
+class _Size:
+    """``units`` units of ``per_unit`` elements on an axis; a single one without."""
 
-    before, layers, after = (
-        [rule for rule in rules if _exists(rule, config)] for rules in (family.before, family.layer, family.after)
-    )
+    axis: str | None
+    per_unit: int
+    units: int = 1
+
+    @property
+    def elements(self) -> int:
+        return self.per_unit * self.units
+
+
+def _columns(family: Family, config: Mapping[str, Any], num_layers: int) -> tuple[Columns, ...]:
+    """The axes that this model's layers have."""
+    kinds = {family.is_sparse(config, layer) for layer in range(num_layers)}
+    if False in kinds and not family.dense:
+        raise UnsupportedModel(
+            "config.json has layers without experts (mlp_only_layers, decoder_sparse_step); SGLang's model has none"
+        )
+    rules = (*(family.dense if False in kinds else ()), *(family.sparse if True in kinds else ()))
+    used = {size for rule in rules for _, size in rule.sources}
+    found = []
+    for axis, key in family.columns:
+        if axis in used:
+            size = positive_size(config, key)
+            unit = _columns_per_unit(size)
+            found.append(Columns(axis, size // unit, unit, key))
+    return tuple(found)
+
+
+def _params(
+    family: Family, config: Mapping[str, Any], sizes: Mapping[str, _Size], num_layers: int
+) -> tuple[ParamSpec, ...]:
+    def specs(rules: Iterable[Rule], prefix: str = "", layer: int | None = None) -> Iterator[ParamSpec]:
+        for rule in rules:
+            if _exists(rule, config):
+                yield from _specs(rule, sizes, prefix, layer)
+
+    def layer_rules(layer: int) -> Iterable[Rule]:
+        return (*family.layer, *(family.sparse if family.is_sparse(config, layer) else family.dense))
+
     return (
-        *(spec(rule) for rule in before),
-        *(spec(rule, f"model.layers.{n}.", n) for n in range(num_layers) for rule in layers),
-        *(spec(rule) for rule in after),
+        *specs(family.before),
+        *(spec for n in range(num_layers) for spec in specs(layer_rules(n), f"model.layers.{n}.", n)),
+        *specs(family.after),
     )
+
+
+def _specs(rule: Rule, sizes: Mapping[str, _Size], prefix: str, layer: int | None) -> Iterator[ParamSpec]:
+    rest = () if rule.other is None else (sizes[rule.other].elements,)
+    per_expert = "{expert}" in rule.sources[0][0]
+    for expert in range(sizes["experts"].elements if per_expert else 1):
+        blocks, ends = [], defaultdict[str, int](int)
+        for tensor, size in rule.sources:
+            source = prefix + (tensor.format(expert=expert) if per_expert else tensor)
+            blocks.append(Block(source, sizes[size].axis, sizes[size].per_unit, ends[source]))
+            ends[source] += sizes[size].elements
+        if not per_expert:
+            yield ParamSpec(prefix + rule.name, tuple(blocks), rule.dim, rest, layer)
+            continue
+        dealt = expert if sizes["expert_column"].axis is None else None
+        yield ParamSpec(f"{prefix}{rule.name}[{expert}]", tuple(blocks), rule.dim, rest, layer, dealt)
 
 
 def _exists(rule: Rule, config: Mapping[str, Any]) -> bool:
@@ -227,9 +303,9 @@ def _derived_head_dim(hidden_size: int, num_q_heads: int) -> int:
     return hidden_size // num_q_heads
 
 
-def _mlp_unit(intermediate_size: int) -> int:
+def _columns_per_unit(size: int) -> int:
     """16 columns keep rows of a shard aligned; a narrow MLP is cut finer so that shares can be balanced."""
-    return 16 if intermediate_size % 16 == 0 and intermediate_size // 16 >= 64 else 1
+    return 16 if size % 16 == 0 and size // 16 >= 64 else 1
 
 
 def _dtype(config: Mapping[str, Any], wanted: str | None) -> str:

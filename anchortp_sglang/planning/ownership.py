@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from anchortp_sglang.planning.intervals import (
     Intervals,
@@ -15,9 +16,10 @@ from anchortp_sglang.planning.intervals import (
     total,
 )
 from anchortp_sglang.planning.model_axes import ModelAxes, equal_vocab_cut
-from anchortp_sglang.planning.shares import adopt_even, adopt_heads, even, proportional, split_heads
+from anchortp_sglang.planning.shares import even, proportional, split_heads
 
-AXES = ("q_head", "kv_head", "mlp", "vocab")
+AXES = ("q_head", "kv_head", "mlp", "expert_column", "expert", "vocab")
+"""All axes there are, in canonical order; a model has some of them."""
 
 
 class InvalidOwnership(ValueError):
@@ -26,7 +28,7 @@ class InvalidOwnership(ValueError):
 
 @dataclass(frozen=True)
 class Ownership:
-    """``devices`` in rank order; ``shares`` pairs each of ``AXES`` with the intervals of rank 0, 1, …
+    """``devices`` in rank order; ``shares`` pairs each axis of the model with the intervals of rank 0, 1, …
 
     Raises InvalidOwnership when it is not in that canonical form; ``validate`` checks it against a model.
     """
@@ -37,8 +39,9 @@ class Ownership:
     def __post_init__(self) -> None:
         if not self.devices or len(set(self.devices)) != len(self.devices):
             raise InvalidOwnership(f"devices {list(self.devices)} must be distinct, and at least one")
-        if tuple(axis for axis, _ in self.shares) != AXES:
-            raise InvalidOwnership(f"shares must name the axes {AXES} in this order")
+        named = [axis for axis, _ in self.shares]
+        if named != [axis for axis in AXES if axis in named] or not {"q_head", "kv_head", "vocab"} <= set(named):
+            raise InvalidOwnership(f"shares must name axes of {AXES} in this order, not {named}")
         for axis, ranks in self.shares:
             if len(ranks) != self.tp_size:
                 raise InvalidOwnership(f"{axis}: shares of {len(ranks)} ranks for {self.tp_size} devices")
@@ -49,9 +52,13 @@ class Ownership:
     def tp_size(self) -> int:
         return len(self.devices)
 
+    @cached_property
+    def _by_axis(self) -> dict[str, tuple[Intervals, ...]]:
+        return dict(self.shares)
+
     def of(self, axis: str, rank: int) -> Intervals:
         """The units of an axis that a rank holds. Raises KeyError for an unknown axis."""
-        return dict(self.shares)[axis][rank]
+        return self._by_axis[axis][rank]
 
     def units(self, axis: str, rank: int) -> int:
         """How many units of an axis a rank holds."""
@@ -69,9 +76,10 @@ class Ownership:
             value = json.loads(text)
             devices = tuple(int(device) for device in value["devices"])
             shares = {
-                axis: tuple(tuple((int(a), int(b)) for a, b in runs) for runs in value["shares"][axis]) for axis in AXES
+                axis: tuple(tuple((int(a), int(b)) for a, b in runs) for runs in ranks)
+                for axis, ranks in value["shares"].items()
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise InvalidOwnership(f"not the JSON of an ownership: {error!r}") from error
         return _ownership(devices, shares)
 
@@ -90,10 +98,12 @@ class Ownership:
 def validate(model: ModelAxes, ownership: Ownership) -> None:
     """Raise InvalidOwnership unless SGLang can run the model with these shares.
 
-    Query heads and MLP units lie on exactly one rank; a rank holds the KV heads of its query heads, each for
+    Query heads and columns lie on exactly one rank; a rank holds the KV heads of its query heads, each for
     an equal number of them; nobody is without units; the vocabulary is SGLang's own equal cut.
     """
-    for axis in ("q_head", "mlp"):
+    if [axis for axis, _ in ownership.shares] != list(model.axes):
+        raise InvalidOwnership(f"shares of {[axis for axis, _ in ownership.shares]} for a model of {list(model.axes)}")
+    for axis in ("q_head", *(columns.axis for columns in model.columns)):
         _check_held_once(axis, model.axes[axis], dict(ownership.shares)[axis])
     for rank, device in enumerate(ownership.devices):
         empty = [axis for axis, ranks in ownership.shares if not ranks[rank]]
@@ -136,7 +146,7 @@ def kept_units(old: Ownership, new: Ownership, axis: str, device: int) -> Interv
 def split(model: ModelAxes, devices: Sequence[int], widths: Sequence[int] | None = None) -> Ownership:
     """A contiguous split, in device order.
 
-    ``widths`` are KV heads per device; MLP columns follow them. Without widths both are as even as possible,
+    ``widths`` are KV heads per device; columns follow them. Without widths both are as even as possible,
     the larger shares first. With more devices than KV heads each KV head is replicated over some of them and
     they share its query heads. Raises InvalidOwnership for a split that cannot be.
     """
@@ -148,45 +158,20 @@ def split(model: ModelAxes, devices: Sequence[int], widths: Sequence[int] | None
         )
     if widths is not None:
         _check_widths(model, tp_size, widths)
-    mlp_units = model.axes["mlp"]
-    mlp = even(mlp_units, tp_size) if widths is None else proportional(mlp_units, widths)
+    columns = {
+        each.axis: deal(
+            ((0, each.units),), even(each.units, tp_size) if widths is None else proportional(each.units, widths)
+        )
+        for each in model.columns
+    }
     kv_head, q_head = split_heads(model.num_kv_heads, model.group_size, tp_size, widths)
     ownership = _ownership(
         tuple(devices),
         {
             "q_head": q_head,
             "kv_head": kv_head,
-            "mlp": deal(((0, mlp_units),), mlp),
+            **columns,
             "vocab": equal_vocab_cut(model.vocab_size, tp_size),
-        },
-    )
-    validate(model, ownership)
-    return ownership
-
-
-def adopt(model: ModelAxes, previous: Ownership, survivors: Sequence[int]) -> Ownership:
-    """Survivors keep all that they hold and take over the lost units: nothing moves between devices, and
-    nothing but the lost units is reloaded (the vocabulary, always cut equally, excepted).
-
-    Each lost KV head goes to the survivor with the fewest, MLP units so that the totals even out. Survivors
-    keep the order of ``previous``. Replicated KV heads cannot be adopted whole: then this is ``split``.
-    Raises InvalidOwnership if a survivor is none of the previous devices.
-    """
-    strangers = set(survivors) - set(previous.devices)
-    if strangers or not survivors:
-        raise InvalidOwnership(f"survivors {list(survivors)} must be some of {list(previous.devices)}")
-    devices = tuple(device for device in previous.devices if device in set(survivors))
-    ranks = [previous.devices.index(device) for device in devices]
-    if sum(map(total, dict(previous.shares)["kv_head"])) > model.num_kv_heads:
-        return split(model, devices)
-    kv_head = adopt_heads(model.num_kv_heads, [previous.of("kv_head", rank) for rank in ranks])
-    ownership = _ownership(
-        devices,
-        {
-            "q_head": tuple(scale(runs, model.group_size) for runs in kv_head),
-            "kv_head": kv_head,
-            "mlp": adopt_even(model.axes["mlp"], [previous.of("mlp", rank) for rank in ranks]),
-            "vocab": equal_vocab_cut(model.vocab_size, len(devices)),
         },
     )
     validate(model, ownership)
@@ -210,4 +195,5 @@ def _check_widths(model: ModelAxes, tp_size: int, widths: Sequence[int]) -> None
 
 
 def _ownership(devices: tuple[int, ...], shares: Mapping[str, tuple[Intervals, ...]]) -> Ownership:
-    return Ownership(devices, tuple((axis, shares[axis]) for axis in AXES))
+    # An unknown axis is left for Ownership to refuse.
+    return Ownership(devices, tuple(sorted(shares.items(), key=lambda share: (*AXES, share[0]).index(share[0]))))

@@ -12,15 +12,16 @@ from anchortp_sglang.planning.migration_types import Family, InfeasiblePlan
 from anchortp_sglang.planning.ownership import InvalidOwnership
 from anchortp_sglang.planning.plan_model import AxisGroup, PlanModel
 
-Cut = Callable[[AxisGroup, bool, Sequence[Layout]], tuple[Layout, ...]]
-"""From a group, whether KV heads follow it, and what was held in the layers built like it, to their layouts."""
+Cut = Callable[[AxisGroup, bool, Sequence[Layout], Sequence[int]], tuple[Layout, ...]]
+"""From a group, whether KV heads follow it, what was held in the layers built like it and the devices' weights, to the
+layouts of those layers."""
 
 
 def equal_split(model: PlanModel, devices: Sequence[int], weights: Sequence[int] | None = None) -> LayerOwnership:
     """Intervals in the order of the devices, in proportion to ``weights``, all alike by default. Units that do not
     divide rotate over the layers. Raises InfeasiblePlan if an axis has too few units."""
     nobody: dict[str, Layout] = {group.name: ((),) * len(devices) for group in model.sharded}
-    return _place(model, tuple(devices), tuple(weights or (1,) * len(devices)), nobody, _contiguous(weights, devices))
+    return _place(model, tuple(devices), tuple(weights or (1,) * len(devices)), nobody, _contiguous)
 
 
 def stock_split(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
@@ -57,8 +58,7 @@ def place(
         return known.setdefault(index, tuple(() if rank is None else layout[rank] for rank in ranks))
 
     before = {name: held(index) for name, index in old.shares}
-    joined = None in ranks
-    cut = _contiguous(weights, devices) if family == "contiguous" else _adopting(weights, joined)
+    cut = _contiguous if family == "contiguous" else _adopting(give_back=None in ranks)
     return _place(model, devices, tuple(weights), before, cut)
 
 
@@ -71,11 +71,19 @@ def _place(
         if not group.follows:
             classes[group.shape_key].append(group)
     shares: dict[str, Layout] = {}
-    for groups in classes.values():
-        leads = groups[0].name in leaders
-        _check_enough(groups[0], leads, devices, weights)
-        layouts = cut(groups[0], leads, [before[group.name] for group in groups])
-        shares |= zip((group.name for group in groups), layouts, strict=True)
+
+    def place_class(groups: Sequence[AxisGroup], leads: bool, due: Sequence[int]) -> None:
+        _check_enough(groups[0], leads, devices, due)
+        layouts = cut(groups[0], leads, [before[group.name] for group in groups], due)
+        shares.update(zip((group.name for group in groups), layouts, strict=True))
+
+    leading = [groups for groups in classes.values() if groups[0].name in leaders]
+    others = [groups for groups in classes.values() if groups[0].name not in leaders]
+    for groups in leading:
+        place_class(groups, True, weights)
+    heaviest = max(others, key=lambda groups: groups[0].total_bytes * len(groups), default=None)
+    for groups in others:
+        place_class(groups, False, _made_up_for(leading, shares, groups, weights) if groups is heaviest else weights)
     behind: dict[tuple[int, int], Layout] = {}
     for group in model.sharded:
         if group.follows:
@@ -85,19 +93,32 @@ def _place(
     return layer_ownership(devices, {group.name: shares[group.name] for group in model.sharded})
 
 
-def _contiguous(weights: Sequence[int] | None, devices: Sequence[int]) -> Cut:
-    given = tuple(weights or (1,) * len(devices))
+def _made_up_for(
+    leading: Sequence[Sequence[AxisGroup]],
+    shares: dict[str, Layout],
+    groups: Sequence[AxisGroup],
+    weights: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Weights for the heaviest axis. Where query heads had to go to whoever holds their KV head, a device can be units
+    above its due; it then gets as many bytes less of this axis."""
+    whole, ranks = sum(weights), range(len(weights))
+    heads = [group for each in leading for group in each]
+    held = [sum(group.nbytes(shares[group.name][rank]) for group in heads) for rank in ranks]
+    over = [whole * held[rank] - sum(held) * weights[rank] for rank in ranks]
+    due = [sum(group.total_bytes for group in groups) * weights[rank] - over[rank] for rank in ranks]
+    # Whole KV heads rotate over the layers: then nobody is further above its due than one of them with its queries.
+    rounding = max((group.grain * group.unit_bytes for group in heads), default=0)
+    return weights if max(over) <= whole * rounding or min(due) <= 0 else tuple(due)
 
-    def cut(group: AxisGroup, leads: bool, held: Sequence[Layout]) -> tuple[Layout, ...]:
-        if leads:
-            return contiguous_heads(group.units, group.grain, given, held)
-        return contiguous_layouts(group.units, given, held)
 
-    return cut
+def _contiguous(group: AxisGroup, leads: bool, held: Sequence[Layout], weights: Sequence[int]) -> tuple[Layout, ...]:
+    if leads:
+        return contiguous_heads(group.units, group.grain, weights, held)
+    return contiguous_layouts(group.units, weights, held)
 
 
-def _adopting(weights: Sequence[int], give_back: bool) -> Cut:
-    def cut(group: AxisGroup, leads: bool, held: Sequence[Layout]) -> tuple[Layout, ...]:
+def _adopting(*, give_back: bool) -> Cut:
+    def cut(group: AxisGroup, leads: bool, held: Sequence[Layout], weights: Sequence[int]) -> tuple[Layout, ...]:
         if leads:
             return adopted_heads(group.units, group.grain, weights, held, give_back)
         return adopted_layouts(group.units, weights, held, give_back)

@@ -1,6 +1,5 @@
 """The shard of one rank: where each parameter lies in memory, and which checkpoint elements it is made of."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -67,22 +66,27 @@ class Source:
 
 @dataclass(frozen=True)
 class Span:
-    """A block of a rank's parameter: ``held`` are the source's elements along dim, laid out from ``base`` on;
-    those from ``source_extent`` on are padding."""
+    """A block of a rank's parameter: ``held`` are its elements along dim, laid out from ``base`` on; those from
+    ``extent`` on are padding."""
 
     block: Block
     base: int
     held: Intervals
-    source_extent: int
+    extent: int
 
     @property
     def filled(self) -> Intervals:
-        """Elements that come from the checkpoint."""
-        return intersect(self.held, ((0, self.source_extent),))
+        """Elements that come from the checkpoint, where they start at ``block.offset``."""
+        return intersect(self.held, ((0, self.extent),))
 
     def position(self, element: int) -> int:
-        """Where an element of the source lies in the parameter, along dim."""
+        """Where an element of the block lies in the parameter, along dim."""
         return self.base + locate(self.held, element)
+
+
+def is_held(spec: ParamSpec, ownership: Ownership, rank: int) -> bool:
+    """Whether a rank has any of a parameter: of whole experts only its own."""
+    return spec.expert is None or any(a <= spec.expert < b for a, b in ownership.of("expert", rank))
 
 
 def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) -> tuple[Span, ...]:
@@ -90,7 +94,7 @@ def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) ->
     held = [_held(block, ownership, rank) for block in spec.blocks]
     bases = accumulate((total(runs) for runs in held[:-1]), initial=0)
     return tuple(
-        Span(block, base, runs, source_extent(model, block))
+        Span(block, base, runs, block_extent(model, block))
         for block, base, runs in zip(spec.blocks, bases, held, strict=True)
     )
 
@@ -100,22 +104,58 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
     params: list[Placed] = []
     pieces: list[Piece] = []
     padding: list[tuple[str, int, int]] = []
-    end, layer = 0, None
+    known: dict[tuple[object, ...], _Form] = {}
+    end, layer, before = 0, None, ""
     for spec in model.params:
-        blocks = spans(model, spec, ownership, rank)
-        shape = _shape(spec, sum(total(span.held) for span in blocks))
-        nbytes = prod(shape) * model.dtype_bytes
-        start = _align(end, PARAM_ALIGN_BYTES if spec.layer == layer else LAYER_ALIGN_BYTES)
-        params.append(Placed(spec.name, shape, start, nbytes, spec.layer, spec.dim))
-        end, layer = start + nbytes, spec.layer
-        for span in blocks:
-            pieces.extend(_pieces(spec, span))
-            padding.extend(_padding(spec, span))
+        if not is_held(spec, ownership, rank):
+            continue
+        if spec.likeness not in known:
+            known[spec.likeness] = _form(model, spec, ownership, rank)
+        form = known[spec.likeness]
+        start, parameter = end, spec.name.partition("[")[0]
+        if parameter != before:
+            start = _align(end, PARAM_ALIGN_BYTES if spec.layer == layer else LAYER_ALIGN_BYTES)
+        params.append(Placed(spec.name, form.shape, start, form.nbytes, spec.layer, spec.dim))
+        end, layer, before = start + form.nbytes, spec.layer, parameter
+        for block, at, length, source_start in form.pieces:
+            pieces.append(Piece(spec.name, spec.dim, at, length, spec.blocks[block].source, source_start))
+        for at, length in form.padding:
+            padding.append((spec.name, at, length))
     return ShardLayout(tuple(params), tuple(pieces), tuple(padding), _align(end, LAYER_ALIGN_BYTES))
 
 
-def source_extent(model: ModelAxes, block: Block) -> int:
-    """Elements of the block's checkpoint tensor along the split dimension."""
+@dataclass(frozen=True)
+class _Form:
+    """What parameters of one likeness have in common: ``pieces`` as (block, start, length, start in its source),
+    ``padding`` as (start, length)."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: tuple[tuple[int, int, int, int], ...]
+    padding: tuple[tuple[int, int], ...]
+
+
+def _form(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) -> _Form:
+    blocks = spans(model, spec, ownership, rank)
+    shape = _shape(spec, sum(total(span.held) for span in blocks))
+    return _Form(
+        shape,
+        prod(shape) * model.dtype_bytes,
+        tuple(
+            (index, span.position(start), stop - start, span.block.offset + start)
+            for index, span in enumerate(blocks)
+            for start, stop in span.filled
+        ),
+        tuple(
+            (span.position(start), stop - start)
+            for span in blocks
+            for start, stop in subtract(span.held, ((0, span.extent),))
+        ),
+    )
+
+
+def block_extent(model: ModelAxes, block: Block) -> int:
+    """Elements of a block along the split dimension, over all ranks."""
     if block.axis is None:
         return block.elements_per_unit
     units = model.vocab_size if block.axis == "vocab" else model.axes[block.axis]
@@ -124,11 +164,13 @@ def source_extent(model: ModelAxes, block: Block) -> int:
 
 def sources(model: ModelAxes) -> dict[str, Source]:
     """Every checkpoint tensor that the model needs, by name."""
-    return {
-        block.source: Source(_shape(spec, source_extent(model, block)), spec.dim)
-        for spec in model.params
-        for block in spec.blocks
-    }
+    found: dict[str, Source] = {}
+    for spec in model.params:
+        for block in spec.blocks:
+            # Of several blocks the last one reaches to the end.
+            extent = block.offset + block_extent(model, block)
+            found[block.source] = Source(_shape(spec, extent), spec.dim)
+    return found
 
 
 def source_shape(model: ModelAxes, source: str) -> tuple[int, ...]:
@@ -140,16 +182,6 @@ def _held(block: Block, ownership: Ownership, rank: int) -> Intervals:
     # A replicated extent is an axis of a single unit, held by everybody.
     units = ((0, 1),) if block.axis is None else ownership.of(block.axis, rank)
     return scale(units, block.elements_per_unit)
-
-
-def _pieces(spec: ParamSpec, span: Span) -> Iterator[Piece]:
-    for start, stop in span.filled:
-        yield Piece(spec.name, spec.dim, span.position(start), stop - start, span.block.source, start)
-
-
-def _padding(spec: ParamSpec, span: Span) -> Iterator[tuple[str, int, int]]:
-    for start, stop in subtract(span.held, ((0, span.source_extent),)):
-        yield spec.name, span.position(start), stop - start
 
 
 def _shape(spec: ParamSpec, extent: int) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from typing import Any
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
-from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership, adopt
+from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
+from anchortp_sglang.planning.reconfiguration import reconfigure
 from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
@@ -273,7 +274,7 @@ class Coordinator:
         if not verdict.lost:
             return self._held
         try:
-            return adopt(self.cluster.plan.model, self._held, survivors)
+            return reconfigure(self.cluster.plan.model, self._held, survivors)
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 

@@ -97,7 +97,8 @@ _gate_open = False
 def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] | None:
     """AFTER SchedulerRequestReceiver._pull_raw_reqs: every rank's loop passes here, rank 0 with requests.
 
-    TokenizerManager's PUSH socket may still hold requests meant for the dead rank 0; they arrive first.
+    A generation starts when all its ranks are ready. TokenizerManager's PUSH socket may still hold requests meant for
+    the dead rank 0; they arrive first.
     """
     global _gate_open
     attachment = current()
@@ -109,7 +110,9 @@ def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] 
     kept = []
     for request in requests:
         if isinstance(request, GenerationStart):
-            _gate_open = _gate_open or request.generation == attachment.assignment.generation
+            if request.generation == attachment.assignment.generation:
+                _gate_open = True
+                prefixes.start_writing()
         elif _gate_open:
             kept.append(request)
     return kept
@@ -149,10 +152,10 @@ def _seed_logprobs(req: Any, delivered: int) -> None:
     req.send_output_token_logprobs_offset = delivered
 
 
-def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE Scheduler.process_batch_result: what resumed requests reused, counted as they are prefilled."""
+def before_process_batch_result_prefill(processor: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE SchedulerBatchResultProcessor.process_batch_result_prefill: what resumed requests reused is counted."""
     attachment = current()
-    if attachment is None or attachment.assignment.rank != 0 or batch is None or not batch.forward_mode.is_extend():
+    if attachment is None or attachment.assignment.rank != 0:
         return
     for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
         end = getattr(req, "anchortp_resumed_at", None)

@@ -14,8 +14,9 @@ CHECKPOINTS = {
     "qwen3": {"num_layers": 4, "shards": 2},
     "qwen2": {"num_layers": 4, "num_kv_heads": 2, "tie_word_embeddings": True},
     "llama": {"num_layers": 4},
+    **{family: {"num_layers": 3} for family in ("mistral", "phi3", "glm4", "mixtral", "qwen3_moe")},
 }
-"""Untied with explicit head_dim; tied with qkv bias and two KV heads; head_dim derived from hidden_size."""
+"""Untied with explicit head_dim; tied with qkv bias and two KV heads; head_dim derived from hidden_size; others."""
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What engine tests do inside forked processes. Returns go back as JSON."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -64,9 +65,10 @@ def launch_with_a_wrong_rule(argv, family, rule, change):
     from anchortp_sglang.planning import model_axes
 
     table = model_axes.FAMILIES[family]
-    assert any(one.name == rule for one in table.layer)
-    changed = [one if one.name != rule else change and replace(one, **_tuples(change)) for one in table.layer]
-    model_axes.FAMILIES[family] = replace(table, layer=tuple(filter(None, changed)))
+    part = next(part for part in ("layer", "dense", "sparse") if any(one.name == rule for one in getattr(table, part)))
+    rules = getattr(table, part)
+    changed = [one if one.name != rule else change and replace(one, **_tuples(change)) for one in rules]
+    model_axes.FAMILIES[family] = replace(table, **{part: tuple(filter(None, changed))})
     launch(argv)
 
 
@@ -169,3 +171,32 @@ def _tuples(value):
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def audited_generate(model, path, waves, max_new_tokens, **arguments):
+    """How many tokens of these waves of prompts, each one batch, were cached. Before each prefill's result the page
+    table is audited, in a line of ``path``: slots that are free, that are free but have an entry, that verify."""
+    from anchortp_sglang import Engine, plugin
+    from anchortp_sglang.elastic import prefixes
+
+    def audit(processor, batch, *args, **kwargs):
+        table = prefixes._table
+        if table is not None:
+            free = processor.token_to_kv_pool_allocator.get_all_free_pages().numpy()
+            with Path(path).open("a") as lines:
+                stale = int((table._hash[free] != 0).sum())
+                lines.write(json.dumps({"free": len(free), "stale": stale, "kept": len(table.kept_slots())}) + "\n")
+
+    target = (
+        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+        "process_batch_result_prefill"
+    )
+    plugin.HOOKS += (plugin.Hook(target, "before", audit, "only a test"),)
+    engine = Engine(model_path=model, anchor_allow_drift=True, **ENGINE_FLAGS | arguments)
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    cached = 0
+    for wave in waves:
+        answers = engine.generate(input_ids=wave, sampling_params=sampling)
+        cached += sum(answer["meta_info"]["cached_tokens"] for answer in answers)
+    engine.shutdown()
+    return cached

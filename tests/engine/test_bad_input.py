@@ -106,6 +106,7 @@ def launched(argv):
         (["--dp-size", "2"], ["--dp-size 2"]),
         (["--pp-size", "2"], ["--pp-size 2", "use --tp-size"]),
         (["--nnodes", "2"], ["--nnodes 2", "one machine"]),
+        (["--ep-size", "2"], ["Qwen3ForCausalLM has no experts"]),
         (["--speculative-algorithm", "NEXTN"], ["--speculative-algorithm", "leave it out"]),
         (["--disaggregation-mode", "prefill"], ["--disaggregation-mode", "one server"]),
         (["--enable-lora"], ["--enable-lora", "merge the adapter"]),
@@ -173,7 +174,7 @@ def second_shard(folder):
 
 
 DAMAGE = {
-    "another architecture": (configured(architectures=["MixtralForCausalLM"]), ["MixtralForCausalLM", "supported are"]),
+    "another architecture": (configured(architectures=["GemmaForCausalLM"]), ["GemmaForCausalLM", "supported are"]),
     "quantized": (configured(quantization_config={"quant_method": "fp8"}), ["quantization_config", "unquantized"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "download"]),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "copy it again"]),
@@ -217,7 +218,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(forge, places, checkpoint, tmp
         (
             "mlp.gate_up_proj.weight",
             {"sources": [["mlp.gate_proj.weight", "mlp"], ["mlp.gate_proj.weight", "mlp"]]},
-            "mlp.up_proj.weight",
+            "mlp.gate_proj.weight has shape (768, 320)",
         ),
         ("self_attn.q_norm.weight", {"only_if": ["no_such_key"]}, "self_attn.q_norm.weight"),
     ],

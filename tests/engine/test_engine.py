@@ -94,6 +94,7 @@ def test_what_an_engine_cannot_do_is_a_value_error_that_names_it(forge, checkpoi
     cases = {
         "--dp-size 2": {"dp_size": 2},
         "--speculative-algorithm": {"speculative_algorithm": "NEXTN"},
+        "--ep-size 2 with --tp-size 4": {"tp_size": 4, "ep_size": 2},
         "--quantization": {"quantization": "fp8"},
         "--anchor-widths": {"tp_size": 2, "anchor_widths": (2, 1, 1)},
         "anchor_width": {"anchor_width": (2, 2)},

@@ -17,6 +17,16 @@ LAYOUTS = [
     pytest.param("qwen2", {"tp_size": 3}, id="qwen2-tp3-replicated-kv"),
     pytest.param("qwen2", {"tp_size": 4}, id="qwen2-tp4-replicated-kv"),
     pytest.param("llama", {"tp_size": 3}, id="llama-tp3"),
+    pytest.param("mistral", {"tp_size": 3}, id="mistral-tp3"),
+    pytest.param("phi3", {"tp_size": 3}, id="phi3-tp3-fused-tensors"),
+    pytest.param("glm4", {"tp_size": 3}, id="glm4-tp3"),
+    pytest.param("mixtral", {"tp_size": 3}, id="mixtral-tp3-columns"),
+    pytest.param("mixtral", {"tp_size": 3, "ep_size": 3}, id="mixtral-ep3"),
+    pytest.param("qwen3_moe", {"tp_size": 3, "anchor_widths": "1,2,1"}, id="qwen3_moe-1,2,1-columns"),
+    pytest.param("qwen3_moe", {"tp_size": 2}, id="qwen3_moe-tp2-columns"),
+    pytest.param("qwen3_moe", {"tp_size": 4}, id="qwen3_moe-tp4-columns"),
+    pytest.param("qwen3_moe", {"tp_size": 3, "ep_size": 3}, id="qwen3_moe-ep3"),
+    pytest.param("qwen3_moe", {"tp_size": 2, "ep_size": 2}, id="qwen3_moe-ep2"),
 ]
 
 
@@ -57,7 +67,7 @@ def apart(answers, expected, name):
     return max(abs(one - other) for one, other in pairs)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", sorted({layout.values[0] for layout in LAYOUTS}))
 def test_the_reference_wanders_so_that_an_error_would_show(reference, family):
     """A model that repeats one token would pass any comparison."""
     for answer in reference(family):

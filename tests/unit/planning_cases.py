@@ -8,7 +8,17 @@ from anchortp_sglang.planning.layout import Move, ShardLayout, source_shape
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 
 SHAPES = ((12, 4), (6, 2), (8, 8), (32, 8))
-FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FAMILIES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Glm4ForCausalLM",
+    "Phi3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+MOE_FAMILIES = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+EXPERTS = 9
 
 Tensors = dict[str, np.ndarray]
 
@@ -23,13 +33,22 @@ def config(heads: tuple[int, int] = (12, 4), architecture: str = "Qwen3ForCausal
         "num_key_value_heads": heads[1],
         "head_dim": 2,
         "intermediate_size": 1040,
+        "moe_intermediate_size": 40,
+        "num_experts": EXPERTS,
+        "num_local_experts": EXPERTS,
         "vocab_size": 130,
         "dtype": "float32",
     } | changes
 
 
-def model(heads: tuple[int, int] = (12, 4), architecture: str = "Qwen3ForCausalLM", **changes: Any) -> ModelAxes:
-    return read_model_axes(config(heads, architecture, **changes))
+def model(
+    heads: tuple[int, int] = (12, 4),
+    architecture: str = "Qwen3ForCausalLM",
+    *,
+    whole_experts: bool = False,
+    **changes: Any,
+) -> ModelAxes:
+    return read_model_axes(config(heads, architecture, **changes), whole_experts=whole_experts)
 
 
 def source_names(axes: ModelAxes) -> list[str]:
@@ -59,11 +78,11 @@ def materialize(layout: ShardLayout, whole: Tensors) -> Tensors:
     return tensors
 
 
-def follow(moves: tuple[Move, ...], layout: ShardLayout, whole: Tensors, old: Tensors) -> Tensors:
-    """A rank's parameters, from its old ones and the checkpoint."""
+def follow(moves: tuple[Move, ...], layout: ShardLayout, whole: Tensors, old: dict[int, Tensors]) -> Tensors:
+    """A rank's parameters, from the old ones of each device and the checkpoint."""
     tensors = _blank(layout)
     for move in moves:
-        source = old if move.kind == "copy" else whole
+        source = whole if move.device is None else old[move.device]
         _at(tensors[move.param], move.dim, move.start, move.length)[...] = _at(
             source[move.source], move.dim, move.source_start, move.length
         )
@@ -86,8 +105,18 @@ def attention(weights: Tensors, layer: str, q_heads: int, kv_heads: int, x: np.n
 
 
 def mlp(weights: Tensors, layer: str, x: np.ndarray) -> np.ndarray:
-    gate, up = np.split(weights[f"{layer}.mlp.gate_up_proj.weight"] @ x, 2)
-    return weights[f"{layer}.mlp.down_proj.weight"] @ (np.maximum(gate, 0) * up)
+    """A stand-in for the MLP on one rank's parameters; of experts, their sum weighted by their place."""
+    experts = sorted(name for name in weights if name.startswith(layer) and ".w13_weight[" in name)
+    if not experts:
+        return gated(weights[f"{layer}.mlp.gate_up_proj.weight"], weights[f"{layer}.mlp.down_proj.weight"], x)
+    return sum(
+        (i + 1) * gated(weights[name], weights[name.replace("w13", "w2")], x) for i, name in enumerate(experts)
+    )  # fmt: skip
+
+
+def gated(gate_up: np.ndarray, down: np.ndarray, x: np.ndarray) -> np.ndarray:
+    gate, up = np.split(gate_up @ x, 2)
+    return down @ (np.maximum(gate, 0) * up)
 
 
 def fused(whole: Tensors, layer: str) -> Tensors:
@@ -97,6 +126,16 @@ def fused(whole: Tensors, layer: str) -> Tensors:
         "mlp.gate_up_proj": ("gate_proj", "up_proj"),
     }
     tensors = dict(whole)
+    for expert in range(EXPERTS):
+        for prefix, gate, up, down in (
+            (f"{layer}.mlp.", "gate_proj", "up_proj", "down_proj"),
+            (f"{layer}.block_sparse_moe.", "w1", "w3", "w2"),
+        ):
+            one = f"{prefix}experts.{expert}."
+            if f"{one}{gate}.weight" in whole:
+                stacked = np.concatenate([whole[f"{one}{gate}.weight"], whole[f"{one}{up}.weight"]])
+                tensors[f"{prefix}experts.w13_weight[{expert}]"] = stacked
+                tensors[f"{prefix}experts.w2_weight[{expert}]"] = whole[f"{one}{down}.weight"]
     for param, sources in stacks.items():
         part = param.split(".")[0]
         for kind in ("weight", "bias"):

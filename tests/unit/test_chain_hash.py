@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchortp_sglang.memory.chain_hash import RunHasher, child_hashes, root_hash
+from anchortp_sglang.memory.chain_hash import RunHasher, child_hash, child_hashes, root_hash
 from anchortp_sglang.memory.page_table import PageTable
 
 ROOT_HASH = root_hash(b"model-a")
@@ -16,6 +16,17 @@ def one_by_one(parent_hash: int, tokens: np.ndarray) -> list[int]:
     for token in tokens:
         hashes.append(int(child_hashes(np.array(hashes[-1:], np.uint64), np.array([token]))[0]))
     return hashes[1:]
+
+
+@pytest.mark.parametrize("token", [0, 1, -1, 151_935, (1 << 62) + 1, -(1 << 63)])
+@pytest.mark.parametrize("parent_hash", [1, ROOT_HASH, (1 << 64) - 1])
+def test_plain_integers_hash_as_arrays_do(parent_hash: int, token: int) -> None:
+    (expected,) = child_hashes(np.array([parent_hash], np.uint64), np.array([token], np.int64)).tolist()
+    assert child_hash(parent_hash, token) == expected
+
+
+def test_plain_integers_never_hash_to_unknown() -> None:
+    assert child_hash(ROOT_HASH, token_that_hashes_to_zero(ROOT_HASH)) == 1
 
 
 def token_that_hashes_to_zero(parent_hash: int) -> int:

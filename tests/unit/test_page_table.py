@@ -118,6 +118,20 @@ def test_the_digest_tells_verified_content_and_nothing_else() -> None:
     assert table.digest() != before
 
 
+def test_a_step_committed_token_by_token_is_the_same() -> None:
+    in_arrays, _ = new_table()
+    in_integers, _ = new_table()
+    step = ([3, 5, 0, 6, 7], [9, 9, 9, 1 << 40, 8], [2, 0, 2, 4, 40])
+    for table in (in_arrays, in_integers):
+        table.commit_run([1, 2], [1, 2], 0)
+        table.commit_run([4, 6], [4, 5], 0)
+    in_arrays.commit_step(*step)
+    for slot, token, parent in zip(*step, strict=True):
+        in_integers.commit_token(slot, token, parent)
+    assert described(in_integers) == described(in_arrays)
+    assert in_integers._hash.tolist() == in_arrays._hash.tolist()
+
+
 @pytest.mark.parametrize(("slot", "parent"), [(SLOTS, 0), (-1, 0), (1, SLOTS), (1, -1)])
 def test_ids_out_of_range_are_refused_and_nothing_is_written(slot: int, parent: int) -> None:
     table, buffer = new_table()
@@ -126,6 +140,8 @@ def test_ids_out_of_range_are_refused_and_nothing_is_written(slot: int, parent: 
         table.commit_run([slot], [1], parent)
     with pytest.raises(ValueError, match="not all within"):
         table.commit_step([slot], [1], [parent])
+    with pytest.raises(ValueError, match="not both within"):
+        table.commit_token(slot, 1, parent)
     assert bytes(buffer) == before
 
 
@@ -181,6 +197,18 @@ def test_a_decode_step_costs_microseconds() -> None:
     assert min(rounds) / 10 < 200e-6
 
 
+@pytest.mark.parametrize("n_stores", range(7))
+def test_a_kill_while_a_token_is_replaced_leaves_the_old_or_the_new_or_nothing(
+    n_stores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, buffer = new_table()
+    table.commit_run([1, 2, 3], [1, 2, 3], 0)
+    stop_after(monkeypatch, n_stores)
+    table.commit_token(3, 9, 1)
+    old, new, nothing = [([1, 2, 3], [1, 2, 3], 0)], [([1, 2], [1, 2], 0), ([1, 3], [1, 9], 1)], [([1, 2], [1, 2], 0)]
+    assert described(attached(buffer)) == (old if n_stores < 2 else nothing if n_stores < 6 else new)
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, n_stores: int) -> None:
     """From here on, a call dies after so many stores to the shared memory."""
     carry_out = page_table._apply
@@ -228,4 +256,5 @@ def test_a_kill_while_entries_are_committed_again_loses_nothing(n_stores: int, m
     stop_after(monkeypatch, n_stores)
     table.commit_run([2, 3], [2, 3], 1)
     table.commit_step([2], [2], [1])
+    table.commit_token(2, 2, 1)
     assert described(attached(buffer)) == [([1, 2, 3, 4], [1, 2, 3, 4], 0)]

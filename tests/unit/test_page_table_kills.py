@@ -42,9 +42,9 @@ def killed_after(elements: int | None) -> Iterator[None]:
     def apply_some(stores: list[Store]) -> None:
         nonlocal left
         for array, where, value in stores:
-            places = np.atleast_1d(np.arange(array.size)[where])
+            places = np.atleast_1d(np.arange(len(array))[where])
             values = np.broadcast_to(np.asarray(value), places.shape)
-            carry_out([(array, places[:left], values[:left])])
+            carry_out([(np.asarray(array), places[:left], values[:left])])
             if left < len(places):
                 raise Killed
             left -= len(places)
@@ -66,17 +66,17 @@ class ServerLife(RuleBasedStateMachine):
         self.buffer = bytearray(PageTable.nbytes(SLOTS))
         self.table = PageTable.create(self.buffer, SLOTS, NAMESPACE)
         self.kv: dict[int, Content] = {}  # slot -> the tokens that its KV was really computed from
-        self.entries: dict[int, Entry] = {}  # slot -> what was committed, until the slot is allocated again
+        self.entries: dict[int, Entry] = {}  # slot -> what was committed, until the slot is freed
         self.sequences: list[list[int]] = []  # running and cached; slots in none of them are free
 
     # --- what a server does
 
-    @rule(seed=seeds, n=st.integers(1, 5), committed=st.booleans(), kill_alloc=kills, kill_commit=kills)
-    def extend(self, seed: int, n: int, committed: bool, kill_alloc: int | None, kill_commit: int | None) -> None:
+    @rule(seed=seeds, n=st.integers(1, 5), committed=st.booleans(), kill_commit=kills)
+    def extend(self, seed: int, n: int, committed: bool, kill_commit: int | None) -> None:
         """A request arrives, perhaps on a cached prefix; its extend may stay in flight while others go on."""
         rng = random.Random(seed)
         prefix = self.some_prefix(rng)
-        slots = self.allocate(rng, n, kill_alloc)
+        slots = self.allocate(rng, n)
         if not slots:
             return
         tokens = [rng.randrange(3) for _ in slots]
@@ -93,11 +93,11 @@ class ServerLife(RuleBasedStateMachine):
             sequence = rng.choice(self.sequences)
             self.commit_run(sequence, rng.randrange(len(sequence)), kill)
 
-    @rule(seed=seeds, kill_alloc=kills, kill_commit=kills)
-    def decode(self, seed: int, kill_alloc: int | None, kill_commit: int | None) -> None:
+    @rule(seed=seeds, one_by_one=st.booleans(), kill_commit=kills)
+    def decode(self, seed: int, one_by_one: bool, kill_commit: int | None) -> None:
         rng = random.Random(seed)
         batch = rng.sample(self.sequences, min(len(self.sequences), 3))
-        slots = self.allocate(rng, len(batch), kill_alloc)
+        slots = self.allocate(rng, len(batch))
         if not slots:
             return
         parents = [sequence[-1] for sequence in batch]
@@ -113,20 +113,28 @@ class ServerLife(RuleBasedStateMachine):
         }
         try:
             with killed_after(kill_commit):
-                self.table.commit_step(np.array(slots), np.array(tokens), np.array(parents))
+                self.commit_step(slots, tokens, parents, one_by_one)
         except Killed:
             return self.recover(possible=new)
         self.entries |= new
 
-    @rule(seed=seeds)
-    def evict(self, seed: int) -> None:
-        """A slot is freed, with what hangs on it; the entries stay until the slots are allocated again."""
+    @rule(seed=seeds, kill=kills)
+    def evict(self, seed: int, kill: int | None) -> None:
+        """A slot is freed, with what hangs on it, and forgotten before it can be had anew."""
         rng = random.Random(seed)
-        used = sorted({slot for sequence in self.sequences for slot in sequence})
-        if used:
-            victim = rng.choice(used)
-            cut = [s[: s.index(victim)] if victim in s else s for s in self.sequences]
-            self.sequences = [sequence for sequence in cut if sequence]
+        used = self.used_slots()
+        if not used:
+            return
+        victim = rng.choice(sorted(used))
+        cut = [s[: s.index(victim)] if victim in s else s for s in self.sequences]
+        self.sequences = [sequence for sequence in cut if sequence]
+        freed = sorted(used - self.used_slots())
+        forgotten = {slot: self.entries.pop(slot) for slot in freed if slot in self.entries}
+        try:
+            with killed_after(kill):
+                self.table.invalidate(np.array(freed))
+        except Killed:
+            self.recover(possible=forgotten)
 
     @rule()
     def kill(self) -> None:
@@ -140,22 +148,23 @@ class ServerLife(RuleBasedStateMachine):
         sequence = rng.choice(self.sequences)
         return sequence[: rng.randint(1, len(sequence))]
 
-    def allocate(self, rng: random.Random, n: int, kill: int | None) -> list[int]:
-        used = {slot for sequence in self.sequences for slot in sequence}
-        free = sorted(set(range(1, SLOTS)) - used)
+    def used_slots(self) -> set[int]:
+        return {slot for sequence in self.sequences for slot in sequence}
+
+    def allocate(self, rng: random.Random, n: int) -> list[int]:
+        free = sorted(set(range(1, SLOTS)) - self.used_slots())
         if len(free) < n or n == 0:
             return []
         slots = rng.sample(free, n)
-        forgotten = {slot: self.entries.pop(slot) for slot in slots if slot in self.entries}
-        try:
-            with killed_after(kill):
-                self.table.invalidate(np.array(slots))
-        except Killed:
-            self.recover(possible=forgotten)
-            return []
         for slot in slots:
             self.kv[slot] = HALF_WRITTEN
         return slots
+
+    def commit_step(self, slots: list[int], tokens: list[int], parents: list[int], one_by_one: bool) -> None:
+        if not one_by_one:
+            return self.table.commit_step(np.array(slots), np.array(tokens), np.array(parents))
+        for slot, token, parent in zip(slots, tokens, parents, strict=True):
+            self.table.commit_token(slot, token, parent)
 
     def write_kv(self, rng: random.Random, slots: list[int], contents: list[Content]) -> None:
         """The KV is written in any order; whoever looks in between must not take any of it for whole."""

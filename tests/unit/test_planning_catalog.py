@@ -20,6 +20,7 @@ from plan_models import (
 from planning_cases import FAMILIES, SHAPES, config
 from planning_cases import model as axes_of
 
+from anchortp_sglang.planning.architectures import ARCHITECTURES
 from anchortp_sglang.planning.catalog import read_plan_model
 from anchortp_sglang.planning.model_axes import UnsupportedModel
 from anchortp_sglang.planning.plan_model import AxisGroup, PlanModel
@@ -60,9 +61,9 @@ def test_deepseek_v3_has_its_671_billion_parameters_and_leaves_the_mtp_layer_out
 
 
 @pytest.mark.parametrize("heads", SHAPES)
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", sorted(set(FAMILIES) & set(ARCHITECTURES)))
 @pytest.mark.parametrize("tied", [False, True])
-def test_dense_models_have_the_tensors_that_are_served(heads: Any, architecture: str, tied: bool) -> None:
+def test_models_have_the_tensors_that_are_served(heads: Any, architecture: str, tied: bool) -> None:
     changes = {"tie_word_embeddings": tied, "attention_bias": True}
     planned = {name: shape for name, shape, _ in read_plan_model(config(heads, architecture, **changes)).tensors()}
     assert planned == {name: s.shape for name, s in sources(axes_of(heads, architecture, **changes)).items()}

@@ -14,7 +14,7 @@ from anchortp_sglang.planning.intervals import (
     subtract,
     total,
 )
-from anchortp_sglang.planning.shares import even, level, proportional
+from anchortp_sglang.planning.shares import even, proportional
 
 unit_sets = st.frozensets(st.integers(0, 30))
 
@@ -81,11 +81,3 @@ def test_proportional_shares_are_within_one_unit_of_exact(units: int, weights: l
     shares = proportional(units, weights)
     assert sum(shares) == units
     assert all(abs(share * sum(weights) - units * w) < sum(weights) for share, w in zip(shares, weights, strict=True))
-
-
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(0, 60))
-def test_level_is_what_giving_each_unit_to_the_poorest_would_give(held: list[int], extra: int) -> None:
-    poured = list(held)
-    for _ in range(extra):
-        poured[poured.index(min(poured))] += 1
-    assert level(held, extra) == tuple(after - before for after, before in zip(poured, held, strict=True))

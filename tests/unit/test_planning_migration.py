@@ -23,6 +23,14 @@ from anchortp_sglang.planning.plan_model import PlanModel
 from anchortp_sglang.planning.transfers import tensor_ranges
 
 FAMILIES: tuple[Family, ...] = ("contiguous", "adopt")
+CONFIGS = {
+    "DeepSeek-V3": DEEPSEEK_V3,
+    "GPT-OSS-20B": GPT_OSS_20B,
+    "Llama-3.1-70B": LLAMA_70B,
+    "Mixtral-8x22B": MIXTRAL_8X22B,
+    "Qwen3-30B-A3B": QWEN3_30B_A3B,
+    "Qwen3-235B-A22B": QWEN3_235B_A22B,
+}
 
 
 def check_plan(model: PlanModel, plan: MigrationPlan) -> None:
@@ -117,6 +125,21 @@ def test_adoption_of_equal_shares_is_balanced_without_moving_anything(made: tupl
     plan = plan_migration(model, equal_split(model, range(devices)), left, "adopt")
     check_plan(model, plan)
     check_balance(model, plan.new, [1] * len(left))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_bytes_of_named_models_are_balanced_within_a_percent(name: str, family: Family) -> None:
+    """Four KV heads on seven devices: who serves all queries of one has less of the experts."""
+    model = read_plan_model(CONFIGS[name])
+    for lost in (0, 3, 7):
+        ownership, left = equal_split(model, range(8)), list(range(8))
+        for next_lost in (lost, 5, 1, 2):
+            left.remove(next_lost)
+            ownership = plan_migration(model, ownership, left, family).new
+            held = weight_bytes(model, ownership)
+            assert len(left) * max(held) <= 1.01 * sum(held)
+            assert len(left) * min(held) >= 0.99 * sum(held)
 
 
 @settings(max_examples=100, deadline=None)

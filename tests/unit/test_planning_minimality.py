@@ -10,9 +10,12 @@ from plan_models import toy
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import lil_matrix
 
-from anchortp_sglang.planning.intervals import intersect, total
+from anchortp_sglang.planning.contiguous import contiguous_layouts
+from anchortp_sglang.planning.even_spread import evenly_spread
+from anchortp_sglang.planning.intervals import intersect, normalize, total
 from anchortp_sglang.planning.layer_ownership import Layout
 from anchortp_sglang.planning.migration import plan_migration
+from anchortp_sglang.planning.migration_types import Family
 from anchortp_sglang.planning.placement import equal_split
 
 Rows = list[tuple[dict[int, int], float, float]]
@@ -77,13 +80,30 @@ def solve(gain: np.ndarray, rows: Rows) -> int:
         for column, value in coefficients.items():
             matrix[index, column] = value
     limits = LinearConstraint(matrix.tocsr(), [row[1] for row in rows], [row[2] for row in rows])
-    found = milp(-gain, constraints=limits, integrality=np.ones(len(gain)), bounds=Bounds(0, 1))
+    exact = {"mip_rel_gap": 0}
+    found = milp(-gain, constraints=limits, integrality=np.ones(len(gain)), bounds=Bounds(0, 1), options=exact)
     assert found.success
     return round(-found.fun)
 
 
 def layouts(ownership: object, layers: int) -> list[Layout]:
     return [ownership.layout(f"{layer}.axis") for layer in range(layers)]  # type: ignore[attr-defined]
+
+
+def cut_at(cuts: Sequence[Sequence[int]]) -> list[Layout]:
+    return [tuple(((start, stop),) for start, stop in pairwise((0, *ends))) for ends in cuts]
+
+
+def check_rounded(units: int, after: Sequence[Layout]) -> None:
+    """One interval each, in order; widths rounded down or up, in each layer and in total."""
+    devices, totals = len(after[0]), [0] * len(after[0])
+    for layout in after:
+        runs = [run for (run,) in layout]
+        assert [stop for _, stop in runs] == [*(start for start, _ in runs[1:]), units] and runs[0][0] == 0
+        assert all(units // devices <= stop - start <= -(-units // devices) for start, stop in runs)
+        totals = [width + stop - start for width, (start, stop) in zip(totals, runs, strict=True)]
+    due = len(after) * units
+    assert all(due // devices <= width <= -(-due // devices) for width in totals)
 
 
 def on(ownership: object, layers: int, devices: Sequence[int]) -> list[Layout]:
@@ -106,23 +126,88 @@ def test_one_loss_moves_the_least_by_exhaustion(devices: int, units: int, layers
         assert plan.p2p_bytes == layers * units - best - plan.reload_bytes
 
 
+def changed(rng: random.Random, alive: Sequence[int], devices: int) -> list[int]:
+    """One or two devices lost, or one back."""
+    away = [d for d in range(devices) if d not in alive]
+    if away and (rng.random() < 0.3 or len(alive) == 2):
+        return sorted({*alive, rng.choice(away)})
+    lost = rng.sample(alive, min(rng.choice((1, 1, 2)), len(alive) - 2))
+    return [d for d in alive if d not in lost]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["few units", "many units"])
+@pytest.mark.parametrize("families", [("contiguous",), ("contiguous", "adopt")], ids=["rotated", "mixed"])
 @pytest.mark.parametrize("seed", range(60))
-def test_losses_and_rejoins_move_the_least_by_integer_program(seed: int) -> None:
-    """Starting wherever units divide or there are several per device and layer, chains of changes stay optimal."""
+def test_chains_of_losses_and_rejoins_move_the_least_by_integer_program(
+    seed: int, families: tuple[Family, ...], wide: bool
+) -> None:
+    """Layers that earlier plans cut differently, and left with several runs where they adopted."""
     rng = random.Random(seed)
-    devices, layers = rng.randint(3, 6), rng.randint(1, 4)
-    units = rng.randint(devices * devices, devices * devices + 12)
+    devices, layers = rng.randint(3, 7), rng.randint(1, 5)
+    units = rng.randint(devices, 3 * devices) + wide * devices * (devices - 2)
     model = toy(layers, [("axis", units, 1)])
     ownership, alive = equal_split(model, range(devices)), list(range(devices))
-    for _ in range(3):
-        away = [d for d in range(devices) if d not in alive]
-        back = bool(away) and (rng.random() < 0.4 or len(alive) == 2)
-        alive = sorted({*alive, rng.choice(away)}) if back else sorted({*alive} - {rng.choice(alive)})
-        plan = plan_migration(model, ownership, alive)
+    for _ in range(4):
+        alive = changed(rng, alive, devices)
         before = on(ownership, layers, alive)
+        plan = plan_migration(model, ownership, alive)
         assert sum(plan.kept_bytes.values()) == most_kept_by_program(units, [1] * len(alive), before)
         assert plan.reload_bytes == plan.reload_lower_bound_bytes
+        ownership = plan_migration(model, ownership, alive, rng.choice(families)).new
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_history_and_any_weights_move_the_least_by_integer_program(seed: int) -> None:
+    """Not even in the order of the devices; some units are nobody's."""
+    rng = random.Random(seed)
+    devices, layers = rng.randint(2, 5), rng.randint(1, 4)
+    weights = [rng.randint(1, 3) for _ in range(devices)]
+    units = rng.randint(sum(weights), 16)
+    owners = [[rng.randint(0, devices) for _ in range(units)] for _ in range(layers)]
+    before = [
+        tuple(normalize((u, u + 1) for u, owner in enumerate(layer) if owner == d) for d in range(devices))
+        for layer in owners
+    ]
+    after = contiguous_layouts(units, weights, before)
+    assert kept(before, after) == most_kept_by_program(units, weights, before)
+
+
+@pytest.mark.parametrize(
+    ("units", "layers", "devices", "losses"),
+    [
+        (8, 28, 8, [(3,), (5,)]),  # KV heads, one device after the other
+        (16, 10, 8, [(0, 1)]),  # a cut is due just where its left device's old interval starts, in all layers
+        (18, 6, 10, [(0, 1)]),
+    ],
+)
+def test_where_even_spreading_moves_too_much_the_program_moves_the_least(
+    units: int, layers: int, devices: int, losses: Sequence[tuple[int, ...]]
+) -> None:
+    model = toy(layers, [("axis", units, 1)])
+    ownership, alive = equal_split(model, range(devices)), list(range(devices))
+    for lost in losses:
+        alive = [d for d in alive if d not in lost]
+        before = on(ownership, layers, alive)
+        plan = plan_migration(model, ownership, alive)
         ownership = plan.new
+    weights = [1] * len(alive)
+    best = most_kept_by_program(units, weights, before)
+    assert sum(plan.kept_bytes.values()) == best
+    assert kept(before, cut_at(evenly_spread(units, weights, before))) < best
+
+
+@pytest.mark.parametrize(("devices", "lost", "units"), [(60, 0, 150), (64, 0, 160), (80, 26, 106)])
+def test_with_too_many_devices_for_the_program_prices_do_better_than_even_spreading(
+    devices: int, lost: int, units: int
+) -> None:
+    layers = 12
+    model = toy(layers, [("axis", units, 1)])
+    old = equal_split(model, range(devices))
+    left = [d for d in range(devices) if d != lost]
+    before, weights = on(old, layers, left), [1] * len(left)
+    after = layouts(plan_migration(model, old, left).new, layers)
+    check_rounded(units, after)
+    assert kept(before, after) > 1.04 * kept(before, cut_at(evenly_spread(units, weights, before)))
 
 
 @pytest.mark.parametrize("seed", range(40))

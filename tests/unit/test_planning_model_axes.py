@@ -79,7 +79,7 @@ def test_axes_count_units() -> None:
 
 @pytest.mark.parametrize(("columns", "unit"), [(1040, 16), (1024, 16), (1008, 1), (2050, 1)])
 def test_wide_mlps_are_cut_in_aligned_units(columns: int, unit: int) -> None:
-    assert model(intermediate_size=columns).mlp_unit == unit
+    assert model(intermediate_size=columns).columns[0].unit == unit
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_dtype_is_read_as_sglang_reads_it(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported.*LlamaForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not supported.*LlamaForCausalLM"),
         ({"architectures": None}, "none named"),
         ({"quantization_config": {"quant_method": "fp8"}}, "unquantized"),
         ({"use_sliding_window": True}, "sliding window"),
@@ -130,6 +130,8 @@ def test_dtype_is_read_as_sglang_reads_it(
         ({"hidden_size": 10, "head_dim": None}, "hidden_size=10 is not a multiple"),
         ({"vocab_size": None}, "vocab_size"),
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "decoder_sparse_step"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_the_reason(changes: dict[str, object], reason: str) -> None:

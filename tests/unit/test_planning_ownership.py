@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from planning_cases import SHAPES, model
 
 from anchortp_sglang.planning.intervals import subtract, total
-from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership, adopt, kept_units, split, validate
+from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership, kept_units, split, validate
+from anchortp_sglang.planning.reconfiguration import reconfigure
 
 MODELS = {heads: model(heads) for heads in SHAPES}
 
@@ -125,7 +126,7 @@ def test_adopting_keeps_every_unit_and_levels_the_lost_ones(given_widths: list[i
     ownership = split(axes, range(10, 10 + len(given_widths)), given_widths)
     while ownership.tp_size > 1:
         survivors = data.draw(st.lists(st.sampled_from(ownership.devices), min_size=1, unique=True))
-        after = adopt(axes, ownership, survivors)
+        after = reconfigure(axes, ownership, survivors)
         validate(axes, after)
         assert after.devices == tuple(device for device in ownership.devices if device in survivors)
         for axis in ("q_head", "kv_head", "mlp"):
@@ -147,7 +148,7 @@ def _check_levelled(before: Ownership, after: Ownership, axis: str, step: int) -
 
 def test_lost_mlp_units_are_handed_out_in_single_runs() -> None:
     before = split(MODELS[12, 4], range(4))
-    after = adopt(MODELS[12, 4], before, [0, 1, 3])
+    after = reconfigure(MODELS[12, 4], before, [0, 1, 3])
     gained = [subtract(after.of("mlp", rank), before.of("mlp", d)) for rank, d in enumerate(after.devices)]
     assert [len(runs) for runs in gained] == [1, 1, 1]
     assert max(units(after, "mlp")) - min(units(after, "mlp")) <= 1
@@ -155,18 +156,27 @@ def test_lost_mlp_units_are_handed_out_in_single_runs() -> None:
 
 def test_losing_nobody_changes_nothing() -> None:
     before = split(MODELS[12, 4], range(3))
-    assert adopt(MODELS[12, 4], before, [2, 1, 0]) == before
+    assert reconfigure(MODELS[12, 4], before, [2, 1, 0]) == before
 
 
-def test_adopting_from_replicated_kv_heads_splits_anew() -> None:
+def test_of_replicated_kv_heads_lost_queries_go_to_whoever_has_their_kv_head() -> None:
     before = split(MODELS[6, 2], range(4))
-    assert adopt(MODELS[6, 2], before, [0, 2, 3]) == split(MODELS[6, 2], [0, 2, 3])
+    after = reconfigure(MODELS[6, 2], before, [0, 2, 3])
+    for device in after.devices:
+        assert kept_units(before, after, "kv_head", device) == after.of("kv_head", after.devices.index(device))
+        assert kept_units(before, after, "q_head", device) == before.of("q_head", device)
+
+
+def test_a_kv_head_whose_holders_all_died_is_dealt_anew() -> None:
+    after = reconfigure(MODELS[6, 2], split(MODELS[6, 2], range(4)), [0, 1])
+    assert [after.of("kv_head", rank) for rank in range(2)] == [((0, 1),), ((1, 2),)]
+    assert units(after, "q_head") == [3, 3]
 
 
 @pytest.mark.parametrize("survivors", [[], [0, 7]])
 def test_survivors_must_be_previous_devices(survivors: list[int]) -> None:
     with pytest.raises(InvalidOwnership, match="survivors"):
-        adopt(MODELS[12, 4], split(MODELS[12, 4], range(3)), survivors)
+        reconfigure(MODELS[12, 4], split(MODELS[12, 4], range(3)), survivors)
 
 
 def test_a_device_that_is_gone_keeps_nothing() -> None:

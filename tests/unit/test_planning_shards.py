@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_cases import (
+    EXPERTS,
     FAMILIES,
+    MOE_FAMILIES,
     SHAPES,
     attention,
     checkpoint,
@@ -18,9 +20,10 @@ from planning_cases import (
 )
 
 from anchortp_sglang.planning.coverage import CoverageError, check_coverage, check_sources
-from anchortp_sglang.planning.layout import ShardLayout, shard_layout, source_shape
-from anchortp_sglang.planning.model_axes import ModelAxes
-from anchortp_sglang.planning.ownership import Ownership, adopt, split
+from anchortp_sglang.planning.layout import Placed, ShardLayout, shard_layout, source_shape
+from anchortp_sglang.planning.model_axes import ModelAxes, UnsupportedModel
+from anchortp_sglang.planning.ownership import Ownership, split
+from anchortp_sglang.planning.reconfiguration import reconfigure
 
 QWEN3 = model((12, 4))
 
@@ -61,6 +64,49 @@ def test_parameters_are_aligned_and_do_not_overlap(tp_size: int) -> None:
         assert shard.total_bytes % 4096 == 0
 
 
+@pytest.mark.parametrize("whole_experts", [False, True])
+@pytest.mark.parametrize("architecture", MOE_FAMILIES)
+def test_slices_over_experts_lie_side_by_side(architecture: str, whole_experts: bool) -> None:
+    axes = model((12, 4), architecture, whole_experts=whole_experts)
+    for shard in layouts(axes, split(axes, range(4))):
+        last: dict[str, Placed] = {}
+        for placed in shard.params:
+            stacked, _, expert = placed.name.partition("[")
+            if expert and (before := last.get(stacked)) is not None:
+                assert placed.shape == before.shape
+                assert placed.offset_bytes == before.offset_bytes + before.nbytes
+            last[stacked] = placed
+
+
+@pytest.mark.parametrize("architecture", MOE_FAMILIES)
+def test_whole_experts_are_covered_and_lie_on_one_rank_each(architecture: str) -> None:
+    axes = model((12, 4), architecture, whole_experts=True)
+    ownership = split(axes, range(4))
+    while True:
+        shards = layouts(axes, ownership)
+        for shard in shards:
+            check_coverage(shard)
+        assert check(axes, shards, shapes(axes)) == ()
+        held = [p.name.partition("[")[2] for shard in shards for p in shard.params if p.layer == 0 and ".w2_" in p.name]
+        assert sorted(held) == [f"{expert}]" for expert in range(EXPERTS)]
+        if ownership.tp_size == 1:
+            break
+        ownership = reconfigure(axes, ownership, ownership.devices[1:])
+
+
+def test_a_dense_model_has_no_experts_to_deal() -> None:
+    with pytest.raises(UnsupportedModel, match="--ep-size"):
+        model((12, 4), whole_experts=True)
+
+
+def test_a_tensor_that_holds_several_projections_is_read_part_by_part() -> None:
+    axes = model((12, 4), "Phi3ForCausalLM")
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    assert source_shape(axes, name) == ((12 + 4 + 4) * 2, 8)
+    pieces = [piece for piece in shard_layout(axes, split(axes, range(4)), 1).pieces if piece.param == name]
+    assert [(piece.start, piece.source_start, piece.length) for piece in pieces] == [(0, 6, 6), (6, 26, 2), (8, 34, 2)]
+
+
 def test_shapes_are_those_of_the_ranks_share() -> None:
     by_name = {p.name: p.shape for p in shard_layout(QWEN3, split(QWEN3, range(3), [2, 1, 1]), 0).params}
     assert by_name["model.layers.0.self_attn.qkv_proj.weight"] == ((6 + 2 + 2) * 2, 8)
@@ -78,7 +124,7 @@ def test_ranks_together_compute_what_the_whole_model_computes(
     axes = model(heads, architecture)
     ownership = split(axes, range(data.draw(st.integers(1, min(8, heads[0])))))
     if ownership.tp_size > 2 and data.draw(st.booleans()):
-        ownership = adopt(axes, ownership, data.draw(st.permutations(ownership.devices))[:2])
+        ownership = reconfigure(axes, ownership, data.draw(st.permutations(ownership.devices))[:2])
     whole, x = checkpoint(axes), np.linspace(-1, 1, axes.hidden_size)
     ranks = [materialize(shard, whole) for shard in layouts(axes, ownership)]
     layer = "model.layers.1"

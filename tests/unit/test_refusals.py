@@ -66,7 +66,6 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
         ("--enable-dp-attention", {"enable_dp_attention": True}),
         ("--pp-size", {"pp_size": 2}),
         ("--nnodes", {"nnodes": 2}),
-        ("--ep-size", {"ep_size": 4}),
         ("--enable-eplb", {"enable_eplb": True}),
         ("--elastic-ep-backend", {"elastic_ep_backend": "mooncake"}),
         ("--attn-cp-size", {"attn_cp_size": 2}),

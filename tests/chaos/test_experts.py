@@ -1,0 +1,44 @@
+"""A model with experts loses a rank, then a device: experts, or columns of them, move by the plan; no token is lost."""
+
+import pytest
+from faults import kill_rank, lose_device, recovered
+from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request
+
+from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+
+REQUESTS = [request(prompt(3000 + seed, 40), 100) for seed in range(6)]
+
+
+@pytest.fixture(scope="module")
+def experts_checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("experts") / "qwen3_moe", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), id="columns"), pytest.param(("--ep-size", "3"), id="whole experts")]
+)
+def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, experts_checkpoint, flags):
+    with launch(3, *flags, model=experts_checkpoint) as server:
+        expected = Unbroken(server)(REQUESTS)
+        before = server.status()["devices"]
+        process = survive(server, expected, lambda: kill_rank(server, 1), "process")
+        assert process["reload_bytes"] == 0
+        device = survive(server, expected, lambda: lose_device(server, 1), "device")
+        assert 0.9 * before[1]["weight_bytes"] < device["reload_bytes"] < 1.1 * before[1]["weight_bytes"]
+        left = server.status()
+        assert (left["state"], left["tp_size"]) == ("degraded", 2)
+        largest, smallest = (chosen(left["devices"][d]["weight_bytes"] for d in (0, 2)) for chosen in (max, min))
+        assert largest < 1.1 * smallest
+        survive(server, expected, lambda: lose_device(server, 0), "device")
+        assert server.status()["tp_size"] == 1
+
+
+def survive(server, expected, fault, cause):
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(15)
+        record = recovered(server, fault(), cause)
+    assert_identical(expected, outcomes(streams.histories))
+    for history in streams.histories:
+        assert_exactly_once(history)
+    return record

@@ -1,0 +1,64 @@
+"""``anchortp parity`` with real servers: it says yes, it can say no, and it passes on why a model is refused."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from remains import Place
+
+from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+
+SHAPE = {"num_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("parity") / "qwen3", "qwen3", **SHAPE)
+
+
+@pytest.fixture
+def parity(model, tmp_path):
+    """parity(*arguments): the ended command; nothing of its servers is left behind."""
+    place = Place(tmp_path / "log")
+
+    def run(*arguments, model=model):
+        command = [sys.executable, "-m", "anchortp_sglang.cli", "parity", "--model", str(model), "--tp", "2"]
+        return subprocess.run(
+            [*command, *arguments], env=os.environ | place.env, capture_output=True, text=True, timeout=240
+        )
+
+    yield run
+    assert place.leftovers() == []
+    assert list(place.folder.glob("anchortp-parity-*")) == []
+    place.remove()
+
+
+def test_unequal_servers_of_one_model_are_told_to_be_equal(parity):
+    done = parity("--tokens", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["equal"]
+    prompts = found["rounds"][0]["prompts"]
+    assert [one["prompt_tokens"] for one in prompts] == [1, 5, 33, 128, 300]
+    assert [one["prefill"]["pairs"] for one in prompts] == [0, 4, 32, 127, 299]
+    assert all(one["decode"]["pairs"] == 8 and one["distinct_tokens"] > 4 for one in prompts)
+    assert any(one["prefill"]["max"] > 0 for one in prompts), "two different servers do not agree to the last bit"
+
+
+def test_another_checkpoint_on_the_stock_side_is_told_to_differ(parity, tmp_path):
+    other = write_checkpoint(tmp_path / "other", "qwen3", seed=1, **SHAPE)
+    done = parity("--tokens", "8", "--reference", str(other))
+    assert done.returncode == 1, done.stderr
+    assert "DIFFERENT: tokens differ in 5 of 5 answers" in done.stdout
+    assert "no, at 0" in done.stdout
+
+
+def test_a_refused_model_is_told_with_the_reason(parity, model, tmp_path):
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["NobodyKnowsForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = parity(model=tmp_path)
+    assert done.returncode == 2
+    assert "cannot start: architecture NobodyKnowsForCausalLM" in done.stderr
+    assert done.stdout == ""
