@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from anchortp_sglang.elastic.attachment import Attachment, current, kv_segment
+from anchortp_sglang.elastic.attachment import Attachment, current
+from anchortp_sglang.planning.intervals import total
+from anchortp_sglang.planning.kv_layout import held_heads
 
 
 def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
@@ -18,25 +20,27 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
     if attachment is None:
         original(pool)
         return
-    shape = _check_pool(pool, attachment)
-    at = attachment.assignment
-    memory = attachment.map(at.device, kv_segment(at.ownership), writable=True)
-    blocks = torch.frombuffer(memory, dtype=pool.store_dtype).view(pool.layer_num, 2, *shape)
-    pool.k_buffer = [blocks[layer, 0] for layer in range(pool.layer_num)]
-    pool.v_buffer = [blocks[layer, 1] for layer in range(pool.layer_num)]
+    _check_pool(pool, attachment)
+    layout, head_dim = attachment.kv_layout, attachment.assignment.model.head_dim
+    flat = torch.frombuffer(attachment.kv_memory(), dtype=torch.uint8)
+    pool.k_buffer, pool.v_buffer = [], []
+    for group in layout.groups:
+        units = flat[group.offset_bytes : group.offset_bytes + layout.group_bytes(group)].view(pool.store_dtype)
+        for k, v in units.view(*layout.shape(group), head_dim):
+            pool.k_buffer.append(k)
+            pool.v_buffer.append(v)
 
 
-def _check_pool(pool: Any, attachment: Attachment) -> tuple[int, ...]:
+def _check_pool(pool: Any, attachment: Attachment) -> None:
     at = attachment.assignment
     k_shape, v_shape = pool._kv_buffer_shapes()
-    planned = (at.kv.rows, at.ownership.units("kv_head", at.rank), at.model.head_dim)
+    planned = (at.kv.rows, total(held_heads(at.model, at.ownership, at.rank, 0)), at.model.head_dim)
     found = (type(pool), k_shape, v_shape, pool.layer_num, pool.store_dtype.itemsize)
     if found != (MHATokenToKVPool, planned, planned, at.model.num_layers, at.kv.dtype_bytes):
         raise RuntimeError(
             f"the KV pool is {type(pool).__name__} {k_shape} x {pool.layer_num} layers of {pool.store_dtype}; "
             f"the plan says {planned} x {at.model.num_layers} of {at.kv.dtype_bytes} bytes"
         )
-    return planned
 
 
 def around_resolve_memory_pool_config(

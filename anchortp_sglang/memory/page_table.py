@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids, RunHasher, child_hash, child_hashes, root_hash
+from anchortp_sglang.memory.chain_hash import (
+    UNKNOWN,
+    Hashes,
+    Ids,
+    RunHasher,
+    child_hash,
+    child_hashes,
+    root_hash,
+)
+from anchortp_sglang.memory.kept_slots import Entries
 from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask, chains_of, verified_slots
 
 __all__ = ["Chain", "PageTable", "PageTableMismatch"]
@@ -93,6 +102,49 @@ class PageTable:
     def slots(self) -> int:
         """How many slots there are, the padding slot included."""
         return self._slots
+
+    @property
+    def seed(self) -> int:
+        """The root's hash, which stands for the namespace."""
+        return self._seed
+
+    @property
+    def step(self) -> int:
+        """Grows with each commit."""
+        return int(self._header[_STEP])
+
+    @property
+    def hashes(self) -> Hashes:
+        """uint64[slots], the live array: each slot's chain hash, ``UNKNOWN`` if it has no entry; do not write."""
+        return self._hash
+
+    def used(self) -> int:
+        """How many slots have an entry now."""
+        return int(np.count_nonzero(self._hash)) - 1  # the root has one too
+
+    @property
+    def last_use(self) -> Ids:
+        """int64[slots], the live array: the step at which a slot was committed; do not write."""
+        return self._last_use
+
+    def entries(self) -> Entries:
+        """A copy of all entries, as they are now."""
+        tokens, parents, last_use = (column.copy() for column in (self._token, self._parent, self._last_use))
+        return Entries(self._seed, self.step, self._hash.copy(), tokens, parents, last_use)
+
+    def write_entries(self, entries: Entries) -> None:
+        """Fill a new, empty table; ``entries`` must have as many slots."""
+        known = np.flatnonzero(entries.hashes)
+        known = known[known != ROOT]
+        _apply(
+            [
+                (self._header, _STEP, entries.step),
+                (self._token, known, entries.tokens[known]),
+                (self._parent, known, entries.parents[known]),
+                (self._last_use, known, entries.last_use[known]),
+                (self._hash, known, entries.hashes[known]),
+            ]
+        )
 
     def invalidate(self, slots: ArrayLike) -> None:
         """Forget slots (int64[n]) just freed, before anybody can have them anew; padding is ignored."""

@@ -49,6 +49,27 @@ def verified_slots(hashes: Hashes, tokens: Ids, parents: Ids, root_hash: int) ->
     return _rooted(known[agrees], above[agrees], len(hashes))
 
 
+def closed(mask: Mask, parents: Ids) -> Mask:
+    """bool[slots]: the slots of ``mask`` whose ancestors, up to the root, are all in it. They must be verified."""
+    members = np.flatnonzero(mask)
+    return _rooted(members, parents[members], len(mask))
+
+
+def newest_use(kept: Ids, parents: Ids, last_use: Ids) -> Ids:
+    """int64[slots]: the latest use of a slot or of anything below it; 0 for slots that are not ``kept``."""
+    newest = np.zeros(len(parents), np.int64)
+    newest[kept] = last_use[kept]
+    up = np.zeros(len(parents), np.int64)
+    up[kept] = parents[kept]
+    # Invariant of round k: `up` is the 2**k-th ancestor, `newest` has seen all descendants closer than 2**k.
+    climbing = kept
+    while (climbing := climbing[up[climbing] != ROOT]).size:
+        above = up[climbing]
+        np.maximum.at(newest, above, newest[climbing])
+        up[climbing] = up[above]
+    return newest
+
+
 def _rooted(members: Ids, above: Ids, slots: int) -> Mask:
     """bool[slots]: the members from which parents lead to the root, through members only."""
     nowhere = slots

@@ -20,7 +20,8 @@ from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
-from anchortp_sglang.recovery.generation import Generation, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
@@ -61,6 +62,8 @@ class Coordinator:
         self.recoveries = Recoveries()
         self.ledger: Ledger | None = None
         self.generation: Generation | None = None
+        self.kv_books: KVBooks | None = None
+        """Of the last generation that was ready."""
         self._held: Ownership | None = None  # whose complete weights the anchors hold
         self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
         self._number = 0
@@ -238,7 +241,11 @@ class Coordinator:
             new.kill()  # given up while the fork was under way
             raise Unrecoverable("abandoned")
         assert self.state.deadline_at is not None
-        await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
+        try:
+            await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
+        except KVUnusable:
+            self._kv_valid = False
+            raise
         self._take_stock(new)
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
@@ -269,8 +276,8 @@ class Coordinator:
                 f"{len(survivors)} of {len(self.configured.devices)} devices are left, "
                 f"--anchor-min-devices is {self.policy.min_devices}"
             )
-        if verdict.lost or not self.cluster.anchor_alive(HOST_DEVICE):
-            self._kv_valid = False
+        if not self.cluster.anchor_alive(HOST_DEVICE):
+            self._kv_valid = False  # nobody knows what the slots hold
         if not verdict.lost:
             return self._held
         try:
@@ -284,7 +291,7 @@ class Coordinator:
         if not cluster.anchor_alive(HOST_DEVICE):
             cluster.start_one_anchor(HOST_DEVICE, self._number)
         cluster.fence(self._number, ownership.devices)
-        if ownership != held:
+        if not self._kv_valid:
             cluster.release_kv(self._number, held)
         cluster.allocate(self._number, ownership)
         return cluster.start_ranks(self._number, ownership, held, restore_prefixes=self._kv_valid)
@@ -293,6 +300,7 @@ class Coordinator:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""
         self._held, self._kv_valid = generation.ownership, True
         self._detection.lanes[generation.number] = self.cluster.map_lanes(generation.number)
+        self.kv_books = self.cluster.open_kv_books(generation)
 
     async def _settle(self, generation: Generation) -> None:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""
