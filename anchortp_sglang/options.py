@@ -84,6 +84,13 @@ class AnchorOptions:
     allow_drift: bool = _option(
         False, "allow-drift", "start although the installed SGLang differs from the one the hooks are for"
     )
+    device_gib: float | None = _option(
+        None,
+        "device-gib GIB",
+        "memory of each device for weights and KV; with fewer devices the KV cache then shrinks to what they have"
+        " (default: no limit, the number of slots stays the same)",
+        float,
+    )
     kv_mirror: Literal["off", "host"] | None = _option(
         None,
         "kv-mirror off|host",
@@ -117,8 +124,9 @@ class AnchorOptions:
         _check_seconds("recovery-deadline", self.recovery_deadline_s)
         if self.kv_mirror not in (None, "off", "host"):
             raise OptionsError(f"--anchor-kv-mirror takes off or host; got {self.kv_mirror!r}")
-        if self.kv_mirror_gib is not None:
-            _check_amount("kv-mirror-gib", self.kv_mirror_gib)
+        for name, gib in (("device-gib", self.device_gib), ("kv-mirror-gib", self.kv_mirror_gib)):
+            if gib is not None:
+                _check_amount(name, gib)
         _check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
         _check_run_dir(self.run_dir)
 

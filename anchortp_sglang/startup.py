@@ -19,7 +19,7 @@ from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.hooking import HookError
 from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.options import AnchorOptions
-from anchortp_sglang.planning.kv_layout import KVPlan, kv_layout, mirror_moves
+from anchortp_sglang.planning.kv_layout import KVPlan, fit_slots, kv_layout, mirror_moves
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership import Ownership, split, validate
@@ -99,7 +99,8 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
     _check_plan(model, ownership, checkpoint)
-    kv = _plan_kv(model, ownership, view)
+    device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
+    kv = _plan_kv(model, ownership, view, device_bytes)
     mirror, mirror_said = plan_mirror(model, ownership, kv, options, psutil.virtual_memory().available)
     log.info("anchortp: KV mirror: %s", mirror_said)
     install_all(allow_drift=options.allow_drift)
@@ -119,6 +120,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=kv,
+        device_bytes=device_bytes,
         mirror=mirror,
         linger_s=options.linger_s,
         server_args=_records(raw, view, kv),
@@ -163,10 +165,11 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
 
 
-def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
-    """Slots for every generation: what the operator says, else what memory allows.
+def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None) -> KVPlan:
+    """Slots of the first generation, and the most of any: what the operator says, else what memory allows.
 
-    On CPU all virtual devices share the host's memory, so fewer of them hold just as many slots.
+    On CPU all virtual devices share the host's memory: unless each is given a limit (``device_bytes``), fewer of them
+    hold just as many slots.
     """
     page_size = view.page_size or 1
     weights = sum(shard_layout(model, ownership, r).total_bytes for r in range(ownership.tp_size))
@@ -175,7 +178,11 @@ def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
     free = int(available * (view.mem_fraction_static or 0.8)) - weights
     slots = view.max_total_tokens or max(0, free) // slot_bytes
     slots = slots // page_size * page_size
-    plan = KVPlan(slots, page_size, model.dtype_bytes)
+    plan = fit_slots(model, KVPlan(slots, page_size, model.dtype_bytes), ownership, device_bytes)
+    if view.max_total_tokens and plan.slots < slots:
+        raise ValueError(
+            f"--anchor-device-gib has room for {plan.slots} of {slots} KV slots; raise it, or lower --max-total-tokens"
+        )
     needed = weights + _kv_bytes(model, ownership, plan)
     if slots < 1 or needed > available:
         raise ValueError(

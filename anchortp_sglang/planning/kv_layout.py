@@ -6,12 +6,13 @@ whose layers are shared out unequally, differs in ``held_heads`` and in the size
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from anchortp_sglang.planning.intervals import Intervals, intersect, locate, normalize, subtract, total
 from anchortp_sglang.planning.model_axes import ModelAxes
-from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
+from anchortp_sglang.planning.shards import shard_layout
 
 PLANES = 2
 """K and V: two planes of a layer, of equal shape."""
@@ -108,6 +109,25 @@ def kv_layout(model: ModelAxes, plan: KVPlan, ownership: Ownership, rank: int) -
         offset_bytes += count * PLANES * plan.rows * total(heads) * unit_bytes
         first += count
     return KVLayout(plan.rows, unit_bytes, tuple(groups))
+
+
+def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes: int | None) -> KVPlan:
+    """As many slots, up to ``most``, as the fullest device has room for beside its weights; None: no limit.
+
+    Raises InvalidOwnership if there is no room for a page.
+    """
+    if device_bytes is None:
+        return most
+    slots = most.slots
+    for rank, device in enumerate(ownership.devices):
+        free = device_bytes - shard_layout(model, ownership, rank).total_bytes
+        rows = free // kv_layout(model, replace(most, slots=1, page_size=0), ownership, rank).total_bytes
+        slots = min(slots, (rows // most.page_size - 1) * most.page_size)
+        if slots < most.page_size:
+            raise InvalidOwnership(
+                f"device {device} has no room for KV: weights leave {max(0, free) >> 20} of {device_bytes >> 20} MiB"
+            )
+    return replace(most, slots=slots)
 
 
 def whole_layout(model: ModelAxes, rows: int, unit_bytes: int) -> KVLayout:

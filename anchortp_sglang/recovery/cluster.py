@@ -32,7 +32,7 @@ from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.memory.chain_hash import root_hash
 from anchortp_sglang.memory.kv_mirror import MirrorShape
 from anchortp_sglang.memory.page_table import PageTable
-from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, kv_layout, whole_layout
+from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, fit_slots, kv_layout, whole_layout
 from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
@@ -51,8 +51,9 @@ ANCHOR_TIMEOUT_S = 10.0
 class ServerPlan:
     """What does not change over a server's life.
 
-    ``mirror``: None without one. ``server_args``: tp_size -> resolved ServerArgs. ``stale_anchors``: devices whose
-    anchors linger in the run directory from a server that died.
+    ``kv``: the most slots that any generation has. ``device_bytes``: of a device's memory, for weights and KV; None
+    if it is not limited. ``mirror``: None without one. ``server_args``: tp_size -> resolved ServerArgs.
+    ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
     """
 
     run_dir: Path
@@ -61,15 +62,20 @@ class ServerPlan:
     checkpoint: Path
     model: ModelAxes
     kv: KVPlan
+    device_bytes: int | None
     mirror: MirrorPlan | None
     linger_s: float
     server_args: Callable[[int], Any]
     controller_pid: int
     stale_anchors: tuple[int, ...] = ()
 
+    def kv_of(self, ownership: Ownership) -> KVPlan:
+        """Slots of a generation with this ownership. Raises InvalidOwnership if there is no room for any."""
+        return fit_slots(self.model, self.kv, ownership, self.device_bytes)
+
     def kv_layout(self, ownership: Ownership, rank: int) -> KVLayout:
         """Of a rank's KV segment."""
-        return kv_layout(self.model, self.kv, ownership, rank)
+        return kv_layout(self.model, self.kv_of(ownership), ownership, rank)
 
     @property
     def namespace(self) -> bytes:
@@ -175,7 +181,8 @@ class Cluster:
             client.allocate(number, weights_segment(ownership), layout.total_bytes, lazy=False)
             client.allocate(number, kv_segment(kv), kv.total_bytes, lazy=True)
         host = self.client(HOST_DEVICE)
-        host.allocate(number, page_table_segment(ownership, plan.kv), PageTable.nbytes(plan.kv.rows), lazy=True)
+        slots = plan.kv_of(ownership)
+        host.allocate(number, page_table_segment(ownership, slots), PageTable.nbytes(slots.rows), lazy=True)
         mirror = plan.mirror_shape()
         if plan.mirror is not None and mirror is not None:
             host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
@@ -200,7 +207,8 @@ class Cluster:
         """Names of all segments that a generation uses, on whichever anchor."""
         plan, ownership = self.plan, generation.ownership
         names = {kv_segment(plan.kv_layout(ownership, rank)) for rank in range(ownership.tp_size)}
-        names |= {weights_segment(ownership), page_table_segment(ownership, plan.kv), lanes_segment(generation.number)}
+        names |= {weights_segment(ownership), page_table_segment(ownership, plan.kv_of(ownership))}
+        names.add(lanes_segment(generation.number))
         return frozenset(names if plan.mirror is None else names | {mirror_segment(plan.mirror)})
 
     def map_lanes(self, number: int) -> mmap.mmap:
@@ -210,9 +218,10 @@ class Cluster:
     def open_kv_books(self, generation: Generation) -> KVBooks:
         """What a generation's slots and the mirror hold, read only."""
         plan, number = self.plan, generation.number
-        table = self._map_host(number, page_table_segment(generation.ownership, plan.kv))
+        slots = plan.kv_of(generation.ownership)
+        table = self._map_host(number, page_table_segment(generation.ownership, slots))
         mirror = None if plan.mirror is None else self._map_host(number, mirror_segment(plan.mirror))
-        return KVBooks(plan.kv, plan.namespace, table, plan.mirror_shape(), mirror)
+        return KVBooks(slots, plan.namespace, table, plan.mirror_shape(), mirror)
 
     def _map_host(self, number: int, segment: str) -> mmap.mmap:
         fd, nbytes, _ = self.client(HOST_DEVICE).open_handle(number, segment)
@@ -266,9 +275,14 @@ class Cluster:
             self.plan.server_args(size)
 
     def start_ranks(
-        self, number: int, ownership: Ownership, previous: Ownership | None, restore_prefixes: bool
+        self,
+        number: int,
+        ownership: Ownership,
+        previous: Ownership | None,
+        restore_prefixes: bool,
+        running: bytes = b"",
     ) -> Generation:
-        """Fork a generation. Its anchors must be fenced and its segments allocated."""
+        """Fork a generation. Its anchors must be fenced and its segments allocated. ``running``: as in Assignment."""
         plan = self.plan
         server_args = plan.server_args(ownership.tp_size)
         self._store = TCPStore(rank.STORE_HOST, 0, is_master=True, wait_for_workers=False)
@@ -285,10 +299,11 @@ class Cluster:
                     model=plan.model,
                     ownership=ownership,
                     previous=previous,
-                    kv=plan.kv,
-                    previous_kv=plan.kv,
+                    kv=plan.kv_of(ownership),
+                    previous_kv=plan.kv_of(previous or ownership),
                     restore_prefixes=restore_prefixes,
                     mirror=plan.mirror,
+                    running=running,
                 )
                 child = self.fork()
                 generation.ranks.append(child)

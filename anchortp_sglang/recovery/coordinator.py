@@ -14,6 +14,7 @@ from typing import Any
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
+from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
 from anchortp_sglang.recovery import heartbeat, machine
@@ -281,7 +282,9 @@ class Coordinator:
         if not verdict.lost:
             return self._held
         try:
-            return reconfigure(self.cluster.plan.model, self._held, survivors)
+            ownership = reconfigure(self.cluster.plan.model, self._held, survivors)
+            self.cluster.plan.kv_of(ownership)
+            return ownership
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 
@@ -294,7 +297,16 @@ class Coordinator:
         if not self._kv_valid:
             cluster.release_kv(self._number, held)
         cluster.allocate(self._number, ownership)
-        return cluster.start_ranks(self._number, ownership, held, restore_prefixes=self._kv_valid)
+        return cluster.start_ranks(self._number, ownership, held, self._kv_valid, self._running(ownership))
+
+    def _running(self, ownership: Ownership) -> bytes:
+        """Chain hashes of what open requests have, where there is less room for KV than before: they go first."""
+        plan = self.cluster.plan
+        assert self._held is not None and self.ledger is not None
+        if plan.kv_of(ownership).slots >= plan.kv_of(self._held).slots:
+            return b""
+        hasher, root = RunHasher(), root_hash(plan.namespace)
+        return b"".join(hasher.run_hashes(root, tokens).tobytes() for tokens in self.ledger.open_tokens())
 
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -122,6 +124,14 @@ class Ledger:
         for message in held:
             self.dispatch(message)
         return resumed
+
+    def open_tokens(self) -> list[NDArray[np.int64]]:
+        """Prompt and delivered tokens of each open request."""
+        self.forget_finished()
+        return [
+            np.array([*record.request.input_ids, *self._tm.rid_to_state[rid].output_ids], np.int64)
+            for rid, record in self._records.items()
+        ]
 
     def reseed(self) -> Reseed:
         """What a new detokenizer must know of the requests that have delivered tokens."""

@@ -85,9 +85,7 @@ class KVLife(RuleBasedStateMachine):
         layout = kv_layout(MODEL, plan, ownership, rank)
         return KVSegment(bytearray(random.randbytes(layout.total_bytes)), layout)
 
-    def begin(
-        self, number: int, ownership: Ownership, plan: KVPlan, table: PageTable, kv: list[KVSegment]
-    ) -> None:
+    def begin(self, number: int, ownership: Ownership, plan: KVPlan, table: PageTable, kv: list[KVSegment]) -> None:
         mirror = KVMirror.attach_or_create(self.mirror_memory, self.mirror_shape)
         mirror.begin(number, ownership.tp_size)
         writers = [

@@ -44,12 +44,13 @@ def test_every_flag_reaches_its_field():
     line = (
         "--anchor-widths 1,1 --anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-allow-injection"
-        " --anchor-allow-drift --anchor-kv-mirror host --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
+        " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
+        " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
         " --anchor-no-spare-ranks"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
-    expected = ((1, 1), 2, 3.0, "/run/a", 4.0, 5.0, True, True, "host", 1.5, 2.0, False)
+    expected = ((1, 1), 2, 3.0, "/run/a", 4.0, 5.0, True, True, 6.0, "host", 1.5, 2.0, False)
     assert dataclasses.astuple(options) == expected
 
 
