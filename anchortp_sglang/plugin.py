@@ -82,6 +82,12 @@ HOOKS: tuple[Hook, ...] = (
         "what a freed slot held is forgotten in the page table",
     ),
     Hook(
+        _MEMORY + "allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
+        "before",
+        prefixes.before_release_page_ids,
+        "the same with pages of several slots",
+    ),
+    Hook(
         _SCHEDULER + "process_batch_result",
         "before",
         prefixes.before_process_batch_result,

@@ -29,7 +29,7 @@ from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.generation import StartFailed
 from anchortp_sglang.recovery.hooks import install_coordinator
 from anchortp_sglang.recovery.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
-from anchortp_sglang.refusals import UnsupportedError, check_server_args
+from anchortp_sglang.refusals import KV_DTYPE_BYTES, UnsupportedError, check_server_args
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, kv),
+        identity=_identity(checkpoint, model, ownership, kv, view.kv_cache_dtype),
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=kv,
@@ -174,11 +174,12 @@ def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any, device_bytes: in
     page_size = view.page_size or 1
     weights = sum(shard_layout(model, ownership, r).total_bytes for r in range(ownership.tp_size))
     available = psutil.virtual_memory().available
-    slot_bytes = _kv_bytes(model, ownership, KVPlan(1, 0, model.dtype_bytes))
+    dtype_bytes = KV_DTYPE_BYTES.get(view.kv_cache_dtype, model.dtype_bytes)
+    slot_bytes = _kv_bytes(model, ownership, KVPlan(1, 0, dtype_bytes))
     free = int(available * (view.mem_fraction_static or 0.8)) - weights
     slots = view.max_total_tokens or max(0, free) // slot_bytes
     slots = slots // page_size * page_size
-    plan = fit_slots(model, KVPlan(slots, page_size, model.dtype_bytes), ownership, device_bytes)
+    plan = fit_slots(model, KVPlan(slots, page_size, dtype_bytes), ownership, device_bytes)
     if view.max_total_tokens and plan.slots < slots:
         raise ValueError(
             f"--anchor-device-gib has room for {plan.slots} of {slots} KV slots; raise it, or lower --max-total-tokens"
@@ -222,9 +223,9 @@ def plan_mirror(
     return plan, f"at most {said} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
 
 
-def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan) -> str:
+def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, kv_dtype: str) -> str:
     """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
-    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv)]
+    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv), kv_dtype]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         stat = path.stat()
         parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]

@@ -72,6 +72,17 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
         _table.invalidate(slots.numpy())
 
 
+def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
+    """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: the same with pages of several slots."""
+    if _table is not None:
+        for pages in page_ids:
+            _table.invalidate(_slots_of_pages(pages, allocator.page_size))
+
+
+def _slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
+    return (pages.numpy()[:, None] * page_size + np.arange(page_size)).ravel()
+
+
 def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
 
@@ -133,7 +144,7 @@ def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
     if at.rank == 0 and _next is None:
         _next = PageTable.create(_table_memory, at.kv.rows, attachment.namespace)
         _next.write_entries(kept.entries)
-    free = hashlib.blake2b(_allocator.get_all_free_pages().numpy().tobytes(), digest_size=8).hexdigest()
+    free = hashlib.blake2b(_free_slots().tobytes(), digest_size=8).hexdigest()
     rebuilt.update(
         verified=kept.verified,
         kept=len(kept.slots),
@@ -160,10 +171,15 @@ def start_writing() -> None:
     if _next is None:
         return
     if _allocator is not None:
-        _next.invalidate(_allocator.get_all_free_pages().numpy())
+        _next.invalidate(_free_slots())
     _table, _next = _next, None
     if _mirroring is not None:
         _mirroring.start()
+
+
+def _free_slots() -> np.ndarray:
+    """The allocator's free slots, in the order in which it will give them out."""
+    return _slots_of_pages(_allocator.get_all_free_pages(), _allocator.page_size)
 
 
 def _insert(kept: Kept, result: Any) -> None:
@@ -173,7 +189,8 @@ def _insert(kept: Kept, result: Any) -> None:
 
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
     free = allocator.free_pages
-    allocator.free_pages = free[~torch.isin(free, torch.from_numpy(kept.numbers))]
+    used = torch.from_numpy(kept.numbers[kept.numbers % allocator.page_size == 0] // allocator.page_size)
+    allocator.free_pages = free[~torch.isin(free, used)]
     for chain in kept.chains():
         tree.insert(
             InsertParams(

@@ -83,8 +83,10 @@ def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
     """Slots of pages that are full and hold consecutive tokens, as the prefix tree wants them."""
     pages = mask.reshape(-1, page_size)
     slots = np.arange(len(mask)).reshape(pages.shape)
-    follows = (parents.reshape(pages.shape) == slots - 1)[:, 1:].all(1)
-    whole = np.repeat(pages.all(1) & follows, page_size)
+    above = parents.reshape(pages.shape)
+    follows = (above == slots - 1)[:, 1:].all(1)
+    begins = (above[:, 0] == ROOT) | ((above[:, 0] + 1) % page_size == 0)
+    whole = np.repeat(pages.all(1) & follows & begins, page_size)
     return closed(whole, parents)
 
 

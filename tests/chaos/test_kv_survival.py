@@ -143,3 +143,33 @@ def test_without_a_mirror_lost_kv_is_computed_again(launch):
         assert (record["kv"]["slots_kept"], record["tokens_reused"]) == (0, 0) or record["tokens_reused"] > 0
         assert record["kv"]["slots_kept"] == 0 < record["kv"]["slots_dropped"]
         assert ask(server, CACHED) == len(SYSTEM)
+
+
+PYTHON_TREE = {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
+VARIANTS = [
+    pytest.param(("--page-size", "16"), {}, id="pages of 16"),
+    pytest.param(("--kv-cache-dtype", "fp8_e5m2", "--page-size", "4"), {}, id="fp8"),
+    pytest.param(("--kv-cache-dtype", "bf16"), PYTHON_TREE, id="bf16, the tree in Python"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "env"), VARIANTS)
+def test_other_pools_and_trees_lose_no_kv_either(launch, arguments, env):
+    page = int(arguments[arguments.index("--page-size") + 1]) if "--page-size" in arguments else 1
+    with launch(3, *arguments, env=STRICT | env) as server:
+        expected = Unbroken(server)(RUNNING)
+
+        def fault(server):
+            recovered(server, kill_rank(server, 0), "process")
+            streams_go_on = server.status()["generation"]
+            until(lambda: server.status()["kv"]["mirror"]["coverage"] > 0.98, "the mirror does not keep up")
+            assert server.status()["generation"] == streams_go_on
+            recovered(server, lose_device(server, 1), "device")
+
+        run_with_a_cached_prompt(server, expected, fault)
+        after_kill, after_loss = server.status()["recoveries"]
+        assert after_kill["tokens_recomputed"] <= len(RUNNING) * page
+        assert after_loss["tokens_recomputed"] <= len(RUNNING) * (page + 3)
+        assert after_loss["kv"]["slots_restored"] > len(CACHED) // page * page
+        assert after_loss["kv"]["slots_restored"] % page == 0
+        assert ask(server, CACHED) == (len(CACHED) - 1) // page * page
