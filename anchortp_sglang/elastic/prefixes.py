@@ -138,7 +138,8 @@ def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
     started = time.monotonic()
     kept = _restoration.kept()
     _allocator = result.token_to_kv_pool_allocator
-    if not result.disable_radix_cache:
+    reusable = not result.disable_radix_cache
+    if reusable:
         _insert(kept, result)
     at = attachment.assignment
     if at.rank == 0 and _next is None:
@@ -147,7 +148,7 @@ def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
     free = hashlib.blake2b(_free_slots().tobytes(), digest_size=8).hexdigest()
     rebuilt.update(
         verified=kept.verified,
-        kept=len(kept.slots),
+        kept=len(kept.slots) if reusable else 0,
         seconds=time.monotonic() - started,
         digest=f"{kept.digest()}-{free}",
     )
