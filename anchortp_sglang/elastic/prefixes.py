@@ -113,13 +113,15 @@ def _commit_decode(table: PageTable, batch: Any, rows: Any) -> None:
 
 def _commit_extend(table: PageTable, batch: Any, rows: np.ndarray) -> None:
     for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-        if req.extra_key is not None or req.cache_salt is not None or extend_len == 0:
-            continue  # other namespaces are not restored; their decode steps then lack a known parent
+        if extend_len == 0:
+            continue
         row = rows[req.kv.req_pool_idx]
         end = prefix_len + extend_len
         tokens = np.asarray(req.full_untruncated_fill_ids[prefix_len:end], np.int64)
-        parent = int(row[prefix_len - 1]) if prefix_len else 0
-        table.commit_run(row[prefix_len:end], tokens, parent)
+        # RadixKey takes an empty cache salt for none.
+        parent = int(row[prefix_len - 1]) if prefix_len else table.root_of((req.extra_key, req.cache_salt or None))
+        if parent is not None:
+            table.commit_run(row[prefix_len:end], tokens, parent)
 
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
@@ -193,9 +195,10 @@ def _insert(kept: Kept, result: Any) -> None:
     used = torch.from_numpy(kept.numbers[kept.numbers % allocator.page_size == 0] // allocator.page_size)
     allocator.free_pages = free[~torch.isin(free, used)]
     for chain in kept.chains():
+        extra_key, cache_salt = kept.entries.namespace(chain)
         tree.insert(
             InsertParams(
-                key=RadixKey(array.array("q", chain.tokens.tolist())),
+                key=RadixKey(array.array("q", chain.tokens.tolist()), extra_key, cache_salt=cache_salt),
                 value=torch.from_numpy(chain.slots),
                 # Without it the tree frees the slots that it already holds (_insert_overlap_step).
                 prev_prefix_len=chain.shared,

@@ -7,11 +7,14 @@ on the rank. What is kept is closed under ancestors, in whole pages, and a copy 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids
+from anchortp_sglang.memory.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed, namespaces_used
 from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask, chains_of, closed, newest_use, verified_slots
 
 __all__ = ["Entries", "Kept", "keep", "most_wanted"]
@@ -19,7 +22,10 @@ __all__ = ["Entries", "Kept", "keep", "most_wanted"]
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The arrays of a page table, one element a slot: ``hashes`` uint64, the others int64. ``step``: of its clock."""
+    """The arrays of a page table, one element a slot: ``hashes`` uint64, the others int64. ``step``: of its clock.
+
+    ``namespaces``: by place; parent -1 - place is the root of one, parent 0 the plain root.
+    """
 
     seed: int
     step: int
@@ -27,10 +33,28 @@ class Entries:
     tokens: Ids
     parents: Ids
     last_use: Ids
+    namespaces: Mapping[int, Key]
+
+    @cached_property
+    def above(self) -> Ids:
+        """int64[slots]: parents, with slot 0 for every root."""
+        return np.maximum(self.parents, ROOT)
 
     def verified(self) -> Mask:
-        """bool[slots]: the slots whose whole chain, up to the root, is intact."""
-        return verified_slots(self.hashes, self.tokens, self.parents, self.seed)
+        """bool[slots]: the slots whose whole chain, up to a root, is intact."""
+        roots = np.zeros(MOST_NAMESPACES, np.uint64)
+        for place, key in self.namespaces.items():
+            roots[place] = namespace_seed(self.seed, key)
+        return verified_slots(self.hashes, self.tokens, self.parents, self.seed, roots)
+
+    def chains(self, mask: Mask) -> list[Chain]:
+        """The chains that the slots of ``mask`` (verified, closed under ancestors) form, least recently used first."""
+        return chains_of(mask, self.tokens, self.above, self.last_use)
+
+    def namespace(self, chain: Chain) -> Key:
+        """Of a chain's tokens."""
+        parent = int(self.parents[chain.slots[0]])
+        return PLAIN if parent == ROOT else self.namespaces[-1 - parent]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +73,7 @@ class Kept:
         """All kept chains in their new slots, least recently used first."""
         mask = np.zeros(len(self.entries.hashes), np.bool_)
         mask[self.numbers] = True
-        return chains_of(mask, self.entries.tokens, self.entries.parents, self.entries.last_use)
+        return self.entries.chains(mask)
 
     def digest(self) -> str:
         """Hex digest: ranks with one digest keep the same slots under the same numbers."""
@@ -68,9 +92,9 @@ def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: 
     numbers without gaps, in their old order; else they keep theirs.
     """
     verified = old.verified()
-    mask = verified if usable is None else closed(verified & usable, old.parents)
+    mask = verified if usable is None else closed(verified & usable, old.above)
     if page_size > 1:
-        mask = _whole_pages(mask, old.parents, page_size)
+        mask = _whole_pages(mask, old.above, page_size)
     before = len(old.hashes)
     if rows < before:
         mask = most_wanted(old, mask, rows - page_size, page_size, running)
@@ -101,13 +125,13 @@ def most_wanted(old: Entries, mask: Mask, capacity: int, page_size: int, running
     last_use = old.last_use
     if running is not None and running.size:
         last_use = last_use + (old.step + 1) * np.isin(old.hashes, running)
-    newest = newest_use(slots, old.parents, last_use)
+    newest = newest_use(slots, old.above, last_use)
     firsts = slots[slots % page_size == 0]
-    order = np.lexsort((_depth(slots, old.parents)[firsts], -newest[firsts]))
+    order = np.lexsort((_depth(slots, old.above)[firsts], -newest[firsts]))
     taken = firsts[order[: capacity // page_size]]
     wanted = np.zeros(len(mask), np.bool_)
     wanted[(taken[:, None] + np.arange(page_size)).ravel()] = True
-    return closed(wanted, old.parents)
+    return closed(wanted, old.above)
 
 
 def _depth(slots: Ids, parents: Ids) -> Ids:
@@ -134,6 +158,8 @@ def _renumbered(old: Entries, slots: Ids, numbers: Ids, rows: int) -> Entries:
     new_number[slots] = numbers
     hashes, (tokens, parents, last_use) = np.full(rows, UNKNOWN, np.uint64), np.zeros((3, rows), np.int64)
     hashes[numbers], tokens[numbers], last_use[numbers] = old.hashes[slots], old.tokens[slots], old.last_use[slots]
-    parents[numbers] = new_number[old.parents[slots]]
+    parents[numbers] = np.where(old.parents[slots] < 0, old.parents[slots], new_number[old.above[slots]])
     hashes[ROOT] = old.seed
-    return Entries(old.seed, old.step, hashes, tokens, parents, last_use)
+    used = namespaces_used(parents, hashes)
+    namespaces = {place: key for place, key in old.namespaces.items() if used[place]}
+    return Entries(old.seed, old.step, hashes, tokens, parents, last_use, namespaces)

@@ -15,6 +15,7 @@ from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
+from anchortp_sglang.memory.namespaces import namespace_seed
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
 from anchortp_sglang.recovery import heartbeat, machine
@@ -306,7 +307,9 @@ class Coordinator:
         if plan.kv_of(ownership).slots >= plan.kv_of(self._held).slots:
             return b""
         hasher, root = RunHasher(), root_hash(plan.namespace)
-        return b"".join(hasher.run_hashes(root, tokens).tobytes() for tokens in self.ledger.open_tokens())
+        return b"".join(
+            hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in self.ledger.open_tokens()
+        )
 
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""

@@ -19,6 +19,7 @@ from anchortp_sglang.memory.kv_mirror import KVMirror, MirrorShape
 from anchortp_sglang.memory.kv_moving import move_kept, restorable_slots
 from anchortp_sglang.memory.mirror_schedule import MirrorSchedule, mirror_facts
 from anchortp_sglang.memory.mirror_writer import Batch, MirrorWriter
+from anchortp_sglang.memory.namespaces import namespace_seed
 from anchortp_sglang.memory.page_table import PageTable
 from anchortp_sglang.planning.kv_layout import (
     KVPlan,
@@ -37,8 +38,13 @@ NAMESPACE = b"model"
 DEVICES = (0, 1, 2, 3)
 ROWS = (24, 18, 13)  # fewer when devices have gone
 FAR = 1e9
+GARBAGE = (-1,)
+
+KEYS = [(None, None), ("tenant", None), ("tenant", "salt")]
 
 Content = tuple[int, ...]
+"""The number of a namespace, then tokens."""
+
 seeds = st.integers(0, 1 << 32)
 
 
@@ -129,13 +135,14 @@ class KVLife(RuleBasedStateMachine):
         slots = self.allocate(rng, -(-n // size))[:n]
         if not slots:
             return
-        content = self.content[prefix[-1]] if prefix else ()
+        namespace = rng.randrange(len(KEYS))
+        content = self.content[prefix[-1]] if prefix else (namespace,)
         tokens = [rng.randrange(3) for _ in slots]
         for i, slot in enumerate(slots):
             self.write_kv(slot, content + tuple(tokens[: i + 1]))
         self.sequences.append(prefix + slots)
         if committed:
-            self.at.table.commit_run(slots, tokens, prefix[-1] if prefix else 0)
+            self.at.table.commit_run(slots, tokens, prefix[-1] if prefix else self.at.table.root_of(KEYS[namespace]))
 
     @rule(seed=seeds)
     def decode(self, seed: int) -> None:
@@ -167,7 +174,7 @@ class KVLife(RuleBasedStateMachine):
         for slot in freed:
             if rng.random() < 0.5:
                 rank = rng.randrange(len(self.at.kv))
-                write(self.at.kv[rank], self.at.ownership, rank, slot, (-1,))
+                write(self.at.kv[rank], self.at.ownership, rank, slot, GARBAGE)
 
     @rule()
     def assign(self) -> None:
@@ -215,7 +222,7 @@ class KVLife(RuleBasedStateMachine):
         slot = rng.choice(victims)
         sequence, content = leaves[slot], self.content[slot]
         self.at.table.invalidate([slot])
-        self.write_kv(slot, (-1,))
+        self.write_kv(slot, GARBAGE)
         for move in mirror_moves(MODEL, self.at.ownership, rank):
             writer.copy(batch, move)
         sequence.pop()
@@ -290,6 +297,9 @@ class KVLife(RuleBasedStateMachine):
         numbers = dict(zip(kept.slots.tolist(), kept.numbers.tolist(), strict=True))
         self.content = {new: self.content[old] for old, new in numbers.items()}
         self.sequences = [chain.slots.tolist() for chain in kept.chains()]
+        for chain in kept.chains():
+            namespace, *tokens = self.content[int(chain.slots[-1])]
+            assert (kept.entries.namespace(chain), chain.tokens.tolist()) == (KEYS[namespace], tokens)
         assert self.used() == set(numbers.values())
         self.begin(old.number + 1, ownership, plan, table, kv)
 
@@ -316,7 +326,7 @@ class KVLife(RuleBasedStateMachine):
 
     @invariant()
     def complete_rows_hold_what_their_hash_says(self) -> None:
-        by_hash = {chain_hash(content): content for content in self.content.values()}
+        by_hash = {chain_hash(content): content for content in self.content.values() if content != GARBAGE}
         mirror = self.mirror
         for row in np.flatnonzero(mirror.complete()).tolist():
             content = by_hash.get(int(mirror.hashes[row]))
@@ -330,7 +340,8 @@ class KVLife(RuleBasedStateMachine):
 
 
 def chain_hash(content: Content) -> int:
-    return int(RunHasher().run_hashes(root_hash(NAMESPACE), np.array(content, np.int64))[-1])
+    seed = namespace_seed(root_hash(NAMESPACE), KEYS[content[0]])
+    return int(RunHasher().run_hashes(seed, np.array(content[1:], np.int64))[-1])
 
 
 def heads_of(ownership: Ownership, rank: int, layer: int) -> list[int]:
