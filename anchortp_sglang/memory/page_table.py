@@ -15,7 +15,6 @@ with an extra key or cache salt have roots of their own (``namespaces.py``), as 
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -265,20 +264,6 @@ class PageTable:
     def kept_slots(self) -> Ids:
         """int64[n], ascending: the slots of all intact chains."""
         return np.flatnonzero(self.verified())
-
-    def drop_unverified(self) -> None:
-        """Forget every slot that does not verify, so that no later entry can lend it credence."""
-        stale = ~self.verified()
-        stale[ROOT] = False
-        _apply([(self._hash, np.flatnonzero(stale), UNKNOWN)])
-
-    def digest(self) -> str:
-        """Hex digest of all that ``chains`` depends on: two ranks with one digest rebuild the same forest."""
-        kept = self.kept_slots()
-        digest = hashlib.blake2b(self._header[: _SEED + 1].tobytes(), digest_size=16)
-        for column in (kept, self._hash[kept], self._token[kept], self._parent[kept], self._last_use[kept]):
-            digest.update(column.tobytes())
-        return digest.hexdigest()
 
     def _create_stores(self) -> list[Store]:
         # The magic goes first and comes back last: a table torn by a kill here is refused by attach.
