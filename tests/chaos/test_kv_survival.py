@@ -132,14 +132,14 @@ def test_what_is_read_back_decides_what_is_answered(shrinking, unbroken):
 
 
 def overwrite(server, segment, byte, *, second_half):
-    """Fill the first 64 bytes, or the second half, of a segment of the host anchor."""
+    """Fill the first 8 bytes, or the second half, of a segment of the host anchor."""
     pid = anchor_of_host(server)
     [inode] = [inode for inode, name in memfds_of(pid).items() if segment in name]
     for link in (f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")):
         if (os.stat(link).st_dev, os.stat(link).st_ino) == inode:
             fd = os.open(link, os.O_RDWR)
             half = os.fstat(fd).st_size // 2
-            os.pwrite(fd, byte * half if second_half else byte * 64, half if second_half else 0)
+            os.pwrite(fd, byte * half if second_half else byte * 8, half if second_half else 0)
             return os.close(fd)
 
 
