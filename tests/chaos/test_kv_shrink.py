@@ -15,7 +15,7 @@ from anchortp_sglang.planning.shards import shard_layout
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 SLOTS, SLOTS_OF_THREE, SLOTS_OF_TWO = 3000, 1500, 486
-CACHED = prompt(1, 900)
+CACHED = prompt(1, 600)
 RUNNING = [request(prompt(10 + seed, 60 + 40 * seed), 150) for seed in range(8)]
 """2,800 tokens in the end."""
 
