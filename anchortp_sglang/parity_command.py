@@ -27,8 +27,10 @@ from rich.text import Text
 from anchortp_sglang.bench import parity as comparison
 from anchortp_sglang.bench.parity import Answer, BadAnswer, Comparison, Delta, Round, Verdict
 from anchortp_sglang.bench.server import Server, ServerFailed
+from anchortp_sglang.bench.stock_server import ABSORB_LATENTS
 from anchortp_sglang.early import read_config
 from anchortp_sglang.plan_command import ExpertSplit
+from anchortp_sglang.planning.families import FAMILIES
 
 STOCK = "anchortp_sglang.bench.stock_server"
 OURS = "anchortp_sglang.launch_server"
@@ -52,6 +54,7 @@ class Job:
     lose: int | None
     flags: tuple[str, ...]
     our_flags: tuple[str, ...]
+    stock_flags: tuple[str, ...]
     start_timeout_s: float
 
     def __post_init__(self) -> None:
@@ -100,6 +103,7 @@ def parity(
             lose=lose,
             flags=_flags(dtype, device, tokens),
             our_flags=_our_flags(tp_size, widths, experts, lose),
+            stock_flags=_stock_flags(model),
             start_timeout_s=start_timeout_s,
         )
         rounds = run(job)
@@ -126,7 +130,7 @@ def run(job: Job) -> list[Round]:
             if job.lose is not None:
                 _lose(server, job.lose)
                 ours.append(("after loss", _ask(server, prompts, job.new_tokens)))
-        server = Server(job.reference, 1, *job.flags, log=folder / "stock.log", module=STOCK, env=env)
+        server = Server(job.reference, 1, *job.flags, *job.stock_flags, log=folder / "stock.log", module=STOCK, env=env)
         with _serving("stock SGLang, TP=1", server, job.start_timeout_s):
             stock = _ask(server, prompts, job.new_tokens)
     return [comparison.compare_all(when, stock, answers) for when, answers in ours]
@@ -173,6 +177,13 @@ def _our_flags(tp_size: int, widths: str | None, experts: ExpertSplit, lose: int
     flags += ["--ep-size", str(tp_size)] if experts is ExpertSplit.EP else []
     flags += [] if lose is None else ["--anchor-allow-injection"]
     return tuple(flags)
+
+
+def _stock_flags(model: Path) -> tuple[str, ...]:
+    """Stock SGLang has no prefill with latent attention on a CPU unless it is told how."""
+    architecture = (read_config(model).get("architectures") or [""])[0]
+    family = FAMILIES.get(architecture)
+    return (ABSORB_LATENTS,) if family is not None and family.latent_kv else ()
 
 
 def _vocab_size(config: dict[str, Any]) -> int:

@@ -20,7 +20,7 @@ from anchortp_sglang.hooking import HookError
 from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
-from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
+from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import Ownership, split, validate
 from anchortp_sglang.recovery import wire
 from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
@@ -47,6 +47,13 @@ _PINNED = (
 )
 """Resolved values of the first generation that later ones keep; SGLang derives some of them from tp_size."""
 
+_FIXED = {
+    # KV of layers with a sliding window is kept as of the others: one pool, one set of slots, one page table.
+    "disable_hybrid_swa_memory": True,
+    # Shared experts are an axis of their own.
+    "disable_shared_experts_fusion": True,
+}
+"""What every generation runs with, whatever was given."""
 
 REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
 """What ``start`` raises for the operator to mend: wrong flags, models, files, directories, another SGLang."""
@@ -92,6 +99,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     _check_ep_size(view)
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
+    refuse_layout_only(model)
+    for caveat in caveats(config):
+        log.warning("anchortp: %s", caveat)
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
     _check_plan(model, ownership, checkpoint)
     kv = _plan_kv(model, ownership, view)
@@ -211,7 +221,7 @@ def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:
     """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations."""
     from sglang.srt.server_args import ServerArgs
 
-    pins = {name: getattr(view, name) for name in _PINNED} | {"max_total_tokens": kv.slots}
+    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots}
     made: dict[int, Any] = {}
 
     def record(tp_size: int) -> Any:

@@ -24,7 +24,7 @@ _ANCHOR_TIMEOUT_S = 10.0
 class KVPlan:
     """KV slots of every rank: the same number everywhere, whatever the rank's share of the heads.
 
-    ``rows`` = slots + page_size, as ``MHATokenToKVPool`` lays them out (the first page is padding).
+    ``rows`` = slots + page_size, as SGLang's pools lay them out (the first page is padding).
     """
 
     slots: int
@@ -36,8 +36,8 @@ class KVPlan:
         return self.slots + self.page_size
 
     def nbytes(self, model: ModelAxes, kv_heads: int) -> int:
-        """Bytes of one rank's K and V over all layers."""
-        return 2 * model.num_layers * self.rows * kv_heads * model.head_dim * self.dtype_bytes
+        """Bytes of one rank's K and V, or latents, over all layers."""
+        return model.num_layers * self.rows * kv_heads * model.kv_row * self.dtype_bytes
 
 
 @dataclass(frozen=True)

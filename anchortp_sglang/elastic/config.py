@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from anchortp_sglang.elastic.attachment import Attachment, current
-from anchortp_sglang.planning.model_axes import ModelAxes
 
 _DONE = "_anchortp_scaled"
 
@@ -26,23 +25,33 @@ class _HeadCount(int):
     """The pretended number of query heads, by which the hidden size still divides into heads of the true size: some
     model files (mixtral.py among them) do not read ``head_dim``."""
 
-    _model: ModelAxes
+    _hidden_size: int
+    _head_dim: int
 
-    def __new__(cls, heads: int, model: ModelAxes) -> "_HeadCount":
+    def __new__(cls, heads: int, hidden_size: int, head_dim: int) -> "_HeadCount":
         count = super().__new__(cls, heads)
-        count._model = model
+        count._hidden_size, count._head_dim = hidden_size, head_dim
         return count
 
+    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:  # gemma3_causal.py copies its config
+        return type(self), (int(self), self._hidden_size, self._head_dim)
+
     def __rfloordiv__(self, size: int) -> int:
-        return self._model.head_dim if size == self._model.hidden_size else size // int(self)
+        return self._head_dim if size == self._hidden_size else size // int(self)
+
+    def __rmod__(self, size: int) -> int:
+        return 0 if size == self._hidden_size else size % int(self)
 
 
 def _scale(model_config: Any, attachment: Attachment) -> None:
     at = attachment.assignment
     model, tp_size = at.model, at.ownership.tp_size
+    q_heads = at.ownership.units("q_head", at.rank) * model.heads_per_unit * tp_size
+    kv_heads = at.ownership.units("kv_head", at.rank) * tp_size
     sizes = {
-        "num_attention_heads": _HeadCount(at.ownership.units("q_head", at.rank) * tp_size, model),
-        "num_key_value_heads": at.ownership.units("kv_head", at.rank) * tp_size,
+        "num_attention_heads": _HeadCount(q_heads, model.hidden_size, model.head_dim),
+        # Latent attention has no KV heads to divide: its configs have as many as query heads.
+        "num_key_value_heads": q_heads if model.latent_kv else kv_heads,
         **{
             each.config_key: at.ownership.units(each.axis, at.rank) * each.unit * tp_size
             for each in model.columns
@@ -54,13 +63,14 @@ def _scale(model_config: Any, attachment: Attachment) -> None:
             if hasattr(config, name):
                 setattr(config, name, size)
         # Many model files derive head_dim as hidden_size // num_attention_heads unless the config names it.
-        config.head_dim = model.head_dim
+        if not model.latent_kv:
+            config.head_dim = model.head_dim
         # models/qwen2.py derives it from this one on CPU, where update_config.py sets it.
         config.original_num_attention_heads = model.num_q_heads
         config.original_total_num_kv_heads = model.num_kv_heads
     model_config.num_attention_heads = sizes["num_attention_heads"]
     model_config.num_key_value_heads = sizes["num_key_value_heads"]
-    if model_config.head_dim != model.head_dim:
+    if not model.latent_kv and model_config.head_dim != model.head_dim:
         raise RuntimeError(f"SGLang reads head_dim={model_config.head_dim}, the plan {model.head_dim}")
 
 

@@ -61,3 +61,16 @@ def around_moe_forward_native(
         )
         summed.index_add_(0, token, original(layer, x[token], here, runner_config).to(x.dtype))
     return summed
+
+
+def around_deepseek_mlp_init(
+    original: Callable[..., None], mlp: Any, hidden_size: int, intermediate_size: int, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND DeepseekV2MLP.__init__: SGLang gives shared experts a multiple of the routed ones' columns, here their
+    share is their own. (Of a dense layer the config says it.)"""
+    attachment = current()
+    if attachment is not None and kwargs.get("prefix", "").endswith("shared_experts"):
+        at = attachment.assignment
+        (columns,) = (each for each in at.model.columns if each.axis == "shared_expert")
+        intermediate_size = at.ownership.units("shared_expert", at.rank) * columns.unit * at.ownership.tp_size
+    original(mlp, hidden_size, intermediate_size, *args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchortp_sglang.elastic.attachment import HOST_DEVICE, PAGE_TABLE_SEGMENT, Attachment
+from anchortp_sglang.elastic.attachment import HOST_DEVICE, PAGE_TABLE_SEGMENT, Attachment, current
 from anchortp_sglang.memory.page_table import PageTable
 
 FEW_REQUESTS = 64
@@ -54,6 +54,16 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
     """
     if _table is not None and allocator.free_group is None and slots.numel():
         _table.invalidate(slots.numpy())
+
+
+def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """AFTER Gemma3TextScaledWordEmbedding.forward: where every rank has all rows there is no such all-reduce. Without
+    one a peer could write KV into a slot that rank 0 has not freed yet."""
+    if current() is not None:
+        from sglang.srt.distributed import tensor_model_parallel_all_reduce
+
+        tensor_model_parallel_all_reduce(torch.zeros(1))
+    return embedded
 
 
 def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

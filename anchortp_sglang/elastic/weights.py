@@ -20,7 +20,7 @@ from anchortp_sglang.elastic.checkpoint import Checkpoint
 from anchortp_sglang.planning.layout import Placed, ShardLayout, fill_moves, moved_bytes, shard_layout
 
 
-def _views(memory: Any, layout: ShardLayout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _views(memory: Any, layout: ShardLayout) -> dict[str, torch.Tensor]:
     """Each parameter as a tensor over ``memory`` (a mapped weights segment); no copy."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a read-only mapping is what we want; torch warns about it
@@ -28,7 +28,7 @@ def _views(memory: Any, layout: ShardLayout, dtype: torch.dtype) -> dict[str, to
 
     def view(placed: Placed) -> torch.Tensor:
         piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes]
-        return piece.view(dtype).view(placed.shape)
+        return piece.view(getattr(torch, placed.dtype)).view(placed.shape)
 
     return {placed.name: view(placed) for placed in layout.params}
 
@@ -76,27 +76,26 @@ class Filler(threading.Thread):
 
     def _fill(self) -> None:
         at = self.attachment.assignment
-        dtype = getattr(torch, at.model.dtype)
         memory = self.attachment.map(at.device, weights_segment(at.ownership), writable=True)
-        target = _views(memory, self.attachment.layout, dtype)
+        target = _views(memory, self.attachment.layout)
         moves = fill_moves(at.model, at.ownership, at.rank, at.previous)
         holders = {move.device for move in moves if move.device is not None}
-        before = {device: self._previous_views(device, dtype) for device in holders}
+        before = {device: self._previous_views(device) for device in holders}
         with Checkpoint(at.checkpoint) as checkpoint:
             for move in moves:
                 into = target[move.param].narrow(move.dim, move.start, move.length)
                 if move.device is None:
-                    into.copy_(checkpoint.slice(move.source, move.dim, move.source_start, move.length))
+                    checkpoint.fill(into, move)
                 else:
                     into.copy_(before[move.device][move.source].narrow(move.dim, move.source_start, move.length))
         self.moved = moved_bytes(moves)
 
-    def _previous_views(self, device: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def _previous_views(self, device: int) -> dict[str, torch.Tensor]:
         at = self.attachment.assignment
         assert at.previous is not None
         layout = shard_layout(at.model, at.previous, at.previous.devices.index(device))
         memory = self.attachment.map_briefly(device, weights_segment(at.previous))
-        return _views(memory, layout, dtype)
+        return _views(memory, layout)
 
 
 _filler: Filler | None = None
@@ -125,6 +124,8 @@ class AnchorModelLoader(BaseModelLoader):
             model = _initialize_model(model_config, self.load_config)
         addresses = bind(model, attachment)
         filler.wait()
+        if hasattr(model, "post_load_weights"):
+            model.post_load_weights()  # DeepSeek's w_kc and w_vc, which its load_weights would derive
         for module, quant_method in _modules_with_quant_method(model):
             quant_method.process_weights_after_loading(module)
         _check_bound(model, addresses)
@@ -138,7 +139,7 @@ def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
     """
     at = attachment.assignment
     memory = attachment.map(at.device, weights_segment(at.ownership), writable=False)
-    views = _stacked(_views(memory, attachment.layout, getattr(torch, at.model.dtype)))
+    views = _stacked(_views(memory, attachment.layout))
     parameters = dict(model.named_parameters())
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())

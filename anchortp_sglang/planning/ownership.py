@@ -18,7 +18,7 @@ from anchortp_sglang.planning.intervals import (
 from anchortp_sglang.planning.model_axes import ModelAxes, equal_vocab_cut
 from anchortp_sglang.planning.shares import even, proportional, split_heads
 
-AXES = ("q_head", "kv_head", "mlp", "expert_column", "expert", "vocab")
+AXES = ("q_head", "kv_head", "mlp", "shared_expert", "expert_column", "expert", "vocab")
 """All axes there are, in canonical order; a model has some of them."""
 
 

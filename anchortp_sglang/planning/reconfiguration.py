@@ -50,13 +50,13 @@ def planned_axes(model: ModelAxes) -> PlanModel:
             shape = (*spec.rest[: spec.dim], block_extent(model, block), *spec.rest[spec.dim :])
             if spec.expert is not None:
                 if spec.expert == 0:  # the others are as large
-                    parts["expert"].append(TensorPart(f"{spec.name}{{unit}}", shape, model.dtype_bytes))
+                    parts["expert"].append(TensorPart(f"{spec.name}{{unit}}", shape, spec.element_bytes))
             elif block.axis not in (None, "vocab"):
                 parts[block.axis].append(
-                    TensorPart(block.source, shape, model.dtype_bytes, spec.dim, block.elements_per_unit)
+                    TensorPart(block.source, shape, spec.element_bytes, spec.dim, block.elements_per_unit)
                 )
     groups = (
-        axis_group("q_head", "q_head", model.num_q_heads, tuple(parts["q_head"]), grain=model.group_size),
+        axis_group("q_head", "q_head", model.axes["q_head"], tuple(parts["q_head"]), grain=model.group_size),
         axis_group(
             "kv_head",
             "kv_head",

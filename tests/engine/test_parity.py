@@ -20,6 +20,10 @@ LAYOUTS = [
     pytest.param("mistral", {"tp_size": 3}, id="mistral-tp3"),
     pytest.param("phi3", {"tp_size": 3}, id="phi3-tp3-fused-tensors"),
     pytest.param("glm4", {"tp_size": 3}, id="glm4-tp3"),
+    pytest.param("gemma2", {"tp_size": 3}, id="gemma2-tp3"),
+    pytest.param("gemma3_text", {"tp_size": 3, "anchor_widths": "1,2,1"}, id="gemma3-1,2,1-window"),
+    pytest.param("olmo2", {"tp_size": 3}, id="olmo2-tp3-norm-over-heads"),
+    pytest.param("olmo2", {"tp_size": 5}, id="olmo2-tp5-norm-over-replicated-heads"),
     pytest.param("mixtral", {"tp_size": 3}, id="mixtral-tp3-columns"),
     pytest.param("mixtral", {"tp_size": 3, "ep_size": 3}, id="mixtral-ep3"),
     pytest.param("qwen3_moe", {"tp_size": 3, "anchor_widths": "1,2,1"}, id="qwen3_moe-1,2,1-columns"),
@@ -27,6 +31,9 @@ LAYOUTS = [
     pytest.param("qwen3_moe", {"tp_size": 4}, id="qwen3_moe-tp4-columns"),
     pytest.param("qwen3_moe", {"tp_size": 3, "ep_size": 3}, id="qwen3_moe-ep3"),
     pytest.param("qwen3_moe", {"tp_size": 2, "ep_size": 2}, id="qwen3_moe-ep2"),
+    pytest.param("deepseek_v2", {"tp_size": 3}, id="deepseek_v2-tp3-columns"),
+    pytest.param("deepseek_v3", {"tp_size": 4}, id="deepseek_v3-tp4-columns"),
+    pytest.param("deepseek_v3", {"tp_size": 3, "ep_size": 3}, id="deepseek_v3-ep3"),
 ]
 
 
@@ -39,6 +46,7 @@ def reference(forge, checkpoint):
             model=str(checkpoint[family]),
             prompts=PROMPTS,
             max_new_tokens=NEW_TOKENS,
+            latents=family.startswith("deepseek"),
         )
     )
 
@@ -57,6 +65,24 @@ def test_tokens_and_logprobs_are_those_of_stock_on_one_device(forge, checkpoint,
     assert [answer["ids"] for answer in answers] == [answer["ids"] for answer in expected]
     for name in ("logprobs", "prompt_logprobs"):
         assert apart(answers, expected, name) <= MOST_APART
+
+
+def test_a_wrong_rule_that_no_check_of_shapes_can_see_makes_other_tokens(forge, checkpoint, reference, places):
+    """Gate and up are of one shape; every element comes from one place and every tensor is used."""
+    answers = forge.value(
+        "engine_jobs:anchored_generate_with_a_wrong_rule",
+        family="Qwen3ForCausalLM",
+        rule="mlp.gate_up_proj.weight",
+        change={"sources": [["mlp.up_proj.weight", "mlp"], ["mlp.gate_proj.weight", "mlp"]]},
+        model=str(checkpoint["qwen3"]),
+        prompts=PROMPTS,
+        max_new_tokens=NEW_TOKENS,
+        env=places,
+        tp_size=2,
+    )
+    expected = reference("qwen3")
+    assert all(answer["ids"] != other["ids"] for answer, other in zip(answers, expected, strict=True))
+    assert apart(answers, expected, "prompt_logprobs") > 100 * MOST_APART
 
 
 def apart(answers, expected, name):

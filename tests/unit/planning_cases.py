@@ -14,6 +14,7 @@ FAMILIES = (
     "Qwen3ForCausalLM",
     "Glm4ForCausalLM",
     "Phi3ForCausalLM",
+    "Olmo2ForCausalLM",
     "MixtralForCausalLM",
     "Qwen3MoeForCausalLM",
 )
