@@ -55,6 +55,7 @@ class Job:
     flags: tuple[str, ...]
     our_flags: tuple[str, ...]
     stock_flags: tuple[str, ...]
+    stock_answers: Path | None
     start_timeout_s: float
 
     def __post_init__(self) -> None:
@@ -73,6 +74,12 @@ class Job:
     def prompts(self) -> list[list[int]]:
         return comparison.make_prompts(_vocab_size(read_config(self.model)))
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What kept answers of stock must be answers to."""
+        flags = [*self.flags, *self.stock_flags]
+        return {"model": str(self.reference.resolve()), "flags": flags, "new_tokens": self.new_tokens}
+
 
 def parity(
     model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Folder of the checkpoint.")],
@@ -85,6 +92,10 @@ def parity(
     reference: Annotated[
         Path | None,
         typer.Option("--reference", metavar="DIR", help="Another checkpoint for stock, e.g. before a conversion."),
+    ] = None,
+    stock_answers: Annotated[
+        Path | None,
+        typer.Option("--stock-answers", metavar="FILE", help="Keep stock's answers here; use them if they are there."),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="New tokens of each answer.")] = 64,
     tolerance: Annotated[float, typer.Option("--tolerance", help="How far apart logprobs may be.")] = 1e-4,
@@ -104,6 +115,7 @@ def parity(
             flags=_flags(dtype, device, tokens),
             our_flags=_our_flags(tp_size, widths, experts, lose),
             stock_flags=_stock_flags(model),
+            stock_answers=stock_answers,
             start_timeout_s=start_timeout_s,
         )
         rounds = run(job)
@@ -120,7 +132,7 @@ def parity(
 
 def run(job: Job) -> list[Round]:
     """Serve and ask both sides. Raises NotServed or, for a checkpoint that cannot be read, ValueError."""
-    prompts, ours = job.prompts, list[tuple[str, list[Answer]]]()
+    prompts, ours, stock = job.prompts, list[tuple[str, list[Answer]]](), _kept_answers(job)
     with _folder() as folder, _ended_by_sigterm():
         env = {"TMPDIR": str(folder)}  # stock leaves its sockets behind
         flags = (*job.flags, *job.our_flags)
@@ -130,9 +142,13 @@ def run(job: Job) -> list[Round]:
             if job.lose is not None:
                 _lose(server, job.lose)
                 ours.append(("after loss", _ask(server, prompts, job.new_tokens)))
-        server = Server(job.reference, 1, *job.flags, *job.stock_flags, log=folder / "stock.log", module=STOCK, env=env)
-        with _serving("stock SGLang, TP=1", server, job.start_timeout_s):
-            stock = _ask(server, prompts, job.new_tokens)
+        if stock is None:
+            flags = (*job.flags, *job.stock_flags)
+            server = Server(job.reference, 1, *flags, log=folder / "stock.log", module=STOCK, env=env)
+            with _serving("stock SGLang, TP=1", server, job.start_timeout_s):
+                stock = _ask(server, prompts, job.new_tokens)
+            if job.stock_answers is not None:
+                job.stock_answers.write_text(json.dumps({"asked": job.asked} | comparison.answers_as_json(stock)))
     return [comparison.compare_all(when, stock, answers) for when, answers in ours]
 
 
@@ -177,6 +193,21 @@ def _our_flags(tp_size: int, widths: str | None, experts: ExpertSplit, lose: int
     flags += ["--ep-size", str(tp_size)] if experts is ExpertSplit.EP else []
     flags += [] if lose is None else ["--anchor-allow-injection"]
     return tuple(flags)
+
+
+def _kept_answers(job: Job) -> list[Answer] | None:
+    """Raises ValueError if the file's are others' answers, or none."""
+    path = job.stock_answers
+    if path is None or not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        asked, answers = kept["asked"], comparison.answers_from_json(kept)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--stock-answers: {path} cannot be read ({error}); remove it") from None
+    if asked != job.asked:
+        raise ValueError(f"--stock-answers: {path} answers another question ({asked}); name another file")
+    return answers
 
 
 def _stock_flags(model: Path) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 
 PYTHONPATH=. python tools/compare_models.py [olmo2 deepseek_v3:4 qwen3_moe:3:ep …]    (family[:devices[:tp|ep]])
 
-Each comparison is `anchortp parity … --json` in a process of its own, some 40 s on two cores. Results of the same
+Each comparison is `anchortp parity … --json` in a process of its own, some 30 s on two cores. Results of the same
 name are replaced. Without names everything of ``comparisons`` that the file lacks is run.
 """
 
@@ -24,6 +24,8 @@ from anchortp_sglang.planning.families import FAMILIES
 
 RESULTS = Path(__file__).parent.parent / "docs" / "models.json"
 DEVICES = (2, 3, 4)
+LAYERS = {"gemma3_text": 6}
+"""Where three are too few: only its sixth layer has no window."""
 WIDEST, WIDEST_FAMILY = 5, "deepseek_v3"
 EXPERT_PARALLEL = 3
 LOST = {2: 0, 3: 1, 4: 3, 5: 2}
@@ -44,8 +46,7 @@ class Compared:
 
     def command(self, model: str) -> list[str]:
         split = ["--experts", "ep"] if self.experts == "ep" else []
-        lose = str(LOST[self.devices])
-        return ["parity", "--model", model, "--tp", str(self.devices), *split, "--lose", lose, "--json"]
+        return ["parity", "--model", model, "--tp", str(self.devices), *split, "--lose", str(LOST[self.devices])]
 
 
 def served() -> dict[str, str]:
@@ -62,12 +63,15 @@ def comparisons() -> Iterator[Compared]:
     yield Compared(WIDEST_FAMILY, WIDEST)
 
 
-def run(compared: Compared) -> dict[str, Any]:
-    """The result as it is kept. Raises SystemExit if one of the sides could not be served."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), compared.family)  # type: ignore[arg-type]
-        command = [sys.executable, "-m", "anchortp_sglang.cli", *compared.command(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
+def run(compared: Compared, folder: Path) -> dict[str, Any]:
+    """The result as it is kept. ``folder`` is for the checkpoint and stock's answers, once for each family. Raises
+    SystemExit if one of the sides could not be served."""
+    model = folder / compared.family
+    if not model.exists():
+        write_checkpoint(model, compared.family, num_layers=LAYERS.get(compared.family, 3))  # type: ignore[arg-type]
+    kept = ["--json", "--stock-answers", str(folder / f"{compared.family}.json")]
+    command = [sys.executable, "-m", "anchortp_sglang.cli", *compared.command(str(model)), *kept]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         sys.exit(f"{compared.name}: {done.stderr}")
     answer = json.loads(done.stdout)
@@ -81,7 +85,7 @@ def run(compared: Compared) -> dict[str, Any]:
         "rounds": {one["when"]: _summary(one["prompts"]) for one in answer["rounds"]},
         "date": date.today().isoformat(),
         "sglang": version("sglang"),
-        "command": " ".join(["anchortp", *compared.command("DIR")]),
+        "command": " ".join(["anchortp", *compared.command("DIR"), "--json"]),
     }
 
 
@@ -98,12 +102,12 @@ def _summary(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(names: Sequence[str]) -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for compared in _named(names) if names else [one for one in comparisons() if one.name not in kept]:
-        kept[compared.name] = run(compared)
-        RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
-        rounds = kept[compared.name]["rounds"].values()
-        apart = max(one["max_delta_logprob"] for one in rounds)
-        print(compared.name, "equal" if kept[compared.name]["equal"] else "DIFFERENT", f"{apart:.1e}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for compared in _named(names) if names else [one for one in comparisons() if one.name not in kept]:
+            kept[compared.name] = result = run(compared, Path(folder))
+            RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+            apart = max(one["max_delta_logprob"] for one in result["rounds"].values())
+            print(compared.name, "equal" if result["equal"] else "DIFFERENT", f"{apart:.1e}", flush=True)
 
 
 def _named(names: Sequence[str]) -> Iterator[Compared]:

@@ -12,7 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang.srt.model_loader.loader import BaseModelLoader, _initialize_model, _modules_with_quant_method
+from sglang.srt.model_loader.loader import (
+    BaseModelLoader,
+    _get_quantization_config,
+    _initialize_model,
+    _modules_with_quant_method,
+    post_load_weights,
+)
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from anchortp_sglang.elastic.attachment import Attachment, current, weights_segment
@@ -121,11 +127,11 @@ class AnchorModelLoader(BaseModelLoader):
         filler.waited_from = time.monotonic()
         # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
         with set_default_torch_dtype(model_config.dtype), torch.device(device_config.device):
-            model = _initialize_model(model_config, self.load_config)
+            quantization = _get_quantization_config(model_config, self.load_config)
+            model = _initialize_model(model_config, self.load_config, quantization)
         addresses = bind(model, attachment)
         filler.wait()
-        if hasattr(model, "post_load_weights"):
-            model.post_load_weights()  # DeepSeek's w_kc and w_vc, which its load_weights would derive
+        post_load_weights(model)  # what load_weights would derive: DeepSeek's w_kc and w_vc
         for module, quant_method in _modules_with_quant_method(model):
             quant_method.process_weights_after_loading(module)
         _check_bound(model, addresses)

@@ -121,10 +121,15 @@ def _size(sizes: Mapping[str, Size], name: str) -> Size:
 def _per_expert(
     rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None, dtype: str, whole_experts: bool
 ) -> Iterator[ParamSpec]:
+    like = _spec(rule, sizes, prefix, layer, dtype)
     for expert in range(sizes["experts"].elements):
-        named = tuple((tensor.format(expert=expert), size) for tensor, size in rule.sources)
-        spec = _spec(replace(rule, name=f"{rule.name}[{expert}]", sources=named), sizes, prefix, layer, dtype)
-        yield replace(spec, expert=expert) if whole_experts else spec
+        blocks = tuple(
+            Block(one.source.format(expert=expert), one.axis, one.elements_per_unit, one.offset) for one in like.blocks
+        )
+        dealt = expert if whole_experts else None
+        yield ParamSpec(
+            f"{like.name}[{expert}]", blocks, like.dim, like.rest, layer, like.dtype, dealt, scalars=like.scalars
+        )
 
 
 def _stacked(

@@ -218,35 +218,32 @@ def audited_generate(model, path, waves, max_new_tokens, **arguments):
 def load_beside_stock(argv):
     """The launcher for a model that SGLang builds but cannot serve here. On its one rank stock's own loader fills a
     second model, and the start ends with how many parameters of ours are equal, or which are not."""
+    from sglang.srt.model_loader.weight_utils import safetensors_weights_iterator
+
     from anchortp_sglang import early, refusals, startup
     from anchortp_sglang.elastic import weights
 
     for module in (early, startup):
         module.refuse_layout_only = lambda model: None
     refusals._check_device = lambda view: []
-    bind = weights.bind
+    bind, build = weights.bind, weights._initialize_model
+    stock = []
+
+    def build_two(*arguments):
+        stock.append(build(*arguments))
+        return build(*arguments)
 
     def compare(model, attachment):
         bind(model, attachment)
         weights._filler.wait()
-        ours = dict(model.named_parameters())
-        theirs = dict(_stock_model(model, attachment).named_parameters())
+        files = sorted(attachment.assignment.checkpoint.glob("*.safetensors"))
+        stock[0].load_weights(safetensors_weights_iterator([str(file) for file in files]))
+        ours, theirs = (dict(one.named_parameters()) for one in (model, stock[0]))
         differ = [name for name in theirs if not _same_bytes(ours[name], theirs[name])]
         raise RuntimeError(f"{len(theirs) - len(differ)} parameters are equal, {len(differ)} differ: {differ[:4]}")
 
-    weights.bind = compare
+    weights.bind, weights._initialize_model = compare, build_two
     launch(argv)
-
-
-def _stock_model(model, attachment):
-    import torch
-    from sglang.srt.model_loader.weight_utils import safetensors_weights_iterator
-
-    with torch.device("cpu"):
-        stock = type(model)(config=model.config, quant_config=model.quant_config)
-    files = sorted(attachment.assignment.checkpoint.glob("*.safetensors"))
-    stock.load_weights(safetensors_weights_iterator([str(file) for file in files]))
-    return stock
 
 
 def _same_bytes(one, other):

@@ -16,10 +16,12 @@ from layout_oracle import Share, Tensors, expected
 from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
 from anchortp_sglang.bench.tiny_quantized import Kind, write_quantized
 from anchortp_sglang.early import read_config
+from anchortp_sglang.planning.catalog import read_plan_model
 from anchortp_sglang.planning.layout import CoverageError, check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, UnsupportedModel, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import split
 from anchortp_sglang.planning.reconfiguration import reconfigure
+from anchortp_sglang.planning.shards import sources
 
 GROUP = 16
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 128, "num_q_heads": 8, "num_kv_heads": 4}
@@ -255,3 +257,15 @@ def test_scales_cut_by_a_wrong_rule_are_noticed(checkpoint: Callable[[str, Kind]
         ownership = split(wrong, range(3))
         with pytest.raises(CoverageError, match="proj"):
             check_sources(wrong, [shard_layout(wrong, ownership, rank) for rank in range(3)], shapes, shapes)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("qwen3", "fp8-tensor"), ("qwen3", "fp8-block"), ("deepseek_v3", "fp8-block")]
+)
+def test_the_planners_catalog_has_the_same_tensors(
+    checkpoint: Callable[[str, Kind], Path], family: str, kind: Kind
+) -> None:
+    config = read_config(checkpoint(family, kind))
+    served = sources(read_model_axes(config))
+    planned = {name: shape for name, shape, _ in read_plan_model(config).tensors()}
+    assert planned == {name: one.shape for name, one in served.items()}

@@ -12,10 +12,13 @@ from safetensors.numpy import load_file
 
 from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
 from anchortp_sglang.early import read_config
+from anchortp_sglang.planning.architectures import ARCHITECTURES
+from anchortp_sglang.planning.catalog import read_plan_model
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership import Ownership, split
 from anchortp_sglang.planning.reconfiguration import reconfigure
+from anchortp_sglang.planning.shards import sources
 
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 96, "num_q_heads": 8, "num_kv_heads": 4, "shards": 2}
 SHAPE |= {"intermediate_size": 72, "moe_intermediate_size": 24, "vocab_size": 512}
@@ -93,3 +96,16 @@ def test_parameters_of_each_rank_are_slices_of_the_checkpoint(
             share = Share(model, ownership, rank, config)
             for name, tensor in found.items():
                 np.testing.assert_array_equal(tensor, expected(name, whole, share), err_msg=f"{name} of rank {rank}")
+
+
+@pytest.mark.parametrize("whole_experts", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_planners_catalog_has_the_same_tensors(
+    checkpoint: Callable[[str], Path], family: str, whole_experts: bool
+) -> None:
+    config = read_config(checkpoint(family))
+    if config["architectures"][0] not in ARCHITECTURES or (whole_experts and family.split()[0] not in EXPERTS):
+        pytest.skip("not in the catalog, or no experts")
+    planned = read_plan_model(config, moe="ep" if whole_experts else "tp")
+    served = sources(read_model_axes(config, whole_experts=whole_experts))
+    assert {name: shape for name, shape, _ in planned.tensors()} == {name: one.shape for name, one in served.items()}
