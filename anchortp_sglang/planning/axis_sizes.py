@@ -62,9 +62,33 @@ def positive_size(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def read_heads(family: Family, config: Mapping[str, Any], group: int) -> Heads:
-    """What a config.json says of attention; with latents, query heads are dealt so many at once that no cut falls into
-    a group of ``group`` rows. Raises UnsupportedModel."""
+def read_sizes(
+    family: Family, config: Mapping[str, Any], group: int, whole_experts: bool
+) -> tuple[Heads, tuple[Columns, ...], dict[str, Size]]:
+    """Heads, the other axes, and the sizes that rules name. Cuts fall between groups of ``group`` elements that are
+    quantized together. Raises UnsupportedModel."""
+    heads = _heads(family, config, group)
+    columns = _columns(family, config, positive_size(config, "num_hidden_layers"), group)
+    vocab_size = positive_size(config, "vocab_size")
+    experts = positive_size(config, family.experts) if family.experts else 0
+    sizes = {
+        **heads.sizes,
+        **_column_sizes(columns),
+        "vocab": Size("vocab", 1, vocab_size),
+        "vocab_row": Size(None, vocab_size),
+        "hidden": Size(None, positive_size(config, "hidden_size")),
+        "experts": Size(None, experts),
+        "one": Size(None, 1),
+        "scalar": Size(None, 1),
+    }
+    if whole_experts:
+        sizes |= {name: Size(None, sizes[name].elements) for name in ("expert_column", "expert_column_pair")}
+        columns = (*(each for each in columns if each.axis != "expert_column"), Columns("expert", experts, 1, None))
+    return heads, columns, sizes
+
+
+def _heads(family: Family, config: Mapping[str, Any], group: int) -> Heads:
+    """With latents, query heads are dealt so many at once that no cut falls into a group of rows."""
     num_q_heads = positive_size(config, "num_attention_heads")
     if family.latent_kv:
         return _latent_heads(config, num_q_heads, group)
@@ -104,9 +128,8 @@ def _latent_heads(config: Mapping[str, Any], num_q_heads: int, group: int) -> He
     return Heads(num_q_heads, 1, nope + rope, latent + rope, unit, sizes)
 
 
-def read_columns(family: Family, config: Mapping[str, Any], num_layers: int, group: int) -> tuple[Columns, ...]:
-    """The axes that this model's layers have besides heads, in units of whole groups of ``group`` columns. Raises
-    UnsupportedModel."""
+def _columns(family: Family, config: Mapping[str, Any], num_layers: int, group: int) -> tuple[Columns, ...]:
+    """The axes that this model's layers have besides heads, in units of whole groups of columns."""
     kinds = {family.is_sparse(config, layer) for layer in range(num_layers)}
     if False in kinds and not family.dense:
         raise UnsupportedModel(
@@ -127,15 +150,10 @@ def read_columns(family: Family, config: Mapping[str, Any], num_layers: int, gro
     return tuple(found)
 
 
-def column_sizes(columns: tuple[Columns, ...]) -> dict[str, Size]:
+def _column_sizes(columns: tuple[Columns, ...]) -> dict[str, Size]:
     """Their sizes; of gate and up that take turns, a pair of columns for each."""
     sizes = {each.axis: Size(each.axis, each.unit, each.units) for each in columns}
     return sizes | {f"{axis}_pair": Size(axis, 2 * size.per_unit, size.units) for axis, size in sizes.items()}
-
-
-def whole(size: Size) -> Size:
-    """The same extent where it is not split."""
-    return Size(None, size.elements)
 
 
 def _derived_head_dim(hidden_size: int, num_q_heads: int) -> int:

@@ -159,7 +159,8 @@ _OLMO2 = Family(
 )
 
 # models/gpt_oss.py: all experts of a layer in one tensor, (expert, in, out), gate and up taking turns in its columns;
-# SGLang has them the other way round. `_load_normal_weights` gives the bias of down to the first rank alone.
+# SGLang has them the other way round (but not with the MoE runner triton_kernel). `_load_normal_weights` gives the bias
+# of down to the first rank alone.
 _STACKED_EXPERTS = "mlp.experts."
 _GPT_OSS = Family(
     before=(EMBED,),

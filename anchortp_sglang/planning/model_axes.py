@@ -4,16 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anchortp_sglang.planning.axis_sizes import (
-    Columns,
-    Size,
-    UnsupportedModel,
-    column_sizes,
-    positive_size,
-    read_columns,
-    read_heads,
-    whole,
-)
+from anchortp_sglang.planning.axis_sizes import Columns, UnsupportedModel, positive_size, read_sizes
 from anchortp_sglang.planning.families import FAMILIES
 from anchortp_sglang.planning.family_rules import REFUSED, UNUSED_SOURCES, Family
 from anchortp_sglang.planning.intervals import Intervals
@@ -120,32 +111,15 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
     config = {**dict(family.defaults), **config}
     quantization = read_quantization(config)
     group = 1 if quantization is None else quantization.group
-    heads = read_heads(family, config, group)
-    num_layers, vocab_size = positive_size(config, "num_hidden_layers"), positive_size(config, "vocab_size")
-    columns = read_columns(family, config, num_layers, group)
-    experts = positive_size(config, family.experts) if family.experts else 0
-    if whole_experts and not any(each.axis == "expert_column" for each in columns):
+    if whole_experts and not family.experts:
         raise UnsupportedModel(f"this {architecture} has no experts: leave --ep-size out")
-    hidden_size = positive_size(config, "hidden_size")
-    sizes = {
-        **heads.sizes,
-        **column_sizes(columns),
-        "vocab": Size("vocab", 1, vocab_size),
-        "vocab_row": Size(None, vocab_size),
-        "one": Size(None, 1),
-        "scalar": Size(None, 1),
-        "hidden": Size(None, hidden_size),
-        "experts": Size(None, experts),
-    }
-    if whole_experts:
-        sizes |= {name: whole(sizes[name]) for name in ("expert_column", "expert_column_pair")}
-        cut = [each for each in columns if each.axis != "expert_column"]
-        columns = (*cut, Columns("expert", experts, 1, None))
+    heads, columns, sizes = read_sizes(family, config, group, whole_experts)
+    num_layers = positive_size(config, "num_hidden_layers")
     tied = bool(config.get("tie_word_embeddings", False))
     dtype = _dtype(config, dtype)
     return ModelAxes(
         architecture=architecture,
-        hidden_size=hidden_size,
+        hidden_size=sizes["hidden"].elements,
         num_layers=num_layers,
         num_q_heads=heads.num_q_heads,
         heads_per_unit=heads.heads_per_unit,
@@ -153,7 +127,7 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
         head_dim=heads.head_dim,
         kv_row=heads.kv_row,
         latent_kv=family.latent_kv,
-        vocab_size=vocab_size,
+        vocab_size=sizes["vocab"].elements,
         tie_word_embeddings=tied,
         dtype=dtype,
         dtype_bytes=DTYPE_BYTES[dtype],

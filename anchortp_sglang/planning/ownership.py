@@ -151,10 +151,11 @@ def split(model: ModelAxes, devices: Sequence[int], widths: Sequence[int] | None
     they share its query heads. Raises InvalidOwnership for a split that cannot be.
     """
     tp_size = len(devices)
-    if not 0 < tp_size <= model.num_q_heads:
+    heads = model.axes["q_head"]
+    if not 0 < tp_size <= heads:
+        dealt = "query heads" if model.heads_per_unit == 1 else f"groups of {model.heads_per_unit} query heads"
         raise InvalidOwnership(
-            f"{tp_size} devices cannot share {model.num_q_heads} query heads; "
-            f"the largest tensor-parallel size of this model is {model.num_q_heads}"
+            f"{tp_size} devices cannot share {heads} {dealt}; the largest tensor-parallel size of this model is {heads}"
         )
     if widths is not None:
         _check_widths(model, tp_size, widths)
