@@ -51,7 +51,8 @@ def fill_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership | Non
     for spec in model.params:
         if is_held(spec, new, rank):
             holding = tuple(holder for holder in holders if old is not None and is_held(spec, old, holder[1]))
-            key = (spec.likeness, holding)
+            cut = (new.layout_of(spec.layer), old.layout_of(spec.layer) if old is not None else 0)
+            key = (spec.likeness, cut, holding)
             if key not in known:
                 known[key] = spec, _fill(model, spec, new, rank, old, holding)
             moves += _renamed(*known[key], spec)

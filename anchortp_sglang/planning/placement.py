@@ -108,7 +108,8 @@ def _made_up_for(
     due = [sum(group.total_bytes for group in groups) * weights[rank] - over[rank] for rank in ranks]
     # Whole KV heads rotate over the layers: then nobody is further above its due than one of them with its queries.
     rounding = max((group.grain * group.unit_bytes for group in heads), default=0)
-    return weights if max(over) <= whole * rounding or min(due) <= 0 else tuple(due)
+    enough = min(due) * groups[0].units >= sum(due)  # for a unit on each device
+    return tuple(due) if max(over) > whole * rounding and enough else weights
 
 
 def _contiguous(group: AxisGroup, leads: bool, held: Sequence[Layout], weights: Sequence[int]) -> tuple[Layout, ...]:

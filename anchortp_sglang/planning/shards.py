@@ -91,12 +91,12 @@ class Span:
 
 def is_held(spec: ParamSpec, ownership: Ownership, rank: int) -> bool:
     """Whether a rank has any of a parameter: of whole experts only its own."""
-    return spec.expert is None or any(a <= spec.expert < b for a, b in ownership.of("expert", rank))
+    return spec.expert is None or any(a <= spec.expert < b for a, b in ownership.of("expert", rank, spec.layer))
 
 
 def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) -> tuple[Span, ...]:
     """The blocks of a parameter as a rank holds them."""
-    held = [_held(block, ownership, rank) for block in spec.blocks]
+    held = [_held(block, ownership, rank, spec.layer) for block in spec.blocks]
     bases = accumulate((total(runs) for runs in held[:-1]), initial=0)
     return tuple(
         Span(block, base, runs, 0 if block.first_rank_only and rank else block_extent(model, block))
@@ -114,9 +114,10 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
     for spec in model.params:
         if not is_held(spec, ownership, rank):
             continue
-        if spec.likeness not in known:
-            known[spec.likeness] = _form(model, spec, ownership, rank)
-        form = known[spec.likeness]
+        key = (spec.likeness, ownership.layout_of(spec.layer))
+        if key not in known:
+            known[key] = _form(model, spec, ownership, rank)
+        form = known[key]
         start, parameter = end, spec.name.partition("[")[0]
         if parameter != before:
             start = _align(end, PARAM_ALIGN_BYTES if spec.layer == layer else LAYER_ALIGN_BYTES)
@@ -132,7 +133,7 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
 
 @dataclass(frozen=True)
 class _Form:
-    """What parameters of one likeness have in common: ``pieces`` as (block, start, length, start in its source),
+    """What parameters of one likeness have in common in layers that are cut alike: ``pieces`` as (block, start, length, start in its source),
     ``padding`` as (start, length)."""
 
     shape: tuple[int, ...]
@@ -190,9 +191,9 @@ def source_shape(model: ModelAxes, source: str) -> tuple[int, ...]:
     return sources(model)[source].shape
 
 
-def _held(block: Block, ownership: Ownership, rank: int) -> Intervals:
+def _held(block: Block, ownership: Ownership, rank: int, layer: int | None) -> Intervals:
     # A replicated extent is an axis of a single unit, held by everybody.
-    units = ((0, 1),) if block.axis is None else ownership.of(block.axis, rank)
+    units = ((0, 1),) if block.axis is None else ownership.of(block.axis, rank, layer)
     return scale(units, block.elements_per_unit)
 
 
