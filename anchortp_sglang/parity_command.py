@@ -85,6 +85,7 @@ def parity(
     model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Folder of the checkpoint.")],
     tp_size: Annotated[int, typer.Option("--tp", help="Devices on our side; stock SGLang has one.")],
     widths: Annotated[str | None, typer.Option("--widths", metavar="N,N,…", help="As --anchor-widths.")] = None,
+    rotate_heads: Annotated[bool, typer.Option("--rotate-heads", help="As --anchor-rotate-heads.")] = False,
     experts: Annotated[ExpertSplit, typer.Option("--experts", help="How experts are split.")] = ExpertSplit.TP,
     lose: Annotated[
         int | None, typer.Option("--lose", metavar="DEVICE", help="Compare, kill this device, compare again.")
@@ -113,7 +114,7 @@ def parity(
             new_tokens=tokens,
             lose=lose,
             flags=_flags(dtype, device, tokens),
-            our_flags=_our_flags(tp_size, widths, experts, lose),
+            our_flags=_our_flags(tp_size, widths, rotate_heads, experts, lose),
             stock_flags=_stock_flags(model),
             stock_answers=stock_answers,
             start_timeout_s=start_timeout_s,
@@ -188,8 +189,11 @@ def _flags(dtype: str, device: str, tokens: int) -> tuple[str, ...]:
     return tuple(word for flag in flags.items() for word in flag)
 
 
-def _our_flags(tp_size: int, widths: str | None, experts: ExpertSplit, lose: int | None) -> tuple[str, ...]:
+def _our_flags(
+    tp_size: int, widths: str | None, rotate_heads: bool, experts: ExpertSplit, lose: int | None
+) -> tuple[str, ...]:
     flags = [] if widths is None else ["--anchor-widths", widths]
+    flags += ["--anchor-rotate-heads"] if rotate_heads else []
     flags += ["--ep-size", str(tp_size)] if experts is ExpertSplit.EP else []
     flags += [] if lose is None else ["--anchor-allow-injection"]
     return tuple(flags)

@@ -40,6 +40,12 @@ HOOKS: tuple[Hook, ...] = (
         "on CPU it would pad heads and columns of shares that are unequal on purpose",
     ),
     Hook(
+        _SRT + "utils.common.make_layers",
+        "around",
+        config.around_make_layers,
+        "a layer sees its own sizes where heads or experts rotate over the layers",
+    ),
+    Hook(
         _SRT + "model_loader.loader.get_model_loader",
         "around",
         weights.around_get_model_loader,

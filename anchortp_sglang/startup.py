@@ -22,6 +22,7 @@ from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import Ownership, split, validate
+from anchortp_sglang.planning.reconfiguration import rotating_split
 from anchortp_sglang.recovery import wire
 from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
 from anchortp_sglang.recovery.coordinator import Coordinator, Policy
@@ -102,7 +103,8 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     refuse_layout_only(model)
     for caveat in caveats(config):
         log.warning("anchortp: %s", caveat)
-    ownership = split(model, tuple(range(view.tp_size)), options.widths)
+    devices = tuple(range(view.tp_size))
+    ownership = rotating_split(model, devices) if options.rotate_heads else split(model, devices, options.widths)
     _check_plan(model, ownership, checkpoint)
     kv = _plan_kv(model, ownership, view)
     install_all(allow_drift=options.allow_drift)
@@ -122,12 +124,15 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=kv,
+        rotate_heads=options.rotate_heads,
         linger_s=options.linger_s,
         server_args=_records(raw, view, kv),
         controller_pid=os.getpid(),
         stale_anchors=run_dir.stale_anchors,
     )
-    coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
+    cluster = Cluster(plan, zygote)
+    log.info("anchortp: %s", cluster.kv_capacity(ownership))
+    coordinator = Coordinator(cluster, ownership, _policy(options))
     install_coordinator(coordinator)
     return Runtime(coordinator, run_dir, port)
 
@@ -171,15 +176,16 @@ def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
     On CPU all virtual devices share the host's memory, so fewer of them hold just as many slots.
     """
     page_size = view.page_size or 1
-    heads = sum(ownership.units("kv_head", rank) for rank in range(ownership.tp_size))
-    weights = sum(shard_layout(model, ownership, r).total_bytes for r in range(ownership.tp_size))
+    ranks = range(ownership.tp_size)
+    weights = sum(shard_layout(model, ownership, rank).total_bytes for rank in ranks)
     available = psutil.virtual_memory().available
-    slot_bytes = KVPlan(1, 0, model.dtype_bytes).nbytes(model, heads)
+    one = KVPlan(1, 0, model.dtype_bytes)
+    slot_bytes = sum(one.nbytes(model, ownership, rank) for rank in ranks)
     free = int(available * (view.mem_fraction_static or 0.8)) - weights
     slots = view.max_total_tokens or max(0, free) // slot_bytes
     slots = slots // page_size * page_size
     plan = KVPlan(slots, page_size, model.dtype_bytes)
-    needed = weights + plan.nbytes(model, heads)
+    needed = weights + sum(plan.nbytes(model, ownership, rank) for rank in ranks)
     if slots < 1 or needed > available:
         raise ValueError(
             f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, "

@@ -35,9 +35,14 @@ class KVPlan:
     def rows(self) -> int:
         return self.slots + self.page_size
 
-    def nbytes(self, model: ModelAxes, kv_heads: int) -> int:
+    def nbytes(self, model: ModelAxes, ownership: Ownership, rank: int) -> int:
         """Bytes of one rank's K and V, or latents, over all layers."""
-        return model.num_layers * self.rows * kv_heads * model.kv_row * self.dtype_bytes
+        return self.rows * sum(kv_heads(model, ownership, rank)) * model.kv_row * self.dtype_bytes
+
+
+def kv_heads(model: ModelAxes, ownership: Ownership, rank: int) -> list[int]:
+    """How many KV heads a rank has in each layer."""
+    return [ownership.units("kv_head", rank, layer) for layer in range(model.num_layers)]
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,28 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from anchortp_sglang.elastic.attachment import Attachment, current, kv_segment
+from anchortp_sglang.elastic.attachment import Attachment, current, kv_heads, kv_segment
 
 
 def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
     """AROUND MHATokenToKVPool._create_buffers_normal: views of the anchor's memory, never zeroed on rebind.
 
-    Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim).
+    Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim); layers follow one
+    another, each with as many heads as the rank has there.
     """
     attachment = current()
     if attachment is None:
         original(pool)
         return
     at = attachment.assignment
-    shape = (at.kv.rows, at.ownership.units("kv_head", at.rank), at.model.head_dim)
+    heads = kv_heads(at.model, at.ownership, at.rank)
+    shape = (at.kv.rows, max(heads), at.model.head_dim)
     _check_pool(pool, attachment, MHATokenToKVPool, shape, *pool._kv_buffer_shapes())
-    blocks = _memory(pool, attachment).view(pool.layer_num, 2, *shape)
-    pool.k_buffer = [blocks[layer, 0] for layer in range(pool.layer_num)]
-    pool.v_buffer = [blocks[layer, 1] for layer in range(pool.layer_num)]
+    head = 2 * at.kv.rows * at.model.head_dim  # elements of K and V
+    layers = _memory(pool, attachment).split([head * each for each in heads])
+    blocks = [layer.view(2, at.kv.rows, -1, at.model.head_dim) for layer in layers]
+    pool.k_buffer = [block[0] for block in blocks]
+    pool.v_buffer = [block[1] for block in blocks]
 
 
 def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> None:

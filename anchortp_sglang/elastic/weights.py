@@ -23,6 +23,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from anchortp_sglang.elastic.attachment import Attachment, current, weights_segment
 from anchortp_sglang.elastic.checkpoint import Checkpoint
+from anchortp_sglang.elastic.config import building
 from anchortp_sglang.planning.layout import Placed, ShardLayout, fill_moves, moved_bytes, shard_layout
 
 
@@ -126,7 +127,7 @@ class AnchorModelLoader(BaseModelLoader):
         assert attachment is not None and filler is not None
         filler.waited_from = time.monotonic()
         # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
-        with set_default_torch_dtype(model_config.dtype), torch.device(device_config.device):
+        with set_default_torch_dtype(model_config.dtype), torch.device(device_config.device), building(model_config):
             quantization = _get_quantization_config(model_config, self.load_config)
             model = _initialize_model(model_config, self.load_config, quantization)
         addresses = bind(model, attachment)

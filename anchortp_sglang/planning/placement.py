@@ -20,8 +20,22 @@ layouts of those layers."""
 def equal_split(model: PlanModel, devices: Sequence[int], weights: Sequence[int] | None = None) -> LayerOwnership:
     """Intervals in the order of the devices, in proportion to ``weights``, all alike by default. Units that do not
     divide rotate over the layers. Raises InfeasiblePlan if an axis has too few units."""
-    nobody: dict[str, Layout] = {group.name: ((),) * len(devices) for group in model.sharded}
-    return _place(model, tuple(devices), tuple(weights or (1,) * len(devices)), nobody, _contiguous)
+    return _place(
+        model, tuple(devices), tuple(weights or (1,) * len(devices)), _held_by_nobody(model, devices), _contiguous
+    )
+
+
+def split_without_rotation(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
+    """Equal shares that are the same in all layers that are built alike. Raises InfeasiblePlan."""
+
+    def alike(group: AxisGroup, leads: bool, held: Sequence[Layout], weights: Sequence[int]) -> tuple[Layout, ...]:
+        return _contiguous(group, leads, held[:1], (1,) * len(devices)) * len(held)
+
+    return _place(model, tuple(devices), (1,) * len(devices), _held_by_nobody(model, devices), alike)
+
+
+def _held_by_nobody(model: PlanModel, devices: Sequence[int]) -> dict[str, Layout]:
+    return {group.name: ((),) * len(devices) for group in model.sharded}
 
 
 def stock_split(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:

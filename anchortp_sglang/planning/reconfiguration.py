@@ -90,16 +90,24 @@ def planned_axes(model: ModelAxes, rotate: bool = False) -> PlanModel:
                 add(block.axis, spec.layer, TensorPart(block.source, shape, spec.element_bytes, spec.dim, per_unit))
     units = model.axes
     groups = [
-        _group(model, axis, units[axis], layer, tuple(found))
+        _group(model, axis, units[axis], layer, tuple(parts[axis][layer]))
         for axis in ("q_head", "kv_head", *(each.axis for each in model.columns))
-        for layer, found in parts[axis].items()
+        # A latent KV head has no weights that are split; its holders follow the query heads all the same.
+        for layer in parts["q_head" if axis == "kv_head" else axis]
     ]
     return PlanModel(model.architecture, model.num_layers, model.dtype, "", None, tuple(groups))
 
 
 def _group(model: ModelAxes, axis: str, units: int, layer: int | None, parts: tuple[TensorPart, ...]) -> AxisGroup:
     where = "" if layer is None else f" of layer {layer}"
-    if axis not in ("q_head", "kv_head"):
-        return axis_group(axis + where, axis, units, parts, layer=layer)
-    shared = {"kind": "shared", "follows": "q_head" + where} if axis == "kv_head" else {}
-    return axis_group(axis + where, axis, units, parts, layer=layer, grain=model.group_size, **shared)
+    follows = "q_head" + where if axis == "kv_head" else None
+    return axis_group(
+        axis + where,
+        axis,
+        units,
+        parts,
+        kind="shared" if follows else "split",
+        layer=layer,
+        grain=model.group_size if axis in ("q_head", "kv_head") else 1,
+        follows=follows,
+    )

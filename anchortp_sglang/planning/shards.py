@@ -133,8 +133,8 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
 
 @dataclass(frozen=True)
 class _Form:
-    """What parameters of one likeness have in common in layers that are cut alike: ``pieces`` as (block, start, length, start in its source),
-    ``padding`` as (start, length)."""
+    """What parameters of one likeness have in common in layers that are cut alike: ``pieces`` as (block, start,
+    length, start in its source), ``padding`` as (start, length)."""
 
     shape: tuple[int, ...]
     nbytes: int

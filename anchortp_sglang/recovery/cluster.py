@@ -26,6 +26,7 @@ from anchortp_sglang.elastic.attachment import (
     lanes_segment,
     weights_segment,
 )
+from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.memory.page_table import PageTable
 from anchortp_sglang.planning.layout import shard_layout
@@ -45,8 +46,8 @@ ANCHOR_TIMEOUT_S = 10.0
 class ServerPlan:
     """What does not change over a server's life.
 
-    ``server_args``: tp_size -> resolved ServerArgs. ``stale_anchors``: devices whose anchors linger in the run
-    directory from a server that died.
+    ``rotate_heads``: heads and experts that do not divide rotate over the layers. ``server_args``: tp_size -> resolved
+    ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
     """
 
     run_dir: Path
@@ -55,6 +56,7 @@ class ServerPlan:
     checkpoint: Path
     model: ModelAxes
     kv: KVPlan
+    rotate_heads: bool
     linger_s: float
     server_args: Callable[[int], Any]
     controller_pid: int
@@ -69,6 +71,7 @@ class Cluster:
         self.zygote = zygote
         self.anchors: dict[int, AnchorProcess] = {}
         self._clients: dict[int, AnchorClient] = {}
+        self._capacities: dict[Ownership, KVCapacity] = {}
         self._spares: list[Child] = []
         self._store: Any = None
         self.port_args: Any = None
@@ -148,7 +151,7 @@ class Cluster:
         plan = self.plan
         for index, device in enumerate(ownership.devices):
             layout = shard_layout(plan.model, ownership, index)
-            kv_bytes = plan.kv.nbytes(plan.model, ownership.units("kv_head", index))
+            kv_bytes = plan.kv.nbytes(plan.model, ownership, index)
             client = self.client(device)
             client.allocate(number, weights_segment(ownership), layout.total_bytes, lazy=False)
             client.allocate(number, kv_segment(ownership), kv_bytes, lazy=True)
@@ -170,6 +173,13 @@ class Cluster:
             self.client(device).seal(generation.number, weights_segment(generation.ownership))
         for device in (HOST_DEVICE, *generation.ownership.devices):
             self._release(device, generation.number, keep=keep.__contains__)
+
+    def kv_capacity(self, ownership: Ownership) -> KVCapacity:
+        """How many KV slots fit with this ownership and with the other kind; worked out once for each."""
+        if ownership not in self._capacities:
+            plan = self.plan
+            self._capacities[ownership] = kv_capacity(plan.model, plan.kv, ownership, plan.rotate_heads)
+        return self._capacities[ownership]
 
     @staticmethod
     def segments_of(generation: Generation) -> frozenset[str]:

@@ -274,7 +274,8 @@ class Coordinator:
         if not verdict.lost:
             return self._held
         try:
-            return reconfigure(self.cluster.plan.model, self._held, survivors)
+            plan = self.cluster.plan
+            return reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 

@@ -16,7 +16,12 @@ def experts_checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param((), id="columns"), pytest.param(("--ep-size", "3"), id="whole experts")]
+    "flags",
+    [
+        pytest.param((), id="columns"),
+        pytest.param(("--ep-size", "3"), id="whole experts"),
+        pytest.param(("--ep-size", "3", "--anchor-rotate-heads"), id="whole experts and heads that rotate"),
+    ],
 )
 def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, experts_checkpoint, flags):
     with launch(3, *flags, model=experts_checkpoint) as server:

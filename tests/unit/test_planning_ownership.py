@@ -197,7 +197,9 @@ def test_an_ownership_is_a_value_that_survives_json() -> None:
     assert "device 1: q_head 6-8  kv_head 2-2" in str(first)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"devices":[0],"layouts":[{}],"layers":[]}', '{"devices":["x"],"layouts":[],"layers":[]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"devices":[0],"layouts":[{}],"layers":[]}', '{"devices":["x"],"layouts":[],"layers":[]}']
+)
 def test_text_that_is_no_ownership_is_refused(text: str) -> None:
     with pytest.raises(InvalidOwnership):
         Ownership.from_json(text)
