@@ -17,10 +17,12 @@ Tensors = dict[str, np.ndarray]
 
 
 class Share:
-    """What a rank has of each axis, as numbers of heads, columns, rows and experts."""
+    """What a rank has of each axis in a layer, as numbers of heads, columns, rows and experts."""
 
-    def __init__(self, model: ModelAxes, ownership: Ownership, rank: int, config: dict[str, Any]) -> None:
-        held = {axis: [u for a, b in ranks[rank] for u in range(a, b)] for axis, ranks in ownership.shares}
+    def __init__(
+        self, model: ModelAxes, ownership: Ownership, rank: int, config: dict[str, Any], layer: int = 0
+    ) -> None:
+        held = {axis: [u for a, b in ownership.of(axis, rank, layer) for u in range(a, b)] for axis in model.axes}
         columns = {
             each.axis: [unit * each.unit + n for unit in held[each.axis] for n in range(each.unit)]
             for each in model.columns
@@ -34,6 +36,12 @@ class Share:
     def of_heads(self, heads: Sequence[int], size: int | None = None) -> list[int]:
         size = size or self.head_dim
         return [head * size + n for head in heads for n in range(size)]
+
+
+def layer_of(name: str) -> int:
+    """The layer of a parameter; 0 for one outside of the layers, of which only the vocabulary is split."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else 0
 
 
 def expected(name: str, whole: Tensors, share: Share) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layout_oracle import Share, Tensors, expected
+from layout_oracle import Share, Tensors, expected, layer_of
 from safetensors.numpy import load_file
 
 from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
@@ -17,7 +17,7 @@ from anchortp_sglang.planning.catalog import read_plan_model
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership import Ownership, split
-from anchortp_sglang.planning.reconfiguration import reconfigure
+from anchortp_sglang.planning.reconfiguration import reconfigure, rotating_split
 from anchortp_sglang.planning.shards import sources
 
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 96, "num_q_heads": 8, "num_kv_heads": 4, "shards": 2}
@@ -78,6 +78,9 @@ def ownerships(model: ModelAxes) -> Iterator[Ownership]:
     wide = split(model, range(4))
     yield reconfigure(model, wide, (0, 2, 3))
     yield reconfigure(model, reconfigure(model, wide, (1, 2, 3)), (1, 3))
+    rotated = rotating_split(model, range(3))
+    yield rotated
+    yield reconfigure(model, rotated, (0, 2), rotate=True)
 
 
 @pytest.mark.parametrize("whole_experts", [False, True])
@@ -93,8 +96,8 @@ def test_parameters_of_each_rank_are_slices_of_the_checkpoint(
     model = read_model_axes(config, whole_experts=whole_experts)
     for ownership in ownerships(model):
         for rank, found in enumerate(read_ranks(folder, model, ownership)):
-            share = Share(model, ownership, rank, config)
             for name, tensor in found.items():
+                share = Share(model, ownership, rank, config, layer_of(name))
                 np.testing.assert_array_equal(tensor, expected(name, whole, share), err_msg=f"{name} of rank {rank}")
 
 
