@@ -34,7 +34,7 @@ def anchored_generate(model, prompts, max_new_tokens, **arguments):
     """Ours."""
     from anchortp_sglang import Engine
 
-    engine = Engine(model_path=model, **ENGINE_FLAGS, **arguments)
+    engine = Engine(model_path=model, **(ENGINE_FLAGS | arguments))
     answers = _generate(engine, prompts, max_new_tokens)
     engine.shutdown()
     return answers
