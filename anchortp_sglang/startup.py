@@ -16,9 +16,11 @@ from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError,
 from anchortp_sglang.early import read_config, reserve_port
 from anchortp_sglang.elastic.attachment import KVPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
+from anchortp_sglang.elastic.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.hooking import HookError
 from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.expert_load import ExpertCounts, imbalance, spread_hot_experts
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import Ownership, split, validate
@@ -93,6 +95,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     _refuse(server_args)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint)
+    expert_counts = server_args.init_expert_location
+    # Experts are dealt by us: SGLang's own tables have as many on each rank.
+    server_args.init_expert_location = raw["init_expert_location"] = NONE
     server_args.resolve_once()
     view = _view(server_args)
     _refuse(view)
@@ -105,6 +110,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         log.warning("anchortp: %s", caveat)
     devices = tuple(range(view.tp_size))
     ownership = rotating_split(model, devices) if options.rotate_heads else split(model, devices, options.widths)
+    counts = None if expert_counts == NONE else read_expert_counts(expert_counts, model)
+    if counts is not None:
+        ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
     kv = _plan_kv(model, ownership, view)
     install_all(allow_drift=options.allow_drift)
@@ -125,6 +133,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         model=model,
         kv=kv,
         rotate_heads=options.rotate_heads,
+        expert_counts=counts,
         linger_s=options.linger_s,
         server_args=_records(raw, view, kv),
         controller_pid=os.getpid(),
@@ -155,6 +164,17 @@ def _check_ep_size(view: Any) -> None:
             f"--ep-size {view.ep_size} with --tp-size {view.tp_size} is not supported: experts are dealt to all "
             "devices (the same size) or cut over all of them (leave --ep-size out)"
         )
+
+
+def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Ownership:
+    spread = spread_hot_experts(model, ownership, counts)
+    log.info(
+        "anchortp: by %s the busiest device has %.2f times the mean load of experts; in order it would have %.2f",
+        FLAG,
+        imbalance(spread, counts),
+        imbalance(ownership, counts),
+    )
+    return spread
 
 
 def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:

@@ -73,9 +73,9 @@ class Ownership:
         return tuple(dict(shares) for shares in self.layouts)
 
     @cached_property
-    def _alike(self) -> frozenset[str]:
-        """The axes of which all layers have the same shares."""
-        return frozenset(axis for axis, ranks in self.layouts[0] if all(one[axis] == ranks for one in self._by_axis))
+    def by_layer(self) -> frozenset[str]:
+        """The axes of which layers have different shares."""
+        return frozenset(axis for axis, ranks in self.layouts[0] if any(one[axis] != ranks for one in self._by_axis))
 
     def layout_of(self, layer: int | None) -> int:
         """The index of a layer's layout: layers that have the same one are cut alike."""
@@ -86,7 +86,7 @@ class Ownership:
 
         Raises KeyError for an unknown axis, and for one of which layers have different shares if no layer is given.
         """
-        if layer is None and self.layers and axis not in self._alike:
+        if layer is None and axis in self.by_layer:
             raise KeyError(f"shares of {axis} differ by layer, and none was named")
         return self._by_axis[self.layout_of(layer)][axis]
 

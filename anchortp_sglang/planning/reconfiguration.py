@@ -6,7 +6,7 @@ they are.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from anchortp_sglang.planning.layer_ownership import LayerOwnership, Layout, layer_ownership
 from anchortp_sglang.planning.migration_types import InfeasiblePlan
@@ -26,7 +26,7 @@ def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
 
     Raises InvalidOwnership if there are too few units for so many devices.
     """
-    planned = planned_axes(model, rotate=True)
+    planned = planned_axes(model, ROTATING)
     try:
         return _as_it_runs(model, planned, equal_split(planned, devices))
     except InfeasiblePlan as error:
@@ -36,19 +36,17 @@ def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
 def reconfigure(model: ModelAxes, previous: Ownership, survivors: Sequence[int], rotate: bool = False) -> Ownership:
     """Who holds what once only ``survivors`` are left, in the order of ``previous``.
 
-    They keep all that they have and share out what is lost ("adopt"), with ``rotate`` in each layer for itself:
-    nothing moves between them but the rows of the vocabulary whose cut shifts, and heads where all devices with some
-    KV head died. Raises InvalidOwnership if a survivor is none of the previous devices, if there are too few units
-    for all of them, or without ``rotate`` if ``previous`` is not alike in all layers.
+    They keep all that they have and share out what is lost ("adopt"): nothing moves between them but the rows of the
+    vocabulary whose cut shifts, and heads where all devices with some KV head died. What differs by layer, or with
+    ``rotate`` may, is shared out in each layer for itself. Raises InvalidOwnership if a survivor is none of the
+    previous devices, or if there are too few units for all of them.
     """
     if not survivors or set(survivors) - set(previous.devices):
         raise InvalidOwnership(f"survivors {list(survivors)} must be some of {list(previous.devices)}")
-    if previous.layers and not rotate:
-        raise InvalidOwnership("shares that differ by layer can only be shared out layer by layer")
     devices = tuple(device for device in previous.devices if device in set(survivors))
     if devices == previous.devices:
         return previous
-    planned = planned_axes(model, rotate)
+    planned = planned_axes(model, previous.by_layer.union(ROTATING if rotate else ()))
     held = {group.name: previous.ranks(group.axis, group.layer) for group in planned.sharded}
     try:
         new = place(planned, layer_ownership(previous.devices, held), devices, "adopt", (1,) * len(devices))
@@ -71,13 +69,13 @@ def _as_it_runs(model: ModelAxes, planned: PlanModel, made: LayerOwnership) -> O
     return ownership
 
 
-def planned_axes(model: ModelAxes, rotate: bool = False) -> PlanModel:
-    """The model with the groups that the planner is free to cut: one per axis for all layers together, or of those
-    in ``ROTATING`` with ``rotate`` one in each layer that has the axis."""
+def planned_axes(model: ModelAxes, by_layer: Container[str] = ()) -> PlanModel:
+    """The model with the groups that the planner is free to cut: one per axis for all layers together, or of the axes
+    ``by_layer`` one in each layer that has it."""
     parts: defaultdict[str, defaultdict[int | None, list[TensorPart]]] = defaultdict(lambda: defaultdict(list))
 
     def add(axis: str, layer: int | None, part: TensorPart) -> None:
-        parts[axis][layer if rotate and axis in ROTATING else None].append(part)
+        parts[axis][layer if axis in by_layer else None].append(part)
 
     for spec in model.params:
         for block in spec.blocks:

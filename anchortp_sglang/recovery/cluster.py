@@ -29,6 +29,7 @@ from anchortp_sglang.elastic.attachment import (
 from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.memory.page_table import PageTable
+from anchortp_sglang.planning.expert_load import ExpertCounts
 from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
@@ -46,8 +47,9 @@ ANCHOR_TIMEOUT_S = 10.0
 class ServerPlan:
     """What does not change over a server's life.
 
-    ``rotate_heads``: heads and experts that do not divide rotate over the layers. ``server_args``: tp_size -> resolved
-    ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
+    ``rotate_heads``: heads and experts that do not divide rotate over the layers. ``expert_counts``: by which experts
+    are dealt. ``server_args``: tp_size -> resolved ServerArgs. ``stale_anchors``: devices whose anchors linger in the
+    run directory from a server that died.
     """
 
     run_dir: Path
@@ -57,6 +59,7 @@ class ServerPlan:
     model: ModelAxes
     kv: KVPlan
     rotate_heads: bool
+    expert_counts: ExpertCounts | None
     linger_s: float
     server_args: Callable[[int], Any]
     controller_pid: int

@@ -14,6 +14,7 @@ from typing import Any
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
+from anchortp_sglang.planning.expert_load import spread_hot_experts
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
 from anchortp_sglang.recovery import heartbeat, machine
@@ -273,9 +274,12 @@ class Coordinator:
             self._kv_valid = False
         if not verdict.lost:
             return self._held
+        plan = self.cluster.plan
         try:
-            plan = self.cluster.plan
-            return reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
+            ownership = reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
+            if plan.expert_counts is None:
+                return ownership
+            return spread_hot_experts(plan.model, ownership, plan.expert_counts, self._held)
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 

@@ -1,12 +1,14 @@
 """Unequal shards compute what one device computes: tokens and logprobs of stock SGLang at TP=1."""
 
 import functools
+import json
 
 import pytest
 
 MOST_APART = 1e-4
 NEW_TOKENS = 32
 PROMPTS = [[(7 * position + 31 * seed) % 480 for position in range(n)] for seed, n in enumerate((1, 5, 33, 128, 300))]
+HOT = json.dumps({"logical_count": [[100 if expert % 8 == layer else 1 for expert in range(16)] for layer in range(3)]})
 
 LAYOUTS = [
     pytest.param("qwen3", {"tp_size": 1}, id="qwen3-tp1"),
@@ -39,6 +41,9 @@ LAYOUTS = [
     pytest.param("deepseek_v2", {"tp_size": 3}, id="deepseek_v2-tp3-columns"),
     pytest.param("deepseek_v3", {"tp_size": 4}, id="deepseek_v3-tp4-columns"),
     pytest.param("deepseek_v3", {"tp_size": 3, "ep_size": 3}, id="deepseek_v3-ep3"),
+    pytest.param(
+        "qwen3_moe", {"tp_size": 3, "ep_size": 3, "init_expert_location": HOT}, id="qwen3_moe-ep3-hot-experts"
+    ),
 ]
 
 

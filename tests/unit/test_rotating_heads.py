@@ -180,12 +180,6 @@ def test_whatever_splits_alike_splits_rotating(heads: tuple[int, int]) -> None:
             assert kv_capacity(axes, KV, ownership, rotating=False).slots_alike == KV.slots
 
 
-def test_heads_that_rotate_are_not_shared_out_alike_in_all_layers() -> None:
-    axes = model((12, 4), num_hidden_layers=3)
-    with pytest.raises(InvalidOwnership, match="layer by layer"):
-        reconfigure(axes, rotating_split(axes, range(3)), [0, 1])
-
-
 def test_too_many_devices_are_refused_as_without_rotation() -> None:
     with pytest.raises(InvalidOwnership, match="no units of q_head"):
         rotating_split(model((6, 2)), range(7))
