@@ -58,8 +58,8 @@ def weight_bytes(model: ModelAxes, ownership: Ownership) -> tuple[int, ...]:
         for block in spec.blocks:
             row_bytes = prod(spec.rest) * spec.element_bytes
             if spec.expert is not None:
-                # All experts are alike, and each is a unit.
-                of_unit["expert", spec.layer] += row_bytes * block_extent(model, block) if spec.expert == 0 else 0
+                if spec.expert == 0:  # the others are as large
+                    of_unit["expert", spec.layer] += row_bytes * block_extent(model, block)
             elif block.axis is None:
                 whole += row_bytes * block.elements_per_unit
             else:

@@ -203,6 +203,15 @@ def test_layouts_that_are_not_canonical_are_refused(used: tuple[int, ...], layer
         dataclasses.replace(ownership, layouts=tuple(ownership.layouts[n] for n in used), layers=layers)
 
 
+def test_a_unit_missing_in_one_layer_is_noticed() -> None:
+    axes = model((12, 4), num_hidden_layers=4)
+    ownership = rotating_split(axes, range(3))
+    *others, last = ownership.layouts
+    short = tuple((axis, (*ranks[:2], ((11, 12),)) if axis == "q_head" else ranks) for axis, ranks in last)
+    with pytest.raises(InvalidOwnership, match=r"q_head: units .* are on no rank"):
+        validate(axes, dataclasses.replace(ownership, layouts=(*others, short)))
+
+
 def test_shares_of_another_number_of_layers_are_refused() -> None:
     ownership = rotating_split(model((12, 4), num_hidden_layers=4), range(3))
     with pytest.raises(InvalidOwnership, match="4 layers for a model of 5"):
