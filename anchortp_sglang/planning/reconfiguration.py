@@ -86,23 +86,21 @@ def planned_axes(model: ModelAxes, by_layer: Container[str] = ()) -> PlanModel:
             elif block.axis not in (None, "vocab"):
                 per_unit = block.elements_per_unit
                 add(block.axis, spec.layer, TensorPart(block.source, shape, spec.element_bytes, spec.dim, per_unit))
-    units = model.axes
     groups = [
-        _group(model, axis, units[axis], layer, tuple(parts[axis][layer]))
+        _group(model, axis, layer, tuple(parts[axis][layer]))
         for axis in ("q_head", "kv_head", *(each.axis for each in model.columns))
-        # A latent KV head has no weights that are split; its holders follow the query heads all the same.
-        for layer in parts["q_head" if axis == "kv_head" else axis]
+        for layer in tuple(parts["q_head" if axis == "kv_head" else axis])
     ]
     return PlanModel(model.architecture, model.num_layers, model.dtype, "", None, tuple(groups))
 
 
-def _group(model: ModelAxes, axis: str, units: int, layer: int | None, parts: tuple[TensorPart, ...]) -> AxisGroup:
+def _group(model: ModelAxes, axis: str, layer: int | None, parts: tuple[TensorPart, ...]) -> AxisGroup:
     where = "" if layer is None else f" of layer {layer}"
     follows = "q_head" + where if axis == "kv_head" else None
     return axis_group(
         axis + where,
         axis,
-        units,
+        model.axes[axis],
         parts,
         kind="shared" if follows else "split",
         layer=layer,
