@@ -12,7 +12,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from anchortp_sglang.cpu import latent_attention, sgl_kernel_stub
+from anchortp_sglang.cpu import sgl_kernel_stub
 from anchortp_sglang.cpu.environment import cpu_defaults
 from anchortp_sglang.platform import as_arguments, given_flags, tp_size_of
 
@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
     if (given.get("device") or "cpu") == "cpu":
         argv = [*argv, *_prepare_cpu(given)]
     if absorb:
+        from anchortp_sglang.cpu import latent_attention
+
         latent_attention.register()
     sys.argv = [sys.argv[0], *argv]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
