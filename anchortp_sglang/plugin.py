@@ -119,6 +119,12 @@ HOOKS: tuple[Hook, ...] = (
         "no rank writes KV before rank 0 has freed and allocated the slots",
     ),
     Hook(
+        _MEMORY + "allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
+        "before",
+        prefixes.before_release_page_ids,
+        "the same with pages of several slots",
+    ),
+    Hook(
         _SCHEDULER + "process_batch_result",
         "before",
         prefixes.before_process_batch_result,

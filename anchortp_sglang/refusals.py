@@ -127,13 +127,16 @@ def _check_device(view: Any) -> list[Refusal]:
     ]
 
 
+KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}
+"""``--kv-cache-dtype`` besides "auto", the model's: bytes of one element as it is stored."""
+
+
 def _check_kv_cache_dtype(view: Any) -> list[Refusal]:
     kv_dtype = _get(view, "kv_cache_dtype") or "auto"
-    same = {"auto"} | ({"bf16", "bfloat16"} if _get(view, "dtype") == "bfloat16" else set())
-    if kv_dtype in same:
+    if kv_dtype == "auto" or kv_dtype in KV_DTYPE_BYTES:
         return []
-    why = "KV buffers in the anchors have the model's dtype"
-    return [_refusal("kv_cache_dtype", kv_dtype, why, "use --kv-cache-dtype auto")]
+    why = "KV buffers of packed elements or with scales of their own are not kept in the anchors"
+    return [_refusal("kv_cache_dtype", kv_dtype, why, f"use one of auto, {', '.join(KV_DTYPE_BYTES)}")]
 
 
 def _check_sampling_params(params: Any) -> str | None:

@@ -169,12 +169,6 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     ),
     # --- KV and scheduling --------------------------------------------------------------------------
     FlagRule(
-        "page_size",
-        "the page table that outlives a rank has one entry per token",
-        "use --page-size 1",
-        allowed=(1,),
-    ),
-    FlagRule(
         "enable_hierarchical_cache hicache_storage_backend enable_unified_cache_external_linker "
         "enable_hisparse enable_lmcache enable_flexkv",
         "a second tier of KV would go on with slots that a recovery has renumbered",

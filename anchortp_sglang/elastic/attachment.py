@@ -11,6 +11,7 @@ from pathlib import Path
 
 from anchortp_sglang.anchor.client import AnchorClient
 from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, kv_layout
 from anchortp_sglang.planning.layout import ShardLayout, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
@@ -21,36 +22,20 @@ _ANCHOR_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
-class KVPlan:
-    """KV slots of every rank: the same number everywhere, whatever the rank's share of the heads.
+class MirrorPlan:
+    """The KV mirror in host memory: slots it can hold, and the bytes per second that may be copied to it."""
 
-    ``rows`` = slots + page_size, as SGLang's pools lay them out (the first page is padding).
-    """
-
-    slots: int
-    page_size: int
-    dtype_bytes: int
-
-    @property
-    def rows(self) -> int:
-        return self.slots + self.page_size
-
-    def nbytes(self, model: ModelAxes, ownership: Ownership, rank: int) -> int:
-        """Bytes of one rank's K and V, or latents, over all layers."""
-        return self.rows * sum(kv_heads(model, ownership, rank)) * model.kv_row * self.dtype_bytes
-
-
-def kv_heads(model: ModelAxes, ownership: Ownership, rank: int) -> list[int]:
-    """How many KV heads a rank has in each layer."""
-    return [ownership.units("kv_head", rank, layer) for layer in range(model.num_layers)]
+    rows: int
+    bytes_per_s: float
 
 
 @dataclass(frozen=True)
 class Assignment:
     """One rank's part of a generation; made by the coordinator, sent to the rank over its pipe.
 
-    ``previous``: the ownership whose complete weights this device's anchor still holds, None when there are
-    none; equal to ``ownership`` when nothing is to be moved.
+    ``previous``: the ownership whose complete weights the anchors still hold, None when there are none; equal to
+    ``ownership`` when nothing is to be moved. ``previous_kv``: the slots of its KV. ``restore_prefixes``: whether its
+    KV and page table may be used. ``running``: chain hashes of the open requests' tokens, as bytes of uint64.
     """
 
     generation: int
@@ -63,18 +48,34 @@ class Assignment:
     ownership: Ownership
     previous: Ownership | None
     kv: KVPlan
+    previous_kv: KVPlan
     restore_prefixes: bool
+    mirror: MirrorPlan | None
+    running: bytes = b""
+
+
+def kv_namespace(checkpoint: Path, model: ModelAxes) -> bytes:
+    """Ties KV to what it was computed with: the checkpoint and its dtype."""
+    return f"{checkpoint}\0{model.dtype}".encode()
 
 
 def weights_segment(ownership: Ownership) -> str:
     return f"weights-{ownership.digest()}"
 
 
-def kv_segment(ownership: Ownership) -> str:
-    return f"kv-{ownership.digest()}"
+def kv_segment(layout: KVLayout) -> str:
+    """Named by its layout: a device whose heads and slots stay the same keeps its KV where it is."""
+    return f"kv-{layout.digest()}"
 
 
-PAGE_TABLE_SEGMENT = "page-table"
+def page_table_segment(ownership: Ownership, plan: KVPlan) -> str:
+    """Of the KV of this ownership. With another one comes another table: the old one stays whole until it is ready."""
+    return f"page-table-{ownership.digest()}-{plan.rows}"
+
+
+def mirror_segment(plan: MirrorPlan) -> str:
+    """Lives through all ownerships."""
+    return f"kv-mirror-{plan.rows}"
 
 
 def lanes_segment(generation: int) -> str:
@@ -87,8 +88,21 @@ class Attachment:
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
-        self.layout: ShardLayout = shard_layout(assignment.model, assignment.ownership, assignment.rank)
+        at = assignment
+        self.layout: ShardLayout = shard_layout(at.model, at.ownership, at.rank)
+        self.kv_layout: KVLayout = kv_layout(at.model, at.kv, at.ownership, at.rank)
         self.fds: dict[tuple[int, str], int] = {}
+        self._kv_memory: mmap.mmap | None = None
+
+    def kv_memory(self) -> mmap.mmap:
+        """This rank's KV segment, writable; mapped once."""
+        if self._kv_memory is None:
+            self._kv_memory = self.map(self.assignment.device, kv_segment(self.kv_layout), writable=True)
+        return self._kv_memory
+
+    @property
+    def namespace(self) -> bytes:
+        return kv_namespace(self.assignment.checkpoint, self.assignment.model)
 
     def map(self, device: int, segment: str, writable: bool) -> mmap.mmap:
         """Map a segment of a device's anchor (HOST_DEVICE: the host anchor's). Its descriptor is kept, so that an

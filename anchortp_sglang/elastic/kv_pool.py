@@ -1,12 +1,13 @@
 """KV buffers in the anchor's memory, of the same number of slots on every rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from anchortp_sglang.elastic.attachment import Attachment, current, kv_heads, kv_segment
+from anchortp_sglang.elastic.attachment import Attachment, current
+from anchortp_sglang.planning.intervals import total
 
 
 def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
@@ -19,15 +20,13 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
     if attachment is None:
         original(pool)
         return
-    at = attachment.assignment
-    heads = kv_heads(at.model, at.ownership, at.rank)
-    shape = (at.kv.rows, max(heads), at.model.head_dim)
+    at, layout = attachment.assignment, attachment.kv_layout
+    shape = (at.kv.rows, max(total(group.heads) for group in layout.groups), at.model.head_dim)
     _check_pool(pool, attachment, MHATokenToKVPool, shape, *pool._kv_buffer_shapes())
-    head = 2 * at.kv.rows * at.model.head_dim  # elements of K and V
-    layers = _memory(pool, attachment).split([head * each for each in heads])
-    blocks = [layer.view(2, at.kv.rows, -1, at.model.head_dim) for layer in layers]
-    pool.k_buffer = [block[0] for block in blocks]
-    pool.v_buffer = [block[1] for block in blocks]
+    pool.k_buffer, pool.v_buffer = [], []
+    for k, v in _layers(pool, attachment, at.model.head_dim):
+        pool.k_buffer.append(k)
+        pool.v_buffer.append(v)
 
 
 def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> None:
@@ -39,14 +38,16 @@ def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> Non
     at = attachment.assignment
     shape = (at.kv.rows, 1, at.model.kv_row)
     _check_pool(pool, attachment, MLATokenToKVPool, shape, (pool.size + pool.page_size, 1, pool.kv_cache_dim))
-    blocks = _memory(pool, attachment).view(pool.layer_num, *shape)
-    pool.kv_buffer = list(blocks)
+    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, at.model.kv_row)]
 
 
-def _memory(pool: Any, attachment: Attachment) -> torch.Tensor:
-    at = attachment.assignment
-    memory = attachment.map(at.device, kv_segment(at.ownership), writable=True)
-    return torch.frombuffer(memory, dtype=pool.store_dtype)
+def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
+    """Each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
+    layout = attachment.kv_layout
+    flat = torch.frombuffer(attachment.kv_memory(), dtype=torch.uint8)
+    for group in layout.groups:
+        units = flat[group.offset_bytes : group.offset_bytes + layout.group_bytes(group)].view(pool.store_dtype)
+        yield from units.view(*layout.shape(group), unit)
 
 
 def _check_pool(

@@ -14,6 +14,8 @@ from typing import Any
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
+from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
+from anchortp_sglang.memory.namespaces import namespace_seed
 from anchortp_sglang.planning.expert_load import spread_hot_experts
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
@@ -21,7 +23,8 @@ from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
-from anchortp_sglang.recovery.generation import Generation, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
@@ -62,6 +65,8 @@ class Coordinator:
         self.recoveries = Recoveries()
         self.ledger: Ledger | None = None
         self.generation: Generation | None = None
+        self.kv_books: KVBooks | None = None
+        """Of the last generation that was ready."""
         self._held: Ownership | None = None  # whose complete weights the anchors hold
         self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
         self._number = 0
@@ -239,7 +244,11 @@ class Coordinator:
             new.kill()  # given up while the fork was under way
             raise Unrecoverable("abandoned")
         assert self.state.deadline_at is not None
-        await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
+        try:
+            await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
+        except KVUnusable:
+            self._kv_valid = False
+            raise
         self._take_stock(new)
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
@@ -270,16 +279,17 @@ class Coordinator:
                 f"{len(survivors)} of {len(self.configured.devices)} devices are left, "
                 f"--anchor-min-devices is {self.policy.min_devices}"
             )
-        if verdict.lost or not self.cluster.anchor_alive(HOST_DEVICE):
-            self._kv_valid = False
+        if not self.cluster.anchor_alive(HOST_DEVICE):
+            self._kv_valid = False  # nobody knows what the slots hold
         if not verdict.lost:
             return self._held
         plan = self.cluster.plan
         try:
             ownership = reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
-            if plan.expert_counts is None:
-                return ownership
-            return spread_hot_experts(plan.model, ownership, plan.expert_counts, self._held)
+            if plan.expert_counts is not None:
+                ownership = spread_hot_experts(plan.model, ownership, plan.expert_counts, self._held)
+            plan.kv_of(ownership)
+            return ownership
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 
@@ -289,15 +299,27 @@ class Coordinator:
         if not cluster.anchor_alive(HOST_DEVICE):
             cluster.start_one_anchor(HOST_DEVICE, self._number)
         cluster.fence(self._number, ownership.devices)
-        if ownership != held:
+        if not self._kv_valid:
             cluster.release_kv(self._number, held)
         cluster.allocate(self._number, ownership)
-        return cluster.start_ranks(self._number, ownership, held, restore_prefixes=self._kv_valid)
+        return cluster.start_ranks(self._number, ownership, held, self._kv_valid, self._running(ownership))
+
+    def _running(self, ownership: Ownership) -> bytes:
+        """Chain hashes of what open requests have, where there is less room for KV than before: they go first."""
+        plan = self.cluster.plan
+        assert self._held is not None and self.ledger is not None
+        if plan.kv_of(ownership).slots >= plan.kv_of(self._held).slots:
+            return b""
+        hasher, root = RunHasher(), root_hash(plan.namespace)
+        return b"".join(
+            hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in self.ledger.open_tokens()
+        )
 
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""
         self._held, self._kv_valid = generation.ownership, True
         self._detection.lanes[generation.number] = self.cluster.map_lanes(generation.number)
+        self.kv_books = self.cluster.open_kv_books(generation)
 
     async def _settle(self, generation: Generation) -> None:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""

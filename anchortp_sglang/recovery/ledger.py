@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -18,6 +20,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 
+from anchortp_sglang.memory.namespaces import Key
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed, resume_of
 
 log = logging.getLogger(__name__)
@@ -122,6 +125,16 @@ class Ledger:
         for message in held:
             self.dispatch(message)
         return resumed
+
+    def open_tokens(self) -> list[tuple[Key, NDArray[np.int64]]]:
+        """Prompt and delivered tokens of each open request, after its extra key and cache salt."""
+        self.forget_finished()
+        found = []
+        for rid, record in self._records.items():
+            request, delivered = record.request, self._tm.rid_to_state[rid].output_ids
+            tokens = np.array([*request.input_ids, *delivered], np.int64)
+            found.append(((request.extra_key, request.cache_salt or None), tokens))
+        return found
 
     def reseed(self) -> Reseed:
         """What a new detokenizer must know of the requests that have delivered tokens."""

@@ -14,6 +14,7 @@ from typing import Any
 from anchortp_sglang.cpu import hooks as cpu_hooks
 from anchortp_sglang.elastic import prefixes, weights
 from anchortp_sglang.elastic.attachment import HOST_DEVICE, Assignment, attach, current, lanes_segment
+from anchortp_sglang.elastic.kv_restore import RestorationFailed
 from anchortp_sglang.recovery import heartbeat
 from anchortp_sglang.recovery.stamps import Stamps
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Resume
@@ -34,13 +35,14 @@ class RankSpec:
 
 
 def run(spec: RankSpec, pipe: Connection) -> None:
-    """Be one rank until killed. Sends ("ready", info) or ("failed", text) to main."""
+    """Be one rank until killed. Sends ("ready", info), ("unrestored", text) or ("failed", text) to main."""
     stamps = Stamps()
     try:
         scheduler, info = _start(spec, stamps)
     except BaseException as error:
         traceback.print_exc()
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        kind = "unrestored" if isinstance(error, RestorationFailed) else "failed"
+        pipe.send((kind, f"{type(error).__name__}: {error}"))
         return
     pipe.send(("ready", info | {"stamps": stamps.taken}))
     scheduler.run_event_loop()
@@ -59,8 +61,11 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     stamps.take("attached")
     _rendezvous_by_main(spec)
     scheduler = _make_scheduler(spec)
+    kv_kept_at = prefixes.finish()
     stamps.take("bound")
     stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at}
+    if kv_kept_at:
+        stamps.taken["kv_kept"] = kv_kept_at
     return scheduler, {
         **scheduler.get_init_info(),
         "moved_bytes": filler.moved,

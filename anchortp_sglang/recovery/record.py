@@ -13,6 +13,11 @@ log = logging.getLogger(__name__)
 
 _RING = 32
 
+_RANK_STAGES = {"groups": "groups_ready", "moved": "bytes_moved", "kv_kept": "kv_kept", "bound": "bound"}
+"""What ranks stamp, and the name of the stage that is over with the last of them."""
+
+_KV_FIELDS = ("slots_kept", "slots_restored", "slots_dropped", "kept_bytes", "restored_bytes")
+
 
 @dataclass
 class Recovery:
@@ -26,6 +31,7 @@ class Recovery:
     stages: list[tuple[str, float]] = field(default_factory=list)
     tfs_s: float | None = None
     bytes_moved: dict[str, int] = field(default_factory=dict)
+    kv: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_KV_FIELDS, 0))
     requests_replayed: int = 0
     tokens: Callable[[], tuple[int, int] | None] = lambda: None
     """(reused, recomputed) so far; asked until the generation is replaced."""
@@ -40,13 +46,20 @@ class Recovery:
 
     def add_ranks(self, infos: Sequence[Mapping[str, Any]]) -> None:
         """Take the stages and moved bytes that the new ranks report; a stage is done when the last rank is."""
-        for name, label in (("groups", "groups_ready"), ("moved", "bytes_moved"), ("bound", "bound")):
+        for name, label in _RANK_STAGES.items():
             times = [info["stamps"][name] for info in infos if name in info["stamps"]]
             if times:
                 self.stage(label, max(times))
         for info in infos:
             for kind, nbytes in info["moved_bytes"].items():
                 self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + nbytes
+            for kind, nbytes in info["rebuilt"].get("moved_bytes", {}).items():
+                self.kv[f"{kind}_bytes"] += nbytes
+        rebuilt = [info["rebuilt"] for info in infos if "kept" in info["rebuilt"]]
+        if rebuilt:  # all ranks keep the same slots
+            self.kv["slots_kept"] = rebuilt[0]["kept"]
+            self.kv["slots_dropped"] = rebuilt[0]["verified"] - rebuilt[0]["kept"]
+            self.kv["slots_restored"] = max(each["restored"] for each in rebuilt)
         self.stage("ready")
 
     def close(self) -> None:
@@ -66,6 +79,7 @@ class Recovery:
             "reload_bytes": self.bytes_moved.get("reload", 0),
             "p2p_bytes": self.bytes_moved.get("p2p", 0),
             "copied_bytes": self.bytes_moved.get("copy", 0),
+            "kv": self.kv,
             "requests_replayed": self.requests_replayed,
             "tokens_reused": reused,
             "tokens_recomputed": recomputed,

@@ -42,14 +42,14 @@ def kv_heads_of(status):
 def test_each_loss_leaves_every_device_an_equal_share_of_the_kv(rotating, expected):
     status = rotating.status()
     assert kv_heads_of(status) == [6, 6, 6, 6]
-    assert status["kv"]["slots_alike"] == status["kv"]["slots"], "four heads divide by four"
+    assert status["kv_capacity"]["slots_alike"] == status["kv_capacity"]["slots"], "four heads divide by four"
     for device, held in ((1, [8, 8, 8]), (0, [12, 12])):
         lost = next(each for each in rotating.status()["devices"] if each["id"] == device)
         record = survive(rotating, expected, lambda device=device: lose_device(rotating, device), "device")
         assert 0.9 * lost["weight_bytes"] < record["reload_bytes"] < 1.1 * lost["weight_bytes"]
         assert record["p2p_bytes"] < 0.1 * record["reload_bytes"], "more than the vocabulary's shifted rows"
         assert kv_heads_of(rotating.status()) == held
-        kv = rotating.status()["kv"]
+        kv = rotating.status()["kv_capacity"]
         assert kv["rotating"] and kv["slots_rotating"] == kv["slots"]
         assert (kv["slots_alike"] < 0.75 * kv["slots"]) == (len(held) == 3), "two heads of every layer on one device"
 

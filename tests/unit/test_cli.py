@@ -26,7 +26,7 @@ STATUS = {
     "state": "degraded",
     "generation": 3,
     "tp_size": 3,
-    "kv": {"slots": 900, "rotating": True, "device_bytes": 3 << 20, "slots_alike": 600, "slots_rotating": 900},
+    "kv_capacity": {"slots": 900, "rotating": True, "device_bytes": 3 << 20, "slots_alike": 600, "slots_rotating": 900},
     "devices": [{"id": 0} | HELD, {"id": 1} | LOST],
     "recoveries": [
         {

@@ -94,7 +94,6 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
         ("--delete-ckpt-after-loading", {"delete_ckpt_after_loading": True}),
         ("--enable-memory-saver", {"enable_memory_saver": True}),
         ("--cpu-offload-gb", {"cpu_offload_gb": 1}),
-        ("--page-size", {"page_size": 16}),
         ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
         ("--enable-lmcache", {"enable_lmcache": True}),
         ("--enable-session-radix-cache", {"enable_session_radix_cache": True}),
@@ -103,8 +102,7 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
         ("--device", {"device": "cuda"}),
         ("--device", {"device": "xpu"}),
         ("--attention-backend", {"attention_backend": "intel_amx"}),
-        ("--kv-cache-dtype", {"kv_cache_dtype": "fp8_e5m2"}),
-        ("--kv-cache-dtype", {"kv_cache_dtype": "bfloat16", "dtype": "float32"}),
+        ("--kv-cache-dtype", {"kv_cache_dtype": "fp4_e2m1"}),
     ],
 )
 def test_an_unsupported_flag_is_refused_by_name_with_a_way_out(defaults, flag, changed):

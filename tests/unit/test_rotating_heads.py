@@ -1,9 +1,7 @@
 """Heads and whole experts that rotate over the layers: no device's KV is full before the others'."""
 
 import dataclasses
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,11 +22,11 @@ from planning_cases import (
     source_shapes,
 )
 
-from anchortp_sglang.elastic.attachment import KVPlan, kv_heads
-from anchortp_sglang.elastic.kv_capacity import kv_capacity, weight_bytes
+from anchortp_sglang.elastic.kv_capacity import kv_capacity
 from anchortp_sglang.planning.intervals import normalize, total
+from anchortp_sglang.planning.kv_layout import KVPlan, held_heads, kv_layout
 from anchortp_sglang.planning.layout import check_coverage, check_sources, fill_moves, shard_layout
-from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
+from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership, kept_units, split, validate
 from anchortp_sglang.planning.reconfiguration import reconfigure, rotating_split
 
@@ -88,7 +86,7 @@ def test_every_unit_is_held_once_in_each_layer_and_no_device_is_a_head_ahead(dat
         held = over_all_layers(axes, ownership, "kv_head")
         assert max(held) - min(held) <= 1
         head_of_a_layer = 2 * KV.rows * axes.head_dim * KV.dtype_bytes
-        nbytes = [KV.nbytes(axes, ownership, rank) for rank in range(ownership.tp_size)]
+        nbytes = [kv_layout(axes, KV, ownership, rank).total_bytes for rank in range(ownership.tp_size)]
         assert nbytes == [heads * head_of_a_layer for heads in held]
         if "expert" in axes.axes:
             experts = over_all_layers(axes, ownership, "expert")
@@ -236,15 +234,6 @@ def test_where_heads_divide_nothing_is_gained() -> None:
     assert "gain nothing" in str(capacity)
 
 
-@pytest.mark.parametrize("whole_experts", [False, True])
-def test_weight_bytes_are_those_of_the_shards_but_for_alignment(whole_experts: bool) -> None:
-    config = json.loads((Path(__file__).parent / "configs" / "mixtral-8x22b.json").read_text())
-    axes = read_model_axes(config | {"num_hidden_layers": 3}, whole_experts=whole_experts)
-    ownership = rotating_split(axes, range(5))
-    for rank, nbytes in enumerate(weight_bytes(axes, ownership)):
-        assert nbytes == pytest.approx(shard_layout(axes, ownership, rank).total_bytes, rel=1e-4)
-
-
 def test_kv_heads_are_told_layer_by_layer() -> None:
     axes = model((12, 4), num_hidden_layers=3)
-    assert sorted(kv_heads(axes, rotating_split(axes, range(3)), 0)) == [1, 1, 2]
+    assert sorted(total(held_heads(axes, rotating_split(axes, range(3)), 0, layer)) for layer in range(3)) == [1, 1, 2]
