@@ -71,8 +71,20 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         coordinator=runtime.coordinator,
         on_startup=start_loop,
         allow_injection=options.allow_injection,
+        metrics=_metrics(server_args, runtime),
     )
     http_server.launch_server(server_args)
+
+
+def _metrics(server_args: Any, runtime: Any) -> Any:
+    """Our series, if SGLang serves /metrics."""
+    if not server_args.enable_metrics:
+        return None
+    from anchortp_sglang.recovery.metrics import Metrics
+
+    metrics = Metrics()
+    runtime.coordinator.recoveries.on_finished.append(metrics.observe)
+    return metrics
 
 
 def _refuse(error: Exception) -> NoReturn:

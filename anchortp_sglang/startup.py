@@ -22,7 +22,7 @@ from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership import Ownership, split, validate
-from anchortp_sglang.recovery import wire
+from anchortp_sglang.recovery import metrics, tracing, wire
 from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
 from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.generation import StartFailed
@@ -97,6 +97,8 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     kv = _plan_kv(model, ownership, view)
     install_all(allow_drift=options.allow_drift)
     wire.register()
+    if view.enable_metrics:
+        metrics.prepare_folder()
     zygote = _make_zygote(view)
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
@@ -118,6 +120,8 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         stale_anchors=run_dir.stale_anchors,
     )
     coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
+    if view.enable_trace:
+        coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
     return Runtime(coordinator, run_dir, port)
 

@@ -110,7 +110,8 @@ def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
     started = time.monotonic()
     kept = 0 if result.disable_radix_cache else _restore(_to_restore, result)
     _allocator = result.token_to_kv_pool_allocator
-    rebuilt.update(slots=kept, seconds=time.monotonic() - started)
+    ended = time.monotonic()
+    rebuilt.update(slots=kept, seconds=ended - started, at=ended)
 
 
 def start_writing() -> None:

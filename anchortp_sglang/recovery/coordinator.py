@@ -25,6 +25,7 @@ from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
+from anchortp_sglang.recovery.throughput import WINDOW_S, Throughput
 from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Coordinator:
         self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
         self._number = 0
         self._recovery: Recovery | None = None
+        self._throughput = Throughput()
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
         self._tm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,14 +109,16 @@ class Coordinator:
         self._detection.watch(self.generation)
         self._refill()
 
-    def on_token(self) -> None:
-        """A new token goes to a client."""
+    def on_tokens(self, tokens: int) -> None:
+        """New tokens go to clients."""
+        self._throughput.note(tokens, time.monotonic())
         recovery, generation = self._recovery, self.generation
         if recovery is None or self.state.phase is not Phase.SERVING or generation is None:
             return
         recovery.stage("first_token")
         recovery.tfs_s = recovery.stages[-1][1]
-        self._recovery = None
+        self._finish()
+        self._spawn(self._measure_peak(recovery, time.monotonic()))
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
         """A batch contradicts what clients have: nothing of this generation can be trusted."""
@@ -167,7 +171,7 @@ class Coordinator:
             self._spawn(self._settle(self.generation))
             self._refill()
             if not self._tm.rid_to_state:
-                self._recovery = None  # nobody waits for a token: the next one says nothing about this recovery
+                self._finish()  # nobody waits for a token: the next one says nothing about this recovery
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 
@@ -318,8 +322,19 @@ class Coordinator:
         if self._recovery is not None:
             self._recovery.failed = reason
             self._recovery.stage("gave_up")
-            self._recovery = None
+            self._finish()
         log.error("anchortp: down: %s; %d open requests ended with an error", reason, ended)
+
+    def _finish(self) -> None:
+        recovery, self._recovery = self._recovery, None
+        if recovery is not None:
+            self.recoveries.finish(recovery)
+
+    async def _measure_peak(self, recovery: Recovery, first_token_at: float) -> None:
+        """TTP, unless another fault comes before it can be told."""
+        await asyncio.sleep(2 * WINDOW_S)
+        if self.state.phase is Phase.SERVING and self.recoveries.last() is recovery:
+            recovery.ttp_s = self._throughput.time_to_peak(first_token_at)
 
     def _refill(self) -> None:
         if self.policy.spare_ranks:

@@ -60,9 +60,13 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     _rendezvous_by_main(spec)
     scheduler = _make_scheduler(spec)
     stamps.take("bound")
-    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at}
+    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
+    if prefixes.rebuilt:
+        stamps.taken["prefixes"] = prefixes.rebuilt["at"]
     return scheduler, {
         **scheduler.get_init_info(),
+        "rank": assignment.rank,
+        "device": assignment.device,
         "moved_bytes": filler.moved,
         "rebuilt": prefixes.rebuilt,
         "fds": attachment.fds,
