@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from anchortp_sglang import early, platform
+from anchortp_sglang import early, platform, start_log
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 
 log = logging.getLogger("anchortp_sglang")
@@ -42,6 +42,7 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
 
     server_args = prepare_server_args(argv)
     log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
+    start_log.step("SGLang is imported")
     try:
         runtime = startup.start(server_args, options, serves_http=True)
     except startup.REFUSALS as error:
@@ -64,6 +65,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     from anchortp_sglang.middleware import AnchorMiddleware
 
     def start_loop() -> None:
+        start_log.step("HTTP is about to listen")
         http_server._global_state.tokenizer_manager.auto_create_handle_loop()
 
     http_server.app.add_middleware(

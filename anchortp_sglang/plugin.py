@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from anchortp_sglang import hooking, manifest, preload
+from anchortp_sglang.cpu import groups
 from anchortp_sglang.cpu import hooks as cpu
 from anchortp_sglang.elastic import config, experts, kv_pool, prefixes, weights
 from anchortp_sglang.hooking import Hook
@@ -213,7 +214,7 @@ HOOKS: tuple[Hook, ...] = (
         preload.around_get_tokenizer,
         "main loads the tokenizer once, before the zygote is forked",
     ),
-    *(Hook(*row) for row in cpu.HOOKS),
+    *(Hook(*row) for row in (*cpu.HOOKS, *groups.HOOKS)),
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.early import read_config, reserve_port
@@ -95,17 +96,22 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
     _check_plan(model, ownership, checkpoint)
     kv = _plan_kv(model, ownership, view)
+    start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     wire.register()
+    start_log.step("hooks are installed")
     if view.enable_metrics:
         metrics.prepare_folder()
-    zygote = _make_zygote(view)
+    zygote, reserve = _make_zygotes(view)
+    start_log.step("the zygote is forked")
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
         run_dir = prepare_run_dir(base, key)
     except BaseException:
         zygote.kill()
+        if reserve is not None:
+            reserve.kill()
         raise
     plan = ServerPlan(
         run_dir=run_dir.path,
@@ -119,7 +125,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         controller_pid=os.getpid(),
         stale_anchors=run_dir.stale_anchors,
     )
-    coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
+    coordinator = Coordinator(Cluster(plan, zygote, reserve), ownership, _policy(options))
     if view.enable_trace:
         coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
@@ -191,15 +197,16 @@ def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPl
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _make_zygote(view: Any) -> Zygote:
+def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
+    """The zygote, and another in reserve for its death: idle, and nearly all of its memory is shared."""
     from anchortp_sglang import preload
 
     preload.preload(view)
     reason = unfit_to_fork()
     if reason is None:
-        return fork_zygote()
+        return fork_zygote(), fork_zygote()
     log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
-    return spawn_zygote()
+    return spawn_zygote(), None
 
 
 def _policy(options: AnchorOptions) -> Policy:

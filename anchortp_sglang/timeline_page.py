@@ -15,8 +15,8 @@ from anchortp_sglang.status_view import byte_size
 from anchortp_sglang.timeline_rows import ABOUT, Bar, Row
 
 SHOWN = 12
-_LABEL_FROM_PERCENT = 13.0
-"""Bars at least this wide have their stage's name in them."""
+_PERCENT_PER_LETTER = 1.6
+"""Bars that are wide enough, also on a phone, have their stage's name in them."""
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #ffffff; --ink: #1c2128; --faint: #626b76; --line: #dde1e6;
@@ -171,7 +171,7 @@ def _bar(bar: Bar, total_s: float, moving: bool = False) -> str:
     left, width = _percent(bar.start_s, total_s), _percent(bar.took_s, total_s)
     name = bar.stage.replace("_", " ")
     tip = f"{name}: {bar.took_s:.3f} s, until {bar.end_s:.3f} s ({ABOUT.get(bar.stage, '')})"
-    label = _text(name) if width >= _LABEL_FROM_PERCENT and not moving else ""
+    label = _text(name) if width >= _PERCENT_PER_LETTER * len(name) and not moving else ""
     place = f"left:{left:.2f}%;width:{width:.2f}%;background:var(--{_text(bar.stage)}, var(--forked))"
     return f'<div class="bar{" moving" if moving else ""}" style="{place}" title="{_text(tip)}">{label}</div>'
 

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
@@ -84,6 +85,7 @@ class Coordinator:
         self.cluster.start_anchors(ownership.devices)
         self.cluster.fence(self._number, ownership.devices)
         self.cluster.allocate(self._number, ownership)
+        start_log.step("anchors hold their memory")
         self.generation = self.cluster.start_ranks(
             self._number, ownership, self._held, restore_prefixes=self._held is not None
         )
@@ -94,6 +96,7 @@ class Coordinator:
         wait_ready(self.generation, timeout_s)
         self._take_stock(self.generation)
         self.cluster.settle(self.generation)
+        start_log.step("ranks are ready")
         return self.generation.infos
 
     # ---- on TokenizerManager's loop

@@ -112,7 +112,7 @@ def fork_zygote() -> Zygote:
     if pid == 0:
         try:
             ours.close()
-            die_with_parent(parent)
+            die_with_parent(parent)  # not by the end of its socket, as a zygote forked later has main's end of it too
             serve(theirs)
         except BaseException:
             traceback.print_exc()
@@ -133,7 +133,8 @@ def spawn_zygote() -> Zygote:
 
 def serve(control: socket.socket) -> None:
     """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes."""
-    _set_title("anchortp::zygote")
+    _set_title("anchortp::reserve")  # until it is needed
+    forked = False
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,8 +148,12 @@ def serve(control: socket.socket) -> None:
         if wake_read in ready:
             os.read(wake_read, 4096)
             _reap()
-        if control.fileno() in ready and not _fork_one(control, (wake_read, wake_write)):
-            return
+        if control.fileno() in ready:
+            if not forked:
+                _set_title("anchortp::zygote")
+            forked = True
+            if not _fork_one(control, (wake_read, wake_write)):
+                return
 
 
 def _fork_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
