@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from anchortp_sglang import early, platform, start_log
+from anchortp_sglang import early, platform, preload, start_log
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 
 log = logging.getLogger("anchortp_sglang")
@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> None:
         defaults = platform.prepare({} if wants_help else given)
         if not wants_help:
             early.check_given(given)
+            preload.leave_out_other_models(early.architectures(given))
     except ValueError as error:
         _refuse(error)
     if wants_help:
@@ -33,8 +34,6 @@ def main(argv: Sequence[str]) -> None:
 def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
     started = time.monotonic()
     print("anchortp: importing SGLang (once, for all processes) …", file=sys.stderr, flush=True)
-    from anchortp_sglang import preload
-
     preload.import_sglang()
     from sglang.srt.server_args import prepare_server_args
 
