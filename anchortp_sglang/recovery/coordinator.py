@@ -182,6 +182,7 @@ class Coordinator:
         assert self.ledger is not None and self.generation is not None
         self.ledger.outage = True
         if before.phase is Phase.SERVING:
+            self._finish()  # if no token has come since the last one
             self._recovery = self.recoveries.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
         assert self._recovery is not None
