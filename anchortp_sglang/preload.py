@@ -38,6 +38,7 @@ _LATE = (
     "sglang.srt.mem_cache.rust_tree_core.extension",
     "sglang.srt.mem_cache.rust_tree_core.mem_cache",
     "anchortp_sglang.recovery.penalties",
+    "anchortp_sglang.recovery.warmup",
 )
 
 
