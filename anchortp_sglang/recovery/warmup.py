@@ -1,7 +1,7 @@
 """What a spare child does while nobody needs it: first uses, which would cost the next recovery a tenth of a second.
 
 A forked process copies every page that it writes to, and torch prepares each kind of operation when it is first called.
-None of it depends on what the child will be. It must not run before the fork: with several OpenMP threads it starts them.
+None of it depends on what the child will be. It must not run before the fork: it may start OpenMP's threads.
 """
 
 import torch
