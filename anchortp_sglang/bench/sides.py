@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import psutil
 
+from anchortp_sglang.bench.memory import total_bytes
 from anchortp_sglang.bench.server import Server, ServerFailed
 from anchortp_sglang.cpu.environment import cpu_defaults
 from anchortp_sglang.platform import as_arguments
@@ -173,14 +174,8 @@ class Stock:
 
 
 def memory_bytes(side: Side) -> int:
-    """Memory of all processes of a side, shared pages counted once (PSS)."""
-    total = 0
-    for process in side.processes():
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return total
+    """Memory of all processes of a side, shared pages counted once."""
+    return total_bytes([process.pid for process in side.processes()])
 
 
 def _tree(pid: int) -> list[psutil.Process]:
