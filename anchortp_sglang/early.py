@@ -24,6 +24,14 @@ def check_given(given: Mapping[str, str]) -> None:
         reserve_port(given.get("host", "127.0.0.1"), port).close()
 
 
+def architectures(given: Mapping[str, str]) -> list[str]:
+    """The model classes that config.json names; none without a readable one."""
+    try:
+        return list(read_config(Path(given["model_path"])).get("architectures") or [])
+    except (KeyError, ValueError):
+        return []
+
+
 def reserve_port(host: str, port: int) -> socket.socket:
     """A socket that keeps a port for a server that binds it later, as uvicorn does, with SO_REUSEADDR.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from anchortp_sglang import hooking, manifest, preload
+from anchortp_sglang.cpu import groups, latent_attention
 from anchortp_sglang.cpu import hooks as cpu
-from anchortp_sglang.cpu import latent_attention
 from anchortp_sglang.elastic import config, experts, head_norms, kv_pool, prefixes, weights
 from anchortp_sglang.hooking import Hook
 from anchortp_sglang.recovery import detokenizer, rank
@@ -256,7 +256,7 @@ HOOKS: tuple[Hook, ...] = (
         preload.around_get_tokenizer,
         "main loads the tokenizer once, before the zygote is forked",
     ),
-    *(Hook(*row) for row in cpu.HOOKS),
+    *(Hook(*row) for row in (*cpu.HOOKS, *groups.HOOKS)),
     Hook(
         _SRT + "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler",
         "around",

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.early import read_config, reserve_port
@@ -26,7 +27,7 @@ from anchortp_sglang.planning.layout import check_coverage, check_sources, shard
 from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import Ownership, split, validate
 from anchortp_sglang.planning.reconfiguration import rotating_split
-from anchortp_sglang.recovery import wire
+from anchortp_sglang.recovery import metrics, tracing, wire
 from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
 from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.generation import StartFailed
@@ -123,15 +124,22 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     kv = _plan_kv(model, ownership, view, device_bytes)
     mirror, mirror_said = plan_mirror(model, ownership, kv, options, psutil.virtual_memory().available)
     log.info("anchortp: KV mirror: %s", mirror_said)
+    start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     wire.register()
-    zygote = _make_zygote(view)
+    start_log.step("hooks are installed")
+    if view.enable_metrics:
+        metrics.prepare_folder()
+    zygote, reserve = _make_zygotes(view)
+    start_log.step("the zygote is forked")
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
         run_dir = prepare_run_dir(base, key)
     except BaseException:
         zygote.kill()
+        if reserve is not None:
+            reserve.kill()
         raise
     plan = ServerPlan(
         run_dir=run_dir.path,
@@ -149,9 +157,11 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         controller_pid=os.getpid(),
         stale_anchors=run_dir.stale_anchors,
     )
-    cluster = Cluster(plan, zygote)
+    cluster = Cluster(plan, zygote, reserve)
     log.info("anchortp: %s", cluster.kv_capacity(ownership))
     coordinator = Coordinator(cluster, ownership, _policy(options))
+    if view.enable_trace:
+        coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
     return Runtime(coordinator, run_dir, port)
 
@@ -267,15 +277,16 @@ def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPl
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _make_zygote(view: Any) -> Zygote:
+def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
+    """The zygote, and another in reserve for its death: idle, and nearly all of its memory is shared."""
     from anchortp_sglang import preload
 
     preload.preload(view)
     reason = unfit_to_fork()
     if reason is None:
-        return fork_zygote()
+        return fork_zygote(), fork_zygote()
     log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
-    return spawn_zygote()
+    return spawn_zygote(), None
 
 
 def _policy(options: AnchorOptions) -> Policy:

@@ -158,10 +158,12 @@ def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
         _next = PageTable.create(_table_memory, at.kv.rows, attachment.namespace)
         _next.write_entries(kept.entries)
     free = hashlib.blake2b(_free_slots().tobytes(), digest_size=8).hexdigest()
+    ended = time.monotonic()
     rebuilt.update(
         verified=kept.verified,
         kept=len(kept.slots) if reusable else 0,
-        seconds=time.monotonic() - started,
+        seconds=ended - started,
+        at=ended,
         digest=f"{kept.digest()}-{free}",
     )
 

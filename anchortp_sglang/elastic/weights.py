@@ -65,6 +65,8 @@ class Filler(threading.Thread):
         self.waited_from = 0.0
         """When the main thread came to load the model: its process groups are ready then."""
         self.finished_at = 0.0
+        self.bound_at = 0.0
+        """When the model was complete: skeleton built, parameters bound, every byte in place."""
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -136,6 +138,7 @@ class AnchorModelLoader(BaseModelLoader):
         for module, quant_method in _modules_with_quant_method(model):
             quant_method.process_weights_after_loading(module)
         _check_bound(model, addresses)
+        filler.bound_at = time.monotonic()
         return model.eval()
 
 

@@ -98,9 +98,11 @@ class ServerPlan:
 class Cluster:
     """Anchors by device (HOST_DEVICE: the host anchor), the zygote and its spare children."""
 
-    def __init__(self, plan: ServerPlan, zygote: Zygote) -> None:
+    def __init__(self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None) -> None:
         self.plan = plan
         self.zygote = zygote
+        self._reserve = reserve
+        self._reserve_spent = False
         self.anchors: dict[int, AnchorProcess] = {}
         self._clients: dict[int, AnchorClient] = {}
         self._capacities: dict[Ownership, KVCapacity] = {}
@@ -267,7 +269,7 @@ class Cluster:
     # ---- ranks
 
     def fork(self) -> Child:
-        """A spare child, or a new one; a dead zygote is replaced by a spawned one."""
+        """A spare child, or a new one; a dead zygote is replaced by the one in reserve, or by a spawned one."""
         while self._spares:
             child = self._spares.pop()
             if not is_dead(child.pidfd):
@@ -276,14 +278,21 @@ class Cluster:
         try:
             return self.zygote.fork()
         except ZygoteError as error:
-            log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
-            self.zygote = spawn_zygote()
+            reserve, self._reserve, self._reserve_spent = self._reserve, None, True
+            if reserve is not None and not is_dead(reserve.pidfd):
+                log.warning("anchortp: %s; the one in reserve takes over", error)
+                self.zygote = reserve
+            else:
+                log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
+                self.zygote = spawn_zygote()
             return self.zygote.fork()
 
     def prepare_next(self, tp_size: int) -> None:
         """What the next recovery would otherwise wait for: spare children, configurations."""
         while len(self._spares) < tp_size:
             self._spares.append(self.zygote.fork())
+        if self._reserve_spent:
+            self._reserve, self._reserve_spent = spawn_zygote(), False  # it imports SGLang in the background
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
 
@@ -331,6 +340,8 @@ class Cluster:
     def shut_down(self, number: int) -> None:
         """End ranks, zygote and anchors; free all memory."""
         self.zygote.kill()
+        if self._reserve is not None:
+            self._reserve.kill()
         self._remove_load_file()
         for device, anchor in self.anchors.items():
             if not is_dead(anchor.pidfd):
