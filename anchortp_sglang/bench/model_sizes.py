@@ -4,8 +4,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
-
 
 class ModelSize(StrEnum):
     """By parameters; as much memory again is taken by the anchors or ranks that serve it."""
@@ -28,4 +26,6 @@ _SHAPES: dict[ModelSize, dict[str, Any]] = {
 
 def make_model(folder: Path, size: ModelSize) -> Path:
     """Write the checkpoint; its folder."""
+    from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint  # imports numpy: not to be told the sizes
+
     return write_checkpoint(folder, "qwen3", **_SHAPES[size])

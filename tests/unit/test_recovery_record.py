@@ -12,7 +12,7 @@ def test_a_record_lists_its_stages_in_the_order_of_time():
 
 
 def info(rank, device, stamps, moved_bytes):
-    return {"rank": rank, "device": device, "stamps": stamps, "moved_bytes": moved_bytes}
+    return {"rank": rank, "device": device, "stamps": stamps, "moved_bytes": moved_bytes, "rebuilt": {}}
 
 
 def test_a_stage_of_the_ranks_is_done_when_the_last_rank_is_and_bytes_add_up():
