@@ -15,14 +15,14 @@ from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.early import read_config, reserve_port
-from anchortp_sglang.elastic.attachment import MirrorPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.elastic.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.hooking import HookError
+from anchortp_sglang.kv_sizes import plan_kv, plan_mirror
 from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.expert_load import ExpertCounts, imbalance, spread_hot_experts
-from anchortp_sglang.planning.kv_layout import KVPlan, fit_slots, kv_layout, mirror_moves
+from anchortp_sglang.planning.kv_layout import KVPlan
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import Ownership, split, validate
@@ -33,7 +33,7 @@ from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.generation import StartFailed
 from anchortp_sglang.recovery.hooks import install_coordinator
 from anchortp_sglang.recovery.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
-from anchortp_sglang.refusals import KV_DTYPE_BYTES, UnsupportedError, check_server_args
+from anchortp_sglang.refusals import UnsupportedError, check_server_args
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,6 @@ _FIXED = {
     "disable_shared_experts_fusion": True,
 }
 """What every generation runs with, whatever was given."""
-
-_MOST_OF_MEMORY = 0.9
-"""What of the available memory weights, KV and mirror may take together, before the mirror is left out."""
-
 
 REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
 """What ``start`` raises for the operator to mend: wrong flags, models, files, directories, another SGLang."""
@@ -121,8 +117,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
     device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
-    kv = _plan_kv(model, ownership, view, device_bytes)
-    mirror, mirror_said = plan_mirror(model, ownership, kv, options, psutil.virtual_memory().available)
+    available = psutil.virtual_memory().available
+    kv = plan_kv(model, ownership, view, device_bytes, available)
+    mirror, mirror_said = plan_mirror(model, ownership, kv, options, available)
     log.info("anchortp: KV mirror: %s", mirror_said)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
@@ -208,64 +205,6 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
     unused = check_sources(model, layouts, shapes.keys(), shapes)
     if unused:
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
-
-
-def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None) -> KVPlan:
-    """Slots of the first generation, and the most of any: what the operator says, else what memory allows.
-
-    On CPU all virtual devices share the host's memory: unless each is given a limit (``device_bytes``), fewer of them
-    hold just as many slots.
-    """
-    page_size = view.page_size or 1
-    weights = sum(shard_layout(model, ownership, r).total_bytes for r in range(ownership.tp_size))
-    available = psutil.virtual_memory().available
-    dtype_bytes = KV_DTYPE_BYTES.get(view.kv_cache_dtype, model.dtype_bytes)
-    slot_bytes = _kv_bytes(model, ownership, KVPlan(1, 0, dtype_bytes))
-    free = int(available * (view.mem_fraction_static or 0.8)) - weights
-    slots = view.max_total_tokens or max(0, free) // slot_bytes
-    slots = slots // page_size * page_size
-    plan = fit_slots(model, KVPlan(slots, page_size, dtype_bytes), ownership, device_bytes)
-    if view.max_total_tokens and plan.slots < slots:
-        raise ValueError(
-            f"--anchor-device-gib has room for {plan.slots} of {slots} KV slots; raise it, or lower --max-total-tokens"
-        )
-    needed = weights + _kv_bytes(model, ownership, plan)
-    if slots < 1 or needed > available:
-        raise ValueError(
-            f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, "
-            f"{available >> 20} MiB are available; lower --max-total-tokens or use a smaller model"
-        )
-    return plan
-
-
-def _kv_bytes(model: ModelAxes, ownership: Ownership, plan: KVPlan) -> int:
-    """Over all ranks; heads that several of them hold count several times."""
-    return sum(kv_layout(model, plan, ownership, rank).total_bytes for rank in range(ownership.tp_size))
-
-
-def plan_mirror(
-    model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available_bytes: int
-) -> tuple[MirrorPlan | None, str]:
-    """The KV mirror, and in a few words what was decided and why. ``available_bytes``: of memory, before anything of
-    this server is allocated. Raises ValueError for a mirror that was asked for and cannot be."""
-    if options.kv_mirror == "off":
-        return None, "off, as --anchor-kv-mirror says"
-    if not any(mirror_moves(model, ownership, rank) for rank in range(1, ownership.tp_size)):
-        return None, "off, as every device holds all KV heads"
-    weights = sum(shard_layout(model, ownership, rank).total_bytes for rank in range(ownership.tp_size))
-    spare = int(_MOST_OF_MEMORY * available_bytes) - weights - _kv_bytes(model, ownership, kv)
-    whole, row_bytes = kv.rows * kv.slot_bytes(model), kv.slot_bytes(model)
-    wanted = whole if options.kv_mirror_gib is None else min(whole, int(options.kv_mirror_gib * 2**30))
-    said = f"{wanted / 2**30:.2f} GiB for {wanted // row_bytes} of {kv.rows} slots"
-    if wanted // row_bytes < kv.page_size or wanted > spare:
-        if options.kv_mirror is None and options.kv_mirror_gib is None:
-            return None, f"off: it would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared"
-        raise ValueError(
-            f"the KV mirror would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared and one slot takes "
-            f"{row_bytes} bytes; change --anchor-kv-mirror-gib, lower --max-total-tokens, or use --anchor-kv-mirror off"
-        )
-    plan = MirrorPlan(wanted // row_bytes, options.kv_mirror_gbps * 1e9)
-    return plan, f"at most {said} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
 
 
 def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, kv_dtype: str) -> str:

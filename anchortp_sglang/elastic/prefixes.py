@@ -110,9 +110,8 @@ def _commit_decode(table: PageTable, batch: Any, rows: Any) -> None:
     # The input of this step is the last token that was put out; the new one is appended afterwards.
     if len(batch.reqs) <= FEW_REQUESTS:
         slots = memoryview(rows.numpy())
-        for req in batch.reqs:
-            row, end = req.kv.req_pool_idx, req.seqlen
-            table.commit_token(slots[row, end - 1], req.output_ids[-1], slots[row, end - 2])
+        places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
+        table.commit_tokens((slots[row, end - 1], token, slots[row, end - 2]) for row, end, token in places)
         return
     tokens = np.fromiter((req.output_ids[-1] for req in batch.reqs), np.int64, len(batch.reqs))
     pool = batch.req_pool_indices.numpy()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,8 +87,3 @@ def copy_slots(into: Units, rows: Ids, source: Units, source_rows: Ids, bridged:
 def copy_move(target: KVSegment, rows: Ids, source: KVSegment, source_rows: Ids, move: KVMove, bridged: int = 0) -> int:
     """Carry out a move for these slots; bytes copied."""
     return sum(copy_slots(into, rows, units, source_rows, bridged) for into, units in pairs(target, source, move))
-
-
-def units_equal(one: Any, other: Any) -> bool:
-    """Whether two arrays of units hold the same bytes."""
-    return bool(np.ascontiguousarray(one).tobytes() == np.ascontiguousarray(other).tobytes())

@@ -15,9 +15,8 @@ with an extra key or cache salt have roots of their own (``namespaces.py``), as 
 
 from __future__ import annotations
 
-import hashlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,33 +220,34 @@ class PageTable:
         if n_usable:
             _apply(self._commit_stores(ids, its_tokens, above, hashes))
 
-    def commit_token(self, slot: int, token: int, parent: int) -> None:
-        """``commit_step`` for one request, in plain integers.
+    def commit_tokens(self, entries: Iterable[tuple[int, int, int]]) -> None:
+        """``commit_step`` in plain integers: (slot, token, parent) of each request.
 
-        For a small batch a loop of these is several times as fast: numpy's calls cost most when a forward pass
-        has just displaced them from the processor's caches.
+        For a small batch this is several times as fast: numpy's calls cost most when a forward pass has just
+        displaced them from the processor's caches.
         """
-        if not (0 <= slot < self._slots and 0 <= parent < self._slots):
-            raise ValueError(f"slot ids {slot} and {parent} are not both within [0, {self._slots})")
         header, hashes, tokens, parents, last_use = self._plain
-        above = hashes[parent]
-        if above == UNKNOWN or slot == ROOT:
-            return
-        step = header[_STEP] + 1
-        own = child_hash(above, token)
-        if hashes[slot] == own and tokens[slot] == token and parents[slot] == parent:
-            _apply(((header, _STEP, step), (last_use, slot, step)))
-            return
-        _apply(
-            (
-                (header, _STEP, step),
-                (hashes, slot, UNKNOWN),
-                (tokens, slot, token),
-                (parents, slot, parent),
-                (last_use, slot, step),
-                (hashes, slot, own),
-            )
-        )
+        step, limit = header[_STEP] + 1, self._slots
+        stores: list[Store] = [(header, _STEP, step)]
+        for slot, token, parent in entries:
+            if not (0 <= slot < limit and 0 <= parent < limit):
+                raise ValueError(f"slot ids {slot} and {parent} are not both within [0, {limit})")
+            above = hashes[parent]
+            if above == UNKNOWN or slot == ROOT:
+                continue
+            own, held = child_hash(above, token), hashes[slot]
+            if held:
+                if held == own and tokens[slot] == token and parents[slot] == parent:
+                    stores.append((last_use, slot, step))
+                    continue
+                stores.append((hashes, slot, UNKNOWN))
+            stores += ((tokens, slot, token), (parents, slot, parent), (last_use, slot, step), (hashes, slot, own))
+        if len(stores) > 1:
+            _apply(stores)
+
+    def commit_token(self, slot: int, token: int, parent: int) -> None:
+        """``commit_tokens`` of one request."""
+        self.commit_tokens([(slot, token, parent)])
 
     def verified(self) -> Mask:
         """bool[slots]: the slots whose whole chain, up to the root, is intact. Slot 0 never is."""
@@ -264,20 +264,6 @@ class PageTable:
     def kept_slots(self) -> Ids:
         """int64[n], ascending: the slots of all intact chains."""
         return np.flatnonzero(self.verified())
-
-    def drop_unverified(self) -> None:
-        """Forget every slot that does not verify, so that no later entry can lend it credence."""
-        stale = ~self.verified()
-        stale[ROOT] = False
-        _apply([(self._hash, np.flatnonzero(stale), UNKNOWN)])
-
-    def digest(self) -> str:
-        """Hex digest of all that ``chains`` depends on: two ranks with one digest rebuild the same forest."""
-        kept = self.kept_slots()
-        digest = hashlib.blake2b(self._header[: _SEED + 1].tobytes(), digest_size=16)
-        for column in (kept, self._hash[kept], self._token[kept], self._parent[kept], self._last_use[kept]):
-            digest.update(column.tobytes())
-        return digest.hexdigest()
 
     def _create_stores(self) -> list[Store]:
         # The magic goes first and comes back last: a table torn by a kill here is refused by attach.

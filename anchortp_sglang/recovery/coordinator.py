@@ -243,7 +243,7 @@ class Coordinator:
         self._number += 1
         recovery.generation = self._number
         recovery.stage("planned")
-        new = await self._in_thread(self._fork_generation, ownership)
+        new = await self._in_thread(self._fork_generation, ownership, self._running(ownership))
         old.close()
         self.generation = new
         self._detection.take_up(new)
@@ -301,7 +301,7 @@ class Coordinator:
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 
-    def _fork_generation(self, ownership: Ownership) -> Generation:
+    def _fork_generation(self, ownership: Ownership, running: bytes) -> Generation:
         cluster, held = self.cluster, self._held
         assert held is not None
         if not cluster.anchor_alive(HOST_DEVICE):
@@ -310,7 +310,7 @@ class Coordinator:
         if not self._kv_valid:
             cluster.release_kv(self._number, held)
         cluster.allocate(self._number, ownership)
-        return cluster.start_ranks(self._number, ownership, held, self._kv_valid, self._running(ownership))
+        return cluster.start_ranks(self._number, ownership, held, self._kv_valid, running)
 
     def _running(self, ownership: Ownership) -> bytes:
         """Chain hashes of what open requests have, where there is less room for KV than before: they go first."""

@@ -104,6 +104,19 @@ def test_a_device_lost_while_another_fault_is_recovered_takes_no_kv_along(shrink
     assert_nothing_was_computed_twice(shrinking, shrinking.status()["recoveries"][-1], steps=4)
 
 
+def test_a_damaged_page_table_costs_its_kv_and_no_token(shrinking, unbroken):
+    expected = unbroken(RUNNING)
+
+    def fault(server):
+        overwrite(server, "page-table", b"\xff", second_half=False)
+        recovered(server, kill_rank(server, 1), "process")
+
+    run_with_a_cached_prompt(shrinking, expected, fault)
+    record = shrinking.status()["recoveries"][-1]
+    assert (record["tokens_reused"], record["kv"]["slots_kept"]) == (0, 0)
+    assert "page table: magic is" in shrinking.log.read_text()
+
+
 def test_what_is_read_back_decides_what_is_answered(shrinking, unbroken):
     """A control: with a mirror of zeros the answers differ, so the equality above says something."""
     expected = unbroken(RUNNING)
@@ -111,24 +124,23 @@ def test_what_is_read_back_decides_what_is_answered(shrinking, unbroken):
     with Streams(shrinking.url, RUNNING) as streams:
         streams.wait_tokens(40)
         until(lambda: shrinking.status()["kv"]["mirror"]["lag_slots"] == 0, "the mirror does not keep up")
-        wipe_mirror(shrinking)
+        overwrite(shrinking, "kv-mirror", b"\0", second_half=True)  # KV, not what says that it is valid
         recovered(shrinking, lose_device(shrinking, 1), "device")
     assert shrinking.status()["recoveries"][-1]["kv"]["slots_restored"] > len(CACHED)
     with pytest.raises(AssertionError, match="differs from token"):
         assert_identical(expected, outcomes(streams.histories))
 
 
-def wipe_mirror(server):
-    """Zero the second half of the mirror's memory: KV, not what says that it is valid."""
+def overwrite(server, segment, byte, *, second_half):
+    """Fill the first 64 bytes, or the second half, of a segment of the host anchor."""
     pid = anchor_of_host(server)
-    [inode] = [inode for inode, name in memfds_of(pid).items() if "kv-mirror" in name]
+    [inode] = [inode for inode, name in memfds_of(pid).items() if segment in name]
     for link in (f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")):
         if (os.stat(link).st_dev, os.stat(link).st_ino) == inode:
             fd = os.open(link, os.O_RDWR)
-            nbytes = os.fstat(fd).st_size
-            os.pwrite(fd, bytes(nbytes // 2), nbytes // 2)
-            os.close(fd)
-            return
+            half = os.fstat(fd).st_size // 2
+            os.pwrite(fd, byte * half if second_half else byte * 64, half if second_half else 0)
+            return os.close(fd)
 
 
 def anchor_of_host(server):

@@ -98,26 +98,6 @@ def test_an_invalidated_slot_takes_its_descendants_with_it_until_it_holds_the_sa
     assert described(table) == [([1, 2, 3, 4], [1, 2, 3, 4], 0)]
 
 
-def test_dropped_entries_do_not_come_back() -> None:
-    table, _ = new_table()
-    table.commit_run([1, 2, 3], [1, 2, 3], 0)
-    table.invalidate([2])
-    table.drop_unverified()
-    table.commit_run([2], [2], 1)
-    assert described(table) == [([1, 2], [1, 2], 0)]
-
-
-def test_the_digest_tells_verified_content_and_nothing_else() -> None:
-    table, buffer = new_table()
-    table.commit_run([1, 2, 3], [1, 2, 3], 0)
-    before = table.digest()
-    assert attached(buffer).digest() == before
-    table._token[40], table._hash[40] = 7, 12345
-    assert table.digest() == before
-    table.commit_step([4], [4], [3])
-    assert table.digest() != before
-
-
 def test_a_step_committed_token_by_token_is_the_same() -> None:
     in_arrays, _ = new_table()
     in_integers, _ = new_table()
