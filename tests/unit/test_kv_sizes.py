@@ -35,7 +35,7 @@ def test_slots_are_those_asked_for_or_what_half_of_the_memory_holds():
 
 
 def test_an_8_bit_cache_holds_four_times_as_many_slots_as_float32():
-    plan = plan_kv(MODEL, OWNERSHIP, view(kv_cache_dtype="fp8_e5m2"), None, 2 * (WEIGHTS + 700 * SLOT_BYTES))
+    plan = plan_kv(MODEL, OWNERSHIP, view(kv_cache_dtype="fp8_e4m3"), None, 2 * (WEIGHTS + 700 * SLOT_BYTES))
     assert (plan.slots, plan.dtype_bytes) == (2800, 1)
 
 
