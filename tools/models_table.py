@@ -34,10 +34,10 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|---:|---:|---:|---|"
     for architecture, family in FAMILIES.items():
         mine = [one for one in results.values() if one["architecture"] == architecture]
-        status = "layout only" if family.layout_only else _status(mine)
         splits = ("tp", "ep") if family.experts else ("",)
         for split in splits:
             rows = [one for one in mine if not split or one["experts"] == split]
+            status = "layout only" if family.layout_only else _status(rows)
             yield "| " + " | ".join([f"`{architecture}`", status, split or "-", *_cells(rows)]) + " |"
     notes = list(_notes())
     if notes:
