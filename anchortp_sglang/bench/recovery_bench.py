@@ -44,7 +44,7 @@ class Plan:
     load: Load
     flags: tuple[str, ...]
     sides: tuple[SideName, ...] = ("stock", "ours")
-    before_s: float = 10.0
+    before_s: float = 20.0
     after_s: float = 22.0
     hang_timeout_s: float = 4.0
     outage_limit_s: float = 900.0
