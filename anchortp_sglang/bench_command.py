@@ -44,7 +44,7 @@ def recovery(
     faults: Annotated[str, typer.Option("--faults", help="Any of process, device, hang.")] = "process,device,hang",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often each fault is made.")] = 1,
     rate: Annotated[float, typer.Option("--rate", help="Clients per second (Poisson).")] = 2.0,
-    before_s: Annotated[float, typer.Option("--before", help="Seconds of load before a fault.")] = 10.0,
+    before_s: Annotated[float, typer.Option("--before", help="Seconds of load before a fault.")] = 20.0,
     after_s: Annotated[float, typer.Option("--after", min=21.0, help="Seconds of load after a recovery.")] = 22.0,
     hang_timeout_s: Annotated[float, typer.Option("--hang-timeout", help="When a rank counts as hung.")] = 4.0,
     slots: SlotsOption = 16384,

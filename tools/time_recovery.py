@@ -7,7 +7,9 @@ from the end of the one before, and for the ranks the slowest one's.
 """
 
 import argparse
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--device-loss", action="store_true")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
     with tempfile.TemporaryDirectory(prefix="anchortp-time-") as folder:
         model = write_checkpoint(Path(folder) / "model", "qwen3")
         records, pauses, starts = [], [], []

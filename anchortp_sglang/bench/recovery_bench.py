@@ -44,7 +44,7 @@ class Plan:
     load: Load
     flags: tuple[str, ...]
     sides: tuple[SideName, ...] = ("stock", "ours")
-    before_s: float = 10.0
+    before_s: float = 20.0
     after_s: float = 22.0
     hang_timeout_s: float = 4.0
     outage_limit_s: float = 900.0
@@ -165,8 +165,8 @@ def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say
     with OpenLoop(side.server.url, requests, arrivals) as clients:
         say(f"clients arrive for {before_s:.0f} s")
         time.sleep(before_s)
-        comebacks, fault_s = side.comebacks(), time.monotonic()
-        side.break_(fault, _DEVICES[number % len(_DEVICES)] % plan.tp_size)
+        comebacks = side.comebacks()
+        fault_s = side.break_(fault, _DEVICES[number % len(_DEVICES)] % plan.tp_size)
         for out_s in _waiting(plan, side, clients, comebacks, fault_s):
             say(f"out for {out_s:.0f} s")
         say(f"tokens again after {time.monotonic() - fault_s:.1f} s; clients arrive for {plan.after_s:.0f} s more")
@@ -178,8 +178,10 @@ def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say
 
 def _waiting(plan: Plan, side: Side, clients: OpenLoop, comebacks: int, fault_s: float) -> Iterator[float]:
     """Until a client got a token after the side came back; yields the seconds that passed, now and then."""
-    told_s = 0.0
-    while side.comebacks() == comebacks or clients.first_token_after(time.monotonic() - 1.0) is None:
+    told_s, back_at = 0.0, math.inf
+    while clients.first_token_after(back_at) is None:
+        if back_at == math.inf and side.comebacks() > comebacks:
+            back_at = time.monotonic()
         out_s = time.monotonic() - fault_s
         if out_s > plan.outage_limit_s:
             raise ServerFailed(f"{side.name}: no token within {plan.outage_limit_s:g} s of the fault")

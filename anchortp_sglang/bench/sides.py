@@ -35,7 +35,9 @@ class Side(Protocol):
         """Serve at the full width again, as before any fault."""
         ...
 
-    def break_(self, fault: Cause, device: int) -> None: ...
+    def break_(self, fault: Cause, device: int) -> float:
+        """Cause the fault; time.monotonic() just before it."""
+        ...
 
     def comebacks(self) -> int:
         """How often it has served again after a fault, since it was started or made ready."""
@@ -68,14 +70,18 @@ class Ours:
             self.start()
         time.sleep(2.0)  # spare ranks are forked a second after a recovery
 
-    def break_(self, fault: Cause, device: int) -> None:
+    def break_(self, fault: Cause, device: int) -> float:
+        pid = self.server.status()["devices"][device]["rank_pid"]
+        now = time.monotonic()
         if fault == "process":
-            os.kill(self.server.status()["devices"][device]["rank_pid"], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         else:
             self.server.inject(device, fault)
+        return now
 
     def comebacks(self) -> int:
-        return sum(recovery["tfs_s"] is not None for recovery in self.server.status()["recoveries"])
+        stages = [{stage["name"] for stage in recovery["stages"]} for recovery in self.server.status()["recoveries"]]
+        return sum("replayed" in names for names in stages)
 
     def processes(self) -> list[psutil.Process]:
         """The server's tree, and its anchors, which are none of its children."""
@@ -126,13 +132,15 @@ class Stock:
         if not self._serving.wait(_START_TIMEOUT_S):
             raise ServerFailed(f"stock was not restarted: {self.failed}\n{self.server.tail()}")
 
-    def break_(self, fault: Cause, device: int) -> None:
+    def break_(self, fault: Cause, device: int) -> float:
         rank = self._rank(device)
+        now = time.monotonic()
         if fault != "hang":
             rank.kill()
-            return
-        rank.suspend()
-        threading.Timer(self._hang_timeout_s, self.server.kill).start()
+        else:
+            rank.suspend()
+            threading.Timer(self._hang_timeout_s, self.server.kill).start()
+        return now
 
     def comebacks(self) -> int:
         if self.failed is not None:

@@ -7,7 +7,7 @@ is at least ``PEAK_SHARE`` of the steady one.
 import itertools
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 WINDOW_S = 10.0
 PEAK_SHARE = 0.95
@@ -33,14 +33,15 @@ class TokenCurve:
         return self.between(start, end) / (end - start) if end > start else 0.0
 
 
-def time_to_peak(curve: TokenCurve, since: float, until: float, steady_per_s: float) -> float | None:
-    """Seconds from ``since`` to the peak; None if it is not reached in what is known until ``until``."""
-    wanted = PEAK_SHARE * steady_per_s * WINDOW_S
-    if wanted <= 0:
-        return None
+def time_to_peak(curve: TokenCurve, since: float, until: float, steady: Callable[[float], float]) -> float | None:
+    """Seconds from ``since`` to the peak; None if it is not reached in what is known until ``until``.
+
+    ``steady(start)``: tokens that a window from ``start`` on has at full throughput.
+    """
     for step in range(int((until - WINDOW_S - since) / _STEP_S + 1e-6) + 1):
         start = since + step * _STEP_S
-        if curve.between(start, start + WINDOW_S) >= wanted:
+        wanted = PEAK_SHARE * steady(start)
+        if wanted > 0 and curve.between(start, start + WINDOW_S) >= wanted:
             return step * _STEP_S
     return None
 
@@ -62,5 +63,5 @@ class Throughput:
         """TTP, to be asked two windows after the first token: the second one tells the steady throughput."""
         curve = TokenCurve(tuple(self._counts))
         second = first_token_at + WINDOW_S
-        steady = curve.rate(second, second + WINDOW_S)
-        return time_to_peak(curve, first_token_at, second + WINDOW_S, steady)
+        steady = curve.between(second, second + WINDOW_S)
+        return time_to_peak(curve, first_token_at, second + WINDOW_S, lambda _: steady)

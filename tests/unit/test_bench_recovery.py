@@ -87,6 +87,24 @@ def test_a_steady_side_with_one_gap_has_its_figures():
     assert silent == [0.0, 0.0]
 
 
+def test_ttp_holds_throughput_against_what_the_clients_that_came_asked_for():
+    """Nobody comes for a while after the recovery: little is delivered, and nothing is missing."""
+
+    def served(sent, tokens=20, delay=0.1, error=None):
+        times = [sent + delay + 0.1 * n for n in range(tokens)]
+        arrivals = tuple((at, n) for n, at in enumerate(times, 1))
+        return Stream(sent, arrivals, tuple(range(tokens)), tuple(range(20)), error)
+
+    before = [served(sent) for sent in every(0.5, (0.0, 9.0))]
+    after = [served(sent) for sent in every(0.5, (11.0, 12.0), (20.0, 45.0))]
+    assert outcome([*before, *after], 0.0, 10.0, 45.0).ttp_s < 0.2
+    refused = [served(sent, 0, error="refused") for sent in every(0.5, (10.0, 16.0))]
+    late = [served(sent) for sent in every(0.5, (16.0, 45.0))]
+    # Until 16.0 everybody was refused: a window may miss 5% of its 400 tokens.
+    found = outcome([*before, *refused, served(10.5), *late], 0.0, 10.0, 45.0)
+    assert found.ttp_s == pytest.approx(5.5, abs=1.0)
+
+
 def test_goodput_leaves_out_requests_that_failed():
     good, bad = stream(*every(0.1, (0.0, 20.0))), stream(*every(0.1, (0.0, 10.0)), error="gone")
     assert outcome([good, bad], 0.0, 10.0, 20.0).goodput == goodput([good], 0.0, 10.0, 20.0)
@@ -120,7 +138,7 @@ def test_a_percentile_is_one_of_the_values_and_at_least_that_share_is_not_above_
 
 
 def some_outcomes(tfs_s, gap_s):
-    streams = [stream(*every(0.1, (0.0, 10.0), (10.0 + gap_s, 60.0))) for _ in range(3)]
+    streams = [stream(*every(0.1, (0.0, 10.0), (10.0 + gap_s, 60.0)), sent=0.0) for _ in range(3)]
     return [outcome(streams, 0.0, 10.0, 60.0) for _ in range(tfs_s)]
 
 
