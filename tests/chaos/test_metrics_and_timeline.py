@@ -46,7 +46,7 @@ def test_every_new_rank_reports_its_stages_in_order(observed):
     planned = next(stage["at_s"] for stage in record["stages"] if stage["name"] == "planned")
     for rank in record["ranks"]:
         at = {stage["name"]: stage["at_s"] for stage in rank["stages"]}
-        assert at.keys() == RANK_STAGES | {"prefixes_rebuilt"}
+        assert at.keys() == RANK_STAGES | {"kv_kept", "prefixes_rebuilt"}
         assert planned <= at["attached"] <= at["groups_ready"] <= at["weights_bound"] <= at["bound"] <= record["tfs_s"]
 
 
