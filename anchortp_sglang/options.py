@@ -48,6 +48,12 @@ class AnchorOptions:
         " the other axes follow in proportion (default: as even as the model allows)",
         _integers,
     )
+    rotate_heads: bool = _option(
+        False,
+        "rotate-heads",
+        "KV heads (with their query heads) and whole experts that do not divide evenly go to other devices from layer"
+        " to layer, so that no device's memory is full before the others'; not with --anchor-widths",
+    )
     min_devices: int = _option(
         1,
         "min-devices N",
@@ -129,6 +135,11 @@ class AnchorOptions:
                 _check_amount(name, gib)
         _check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
         _check_run_dir(self.run_dir)
+        if self.rotate_heads and self.widths is not None:
+            raise OptionsError(
+                "--anchor-rotate-heads and --anchor-widths exclude each other: widths are the KV heads of a device in"
+                " every layer; leave one of them out"
+            )
 
     def check_tp_size(self, tp_size: int) -> None:
         """Refuse options that contradict SGLang's ``--tp-size``."""

@@ -11,19 +11,23 @@ from typing import Any
 import msgspec
 import psutil
 
+from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.early import read_config, reserve_port
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
+from anchortp_sglang.elastic.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.hooking import HookError
 from anchortp_sglang.kv_sizes import plan_kv, plan_mirror
 from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.expert_load import ExpertCounts, imbalance, spread_hot_experts
 from anchortp_sglang.planning.kv_layout import KVPlan
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
-from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
+from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import Ownership, split, validate
-from anchortp_sglang.recovery import wire
+from anchortp_sglang.planning.reconfiguration import rotating_split
+from anchortp_sglang.recovery import metrics, tracing, wire
 from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
 from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.generation import StartFailed
@@ -48,6 +52,13 @@ _PINNED = (
 )
 """Resolved values of the first generation that later ones keep; SGLang derives some of them from tp_size."""
 
+_FIXED = {
+    # KV of layers with a sliding window is kept as of the others: one pool, one set of slots, one page table.
+    "disable_hybrid_swa_memory": True,
+    # Shared experts are an axis of their own.
+    "disable_shared_experts_fusion": True,
+}
+"""What every generation runs with, whatever was given."""
 
 REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
 """What ``start`` raises for the operator to mend: wrong flags, models, files, directories, another SGLang."""
@@ -86,6 +97,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     _refuse(server_args)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint)
+    expert_counts = server_args.init_expert_location
+    # Experts are dealt by us: SGLang's own tables have as many on each rank.
+    server_args.init_expert_location = raw["init_expert_location"] = NONE
     server_args.resolve_once()
     view = _view(server_args)
     _refuse(view)
@@ -93,22 +107,36 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     _check_ep_size(view)
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
-    ownership = split(model, tuple(range(view.tp_size)), options.widths)
+    refuse_layout_only(model)
+    for caveat in caveats(config):
+        log.warning("anchortp: %s", caveat)
+    devices = tuple(range(view.tp_size))
+    ownership = rotating_split(model, devices) if options.rotate_heads else split(model, devices, options.widths)
+    counts = None if expert_counts == NONE else read_expert_counts(expert_counts, model)
+    if counts is not None:
+        ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
     device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
     available = psutil.virtual_memory().available
     kv = plan_kv(model, ownership, view, device_bytes, available)
     mirror, mirror_said = plan_mirror(model, ownership, kv, options, available)
     log.info("anchortp: KV mirror: %s", mirror_said)
+    start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     wire.register()
-    zygote = _make_zygote(view)
+    start_log.step("hooks are installed")
+    if view.enable_metrics:
+        metrics.prepare_folder()
+    zygote, reserve = _make_zygotes(view)
+    start_log.step("the zygote is forked")
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
         run_dir = prepare_run_dir(base, key)
     except BaseException:
         zygote.kill()
+        if reserve is not None:
+            reserve.kill()
         raise
     plan = ServerPlan(
         run_dir=run_dir.path,
@@ -118,13 +146,19 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         model=model,
         kv=kv,
         device_bytes=device_bytes,
+        rotate_heads=options.rotate_heads,
+        expert_counts=counts,
         mirror=mirror,
         linger_s=options.linger_s,
         server_args=_records(raw, view, kv),
         controller_pid=os.getpid(),
         stale_anchors=run_dir.stale_anchors,
     )
-    coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
+    cluster = Cluster(plan, zygote, reserve)
+    log.info("anchortp: %s", cluster.kv_capacity(ownership))
+    coordinator = Coordinator(cluster, ownership, _policy(options))
+    if view.enable_trace:
+        coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
     return Runtime(coordinator, run_dir, port)
 
@@ -149,6 +183,17 @@ def _check_ep_size(view: Any) -> None:
         )
 
 
+def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Ownership:
+    spread = spread_hot_experts(model, ownership, counts)
+    log.info(
+        "anchortp: by %s the busiest device has %.2f times the mean load of experts; in order it would have %.2f",
+        FLAG,
+        imbalance(spread, counts),
+        imbalance(ownership, counts),
+    )
+    return spread
+
+
 def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:
     """Fail closed: every element of every shard comes from exactly one place, every tensor is used."""
     validate(model, ownership)
@@ -171,15 +216,16 @@ def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPl
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _make_zygote(view: Any) -> Zygote:
+def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
+    """The zygote, and another in reserve for its death: idle, and nearly all of its memory is shared."""
     from anchortp_sglang import preload
 
     preload.preload(view)
     reason = unfit_to_fork()
     if reason is None:
-        return fork_zygote()
+        return fork_zygote(), fork_zygote()
     log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
-    return spawn_zygote()
+    return spawn_zygote(), None
 
 
 def _policy(options: AnchorOptions) -> Policy:
@@ -195,7 +241,7 @@ def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:
     """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations."""
     from sglang.srt.server_args import ServerArgs
 
-    pins = {name: getattr(view, name) for name in _PINNED} | {"max_total_tokens": kv.slots}
+    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots}
     made: dict[int, Any] = {}
 
     def record(tp_size: int) -> Any:

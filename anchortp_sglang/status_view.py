@@ -24,7 +24,12 @@ _COLOURS = {
 def status_view(status: Mapping[str, Any]) -> RenderableType:
     """A headline, the devices, and the last recoveries with their stages."""
     recoveries = status.get("recoveries") or []
-    parts: list[RenderableType] = [_headline(status), _devices(status.get("devices") or []), _kv(status.get("kv"))]
+    parts: list[RenderableType] = [
+        _headline(status),
+        *_kv_capacity(status),
+        _devices(status.get("devices") or []),
+        _kv(status.get("kv")),
+    ]
     if not recoveries:
         return Group(*parts, Text("no recoveries so far", style="dim"))
     shown = recoveries[-RECOVERIES_SHOWN:]
@@ -69,6 +74,21 @@ def _headline(status: Mapping[str, Any]) -> Text:
     line = Text.assemble((state, _COLOURS.get(state, "")))
     line.append(f"  generation {status.get('generation', '?')}  tp {status.get('tp_size', '?')}")
     return line
+
+
+def _kv_capacity(status: Mapping[str, Any]) -> list[Text]:
+    """Slots, and how many would fit in the memory of the fullest device if heads (did not) rotate over the layers."""
+    kv = status.get("kv_capacity")
+    if not kv:
+        return []
+    rotating = kv["rotating"]
+    other = f"{kv['slots_alike']} if they did not" if rotating else f"{kv['slots_rotating']} if they did"
+    return [
+        Text(
+            f"KV {kv['slots']} slots, heads {'rotate' if rotating else 'do not rotate'} over the layers; "
+            f"in the {byte_size(kv['device_bytes'])} of the fullest device {other}"
+        )
+    ]
 
 
 def _devices(devices: list[Mapping[str, Any]]) -> Table:

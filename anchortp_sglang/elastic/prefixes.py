@@ -72,6 +72,16 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
         _table.invalidate(slots.numpy())
 
 
+def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """AFTER Gemma3TextScaledWordEmbedding.forward: where every rank has all rows there is no such all-reduce. Without
+    one a peer could write KV into a slot that rank 0 has not freed yet."""
+    if current() is not None:
+        from sglang.srt.distributed import tensor_model_parallel_all_reduce
+
+        tensor_model_parallel_all_reduce(torch.zeros(1))
+    return embedded
+
+
 def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
     """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: the same with pages of several slots."""
     if _table is not None:
@@ -147,10 +157,12 @@ def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
         _next = PageTable.create(_table_memory, at.kv.rows, attachment.namespace)
         _next.write_entries(kept.entries)
     free = hashlib.blake2b(_free_slots().tobytes(), digest_size=8).hexdigest()
+    ended = time.monotonic()
     rebuilt.update(
         verified=kept.verified,
         kept=len(kept.slots) if reusable else 0,
-        seconds=time.monotonic() - started,
+        seconds=ended - started,
+        at=ended,
         digest=f"{kept.digest()}-{free}",
     )
 

@@ -12,15 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sglang.srt.model_loader.loader import BaseModelLoader, _initialize_model, _modules_with_quant_method
+from sglang.srt.model_loader.loader import (
+    BaseModelLoader,
+    _get_quantization_config,
+    _initialize_model,
+    _modules_with_quant_method,
+    post_load_weights,
+)
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from anchortp_sglang.elastic.attachment import Attachment, current, weights_segment
 from anchortp_sglang.elastic.checkpoint import Checkpoint
+from anchortp_sglang.elastic.config import building
 from anchortp_sglang.planning.layout import Placed, ShardLayout, fill_moves, moved_bytes, shard_layout
 
 
-def _views(memory: Any, layout: ShardLayout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _views(memory: Any, layout: ShardLayout) -> dict[str, torch.Tensor]:
     """Each parameter as a tensor over ``memory`` (a mapped weights segment); no copy."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a read-only mapping is what we want; torch warns about it
@@ -28,7 +35,7 @@ def _views(memory: Any, layout: ShardLayout, dtype: torch.dtype) -> dict[str, to
 
     def view(placed: Placed) -> torch.Tensor:
         piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes]
-        return piece.view(dtype).view(placed.shape)
+        return piece.view(getattr(torch, placed.dtype)).view(placed.shape)
 
     return {placed.name: view(placed) for placed in layout.params}
 
@@ -58,6 +65,8 @@ class Filler(threading.Thread):
         self.waited_from = 0.0
         """When the main thread came to load the model: its process groups are ready then."""
         self.finished_at = 0.0
+        self.bound_at = 0.0
+        """When the model was complete: skeleton built, parameters bound, every byte in place."""
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -76,27 +85,26 @@ class Filler(threading.Thread):
 
     def _fill(self) -> None:
         at = self.attachment.assignment
-        dtype = getattr(torch, at.model.dtype)
         memory = self.attachment.map(at.device, weights_segment(at.ownership), writable=True)
-        target = _views(memory, self.attachment.layout, dtype)
+        target = _views(memory, self.attachment.layout)
         moves = fill_moves(at.model, at.ownership, at.rank, at.previous)
         holders = {move.device for move in moves if move.device is not None}
-        before = {device: self._previous_views(device, dtype) for device in holders}
+        before = {device: self._previous_views(device) for device in holders}
         with Checkpoint(at.checkpoint) as checkpoint:
             for move in moves:
                 into = target[move.param].narrow(move.dim, move.start, move.length)
                 if move.device is None:
-                    into.copy_(checkpoint.slice(move.source, move.dim, move.source_start, move.length))
+                    checkpoint.fill(into, move)
                 else:
                     into.copy_(before[move.device][move.source].narrow(move.dim, move.source_start, move.length))
         self.moved = moved_bytes(moves)
 
-    def _previous_views(self, device: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def _previous_views(self, device: int) -> dict[str, torch.Tensor]:
         at = self.attachment.assignment
         assert at.previous is not None
         layout = shard_layout(at.model, at.previous, at.previous.devices.index(device))
         memory = self.attachment.map_briefly(device, weights_segment(at.previous))
-        return _views(memory, layout, dtype)
+        return _views(memory, layout)
 
 
 _filler: Filler | None = None
@@ -121,13 +129,16 @@ class AnchorModelLoader(BaseModelLoader):
         assert attachment is not None and filler is not None
         filler.waited_from = time.monotonic()
         # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
-        with set_default_torch_dtype(model_config.dtype), torch.device(device_config.device):
-            model = _initialize_model(model_config, self.load_config)
+        with set_default_torch_dtype(model_config.dtype), torch.device(device_config.device), building(model_config):
+            quantization = _get_quantization_config(model_config, self.load_config)
+            model = _initialize_model(model_config, self.load_config, quantization)
         addresses = bind(model, attachment)
         filler.wait()
+        post_load_weights(model)  # what load_weights would derive: DeepSeek's w_kc and w_vc
         for module, quant_method in _modules_with_quant_method(model):
             quant_method.process_weights_after_loading(module)
         _check_bound(model, addresses)
+        filler.bound_at = time.monotonic()
         return model.eval()
 
 
@@ -138,7 +149,7 @@ def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
     """
     at = attachment.assignment
     memory = attachment.map(at.device, weights_segment(at.ownership), writable=False)
-    views = _stacked(_views(memory, attachment.layout, getattr(torch, at.model.dtype)))
+    views = _stacked(_views(memory, attachment.layout))
     parameters = dict(model.named_parameters())
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())

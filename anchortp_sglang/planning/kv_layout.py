@@ -1,7 +1,7 @@
 """How KV lies in memory: which heads of which layers a rank holds, and what must move when ownership changes.
 
 Everything that places, copies or mirrors KV asks here, layer by layer: a model whose KV is not split over the ranks, or
-whose layers are shared out unequally, differs in ``held_heads`` and in the sizes of ``KVPlan`` alone.
+whose layers are shared out unequally, differs in ``held_heads``, ``planes`` and the sizes of ``KVPlan`` alone.
 """
 
 import hashlib
@@ -14,15 +14,12 @@ from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.shards import shard_layout
 
-PLANES = 2
-"""K and V: two planes of a layer, of equal shape."""
-
 
 @dataclass(frozen=True)
 class KVPlan:
     """KV slots of every rank: the same number everywhere, whatever the rank's share of the heads.
 
-    ``rows`` = slots + page_size, as ``MHATokenToKVPool`` lays them out (the first page is padding).
+    ``rows`` = slots + page_size, as SGLang's pools lay them out (the first page is padding).
     """
 
     slots: int
@@ -35,11 +32,16 @@ class KVPlan:
 
     def unit_bytes(self, model: ModelAxes) -> int:
         """Bytes of one head of one plane of one layer in one slot: the smallest piece that is ever moved."""
-        return model.head_dim * self.dtype_bytes
+        return model.kv_row // planes(model) * self.dtype_bytes
 
     def slot_bytes(self, model: ModelAxes) -> int:
         """Bytes of one slot over all heads and layers, each head counted once."""
-        return PLANES * model.num_layers * model.num_kv_heads * self.unit_bytes(model)
+        return model.num_layers * model.num_kv_heads * model.kv_row * self.dtype_bytes
+
+
+def planes(model: ModelAxes) -> int:
+    """K and V are two planes of a layer, of equal shape; latents are one."""
+    return 1 if model.latent_kv else 2
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class KVLayout:
     """One rank's KV segment. Two layouts with one digest are the same bytes for the same slots."""
 
     rows: int
+    planes: int
     unit_bytes: int
     groups: tuple[KVGroup, ...]
 
@@ -65,11 +68,11 @@ class KVLayout:
         return sum(self.group_bytes(group) for group in self.groups)
 
     def group_bytes(self, group: KVGroup) -> int:
-        return group.layers * PLANES * self.rows * total(group.heads) * self.unit_bytes
+        return group.layers * self.planes * self.rows * total(group.heads) * self.unit_bytes
 
     def shape(self, group: KVGroup) -> tuple[int, int, int, int]:
         """(layers, planes, rows, heads), in units."""
-        return group.layers, PLANES, self.rows, total(group.heads)
+        return group.layers, self.planes, self.rows, total(group.heads)
 
     def digest(self) -> str:
         """16 hex characters."""
@@ -94,7 +97,7 @@ class KVMove:
 
 def held_heads(model: ModelAxes, ownership: Ownership, rank: int, layer: int) -> Intervals:
     """KV heads of a layer that a rank holds."""
-    return ownership.of("kv_head", rank)
+    return ownership.of("kv_head", rank, layer)
 
 
 def kv_layout(model: ModelAxes, plan: KVPlan, ownership: Ownership, rank: int) -> KVLayout:
@@ -106,9 +109,9 @@ def kv_layout(model: ModelAxes, plan: KVPlan, ownership: Ownership, rank: int) -
     for heads, layers in groupby(heads_of):
         count = len(list(layers))
         groups.append(KVGroup(first, count, heads, offset_bytes))
-        offset_bytes += count * PLANES * plan.rows * total(heads) * unit_bytes
+        offset_bytes += count * planes(model) * plan.rows * total(heads) * unit_bytes
         first += count
-    return KVLayout(plan.rows, unit_bytes, tuple(groups))
+    return KVLayout(plan.rows, planes(model), unit_bytes, tuple(groups))
 
 
 def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes: int | None) -> KVPlan:
@@ -132,7 +135,7 @@ def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes
 
 def whole_layout(model: ModelAxes, rows: int, unit_bytes: int) -> KVLayout:
     """All heads of all layers, as the mirror has them."""
-    return KVLayout(rows, unit_bytes, (KVGroup(0, model.num_layers, ((0, model.num_kv_heads),), 0),))
+    return KVLayout(rows, planes(model), unit_bytes, (KVGroup(0, model.num_layers, ((0, model.num_kv_heads),), 0),))
 
 
 def kv_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership) -> tuple[KVMove, ...]:

@@ -28,10 +28,12 @@ from anchortp_sglang.elastic.attachment import (
     page_table_segment,
     weights_segment,
 )
+from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.memory.chain_hash import root_hash
 from anchortp_sglang.memory.kv_mirror import MirrorShape
 from anchortp_sglang.memory.page_table import PageTable
+from anchortp_sglang.planning.expert_load import ExpertCounts
 from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, fit_slots, kv_layout, whole_layout
 from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
@@ -52,8 +54,9 @@ class ServerPlan:
     """What does not change over a server's life.
 
     ``kv``: the most slots that any generation has. ``device_bytes``: of a device's memory, for weights and KV; None
-    if it is not limited. ``mirror``: None without one. ``server_args``: tp_size -> resolved ServerArgs.
-    ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
+    if it is not limited. ``rotate_heads``: heads and experts that do not divide rotate over the layers.
+    ``expert_counts``: by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved
+    ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
     """
 
     run_dir: Path
@@ -62,6 +65,8 @@ class ServerPlan:
     checkpoint: Path
     model: ModelAxes
     kv: KVPlan
+    rotate_heads: bool
+    expert_counts: ExpertCounts | None
     device_bytes: int | None
     mirror: MirrorPlan | None
     linger_s: float
@@ -93,11 +98,14 @@ class ServerPlan:
 class Cluster:
     """Anchors by device (HOST_DEVICE: the host anchor), the zygote and its spare children."""
 
-    def __init__(self, plan: ServerPlan, zygote: Zygote) -> None:
+    def __init__(self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None) -> None:
         self.plan = plan
         self.zygote = zygote
+        self._reserve = reserve
+        self._reserve_spent = False
         self.anchors: dict[int, AnchorProcess] = {}
         self._clients: dict[int, AnchorClient] = {}
+        self._capacities: dict[Ownership, KVCapacity] = {}
         self._spares: list[Child] = []
         self._store: Any = None
         self.port_args: Any = None
@@ -203,6 +211,13 @@ class Cluster:
         for device in (HOST_DEVICE, *generation.ownership.devices):
             self._release(device, generation.number, keep=keep.__contains__)
 
+    def kv_capacity(self, ownership: Ownership) -> KVCapacity:
+        """How many KV slots fit with this ownership and with the other kind; worked out once for each."""
+        if ownership not in self._capacities:
+            plan = self.plan
+            self._capacities[ownership] = kv_capacity(plan.model, plan.kv_of(ownership), ownership, plan.rotate_heads)
+        return self._capacities[ownership]
+
     def segments_of(self, generation: Generation) -> frozenset[str]:
         """Names of all segments that a generation uses, on whichever anchor."""
         plan, ownership = self.plan, generation.ownership
@@ -254,7 +269,7 @@ class Cluster:
     # ---- ranks
 
     def fork(self) -> Child:
-        """A spare child, or a new one; a dead zygote is replaced by a spawned one."""
+        """A spare child, or a new one; a dead zygote is replaced by the one in reserve, or by a spawned one."""
         while self._spares:
             child = self._spares.pop()
             if not is_dead(child.pidfd):
@@ -263,14 +278,21 @@ class Cluster:
         try:
             return self.zygote.fork()
         except ZygoteError as error:
-            log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
-            self.zygote = spawn_zygote()
+            reserve, self._reserve, self._reserve_spent = self._reserve, None, True
+            if reserve is not None and not is_dead(reserve.pidfd):
+                log.warning("anchortp: %s; the one in reserve takes over", error)
+                self.zygote = reserve
+            else:
+                log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
+                self.zygote = spawn_zygote()
             return self.zygote.fork()
 
     def prepare_next(self, tp_size: int) -> None:
         """What the next recovery would otherwise wait for: spare children, configurations."""
         while len(self._spares) < tp_size:
             self._spares.append(self.zygote.fork())
+        if self._reserve_spent:
+            self._reserve, self._reserve_spent = spawn_zygote(), False  # it imports SGLang in the background
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
 
@@ -318,6 +340,8 @@ class Cluster:
     def shut_down(self, number: int) -> None:
         """End ranks, zygote and anchors; free all memory."""
         self.zygote.kill()
+        if self._reserve is not None:
+            self._reserve.kill()
         self._remove_load_file()
         for device, anchor in self.anchors.items():
             if not is_dead(anchor.pidfd):

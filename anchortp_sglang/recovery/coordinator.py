@@ -11,11 +11,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
 from anchortp_sglang.memory.namespaces import namespace_seed
+from anchortp_sglang.planning.expert_load import spread_hot_experts
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
 from anchortp_sglang.recovery import heartbeat, machine
@@ -28,6 +30,7 @@ from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
+from anchortp_sglang.recovery.throughput import WINDOW_S, Throughput
 from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
@@ -70,6 +73,7 @@ class Coordinator:
         self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
         self._number = 0
         self._recovery: Recovery | None = None
+        self._throughput = Throughput()
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
         self._tm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -87,6 +91,7 @@ class Coordinator:
         self.cluster.start_anchors(ownership.devices)
         self.cluster.fence(self._number, ownership.devices)
         self.cluster.allocate(self._number, ownership)
+        start_log.step("anchors hold their memory")
         self.generation = self.cluster.start_ranks(
             self._number, ownership, self._held, restore_prefixes=self._held is not None
         )
@@ -97,6 +102,7 @@ class Coordinator:
         wait_ready(self.generation, timeout_s)
         self._take_stock(self.generation)
         self.cluster.settle(self.generation)
+        start_log.step("ranks are ready")
         return self.generation.infos
 
     # ---- on TokenizerManager's loop
@@ -112,14 +118,16 @@ class Coordinator:
         self._detection.watch(self.generation)
         self._refill()
 
-    def on_token(self) -> None:
-        """A new token goes to a client."""
+    def on_tokens(self, tokens: int) -> None:
+        """New tokens go to clients."""
+        self._throughput.note(tokens, time.monotonic())
         recovery, generation = self._recovery, self.generation
         if recovery is None or self.state.phase is not Phase.SERVING or generation is None:
             return
         recovery.stage("first_token")
         recovery.tfs_s = recovery.stages[-1][1]
-        self._recovery = None
+        self._finish()
+        self._spawn(self._measure_peak(recovery, time.monotonic()))
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
         """A batch contradicts what clients have: nothing of this generation can be trusted."""
@@ -172,7 +180,7 @@ class Coordinator:
             self._spawn(self._settle(self.generation))
             self._refill()
             if not self._tm.rid_to_state:
-                self._recovery = None  # nobody waits for a token: the next one says nothing about this recovery
+                self._finish()  # nobody waits for a token: the next one says nothing about this recovery
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 
@@ -180,6 +188,7 @@ class Coordinator:
         assert self.ledger is not None and self.generation is not None
         self.ledger.outage = True
         if before.phase is Phase.SERVING:
+            self._finish()  # if no token has come since the last one
             self._recovery = self.recoveries.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
         assert self._recovery is not None
@@ -282,9 +291,12 @@ class Coordinator:
             self._kv_valid = False  # nobody knows what the slots hold
         if not verdict.lost:
             return self._held
+        plan = self.cluster.plan
         try:
-            ownership = reconfigure(self.cluster.plan.model, self._held, survivors)
-            self.cluster.plan.kv_of(ownership)
+            ownership = reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
+            if plan.expert_counts is not None:
+                ownership = spread_hot_experts(plan.model, ownership, plan.expert_counts, self._held)
+            plan.kv_of(ownership)
             return ownership
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
@@ -341,8 +353,19 @@ class Coordinator:
         if self._recovery is not None:
             self._recovery.failed = reason
             self._recovery.stage("gave_up")
-            self._recovery = None
+            self._finish()
         log.error("anchortp: down: %s; %d open requests ended with an error", reason, ended)
+
+    def _finish(self) -> None:
+        recovery, self._recovery = self._recovery, None
+        if recovery is not None:
+            self.recoveries.finish(recovery)
+
+    async def _measure_peak(self, recovery: Recovery, first_token_at: float) -> None:
+        """TTP, unless another fault comes before it can be told."""
+        await asyncio.sleep(2 * WINDOW_S)
+        if self.state.phase is Phase.SERVING and self.recoveries.last() is recovery:
+            recovery.ttp_s = self._throughput.time_to_peak(first_token_at)
 
     def _refill(self) -> None:
         if self.policy.spare_ranks:

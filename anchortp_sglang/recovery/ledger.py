@@ -71,15 +71,15 @@ class Ledger:
             # A copy: TM puts unpicklable time_stats back into the same object once it is dispatched.
             self._held.append(copy.copy(message))
 
-    def delivered(self, output: Any) -> bool:
-        """Check a batch for gaps and doubles before TM takes it; True if it carries a new token.
+    def delivered(self, output: Any) -> int:
+        """Check a batch for gaps and doubles before TM takes it; how many new tokens it carries.
 
         Raises TokenCountMismatch, which must end the requests concerned: their streams would be wrong.
         """
         counts, ids = getattr(output, "completion_tokens", None), getattr(output, "output_ids", None)
         if counts is None or ids is None:
-            return False
-        fresh = False
+            return 0
+        fresh = 0
         for rid, count, new, cached in zip(output.rids, counts, ids, output.cached_tokens, strict=True):
             state, record = self._tm.rid_to_state.get(rid), self._records.get(rid)
             if state is None or record is None:
@@ -89,7 +89,7 @@ class Ledger:
                     f"request {rid} has {len(state.output_ids)} tokens, got {len(new)} and should then have {count}"
                 )
             record.cached_tokens = cached
-            fresh = fresh or bool(new)
+            fresh += len(new)
         return fresh
 
     def forget(self, rids: Sequence[str]) -> None:

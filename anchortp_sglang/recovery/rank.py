@@ -63,11 +63,15 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     scheduler = _make_scheduler(spec)
     kv_kept_at = prefixes.finish()
     stamps.take("bound")
-    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at}
+    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
+    if prefixes.rebuilt:
+        stamps.taken["prefixes"] = prefixes.rebuilt["at"]
     if kv_kept_at:
         stamps.taken["kv_kept"] = kv_kept_at
     return scheduler, {
         **scheduler.get_init_info(),
+        "rank": assignment.rank,
+        "device": assignment.device,
         "moved_bytes": filler.moved,
         "rebuilt": prefixes.rebuilt,
         "fds": attachment.fds,

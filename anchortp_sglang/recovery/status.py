@@ -1,5 +1,6 @@
 """The coordinator's state as the JSON of ``GET /anchortp/status``."""
 
+from dataclasses import asdict
 from typing import Any
 
 from anchortp_sglang.planning.layout import shard_layout
@@ -16,6 +17,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "tp_size": ownership.tp_size,
         "devices": [_device(coordinator, device) for device in coordinator.configured.devices],
         "kv": None if coordinator.kv_books is None else coordinator.kv_books.to_json(),
+        "kv_capacity": asdict(coordinator.cluster.kv_capacity(ownership)),
         "recoveries": coordinator.recoveries.to_json(),
     }
 

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 64
 _FORK_TIMEOUT_S = 20.0
+_SPARE_AFTER_S = 0.1
+"""A child that has not been told what to be by then is a spare, and has time to prepare itself."""
 
 
 class ZygoteError(RuntimeError):
@@ -112,7 +114,7 @@ def fork_zygote() -> Zygote:
     if pid == 0:
         try:
             ours.close()
-            die_with_parent(parent)
+            die_with_parent(parent)  # not by the end of its socket, as a zygote forked later has main's end of it too
             serve(theirs)
         except BaseException:
             traceback.print_exc()
@@ -133,7 +135,8 @@ def spawn_zygote() -> Zygote:
 
 def serve(control: socket.socket) -> None:
     """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes."""
-    _set_title("anchortp::zygote")
+    _set_title("anchortp::reserve")  # until it is needed
+    forked = False
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,8 +150,12 @@ def serve(control: socket.socket) -> None:
         if wake_read in ready:
             os.read(wake_read, 4096)
             _reap()
-        if control.fileno() in ready and not _fork_one(control, (wake_read, wake_write)):
-            return
+        if control.fileno() in ready:
+            if not forked:
+                _set_title("anchortp::zygote")
+            forked = True
+            if not _fork_one(control, (wake_read, wake_write)):
+                return
 
 
 def _fork_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
@@ -180,6 +187,8 @@ def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) 
         for fd in close:
             os.close(fd)
         pipe = Connection(pipe_fd)
+        if not pipe.poll(_SPARE_AFTER_S):
+            _warm_up()
         target, argument = pipe.recv()
         target(argument, pipe)
     except EOFError:
@@ -189,6 +198,17 @@ def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) 
         sys.stderr.flush()
     finally:
         os._exit(1)  # no atexit, no collective teardown with dead peers
+
+
+def _warm_up() -> None:
+    """Where torch is there; whatever goes wrong, a rank can do without."""
+    if "torch" in sys.modules:
+        try:
+            from anchortp_sglang.recovery.warmup import warm_up
+
+            warm_up()
+        except Exception:
+            log.exception("anchortp: a spare child was not warmed up")
 
 
 def _reap() -> None:

@@ -14,7 +14,7 @@ from anchortp_sglang.planning.reconfiguration import reconfigure
 from anchortp_sglang.planning.shards import shard_layout
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
-SLOTS, SLOTS_OF_THREE, SLOTS_OF_TWO = 3000, 1500, 486
+SLOTS, SLOTS_OF_THREE = 3000, 1000
 CACHED = prompt(1, 600)
 RUNNING = [request(prompt(10 + seed, 60 + 40 * seed), 150) for seed in range(8)]
 """2,800 tokens in the end."""
@@ -22,7 +22,7 @@ RUNNING = [request(prompt(10 + seed, 60 + 40 * seed), 150) for seed in range(8)]
 
 @pytest.fixture(scope="module")
 def device_gib(checkpoint):
-    """Memory with which four devices have ``SLOTS`` slots, three and two as many as said above, and one has none."""
+    """Memory with which four devices have ``SLOTS`` slots, three ``SLOTS_OF_THREE``, and two none."""
     model = read_model_axes(json.loads((checkpoint / "config.json").read_text()), "float32")
     four = split(model, (0, 1, 2, 3))
     three = reconfigure(model, four, (0, 1, 3))
@@ -32,10 +32,8 @@ def device_gib(checkpoint):
     most = KVPlan(SLOTS, 1, 4)
     assert fit_slots(model, most, four, nbytes) == most
     assert fit_slots(model, most, three, nbytes).slots == SLOTS_OF_THREE
-    two = reconfigure(model, three, (1, 3))
-    assert fit_slots(model, most, two, nbytes).slots == SLOTS_OF_TWO
     with pytest.raises(InvalidOwnership):
-        fit_slots(model, most, reconfigure(model, two, (3,)), nbytes)
+        fit_slots(model, most, reconfigure(model, three, (0, 1)), nbytes)
     return repr((nbytes + 1) / 2**30)
 
 
@@ -66,15 +64,13 @@ def test_with_fewer_slots_running_requests_keep_theirs_and_none_fails(limited):
     assert status["kv"]["slots"] == SLOTS_OF_THREE
     assert 0.9 * SLOTS_OF_THREE < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
     assert record["kv"]["slots_dropped"] > 500, "of the cached prompt, which no running request shares"
-    assert record["tokens_reused"] > 1000
+    assert record["tokens_reused"] > 0.8 * SLOTS_OF_THREE
 
 
 def test_devices_without_room_for_weights_and_kv_are_not_served_on(limited):
     with Streams(limited.url, RUNNING[:2]) as streams:
         streams.wait_tokens(5)
-        recovered(limited, lose_device(limited, 0), "device")
-        assert limited.status()["kv"]["slots"] == SLOTS_OF_TWO
-        lose_device(limited, 1)
+        lose_device(limited, 0)
     assert all("has no room for KV" in history.error for history in streams.histories)
     assert limited.status()["state"] == "down"
 

@@ -26,6 +26,7 @@ STATUS = {
     "state": "degraded",
     "generation": 3,
     "tp_size": 3,
+    "kv_capacity": {"slots": 900, "rotating": True, "device_bytes": 3 << 20, "slots_alike": 600, "slots_rotating": 900},
     "devices": [{"id": 0} | HELD, {"id": 1} | LOST],
     "kv": {
         "slots": 8192,
@@ -101,6 +102,7 @@ def test_status_shows_devices_and_recoveries(server):
     for told in (
         "degraded",
         "generation 3",
+        "KV 900 slots, heads rotate over the layers; in the 3.0 MiB of the fullest device 600 if they did not",
         "lost",
         "1.5 MiB",
         "1.10 s",

@@ -50,8 +50,9 @@ def test_every_flag_reaches_its_field():
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
-    expected = ((1, 1), 2, 3.0, "/run/a", 4.0, 5.0, True, True, 6.0, "host", 1.5, 2.0, False)
+    expected = ((1, 1), False, 2, 3.0, "/run/a", 4.0, 5.0, True, True, 6.0, "host", 1.5, 2.0, False)
     assert dataclasses.astuple(options) == expected
+    assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads
 
 
 def test_the_last_of_two_flags_wins_as_in_argparse():
@@ -74,6 +75,7 @@ def test_the_last_of_two_flags_wins_as_in_argparse():
         ("--anchor-recovery-deadline inf", "above 0; got inf"),
         ("--anchor-widths 2,0,1", "whole numbers above 0"),
         ("--anchor-widths 2,1.5", "takes N,N,...; got '2,1.5'"),
+        ("--anchor-rotate-heads --anchor-widths 2,1,1", "exclude each other"),
         ("--anchor-min-devices 0", "at least 1; got 0"),
         ("--anchor-allow-drift=yes", "is a switch and takes no value"),
         ("--anchor-kv-mirror disk", "takes off or host; got 'disk'"),

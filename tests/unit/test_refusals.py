@@ -67,6 +67,8 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
         ("--pp-size", {"pp_size": 2}),
         ("--nnodes", {"nnodes": 2}),
         ("--enable-eplb", {"enable_eplb": True}),
+        ("--ep-num-redundant-experts", {"ep_num_redundant_experts": 3}),
+        ("--ep-dispatch-algorithm", {"ep_dispatch_algorithm": "dynamic"}),
         ("--elastic-ep-backend", {"elastic_ep_backend": "mooncake"}),
         ("--attn-cp-size", {"attn_cp_size": 2}),
         ("--enable-torch-symm-mem", {"enable_torch_symm_mem": True}),
