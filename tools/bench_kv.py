@@ -65,8 +65,9 @@ def measure_loss(folder: Path, model: Path) -> None:
             took[name] = max(longest_pause_s(history, began) for history in streams.histories)
             record = server.status()["recoveries"][-1]
             reused, again = record["tokens_reused"], record["tokens_recomputed"]
+            share = reused / (reused + again)
             print(f"{name:12} all streams go on after {took[name]:6.2f} s; TFS {record['tfs_s']:.2f} s; "
-                  f"{reused} tokens reused, {again} computed again ({reused / (reused + again):.2%} reused)")  # fmt: skip
+                  f"{reused} tokens reused, {again} computed again ({share:.2%} reused)")  # fmt: skip
             print(f"             before: {json.dumps(lag)}; {json.dumps(record['kv'])}")
     print(f"device loss with mirror {took['without'] / took['with mirror']:.1f} times as fast to all streams resumed")
 
@@ -167,8 +168,9 @@ def measure_restore(rows: int = 16384) -> None:
         np.copyto(np.frombuffer(target, np.uint8), source)
         speeds["copy"].append(moved / (time.perf_counter() - began))
     rates = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"restore {rates['restore'] / 1e9:.2f} GB/s of {moved / 1e6:.0f} MB, plain copy {rates['copy'] / 1e9:.2f} GB/s, "
-          f"both into new memory: {rates['restore'] / rates['copy']:.0%}")  # fmt: skip
+    share = rates["restore"] / rates["copy"]
+    print(f"restore {rates['restore'] / 1e9:.2f} GB/s of {moved / 1e6:.0f} MB, plain copy "
+          f"{rates['copy'] / 1e9:.2f} GB/s, both into new memory: {share:.0%}")  # fmt: skip
 
 
 def filled(nbytes: int) -> mmap.mmap:
