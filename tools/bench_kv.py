@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def measure_decode(folder: Path, model: Path, rounds: int = 6, tokens: int = 150
                 servers[name].post("/generate", batch(tokens))
                 if turn:
                     rates[name].append(PROMPTS * tokens / (time.monotonic() - began))
-                servers[name].post("/flush_cache", {})
+                urllib.request.urlopen(f"{servers[name].url}/flush_cache", timeout=60).close()
     finally:
         for server in servers.values():
             server.stop()

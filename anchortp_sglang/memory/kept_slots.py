@@ -87,8 +87,8 @@ class Kept:
 def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: Hashes | None = None) -> Kept:
     """Choose from ``old``, of which only ``usable`` slots (bool[slots]; None: all) have their KV, for ``rows`` rows.
 
-    If fewer rows than before leave no room for all, running requests come first, known by the chain hashes of their
-    tokens (``running``), then what was used last; chains are cut at their ends. With fewer rows the slots get new
+    If fewer rows than before leave no room for all, running requests come first, in the order in which ``running`` has
+    the chain hashes of their tokens, then what was used last; chains are cut at their ends. With fewer rows the slots get new
     numbers without gaps, in their old order; else they keep theirs.
     """
     verified = old.verified()
@@ -115,23 +115,37 @@ def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
 
 
 def most_wanted(old: Entries, mask: Mask, capacity: int, page_size: int, running: Hashes | None = None) -> Mask:
-    """At most ``capacity`` slots of ``mask``, those used last; ``running``: as in ``keep``.
+    """At most ``capacity`` slots of ``mask``, the most urgent ones; ``running``: as in ``keep``.
 
-    ``mask`` is closed under ancestors, and so is the result: what is above a slot was used at least as lately.
+    ``mask`` is closed under ancestors, and so is the result: what is above a slot is at least as urgent. One chain is
+    taken whole before the next, rather than a part of each.
     """
     slots = np.flatnonzero(mask)
     if len(slots) <= capacity:
         return mask
-    last_use = old.last_use
-    if running is not None and running.size:
-        last_use = last_use + (old.step + 1) * np.isin(old.hashes, running)
-    newest = newest_use(slots, old.above, last_use)
+    depth = _depth(slots, old.above)
+    # Unique, so that what hangs together has one rank, its best one, and goes together.
+    ranks = np.zeros(len(mask), np.int64)
+    ranks[slots[np.lexsort((depth[slots], _urgency(old, running)[slots]))]] = np.arange(1, len(slots) + 1)
+    best = newest_use(slots, old.above, ranks)
     firsts = slots[slots % page_size == 0]
-    order = np.lexsort((_depth(slots, old.above)[firsts], -newest[firsts]))
+    order = np.lexsort((depth[firsts], -best[firsts]))
     taken = firsts[order[: capacity // page_size]]
     wanted = np.zeros(len(mask), np.bool_)
     wanted[(taken[:, None] + np.arange(page_size)).ravel()] = True
     return closed(wanted, old.above)
+
+
+def _urgency(old: Entries, running: Hashes | None) -> Ids:
+    """int64[slots]: the step of the last use; beyond all steps for running requests, the first of them most."""
+    urgency = old.last_use.copy()
+    if running is None or not running.size:
+        return urgency
+    order = np.argsort(running, kind="stable")
+    at = order[np.minimum(np.searchsorted(running, old.hashes, sorter=order), len(running) - 1)]
+    is_running = running[at] == old.hashes
+    urgency[is_running] = old.step + len(running) - at[is_running]
+    return urgency
 
 
 def _depth(slots: Ids, parents: Ids) -> Ids:

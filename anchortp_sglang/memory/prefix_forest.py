@@ -63,7 +63,7 @@ def closed(mask: Mask, parents: Ids) -> Mask:
 
 
 def newest_use(kept: Ids, parents: Ids, last_use: Ids) -> Ids:
-    """int64[slots]: the latest use of a slot or of anything below it; 0 for slots that are not ``kept``."""
+    """int64[slots]: the latest use (or highest rank) of a slot or of anything below it; 0 for those not ``kept``."""
     newest = np.zeros(len(parents), np.int64)
     newest[kept] = last_use[kept]
     up = np.zeros(len(parents), np.int64)

@@ -15,7 +15,7 @@ from anchortp_sglang.planning.shards import shard_layout
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 SLOTS, SLOTS_OF_THREE = 3000, 1000
-CACHED = prompt(1, 900)
+CACHED = prompt(1, 600)
 RUNNING = [request(prompt(10 + seed, 60 + 40 * seed), 150) for seed in range(8)]
 """2,800 tokens in the end."""
 
@@ -64,7 +64,8 @@ def test_with_fewer_slots_running_requests_keep_theirs_and_none_fails(limited):
     assert status["kv"]["slots"] == SLOTS_OF_THREE
     assert 0.9 * SLOTS_OF_THREE < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
     assert record["kv"]["slots_dropped"] > 500, "of the cached prompt, which no running request shares"
-    assert record["tokens_reused"] > 0.8 * SLOTS_OF_THREE
+    # Requests that wait for room lose some of theirs to those that run.
+    assert record["tokens_reused"] > 0.5 * SLOTS_OF_THREE
 
 
 def test_devices_without_room_for_weights_and_kv_are_not_served_on(limited):
@@ -94,4 +95,4 @@ def test_a_kill_while_slots_are_renumbered_costs_no_token(launch, device_gib):
         record = server.status()["recoveries"][-1]
         assert server.status()["kv"]["slots"] == SLOTS_OF_THREE
         assert 500 < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
-        assert record["tokens_reused"] > 500
+        assert record["tokens_reused"] > 0.5 * SLOTS_OF_THREE

@@ -78,6 +78,17 @@ def test_running_requests_come_before_what_was_used_later():
     assert kept(table, 1 + 4, running=running).slots.tolist() == [1, 2, 3, 4]
 
 
+def test_running_requests_are_kept_one_after_the_other_not_a_part_of_each():
+    table = table_of(20, ([1, 2, 3], [1, 2, 3], 0), ([4, 5, 6], [4, 5, 6], 0), ([7, 8, 9], [7, 8, 9], 0))
+    table.commit_step([10, 11, 12], [0, 0, 0], [3, 6, 9])
+    hasher, root = RunHasher(), root_hash(NAMESPACE)
+    running = np.concatenate(
+        [hasher.run_hashes(root, np.array([*tokens, 0])) for tokens in ([7, 8, 9], [1, 2, 3], [4, 5, 6])]
+    )
+    assert kept(table, 1 + 6, running=running).slots.tolist() == [1, 2, 7, 8, 9, 12]
+    assert kept(table, 1 + 8).slots.tolist() == [4, 5, 6, 7, 8, 9, 11, 12], "two whole ones"
+
+
 def test_only_whole_pages_of_consecutive_tokens_are_kept():
     table = table_of(
         24,
