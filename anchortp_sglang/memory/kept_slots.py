@@ -88,8 +88,8 @@ def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: 
     """Choose from ``old``, of which only ``usable`` slots (bool[slots]; None: all) have their KV, for ``rows`` rows.
 
     If fewer rows than before leave no room for all, running requests come first, in the order in which ``running`` has
-    the chain hashes of their tokens, then what was used last; chains are cut at their ends. With fewer rows the slots get new
-    numbers without gaps, in their old order; else they keep theirs.
+    the chain hashes of their tokens, then what was used last; chains are cut at their ends. With fewer rows the slots
+    get new numbers without gaps, in their old order; else they keep theirs.
     """
     verified = old.verified()
     mask = verified if usable is None else closed(verified & usable, old.above)
