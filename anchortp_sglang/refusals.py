@@ -133,8 +133,9 @@ KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}
 
 def _check_kv_cache_dtype(view: Any) -> list[Refusal]:
     kv_dtype = _get(view, "kv_cache_dtype") or "auto"
-    if kv_dtype == "fp8_e5m2" and _get(view, "device") == "cpu":
-        return [_refusal("kv_cache_dtype", kv_dtype, "SGLang does not have it on a CPU", "use fp8_e4m3")]
+    if kv_dtype.startswith("fp8") and _get(view, "device") == "cpu":
+        why = "SGLang has it on CPUs with AMX only, whose kernels are not supported"
+        return [_refusal("kv_cache_dtype", kv_dtype, why, "use auto or bf16")]
     if kv_dtype == "auto" or kv_dtype in KV_DTYPE_BYTES:
         return []
     why = "KV buffers of packed elements or with scales of their own are not kept in the anchors"
