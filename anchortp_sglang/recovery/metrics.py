@@ -93,8 +93,8 @@ class Metrics:
             self._devices.labels(state).set(states.count(state))
         for state in _SERVER_STATES:
             self._state.labels(state).set(state == status["state"])
-        mirror = status.get("kv_mirror") or {}
-        self._mirror_lag.set(mirror.get("lag_tokens", 0))
+        mirror = (status.get("kv") or {}).get("mirror") or {}
+        self._mirror_lag.set(mirror.get("lag_slots", 0))  # a slot holds a token
 
     def _raise_to(self, counter: Any, total: float) -> None:
         """Counters only rise, and the sums of a server do."""

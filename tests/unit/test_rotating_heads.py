@@ -24,7 +24,7 @@ from planning_cases import (
 
 from anchortp_sglang.elastic.kv_capacity import kv_capacity
 from anchortp_sglang.planning.intervals import normalize, total
-from anchortp_sglang.planning.kv_layout import KVPlan, held_heads, kv_layout
+from anchortp_sglang.planning.kv_layout import KVPlan, fit_slots, held_heads, kv_layout
 from anchortp_sglang.planning.layout import check_coverage, check_sources, fill_moves, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership, kept_units, split, validate
@@ -225,6 +225,18 @@ def test_the_capacity_gained_is_that_of_the_fullest_device() -> None:
     assert back.slots_alike == pytest.approx(100_000, abs=2)
     assert back.gain == pytest.approx(alike.gain, abs=1e-4)
     assert "(+50%)" in str(alike)
+
+
+def test_with_limited_memory_more_slots_outlive_a_lost_device() -> None:
+    """Of four KV heads on three devices the fullest has two in each layer, or four thirds."""
+    axes, most = model((12, 4), num_hidden_layers=6, intermediate_size=6), KVPlan(1_000_000, 1, 4)
+    slots = []
+    for rotate in (False, True):
+        four = rotating_split(axes, range(4)) if rotate else split(axes, range(4))
+        three = reconfigure(axes, four, [0, 1, 3], rotate)
+        slots.append(fit_slots(axes, most, three, 50 << 20).slots)
+    alike, rotating = slots
+    assert rotating / alike == pytest.approx(1.5, abs=0.01)
 
 
 def test_where_heads_divide_nothing_is_gained() -> None:

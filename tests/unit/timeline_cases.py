@@ -68,5 +68,6 @@ STATUS = {
         {"id": 2} | LOST,
         {"id": 3, "rank": 2} | SERVING,
     ],
+    "kv": {"slots": 8192, "used": 900, "mirror": {"mirrored": 880, "lag_slots": 20}},
     "recoveries": [KILL, LOSS, GIVEN_UP],
 }
