@@ -199,6 +199,8 @@ class ServerLife(RuleBasedStateMachine):
         self.check_chains()
         self.entries = {s: e for s, e in (self.entries | (possible or {})).items() if s in found}
         self.sequences = [chain.slots.tolist() for chain in self.table.chains()]
+        # The next rank 0 does so before it writes, else what a kill left of an entry could verify again one day.
+        self.table.invalidate(np.array(sorted(set(range(1, SLOTS)) - self.used_slots()), np.int64))
 
     # --- what is promised
 
