@@ -19,7 +19,8 @@ from anchortp_sglang.planning.kv_layout import mirror_moves
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.05
+_POLL_S = 0.1
+"""Each turn disturbs the decode loop a little, and what is committed between two turns is lost with a device."""
 
 
 class Mirroring(threading.Thread):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anchortp_sglang.memory.chain_hash import UNKNOWN, Ids
+from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids
 from anchortp_sglang.memory.kept_slots import most_wanted
 from anchortp_sglang.memory.kv_mirror import KVMirror
 from anchortp_sglang.memory.page_table import PageTable
@@ -46,6 +46,11 @@ class MirrorSchedule:
         self._table, self._mirror = table, mirror
         self._bucket = TokenBucket(bytes_per_s, mirror.shape.row_bytes)
         self._done_step = -1
+        self._row_of: Ids = np.full(table.slots, -1, np.int64)
+        """int64[slots]: the row that a slot was given last, whatever it held then; -1 for none."""
+        self._is_free: Mask = np.zeros(mirror.shape.rows, np.bool_)
+        self._n_free = 0
+        """Rows given to nobody; those of slots that have been freed since are not among them."""
         self._chosen: Mask | None = None
         self._chosen_step = -1
         self._choose_at = 0.0
@@ -57,22 +62,53 @@ class MirrorSchedule:
         allowed = self._bucket.allowance(now)
         if step == self._done_step or not allowed:
             return 0
-        hashes = self._table.hashes.copy()
-        hashes[ROOT] = UNKNOWN
-        free, mirrored = self._sort_rows(hashes)
-        wanted = np.flatnonzero((hashes != UNKNOWN) & ~mirrored)
-        up_to_date = len(wanted) <= len(free)
-        if not up_to_date:
-            wanted, free = self._choose(wanted, free, now)
-            up_to_date = self._chosen_step >= step
+        wanted, hashes = self._lacking(np.flatnonzero(self._table.last_use > self._done_step))
+        up_to_date = True
+        if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
+            self._collect_rows()
+            wanted, hashes = self._lacking(np.arange(self._table.slots))
+            if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
+                chosen = self._choose(now)[wanted]
+                wanted, hashes = wanted[chosen], hashes[chosen]
+                up_to_date = self._chosen_step >= step
         newest_first = np.lexsort((wanted, -self._table.last_use[wanted]))
-        slots = np.sort(wanted[newest_first[: min(allowed, len(free))]])
-        if up_to_date and len(slots) == len(wanted):
+        taken = np.sort(newest_first[: self._most(wanted[newest_first], allowed)])
+        if up_to_date and len(taken) == len(wanted):
             self._done_step = step
-        if len(slots):
-            self._mirror.assign(_rows_for(slots, free), slots, hashes[slots])
-            self._bucket.spend(len(slots))
-        return len(slots)
+        if len(taken):
+            self._give_rows(wanted[taken], hashes[taken])
+            self._bucket.spend(len(taken))
+        return len(taken)
+
+    def _lacking(self, slots: Ids) -> tuple[Ids, Hashes]:
+        """Those of ``slots`` that have an entry and no row for it, and their hashes."""
+        hashes = self._table.hashes[slots]
+        rows = self._row_of[slots]
+        lacking = (hashes != UNKNOWN) & (slots != ROOT) & ((rows < 0) | (self._mirror.hashes[rows] != hashes))
+        return slots[lacking], hashes[lacking]
+
+    def _most(self, slots: Ids, allowed: int) -> int:
+        """How many of ``slots``, from the first on, can be given rows."""
+        new_rows = np.cumsum(self._row_of[slots] < 0)
+        return min(allowed, int(np.searchsorted(new_rows, self._n_free, side="right")))
+
+    def _give_rows(self, slots: Ids, hashes: Hashes) -> None:
+        """Each slot gets its old row, else a free one: that of its own number where it can be, so that runs of slots
+        are runs of rows."""
+        rows = self._row_of[slots]
+        new = np.flatnonzero(rows < 0)
+        in_range = slots[new] < len(self._is_free)
+        own = new[in_range][self._is_free[slots[new][in_range]]]
+        rows[own] = slots[own]
+        self._is_free[rows[own]] = False
+        other = np.flatnonzero(rows < 0)
+        if other.size:
+            rows[other] = np.flatnonzero(self._is_free)[: len(other)]
+            self._is_free[rows[other]] = False
+        self._n_free -= len(new)
+        self._mirror.free(rows)  # of what the slots held before
+        self._mirror.assign(rows, slots, hashes)
+        self._row_of[slots] = rows
 
     def _take_over(self) -> None:
         """Rows of the last generation are for whichever slots hold their chains now."""
@@ -83,37 +119,30 @@ class MirrorSchedule:
         slots, rows = slots[rows >= 0], rows[rows >= 0]
         mirror.slots[:] = ROOT
         mirror.slots[rows] = slots
+        self._collect_rows()
 
-    def _sort_rows(self, hashes: np.ndarray) -> tuple[Ids, Mask]:
-        """The free rows, after those that hold what is no more have been freed; and which slots have a row."""
-        mirror = self._mirror
+    def _collect_rows(self) -> None:
+        """Free every row of which the slot does not hold the entry any more."""
+        table, mirror = self._table, self._mirror
         used = mirror.hashes != UNKNOWN
-        stale = used & (hashes[mirror.slots] != mirror.hashes)
-        mirror.free(np.flatnonzero(stale))
-        mirrored = np.zeros(len(hashes), np.bool_)
-        mirrored[mirror.slots[used & ~stale]] = True
-        return np.flatnonzero(~used | stale), mirrored
+        used &= (table.hashes[mirror.slots] == mirror.hashes) & (mirror.slots != ROOT)
+        self._is_free = ~used
+        self._n_free = int(np.count_nonzero(self._is_free))
+        mirror.free(np.flatnonzero(self._is_free))
+        self._row_of[:] = -1
+        self._row_of[mirror.slots[used]] = np.flatnonzero(used)
 
-    def _choose(self, wanted: Ids, free: Ids, now: float) -> tuple[Ids, Ids]:
-        """What is wanted, and the rows for it, when there is no room for everything."""
+    def _choose(self, now: float) -> Mask:
+        """bool[slots]: what is mirrored when there is no room for everything; other rows are freed."""
         mirror = self._mirror
         if self._chosen is None or (now >= self._choose_at and self._table.step > self._chosen_step):
             self._choose_at = now + _CHOICE_INTERVAL_S
             entries = self._table.entries()
             self._chosen = most_wanted(entries, entries.verified(), mirror.shape.rows, 1)
             self._chosen_step = entries.step
-            unwanted = np.flatnonzero((mirror.hashes != UNKNOWN) & ~self._chosen[mirror.slots])
-            mirror.free(unwanted)
-            free = np.union1d(free, unwanted)
-        return wanted[self._chosen[wanted]], free
-
-
-def _rows_for(slots: Ids, free: Ids) -> Ids:
-    """A free row for each slot; the one of its own number where it can be, so that runs of slots are runs of rows."""
-    own = np.isin(slots, free, assume_unique=True)
-    rows = slots.copy()
-    rows[~own] = np.setdiff1d(free, slots, assume_unique=True)[: np.count_nonzero(~own)]
-    return rows
+            mirror.free(np.flatnonzero(~self._chosen[mirror.slots]))
+            self._collect_rows()
+        return self._chosen
 
 
 @dataclass(frozen=True)
