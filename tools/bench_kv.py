@@ -19,6 +19,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from anchortp_sglang.bench.server import Server
 from anchortp_sglang.bench.streams import Streams
@@ -78,29 +79,39 @@ def longest_pause_s(history, since: float) -> float:
     return max(b - a for a, b in itertools.pairwise(times) if b > since)
 
 
-def measure_decode(folder: Path, model: Path, rounds: int = 12, tokens: int = 150) -> None:
-    """Two servers at once, asked in turns, so that both see the same machine."""
-    rates: dict[str, list[float]] = {name: [] for name in MIRROR}
+def measure_decode(folder: Path, model: Path, turns: int = 60, tokens: int = 40) -> None:
+    """Two servers at once, asked in many short turns, so that both see the same machine."""
+    took: dict[str, list[float]] = {name: [] for name in MIRROR}
+    shares: dict[str, list[float]] = {name: [] for name in MIRROR}
     servers = {}
     try:
         for name, mirror in MIRROR.items():
             flags = (*FLAGS, "--max-total-tokens", "16384", "--anchor-kv-mirror", mirror)
             servers[name] = Server(model, 2, *flags, log=folder / f"decode-{mirror}.log")
             servers[name].start()
-        for turn in range(rounds + 1):
+        for turn in range(turns + 2):
             for name in list(servers)[:: 1 if turn % 2 else -1]:
-                began = time.monotonic()
+                began, busy = time.monotonic(), helpers_cpu_s(servers[name])
                 servers[name].post("/generate", batch(tokens))
-                if turn:
-                    rates[name].append(PROMPTS * tokens / (time.monotonic() - began))
+                if turn > 1:
+                    took[name].append(time.monotonic() - began)
+                    shares[name].append((helpers_cpu_s(servers[name]) - busy) / took[name][-1])
                 urllib.request.urlopen(f"{servers[name].url}/flush_cache", timeout=60).close()
     finally:
         for server in servers.values():
             server.stop()
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, values in rates.items():
-        print(f"decode {name:12} {medians[name]:7.1f} tokens/s ({', '.join(f'{value:.0f}' for value in values)})")
-    print(f"decode with mirror {medians['with mirror'] / medians['without']:.1%} of without (ratio of the medians)")
+    for name, times in took.items():
+        rate, share = PROMPTS * tokens / statistics.median(times), statistics.fmean(shares[name])
+        print(f"decode {name:12} {rate:7.1f} tokens/s; threads beside the ranks' main ones take {share:.2%} of a core")
+    ratios = sorted(b / a for a, b in zip(took["with mirror"], took["without"], strict=True))
+    print(f"decode with mirror {statistics.median(ratios):.1%} of without (median of {turns} turns, half of them within "
+          f"{ratios[turns // 4]:.1%} to {ratios[3 * turns // 4]:.1%})")  # fmt: skip
+
+
+def helpers_cpu_s(server: Server) -> float:
+    """CPU seconds so far of all threads of the ranks but their main ones."""
+    pids = [device["rank_pid"] for device in server.status()["devices"]]
+    return sum(t.user_time + t.system_time for pid in pids for t in psutil.Process(pid).threads() if t.id != pid)
 
 
 def batch(tokens: int) -> dict:
