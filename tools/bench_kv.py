@@ -104,7 +104,7 @@ def measure_decode(folder: Path, model: Path, turns: int = 60, tokens: int = 40)
         rate, share = PROMPTS * tokens / statistics.median(times), statistics.fmean(shares[name])
         print(f"decode {name:12} {rate:7.1f} tokens/s; threads beside the ranks' main ones take {share:.2%} of a core")
     ratios = sorted(b / a for a, b in zip(took["with mirror"], took["without"], strict=True))
-    print(f"decode with mirror {statistics.median(ratios):.1%} of without (median of {turns} turns, half of them within "
+    print(f"decode with mirror {statistics.median(ratios):.1%} of without (median of {turns} turns, half of them from "
           f"{ratios[turns // 4]:.1%} to {ratios[3 * turns // 4]:.1%})")  # fmt: skip
 
 

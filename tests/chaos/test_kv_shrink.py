@@ -65,7 +65,7 @@ def test_with_fewer_slots_running_requests_keep_theirs_and_none_fails(limited):
     assert 0.9 * SLOTS_OF_THREE < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
     assert record["kv"]["slots_dropped"] > 500, "of the cached prompt, which no running request shares"
     # Requests that wait for room lose some of theirs to those that run.
-    assert record["tokens_reused"] > 0.5 * SLOTS_OF_THREE
+    assert record["tokens_reused"] > 0.4 * SLOTS_OF_THREE
 
 
 def test_devices_without_room_for_weights_and_kv_are_not_served_on(limited):
