@@ -147,7 +147,10 @@ def refuse_layout_only(model: ModelAxes) -> None:
     """Raise UnsupportedModel if there are rules for a model, but SGLang cannot serve it on this platform."""
     reason = FAMILIES[model.architecture].layout_only
     if model.quantization is not None:
-        reason = f"SGLang has no kernels for {model.quantization} on a CPU without AMX; use an unquantized checkpoint"
+        reason = (
+            f"SGLang has no kernels for {model.quantization} on a CPU without AMX, and its quantization_config "
+            "asks for them; use an unquantized checkpoint"
+        )
     if reason is not None:
         raise UnsupportedModel(f"this {model.architecture} cannot be served: {reason}")
 
