@@ -6,6 +6,7 @@ import logging
 
 from anchortp_sglang import hooking, manifest, preload
 from anchortp_sglang.cpu import hooks as cpu
+from anchortp_sglang.cuda import collectives, graphs
 from anchortp_sglang.elastic import config, experts, kv_pool, prefixes, weights
 from anchortp_sglang.hooking import Hook
 from anchortp_sglang.recovery import detokenizer, rank
@@ -214,6 +215,19 @@ HOOKS: tuple[Hook, ...] = (
         "main loads the tokenizer once, before the zygote is forked",
     ),
     *(Hook(*row) for row in cpu.HOOKS),
+    # GPUs.
+    Hook(
+        _SRT + "platforms.cuda.CudaDeviceMixin.get_torch_distributed_backend_str",
+        "around",
+        collectives.around_backend,
+        "NCCL refuses several ranks on one GPU",
+    ),
+    Hook(
+        _SCHEDULER + "init_request_dispatcher",
+        "after",
+        graphs.after_init_request_dispatcher,
+        "decode graphs are captured when main says so, after a generation's first tokens",
+    ),
 )
 
 

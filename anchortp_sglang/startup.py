@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import psutil
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.cuda.plan import EAGER_START, graph_batch_sizes, plan_gpu_kv
+from anchortp_sglang.cuda.probe import GpuFacts
+from anchortp_sglang.cuda.shares import share_out
 from anchortp_sglang.early import read_config, reserve_port
 from anchortp_sglang.elastic.attachment import KVPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.hooking import HookError
 from anchortp_sglang.manifest import DriftError
+from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
@@ -72,29 +77,35 @@ class Runtime:
             self.port.close()
 
 
-def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Runtime:
+def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: Sequence[GpuFacts] = ()) -> Runtime:
     """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
 
     A server is known by its port, so that it finds its anchors again after a crash; an Engine by its process.
+    ``gpus``: those of ``platform.gpus_for``, none on CPU.
 
     Raises ValueError subclasses with a text for the operator; nothing is left behind then.
     """
     from anchortp_sglang.plugin import install_all
 
     raw = msgspec.structs.asdict(server_args)
-    _refuse(server_args)
+    _refuse(server_args, options)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint)
     server_args.resolve_once()
     view = _view(server_args)
-    _refuse(view)
+    _refuse(view, options)
     options.check_tp_size(view.tp_size)
     _check_ep_size(view)
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     ownership = split(model, tuple(range(view.tp_size)), options.widths)
     _check_plan(model, ownership, checkpoint)
-    kv = _plan_kv(model, ownership, view)
+    shares: tuple[GpuShare, ...] = ()
+    if gpus:
+        shares = share_out(gpus, view.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
+        kv = plan_gpu_kv(model, ownership, shares, options.min_devices, view)
+    else:
+        kv = _plan_kv(model, ownership, view)
     install_all(allow_drift=options.allow_drift)
     wire.register()
     zygote = _make_zygote(view)
@@ -108,14 +119,16 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, kv),
+        identity=_identity(checkpoint, model, ownership, kv, shares),
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=kv,
         linger_s=options.linger_s,
-        server_args=_records(raw, view, kv),
+        server_args=_records(raw, view, kv, EAGER_START if gpus else {}),
         controller_pid=os.getpid(),
         stale_anchors=run_dir.stale_anchors,
+        gpus=shares,
+        graph_batch_sizes=graph_batch_sizes(view, shares),
     )
     coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
     install_coordinator(coordinator)
@@ -128,8 +141,8 @@ def _view(server_args: Any) -> Any:
     return resolving_view(server_args)
 
 
-def _refuse(view: Any) -> None:
-    refusals = check_server_args(view)
+def _refuse(view: Any, options: AnchorOptions) -> None:
+    refusals = check_server_args(view, experimental_cuda=options.experimental_cuda)
     if refusals:
         raise UnsupportedError(refusals)
 
@@ -178,9 +191,9 @@ def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
     return plan
 
 
-def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan) -> str:
+def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, gpus: Sequence[GpuShare]) -> str:
     """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
-    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv)]
+    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv), *map(str, gpus)]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         stat = path.stat()
         parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
@@ -207,11 +220,12 @@ def _policy(options: AnchorOptions) -> Policy:
     )
 
 
-def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:
-    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations."""
+def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: dict[str, Any]) -> Any:
+    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations, but for
+    what is ``changed`` for ranks."""
     from sglang.srt.server_args import ServerArgs
 
-    pins = {name: getattr(view, name) for name in _PINNED} | {"max_total_tokens": kv.slots}
+    pins = {name: getattr(view, name) for name in _PINNED} | {"max_total_tokens": kv.slots} | changed
     made: dict[int, Any] = {}
 
     def record(tp_size: int) -> Any:

@@ -6,11 +6,17 @@ zygote) they leave SGLang as it is.
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchortp_sglang.anchor.client import AnchorClient
+import torch
+
+from anchortp_sglang.anchor.client import AnchorClient, HandleGrant
+from anchortp_sglang.elastic.device_memory import byte_tensor
 from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.layout import ShardLayout, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
@@ -45,7 +51,8 @@ class Assignment:
     """One rank's part of a generation; made by the coordinator, sent to the rank over its pipe.
 
     ``previous``: the ownership whose complete weights this device's anchor still holds, None when there are
-    none; equal to ``ownership`` when nothing is to be moved.
+    none; equal to ``ownership`` when nothing is to be moved. ``gpu``: where the device's memory is, None for the
+    host's.
     """
 
     generation: int
@@ -59,6 +66,12 @@ class Assignment:
     previous: Ownership | None
     kv: KVPlan
     restore_prefixes: bool
+    gpu: GpuShare | None = None
+
+    @property
+    def fills(self) -> bool:
+        """Whether this rank's memory is new: weights are to be moved there, and its KV holds nothing."""
+        return self.previous != self.ownership
 
 
 def weights_segment(ownership: Ownership) -> str:
@@ -83,31 +96,45 @@ class Attachment:
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self.layout: ShardLayout = shard_layout(assignment.model, assignment.ownership, assignment.rank)
-        self.fds: dict[tuple[int, str], int] = {}
+        self.fds: dict[tuple[int, str], tuple[int, int]] = {}
+        """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
 
     def map(self, device: int, segment: str, writable: bool) -> mmap.mmap:
-        """Map a segment of a device's anchor (HOST_DEVICE: the host anchor's). Its descriptor is kept, so that an
-        anchor that dies can be given the segment back.
+        """Map a segment in host memory (HOST_DEVICE: the host anchor's).
 
         Raises AnchorError when the anchor refuses or does not answer.
         """
-        fd, nbytes = self._open(device, segment)
-        self.fds[device, segment] = fd
+        fd, nbytes, _ = self._keep(device, segment)
         return map_fd(fd, nbytes, writable=writable)
 
-    def map_briefly(self, device: int, segment: str) -> mmap.mmap:
-        """The same, read-only, of a segment that is about to be freed: when the mapping goes, nothing holds it."""
-        fd, nbytes = self._open(device, segment)
+    def tensor(self, device: int, segment: str, writable: bool) -> torch.Tensor:
+        """A segment in a device's memory, as bytes. Raises like ``map``."""
+        fd, nbytes, _ = self._keep(device, segment)
+        return byte_tensor(fd, nbytes, writable, self.assignment.gpu)[0]
+
+    @contextmanager
+    def tensor_briefly(self, device: int, segment: str) -> Iterator[torch.Tensor]:
+        """The same, read-only, of a segment that is about to be freed: when the block has been left and the tensor is
+        gone, nothing here holds it."""
+        fd, nbytes, _ = self._open(device, segment)
         try:
-            return map_fd(fd, nbytes, writable=False)
+            tensor, unmap = byte_tensor(fd, nbytes, False, self.assignment.gpu)
         finally:
             os.close(fd)
+        try:
+            yield tensor
+        finally:
+            unmap()
 
-    def _open(self, device: int, segment: str) -> tuple[int, int]:
+    def _keep(self, device: int, segment: str) -> HandleGrant:
+        grant = self._open(device, segment)
+        self.fds[device, segment] = grant.fd, grant.nbytes
+        return grant
+
+    def _open(self, device: int, segment: str) -> HandleGrant:
         at = self.assignment
         client = AnchorClient(at.run_dir, at.run_id, device, _ANCHOR_TIMEOUT_S)
-        fd, nbytes, _sealed = client.open_handle(at.generation, segment)
-        return fd, nbytes
+        return client.open_handle(at.generation, segment)
 
 
 _current: Attachment | None = None

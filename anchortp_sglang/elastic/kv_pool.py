@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from anchortp_sglang.elastic.attachment import Attachment, current, kv_segment
@@ -20,8 +19,10 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
         return
     shape = _check_pool(pool, attachment)
     at = attachment.assignment
-    memory = attachment.map(at.device, kv_segment(at.ownership), writable=True)
-    blocks = torch.frombuffer(memory, dtype=pool.store_dtype).view(pool.layer_num, 2, *shape)
+    memory = attachment.tensor(at.device, kv_segment(at.ownership), writable=True)
+    if memory.is_cuda and at.fills:
+        memory.zero_()  # a new memfd holds zeros, a GPU's memory what its last owner left: attention reads NaNs too
+    blocks = memory.view(pool.store_dtype).view(pool.layer_num, 2, *shape)
     pool.k_buffer = [blocks[layer, 0] for layer in range(pool.layer_num)]
     pool.v_buffer = [blocks[layer, 1] for layer in range(pool.layer_num)]
 

@@ -53,46 +53,48 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
     which rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
     """
     if _table is not None and allocator.free_group is None and slots.numel():
-        _table.invalidate(slots.numpy())
+        _table.invalidate(slots.cpu().numpy())
 
 
 def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
 
-    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write.
+    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. On a GPU to return is only to
+    have been launched: wait for it, as SGLang will do next to read the tokens.
     """
     if _table is None or batch is None or not batch.reqs:
         return
+    rows = scheduler.req_to_token_pool.req_to_token
+    if rows.is_cuda:
+        torch.cuda.synchronize()
     if batch.forward_mode.is_decode():
-        _commit_decode(_table, batch, scheduler.req_to_token_pool.req_to_token)
+        _commit_decode(_table, batch, rows)
     elif batch.forward_mode.is_extend():
-        _commit_extend(_table, batch, scheduler.req_to_token_pool.req_to_token.numpy())
+        _commit_extend(_table, batch, rows)
 
 
-def _commit_decode(table: PageTable, batch: Any, rows: Any) -> None:
+def _commit_decode(table: PageTable, batch: Any, rows: torch.Tensor) -> None:
     # The input of this step is the last token that was put out; the new one is appended afterwards.
-    if len(batch.reqs) <= FEW_REQUESTS:
+    if len(batch.reqs) <= FEW_REQUESTS and rows.is_cpu:
         slots = memoryview(rows.numpy())
         for req in batch.reqs:
             row, end = req.kv.req_pool_idx, req.seqlen
             table.commit_token(slots[row, end - 1], req.output_ids[-1], slots[row, end - 2])
         return
     tokens = np.fromiter((req.output_ids[-1] for req in batch.reqs), np.int64, len(batch.reqs))
-    pool = batch.req_pool_indices.numpy()
-    last = batch.seq_lens.numpy() - 1
-    rows = rows.numpy()
-    table.commit_step(rows[pool, last], tokens, rows[pool, last - 1])
+    last = batch.seq_lens - 1
+    slots, parents = (rows[batch.req_pool_indices, at].cpu().numpy() for at in (last, last - 1))
+    table.commit_step(slots, tokens, parents)
 
 
-def _commit_extend(table: PageTable, batch: Any, rows: np.ndarray) -> None:
+def _commit_extend(table: PageTable, batch: Any, rows: torch.Tensor) -> None:
     for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
         if req.extra_key is not None or req.cache_salt is not None or extend_len == 0:
             continue  # other namespaces are not restored; their decode steps then lack a known parent
-        row = rows[req.kv.req_pool_idx]
-        end = prefix_len + extend_len
+        end, before = prefix_len + extend_len, min(prefix_len, 1)
+        slots = rows[req.kv.req_pool_idx, prefix_len - before : end].cpu().numpy()
         tokens = np.asarray(req.full_untruncated_fill_ids[prefix_len:end], np.int64)
-        parent = int(row[prefix_len - 1]) if prefix_len else 0
-        table.commit_run(row[prefix_len:end], tokens, parent)
+        table.commit_run(slots[before:], tokens, int(slots[0]) if before else 0)
 
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
@@ -117,7 +119,7 @@ def start_writing() -> None:
     """On rank 0, once all ranks have rebuilt their trees: what is free now is forgotten, and frees are from now on."""
     global _table, _to_restore
     if _to_restore is not None:
-        _to_restore.invalidate(_allocator.get_all_free_pages().numpy())
+        _to_restore.invalidate(_allocator.get_all_free_pages().cpu().numpy())
         _table, _to_restore = _to_restore, None
 
 
@@ -129,12 +131,12 @@ def _restore(table: PageTable, result: Any) -> int:
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
     kept = table.kept_slots()
     free = allocator.free_pages
-    allocator.free_pages = free[~torch.isin(free, torch.from_numpy(kept))]
+    allocator.free_pages = free[~torch.isin(free, torch.from_numpy(kept).to(free.device))]
     for chain in table.chains():
         tree.insert(
             InsertParams(
                 key=RadixKey(array.array("q", chain.tokens.tolist())),
-                value=torch.from_numpy(chain.slots),
+                value=torch.from_numpy(chain.slots).to(free.device),
                 # Without it the tree frees the slots that it already holds (_insert_overlap_step).
                 prev_prefix_len=chain.shared,
             )

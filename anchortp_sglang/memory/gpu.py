@@ -16,12 +16,13 @@ CUDA IPC handle, which ends with its maker."""
 class GpuShare:
     """``uuid`` as NVML writes it (``GPU-…``): ordinals differ between processes, UUIDs do not.
 
-    ``budget_bytes``: what the device's anchor may allocate. Several devices on one GPU have a share each.
+    ``budget_bytes``: what the device's anchor may allocate. ``alone``: no other device is on the same GPU.
     """
 
     uuid: str
     budget_bytes: int
     sharing: Sharing = "vmm"
+    alone: bool = True
 
     def __post_init__(self) -> None:
         if not self.uuid.startswith("GPU-"):

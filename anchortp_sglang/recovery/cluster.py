@@ -27,6 +27,7 @@ from anchortp_sglang.elastic.attachment import (
     weights_segment,
 )
 from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.memory.page_table import PageTable
 from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
@@ -46,7 +47,8 @@ class ServerPlan:
     """What does not change over a server's life.
 
     ``server_args``: tp_size -> resolved ServerArgs. ``stale_anchors``: devices whose anchors linger in the run
-    directory from a server that died.
+    directory from a server that died. ``gpus``: of each device, none on CPU. ``graph_batch_sizes``: for which decode
+    graphs are captured, none if the ranks stay eager.
     """
 
     run_dir: Path
@@ -59,6 +61,12 @@ class ServerPlan:
     server_args: Callable[[int], Any]
     controller_pid: int
     stale_anchors: tuple[int, ...] = ()
+    gpus: tuple[GpuShare, ...] = ()
+    graph_batch_sizes: tuple[int, ...] = ()
+
+    def gpu(self, device: int) -> GpuShare | None:
+        """Where the memory of a device (not of the host anchor) is; None: in the host's."""
+        return self.gpus[device] if self.gpus and device != HOST_DEVICE else None
 
 
 class Cluster:
@@ -95,6 +103,7 @@ class Cluster:
             plan.linger_s,
             ANCHOR_TIMEOUT_S,
             generation,
+            plan.gpu(device),
         )
 
     def take_over(self, ownership: Ownership) -> int | None:
@@ -257,6 +266,7 @@ class Cluster:
                     previous=previous,
                     kv=plan.kv,
                     restore_prefixes=restore_prefixes,
+                    gpu=plan.gpu(device),
                 )
                 child = self.fork()
                 generation.ranks.append(child)

@@ -13,6 +13,7 @@ from typing import Any
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
+from anchortp_sglang.cuda.detection import GpuDetection
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
@@ -21,6 +22,7 @@ from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
 from anchortp_sglang.recovery.generation import Generation, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.graphs import GraphCapture
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
@@ -66,7 +68,10 @@ class Coordinator:
         self._number = 0
         self._recovery: Recovery | None = None
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
+        self._gpus = GpuDetection(cluster.plan.gpus, self._fault)
+        self._graphs = GraphCapture(cluster.plan.graph_batch_sizes, self._serving, self._graphs_captured)
         self._tm: Any = None
+        self._send: Callable[[Any], None] = lambda message: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fence_line: FenceLine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,6 +110,9 @@ class Coordinator:
         self.ledger.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)
         self._detection.watch(self.generation)
+        self._spawn(self._gpus.watch())
+        self._spawn(self._graphs.capture(self.generation, tokenizer_manager, send))
+        self._send = send
         self._refill()
 
     def on_token(self) -> None:
@@ -125,6 +133,10 @@ class Coordinator:
         """(reused, recomputed) tokens of the requests that this generation resumed so far."""
         lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
         return None if lanes is None else heartbeat.read_tokens(lanes)
+
+    def _graphs_captured(self) -> bool:
+        lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
+        return lanes is not None and heartbeat.read_graphs(lanes)
 
     def stop(self) -> None:
         """The operator ends the server: deaths are no faults any more."""
@@ -165,6 +177,7 @@ class Coordinator:
             assert self.generation is not None
             self._detection.watch(self.generation)
             self._spawn(self._settle(self.generation))
+            self._spawn(self._graphs.capture(self.generation, self._tm, self._send))
             self._refill()
             if not self._tm.rid_to_state:
                 self._recovery = None  # nobody waits for a token: the next one says nothing about this recovery
@@ -174,6 +187,7 @@ class Coordinator:
     def _begin(self, before: machine.State, reason: str) -> None:
         assert self.ledger is not None and self.generation is not None
         self.ledger.outage = True
+        self._graphs.on_fault()
         if before.phase is Phase.SERVING:
             self._recovery = self.recoveries.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
@@ -210,7 +224,7 @@ class Coordinator:
         """Reap the killed ranks, then drain what rank 0 still said."""
         generation, recovery = self.generation, self._recovery
         assert generation is not None and recovery is not None
-        await self._in_thread(wait_dead, generation)
+        await asyncio.gather(self._in_thread(wait_dead, generation), self._gpus.probe())
         recovery.stage("reaped")
         assert self._fence_line is not None and self.ledger is not None
         detokenizer = self.cluster.detokenizer
@@ -252,6 +266,7 @@ class Coordinator:
                 anchor_alive=self.cluster.anchor_alive(device),
                 rank_died=device in ranks and ranks.index(device) in self._detection.died,
                 rank_hung=device in ranks and ranks.index(device) in self._detection.hung,
+                device_error=self._gpus.errors.get(device, ""),
             )
             for device in self._held.devices
         ]

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 64
 _FORK_TIMEOUT_S = 20.0
+_CUDA_ERROR_NOT_INITIALIZED = 3
+_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
+"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
 
 
 class ZygoteError(RuntimeError):
@@ -97,9 +100,26 @@ def unfit_to_fork() -> str | None:
     if threads != 1:
         return f"it has {threads} threads"
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
         return "CUDA is initialised"
-    return None
+    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
+    return f"it has {opened.pop()} open" if opened else None
+
+
+def _driver_is_initialised() -> bool:
+    """Whether anything in this process has called cuInit: the driver does not survive a fork then."""
+    with open("/proc/self/maps") as maps:
+        if "/libcuda.so" not in maps.read():
+            return False
+    context = ctypes.c_void_p()
+    return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""  # of listing the folder itself
 
 
 def fork_zygote() -> Zygote:
