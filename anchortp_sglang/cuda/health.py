@@ -70,9 +70,9 @@ class _Watch:
         nvml = self._nvml
         try:
             event = nvml.nvmlEventSetWait_v2(self._events, _WAIT_MS)
-        except nvml.NVMLError:  # a timeout; or GPU is lost, and then it does not say which
+            uuid = nvml.nvmlDeviceGetUUID(event.device)
+        except nvml.NVMLError:  # a timeout; or a GPU is lost, and NVML does not say which
             return [lost for uuid in self._handles if (lost := self._ask(uuid))]
-        uuid = nvml.nvmlDeviceGetUUID(event.device)
         reason = reason_of_xid(event.eventData)
         return [GpuLost(uuid, reason)] if reason else []
 

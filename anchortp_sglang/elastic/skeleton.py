@@ -1,8 +1,8 @@
 """A model built without memory for its parameters, which are bound to the anchor's memory afterwards.
 
 Built on the meta device a model would lose what its constructors compute (rotary tables, among others). So only
-``torch.empty``, of which parameters are made, takes no memory: its result is one element, repeated. Whoever writes
-to it in a constructor is told so by torch.
+``torch.empty``, of which parameters are made, takes no memory: its result is one element, repeated. A constructor
+that writes values to it is stopped by torch.
 """
 
 from collections.abc import Iterator

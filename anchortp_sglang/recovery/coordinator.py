@@ -27,6 +27,7 @@ from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
+from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
@@ -111,8 +112,8 @@ class Coordinator:
         self._detection.begin(tokenizer_manager.event_loop)
         self._detection.watch(self.generation)
         self._spawn(self._gpus.watch())
-        self._spawn(self._graphs.capture(self.generation, tokenizer_manager, send))
         self._send = send
+        self._spawn(self._capture_graphs(self.generation))
         self._refill()
 
     def on_token(self) -> None:
@@ -177,7 +178,7 @@ class Coordinator:
             assert self.generation is not None
             self._detection.watch(self.generation)
             self._spawn(self._settle(self.generation))
-            self._spawn(self._graphs.capture(self.generation, self._tm, self._send))
+            self._spawn(self._capture_graphs(self.generation))
             self._refill()
             if not self._tm.rid_to_state:
                 self._recovery = None  # nobody waits for a token: the next one says nothing about this recovery
@@ -315,6 +316,12 @@ class Coordinator:
             await self._in_thread(self.cluster.settle, generation)
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
+
+    async def _capture_graphs(self, generation: Generation) -> None:
+        def idle() -> bool:
+            return not self._tm.rid_to_state
+
+        await self._graphs.capture(generation, idle, lambda sizes: self._send(CaptureGraphs(batch_sizes=sizes)))
 
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._recovery

@@ -4,10 +4,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from anchortp_sglang.recovery.generation import Generation
-from anchortp_sglang.recovery.wire import CaptureGraphs
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +26,17 @@ class GraphCapture:
         self._captured = captured
         self._asked = False
 
-    async def capture(self, generation: Generation, tokenizer_manager: Any, send: Callable[[Any], None]) -> None:
-        """Ask this generation's ranks once its first requests are done, or at last."""
+    async def capture(self, generation: Generation, idle: Callable[[], bool], ask: Callable[[list[int]], None]) -> None:
+        """Ask this generation's ranks once its first requests are done, or at last. ``idle``: no request is open."""
         if not self._batch_sizes:
             return
         patience_ends = time.monotonic() + _PATIENCE_S
         await asyncio.sleep(_POLL_S)
-        while tokenizer_manager.rid_to_state and time.monotonic() < patience_ends:
+        while not idle() and time.monotonic() < patience_ends:
             await asyncio.sleep(_POLL_S)
         if self._serving() is generation and self._batch_sizes:
             self._asked = True
-            send(CaptureGraphs(batch_sizes=self._batch_sizes))
+            ask(self._batch_sizes)
 
     def on_fault(self) -> None:
         """Ranks that died while they may have been capturing are not asked again: it could go on for ever."""

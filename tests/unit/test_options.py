@@ -45,10 +45,11 @@ def test_every_flag_reaches_its_field():
         "--anchor-widths 1,1 --anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-allow-injection"
         " --anchor-allow-drift --anchor-kv-mirror off --anchor-no-spare-ranks"
+        " --anchor-experimental-cuda --anchor-share-gpus"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
-    assert dataclasses.astuple(options) == ((1, 1), 2, 3.0, "/run/a", 4.0, 5.0, True, True, "off", False)
+    assert dataclasses.astuple(options) == ((1, 1), 2, 3.0, "/run/a", 4.0, 5.0, True, True, "off", False, True, True)
 
 
 def test_the_last_of_two_flags_wins_as_in_argparse():

@@ -58,6 +58,13 @@ CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuDeviceCanAccessPeer(int *can, CUdevice device, CUdevice peer) {
+  READY();
+  REQUIRE(device != peer, INVALID_DEVICE);
+  *can = !refuses("peers");
+  return CUDA_SUCCESS;
+}
+
 CUresult cuCtxGetCurrent(CUcontext *context) { READY(); *context = current; return CUDA_SUCCESS; }
 
 static CUresult check(const CUmemAllocationProp *prop) {
@@ -255,7 +262,8 @@ CUresult cuGetProcAddress(const char *symbol, void **function, int version, cuui
       {"cuDeviceGetUuid", cuDeviceGetUuid}, {"cuMemAlloc", cuMemAlloc}, {"cuMemFree", cuMemFree},
       {"cuMemcpyHtoD", cuMemcpyHtoD}, {"cuMemcpyDtoH", cuMemcpyDtoH}, {"cuIpcOpenMemHandle", cuIpcOpenMemHandle},
       {"cuGetProcAddress", cuGetProcAddress},
-      ENTRY(cuInit), ENTRY(cuDriverGetVersion), ENTRY(cuDeviceGetCount), ENTRY(cuDeviceGet), ENTRY(cuCtxGetCurrent),
+      ENTRY(cuInit), ENTRY(cuDriverGetVersion), ENTRY(cuDeviceGetCount), ENTRY(cuDeviceGet), ENTRY(cuDeviceCanAccessPeer),
+      ENTRY(cuCtxGetCurrent),
       ENTRY(cuMemGetAllocationGranularity), ENTRY(cuMemCreate), ENTRY(cuMemRelease),
       ENTRY(cuMemExportToShareableHandle), ENTRY(cuMemImportFromShareableHandle),
       ENTRY(cuMemGetAllocationPropertiesFromHandle), ENTRY(cuMemAddressReserve), ENTRY(cuMemAddressFree),

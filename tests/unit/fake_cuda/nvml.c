@@ -1,4 +1,7 @@
-/* A libnvidia-ml.so.1 beside the driver: two GPUs with 1 GiB each, as far as we ask. */
+/* A libnvidia-ml.so.1 beside the driver: two GPUs with 1 GiB each, as far as we ask. The first has the Xids of
+ * FAKE_CUDA_XIDS, one a wait; the second is gone if FAKE_CUDA_REFUSES has "second". No header of NVIDIA's is at hand to
+ * compile it against: structs are those of nvidia-ml-py. */
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct { unsigned long long total, free, used; } Memory;
@@ -29,7 +32,28 @@ int nvmlDeviceGetUUID(void *device, char *uuid, unsigned int length) {
 
 int nvmlDeviceGetName(void *device, char *name, unsigned int length) { strcpy(name, "Fake GPU"); return 0; }
 
+int nvmlEventSetCreate(void **set) { *set = malloc(1); return 0; }
+
+int nvmlDeviceGetSupportedEventTypes(void *device, unsigned long long *types) { *types = 8; return 0; }
+
+int nvmlDeviceRegisterEvents(void *device, unsigned long long types, void *set) {
+  return types == 8 && set ? 0 : 2; /* nvmlEventTypeXidCriticalError, else NVML_ERROR_INVALID_ARGUMENT */
+}
+
+typedef struct { void *device; unsigned long long type, data; unsigned int gpu, compute; } Event;
+
+int nvmlEventSetWait_v2(void *set, Event *event, unsigned int timeout_ms) {
+  static char *rest;
+  static int begun;
+  if (!begun++) rest = getenv("FAKE_CUDA_XIDS");
+  if (!rest || !*rest) return 10; /* NVML_ERROR_TIMEOUT */
+  *event = (Event){(void *)1L, 8, strtoull(rest, &rest, 10), -1, -1};
+  return 0;
+}
+
 int nvmlDeviceGetMemoryInfo(void *device, Memory *memory) {
+  const char *refuses = getenv("FAKE_CUDA_REFUSES");
+  if (device == (void *)2L && refuses && strstr(refuses, "second")) return 15; /* NVML_ERROR_GPU_IS_LOST */
   *memory = (Memory){1ull << 30, 1ull << 30, 0};
   return 0;
 }
