@@ -19,7 +19,9 @@ NBYTES = 5 << 20  # no multiple of a GPU's granularity
 Use = Callable[[], ArenaUser]
 
 
-@pytest.fixture(params=["memfd", "vmm", "ipc"])
+@pytest.fixture(
+    params=["memfd", pytest.param("vmm", marks=pytest.mark.gpu), pytest.param("ipc", marks=pytest.mark.gpu)]
+)
 def sharing(request: pytest.FixtureRequest) -> str:
     if request.param != "memfd" and share(request.param) is None:
         pytest.skip("no CUDA device")

@@ -19,7 +19,7 @@ Platform = tuple[str, Callable[[], Mover]]
 Shard = dict[str, torch.Tensor]
 
 
-@pytest.fixture(params=["host", "cuda"])
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
 def platform(request: pytest.FixtureRequest) -> Platform:
     if request.param == "host":
         return "cpu", HostMover
