@@ -103,6 +103,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
     shares: tuple[GpuShare, ...] = ()
     if gpus:
         shares = share_out(gpus, view.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
+        _tell(shares)
         kv = plan_gpu_kv(model, ownership, shares, options.min_devices, view)
     else:
         kv = _plan_kv(model, ownership, view)
@@ -189,6 +190,14 @@ def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
             f"{available >> 20} MiB are available; lower --max-total-tokens or use a smaller model"
         )
     return plan
+
+
+def _tell(shares: Sequence[GpuShare]) -> None:
+    log.warning("anchortp: --device cuda has never run on a GPU before this; see docs/cuda.md")
+    for device, gpu in enumerate(shares):
+        log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
+    if any(gpu.sharing == "ipc" for gpu in shares):
+        log.warning("anchortp: the driver exports no memory here, so CUDA IPC it is: it dies with a device's anchor")
 
 
 def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, gpus: Sequence[GpuShare]) -> str:

@@ -1,7 +1,7 @@
 """The CUDA driver, as far as anchors and ranks call it themselves: checked calls, and devices by UUID.
 
-No function here makes a context. cuda.h lists CUDA_ERROR_NOT_INITIALIZED among the errors of the virtual memory
-calls (cuMemCreate and its family), and CUDA_ERROR_INVALID_CONTEXT for none of them: they need cuInit and no more.
+No function here makes a context. Nor do those of cuda_vmm.py need one: cuda.h lists CUDA_ERROR_INVALID_CONTEXT for no
+memory call made there.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ code. It shows nothing of how a GPU behaves: for that there is tests/gpu.
 
 from __future__ import annotations
 
+import inspect
 import re
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from fake_cuda import UUIDS
 
 from anchortp_sglang.cuda import health
 from anchortp_sglang.cuda.probe import GpuFacts
+from anchortp_sglang.memory import cuda_driver, cuda_vmm
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
 
@@ -101,6 +103,19 @@ def test_the_tensor_of_a_mapping_is_its_memory(environment: dict[str, str]) -> N
     """),
     )
     assert out.split() == ["100", "0000803f", "True"]
+
+
+def test_the_header_lists_no_memory_call_of_an_anchor_as_one_that_needs_a_context() -> None:
+    header = fake_cuda.header().read_text()
+    source = "".join(inspect.getsource(module) for module in (cuda_driver, cuda_vmm))
+    calls = set(re.findall(r'call\("(cuMem\w+)"', source))
+    assert {"cuMemRelease", "cuMemCreate", "cuMemExportToShareableHandle", "cuMemMap"} < calls
+    for name in sorted(calls):
+        prototype = re.search(rf"CUresult CUDAAPI {name}\(", header)
+        assert prototype, f"{name} is not in the header"
+        end = prototype.start()
+        text = header[header.rindex("/**", 0, end) : end]
+        assert "CUDA_SUCCESS" in text and "INVALID_CONTEXT" not in text, name
 
 
 class TestHealth:

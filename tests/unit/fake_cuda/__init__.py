@@ -20,19 +20,22 @@ def why_not() -> str | None:
         return "no gcc to build the stand-in driver"
     if importlib.util.find_spec("cuda.bindings") is None:
         return "cuda-bindings is not installed"
-    return None if _include() else "no cuda.h to build the stand-in driver against"
+    return None if header() else "no cuda.h to build the stand-in driver against"
 
 
 @functools.cache
-def _include() -> Path | None:
+def header() -> Path | None:
+    """NVIDIA's cuda.h."""
     packages = Path(sysconfig.get_paths()["purelib"])
     found = [*packages.glob("nvidia/*/include/cuda.h"), *Path("/usr/local").glob("cuda*/include/cuda.h")]
-    return found[0].parent if found else None
+    return found[0] if found else None
 
 
 def build(folder: Path) -> dict[str, str]:
     """Compile into ``folder``; the environment in which processes load the stand-ins."""
+    cuda_h = header()
+    assert cuda_h is not None
     for name, source in (("libcuda.so.1", "driver.c"), ("libnvidia-ml.so.1", "nvml.c")):
         command = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", f"-Wl,-soname,{name}", "-o", str(folder / name)]
-        subprocess.run([*command, f"-I{_include()}", str(HERE / source)], check=True)
+        subprocess.run([*command, f"-I{cuda_h.parent}", str(HERE / source)], check=True)
     return {**os.environ, "LD_LIBRARY_PATH": str(folder)}
