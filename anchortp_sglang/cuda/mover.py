@@ -6,6 +6,7 @@ torch takes for a copy within the device crosses NVLink or PCIe by itself.
 """
 
 import itertools
+import os
 import time
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -17,6 +18,9 @@ from anchortp_sglang.elastic.mover import Moved, pieces
 
 STAGING_BYTES = 32 << 20
 """Of each pinned buffer: large against the cost of a call, small against a GPU's host memory."""
+
+_READERS = 8
+"""Threads that copy from the mapped checkpoint into a pinned buffer: one cannot keep up with a link."""
 
 _BUFFERS = 3  # one is being filled, one on its way, one about to be free
 
@@ -47,7 +51,8 @@ class CudaMover(AbstractContextManager["CudaMover"]):
         self._device = device
 
     def __enter__(self) -> Self:
-        torch.cuda.set_device(self._device)  # is a matter of the thread
+        torch.cuda.set_device(self._device)  # both are matters of this thread alone (OpenMP's pools are)
+        torch.set_num_threads(min(_READERS, len(os.sched_getaffinity(0))))
         self._loads, self._copies = torch.cuda.Stream(), torch.cuda.Stream()
         self._staging = itertools.cycle([_Staging() for _ in range(_BUFFERS)])
         self._layers: list[tuple[int | None, list[torch.cuda.Event]]] = []

@@ -21,7 +21,7 @@ from anchortp_sglang.memory.gpu import Sharing
 __all__ = ["GpuFacts", "ProbeError", "touch_all", "visible_gpus"]
 
 _INVENTORY_TIMEOUT_S = 60.0  # a cold driver takes seconds per GPU to initialise
-_PAGE_BYTES = 1
+_PAGE_BYTES = 1  # rounded up to whatever the driver takes for one
 
 
 class ProbeError(RuntimeError):
@@ -126,6 +126,15 @@ def _sharing(device: int) -> Sharing:
     return "vmm"
 
 
+def _touch(uuid: str) -> None:
+    """Have the GPU do something for us. Being full is an answer."""
+    try:
+        os.close(cuda_vmm.create(device_by_uuid(uuid), _PAGE_BYTES))
+    except CudaError as error:
+        if error.name != "CUDA_ERROR_OUT_OF_MEMORY":
+            raise
+
+
 def _reaches(device: int, peer: int) -> bool:
     return device == peer or bool(call("cuDeviceCanAccessPeer", device, peer))
 
@@ -137,7 +146,7 @@ def _text(value: str | bytes) -> str:
 def _main(arguments: list[str]) -> None:
     try:
         if arguments:
-            os.close(cuda_vmm.create(device_by_uuid(arguments[0]), _PAGE_BYTES))
+            _touch(arguments[0])
         else:
             sys.stdout.buffer.write(msgspec.json.encode(_inventory()))
     except ArenaError as error:

@@ -113,12 +113,11 @@ class Attachment:
         return byte_tensor(fd, nbytes, writable, self.assignment.gpu)[0]
 
     @contextmanager
-    def tensor_briefly(self, device: int, segment: str) -> Iterator[torch.Tensor]:
-        """The same, read-only, of a segment that is about to be freed: when the block has been left and the tensor is
-        gone, nothing here holds it."""
+    def tensor_briefly(self, device: int, segment: str, writable: bool) -> Iterator[torch.Tensor]:
+        """The same for the time of a block: when it has been left and the tensor is gone, nothing here holds it."""
         fd, nbytes, _ = self._open(device, segment)
         try:
-            tensor, unmap = byte_tensor(fd, nbytes, False, self.assignment.gpu)
+            tensor, unmap = byte_tensor(fd, nbytes, writable, self.assignment.gpu)
         finally:
             os.close(fd)
         try:

@@ -80,11 +80,11 @@ class Filler(threading.Thread):
     def _fill(self) -> None:
         at = self.attachment.assignment
         dtype = getattr(torch, at.model.dtype)
-        memory = self.attachment.tensor(at.device, weights_segment(at.ownership), writable=True)
-        target = _views(memory, self.attachment.layout, dtype)
         placed = {each.name: each for each in self.attachment.layout.params}
         moves = fill_moves(at.model, at.ownership, at.rank, at.previous)
         with ExitStack() as stack:
+            memory = self.attachment.tensor_briefly(at.device, weights_segment(at.ownership), writable=True)
+            target = _views(stack.enter_context(memory), self.attachment.layout, dtype)
             holders = {move.device for move in moves if move.device is not None}
             before = {device: self._previous_views(device, dtype, stack) for device in holders}
             checkpoint = stack.enter_context(Checkpoint(at.checkpoint))
@@ -107,8 +107,8 @@ class Filler(threading.Thread):
         at = self.attachment.assignment
         assert at.previous is not None
         layout = shard_layout(at.model, at.previous, at.previous.devices.index(device))
-        memory = stack.enter_context(self.attachment.tensor_briefly(device, weights_segment(at.previous)))
-        return _views(memory, layout, dtype)
+        memory = self.attachment.tensor_briefly(device, weights_segment(at.previous), writable=False)
+        return _views(stack.enter_context(memory), layout, dtype)
 
 
 _filler: Filler | None = None

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 64
 _FORK_TIMEOUT_S = 20.0
+_SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
 _CUDA_ERROR_NOT_INITIALIZED = 3
 _DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
 """What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
@@ -64,8 +65,9 @@ class Child:
 class Zygote:
     """Main's end. ``fork`` may be called from any thread."""
 
-    def __init__(self, pid: int, control: socket.socket) -> None:
+    def __init__(self, pid: int, control: socket.socket, timeout_s: float = _FORK_TIMEOUT_S) -> None:
         self.pid = pid
+        self._timeout_s = timeout_s
         self.pidfd = os.pidfd_open(pid)
         self._control = control
         self._lock = threading.Lock()
@@ -75,7 +77,7 @@ class Zygote:
         ours, theirs = Pipe()
         try:
             with self._lock:
-                self._control.settimeout(_FORK_TIMEOUT_S)
+                self._control.settimeout(self._timeout_s)
                 socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
                 answer, fds, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
         except OSError as error:
@@ -148,7 +150,7 @@ def spawn_zygote() -> Zygote:
     command = [sys.executable, "-m", "anchortp_sglang.zygote_main", str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
-    return Zygote(process.pid, ours)
+    return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S)
 
 
 def serve(control: socket.socket) -> None:
