@@ -19,7 +19,7 @@ from anchortp_sglang.planning.reconfiguration import reconfigure
 
 GIB = 1 << 30
 UUIDS = tuple(f"GPU-{index}" for index in range(4))
-MODEL = model((12, 4))
+MODEL = model((12, 4), hidden_size=4096, intermediate_size=16640)  # 1.6 GiB of weights
 
 
 def facts(count: int, peers: tuple[str, ...] = UUIDS) -> list[GpuFacts]:
@@ -69,7 +69,7 @@ class TestSlots:
         return plan_gpu_kv(MODEL, split(MODEL, (0, 1, 2, 3)), gpus, min_devices, view).slots
 
     def test_the_last_survivor_holds_all_heads_and_for_a_moment_two_shards(self) -> None:
-        budget = 1 * GIB
+        budget = 4 * GIB
         slots = self.plan(budget)
         held: Ownership = split(MODEL, (0, 1, 2, 3))
         for devices in ([0, 1, 2], [0, 1], [0]):
@@ -84,12 +84,12 @@ class TestSlots:
         assert taken + one_more > budget - (64 << 20)  # nothing much is wasted
 
     def test_fewer_losses_to_survive_leave_more_slots(self) -> None:
-        assert self.plan(GIB, min_devices=4) > self.plan(GIB, min_devices=2) > self.plan(GIB, min_devices=1)
+        assert self.plan(4 * GIB, min_devices=4) > self.plan(4 * GIB, min_devices=2) > self.plan(4 * GIB, min_devices=1)
 
     def test_the_operator_gets_the_slots_asked_for_or_a_refusal(self) -> None:
-        assert self.plan(GIB, asked=1000) == 1000
+        assert self.plan(4 * GIB, asked=1000) == 1000
         with pytest.raises(ValueError, match=r"room for .* KV slots.*down to 1 of 4"):
-            self.plan(GIB, asked=self.plan(GIB) + 1)
+            self.plan(4 * GIB, asked=self.plan(4 * GIB) + 1)
         with pytest.raises(ValueError, match="room for 0 KV slots"):
             self.plan(1 << 20)
 

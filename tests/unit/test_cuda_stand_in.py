@@ -76,6 +76,18 @@ def test_the_inventory_says_how_memory_can_be_shared(
     assert {(gpu.name, gpu.total_bytes) for gpu in gpus} == {("Fake GPU", 1 << 30)}
 
 
+@pytest.mark.parametrize("refused, level", [("", "PASS"), ("export", "WARN"), ("peers", "WARN")])
+def test_the_doctor_says_what_the_gpus_lack(environment: dict[str, str], refused: str, level: str) -> None:
+    script = code("""
+        import os
+        from anchortp_sglang import doctor
+        exists = os.path.exists
+        os.path.exists = lambda path: path == "/dev/nvidiactl" or exists(path)
+        print(doctor.check_gpus().level)
+    """)
+    assert run(environment | {"FAKE_CUDA_REFUSES": refused}, *script).strip() == level
+
+
 def test_a_gpu_that_is_not_there_is_named_by_the_probe(environment: dict[str, str]) -> None:
     out = run(
         environment,
