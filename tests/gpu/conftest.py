@@ -56,6 +56,7 @@ def launch(checkpoint, tmp_path_factory):
     def launch(tp_size, *arguments):
         place = Place(tmp_path_factory.mktemp("server") / "log")
         ours = ("--anchor-experimental-cuda", "--anchor-share-gpus", "--anchor-allow-injection")
+        ours += ("--anchor-hang-timeout", str(START_TIMEOUT_S))
         server = Server(
             checkpoint,
             tp_size,
