@@ -34,10 +34,11 @@ def test_graphs_are_captured_after_the_start_and_after_a_recovery(alone):
     wait_captures(alone, 1)
     with Streams(alone.url, REQUESTS) as streams:
         streams.wait_tokens(20)
-        record = recovered(alone, kill_rank(alone, 0), "process")
+        recovered(alone, kill_rank(alone, 0), "process")
     assert all(history.error is None and len(history.output_ids) == 120 for history in streams.histories)
-    print(f"\ntime to first new token after SIGKILL: {record['tfs_s']:.2f} s")
-    assert record["tfs_s"] <= TFS_S
+    tfs_s = alone.status()["recoveries"][-1]["tfs_s"]
+    print(f"\ntime to first new token after SIGKILL: {tfs_s:.2f} s")
+    assert tfs_s <= TFS_S
     wait_captures(alone, 2)
     with Streams(alone.url, REQUESTS) as again:
         pass
