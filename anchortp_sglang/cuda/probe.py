@@ -42,7 +42,9 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
 def visible_gpus() -> list[GpuFacts]:
     """What CUDA_VISIBLE_DEVICES leaves, in its order. ``ProbeError``"""
     try:
-        done = subprocess.run(_command(), capture_output=True, timeout=_INVENTORY_TIMEOUT_S)
+        # The order in which SGLang will count them (cuda/environment.py), and CUDA_VISIBLE_DEVICES counts.
+        env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | os.environ
+        done = subprocess.run(_command(), env=env, capture_output=True, timeout=_INVENTORY_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise ProbeError(f"the GPUs did not answer within {_INVENTORY_TIMEOUT_S:g} s: see nvidia-smi") from None
     if done.returncode:

@@ -1,5 +1,6 @@
 """A dead anchor on a healthy device: its memory is still held by the device's rank; a new anchor takes it back."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -24,7 +25,8 @@ def restore_anchor(cluster: Cluster, generation: Generation, device: int) -> lis
         return _hand_over(cluster, generation, device)
     except BaseException:
         anchor = cluster.anchors[device]
-        signal.pidfd_send_signal(anchor.pidfd, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(anchor.pidfd, signal.SIGKILL)
         died_within(anchor.pidfd, ANCHOR_TIMEOUT_S)
         raise
 
