@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,11 @@ from planning_cases import model
 
 from anchortp_sglang.cuda.environment import cuda_defaults
 from anchortp_sglang.cuda.health import reason_of_xid
-from anchortp_sglang.cuda.plan import graph_batch_sizes, plan_gpu_kv
+from anchortp_sglang.cuda.plan import check_gpu_plan, graph_batch_sizes, plan_gpu_kv
 from anchortp_sglang.cuda.probe import GpuFacts
 from anchortp_sglang.cuda.shares import share_out
 from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.ownership import Ownership, split
 from anchortp_sglang.planning.reconfiguration import reconfigure
@@ -92,6 +94,36 @@ class TestSlots:
             self.plan(4 * GIB, asked=self.plan(4 * GIB) + 1)
         with pytest.raises(ValueError, match="room for 0 KV slots"):
             self.plan(1 << 20)
+
+
+class TestWhatIsNotThere:
+    VIEW = SimpleNamespace(page_size=1, kv_cache_dtype="auto")
+
+    def test_a_plain_server_may_start(self) -> None:
+        check_gpu_plan(MODEL, self.VIEW, AnchorOptions(), spreads=False)
+        check_gpu_plan(MODEL, self.VIEW, AnchorOptions(kv_mirror="off"), spreads=False)
+
+    @pytest.mark.parametrize(
+        "said, view, options",
+        [
+            ("--page-size 16", {"page_size": 16}, {}),
+            ("--kv-cache-dtype fp8_e4m3", {"kv_cache_dtype": "fp8_e4m3"}, {}),
+            ("--anchor-kv-mirror host", {}, {"kv_mirror": "host"}),
+            ("--anchor-kv-mirror host", {}, {"kv_mirror_gib": 1.0}),
+            ("--anchor-device-gib", {}, {"device_gib": 1.0}),
+            ("--anchor-rotate-heads", {}, {"rotate_heads": True}),
+        ],
+    )
+    def test_is_refused_by_name(self, said: str, view: dict[str, object], options: dict[str, object]) -> None:
+        with pytest.raises(ValueError, match=f"^{said} is not supported on GPUs"):
+            check_gpu_plan(MODEL, SimpleNamespace(**vars(self.VIEW) | view), AnchorOptions(**options), spreads=False)
+
+    def test_neither_latents_nor_counted_experts(self) -> None:
+        with pytest.raises(ValueError, match=r"^--init-expert-location is not"):
+            check_gpu_plan(MODEL, self.VIEW, AnchorOptions(), spreads=True)
+        latent = dataclasses.replace(MODEL, latent_kv=True)
+        with pytest.raises(ValueError, match=r"^latent KV"):
+            check_gpu_plan(latent, self.VIEW, AnchorOptions(), spreads=False)
 
 
 class TestGraphs:

@@ -88,6 +88,15 @@ def test_what_is_larger_than_a_staging_buffer_arrives_whole(
     assert not wide.narrow(dim, 0, shape[dim]).any()
 
 
+def test_a_load_converts_what_is_stored_in_another_dtype(platform: Platform) -> None:
+    device, make = platform
+    source = torch.arange(5_000_000, dtype=torch.float64) / 3
+    into = torch.zeros(len(source), dtype=torch.bfloat16, device=device)
+    with make() as mover:
+        mover.load(into, source)
+    assert torch.equal(into.cpu(), source.to(torch.bfloat16))
+
+
 def test_the_source_of_a_load_may_go_away_at_once(platform: Platform) -> None:
     device, make = platform
     into = torch.zeros(64, 1000, device=device)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import mmap
 import time
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from planning_cases import model
 
 from anchortp_sglang.cuda import probe
 from anchortp_sglang.cuda.detection import GpuDetection
 from anchortp_sglang.cuda.health import GpuLost
 from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.planning.kv_layout import KVPlan
+from anchortp_sglang.planning.ownership import split
 from anchortp_sglang.recovery import graphs, heartbeat
+from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
+from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.graphs import GraphCapture
-from anchortp_sglang.recovery.machine import DeviceEvidence, judge
+from anchortp_sglang.recovery.machine import DeviceEvidence, Verdict, judge
+from anchortp_sglang.recovery.zygote import Zygote
 
 SHARES = [GpuShare("GPU-a", 1), GpuShare("GPU-b", 1), GpuShare("GPU-a", 1)]
 
@@ -28,6 +36,27 @@ def test_a_failed_gpu_is_lost_though_its_anchor_lives() -> None:
     verdict = judge(evidence, "the process of rank 1 died")
     assert (verdict.cause, verdict.device, verdict.lost) == ("device", 1, (1,))
     assert verdict.reason == "device 1: Xid 79: fallen off the bus"
+
+
+@pytest.mark.parametrize(
+    "gpus, lost, kept", [((), (1,), True), (SHARES, (1,), False), (SHARES, (), True)], ids=["cpu", "gpu", "process"]
+)
+def test_kv_of_gpus_stays_after_the_death_of_a_process_and_goes_with_a_device(
+    gpus: Sequence[GpuShare], lost: tuple[int, ...], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = model((12, 4))
+    plan = ServerPlan(
+        run_dir=Path("/nowhere"), run_id="r", identity="i", checkpoint=Path("/nowhere"), model=axes,
+        kv=KVPlan(100, 1, 4), rotate_heads=False, expert_counts=None, device_bytes=None, mirror=None, linger_s=0.0,
+        server_args=lambda tp_size: None, controller_pid=0, gpus=tuple(gpus),
+    )  # fmt: skip
+    cluster = Cluster(plan, cast(Zygote, None))
+    monkeypatch.setattr(cluster, "anchor_alive", lambda device: True)
+    coordinator = Coordinator(cluster, split(axes, (0, 1, 2)), Policy(1, 30.0, 120.0, spare_ranks=False))
+    coordinator._held, coordinator._kv_valid = coordinator.configured, True
+    planned = coordinator._plan(Verdict("device" if lost else "process", 1, lost, "why"))
+    assert planned.devices == tuple(device for device in (0, 1, 2) if device not in lost)
+    assert coordinator._kv_valid is kept
 
 
 class TestDetection:
