@@ -12,9 +12,10 @@ from anchortp_sglang.refusals import UnsupportedError, check_server_args
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
 
-def check_given(given: Mapping[str, str]) -> None:
+def check_given(given: Mapping[str, str], experimental_cuda: bool = False) -> None:
     """Check the flags of a command line (``platform.given_flags``). Raises ValueError for the operator."""
-    refusals = check_server_args({name: _value(text) for name, text in given.items()})
+    flags = {name: _value(text) for name, text in given.items()}
+    refusals = check_server_args(flags, experimental_cuda=experimental_cuda)
     if refusals:
         raise UnsupportedError(refusals)
     if "model_path" in given:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from anchortp_sglang import early, platform, preload, start_log
+from anchortp_sglang.cuda.probe import GpuFacts
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 
 log = logging.getLogger("anchortp_sglang")
@@ -19,19 +20,20 @@ def main(argv: Sequence[str]) -> None:
         options, rest = split_argv(argv)
         given = platform.given_flags(rest)
         wants_help = "help" in given or "-h" in rest
-        defaults = platform.prepare({} if wants_help else given)
+        gpus = [] if wants_help else platform.gpus_for(given, options.experimental_cuda)
+        defaults = platform.prepare({} if wants_help else given, gpus)
         if not wants_help:
-            early.check_given(given)
+            early.check_given(given, options.experimental_cuda)
             preload.leave_out_other_models(early.architectures(given))
     except ValueError as error:
         _refuse(error)
     if wants_help:
         print_help()
         return
-    _serve(options, [*rest, *platform.as_arguments(defaults.flags)], platform.describe(defaults))
+    _serve(options, [*rest, *platform.as_arguments(defaults.flags)], platform.describe(defaults), gpus)
 
 
-def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
+def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequence[GpuFacts]) -> None:
     started = time.monotonic()
     print("anchortp: importing SGLang (once, for all processes) …", file=sys.stderr, flush=True)
     preload.import_sglang()
@@ -43,7 +45,7 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
     log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
     start_log.step("SGLang is imported")
     try:
-        runtime = startup.start(server_args, options, serves_http=True)
+        runtime = startup.start(server_args, options, serves_http=True, gpus=gpus)
     except startup.REFUSALS as error:
         _refuse(error)
     try:

@@ -117,6 +117,16 @@ class AnchorOptions:
     spare_ranks: bool = _option(
         True, "no-spare-ranks", "fork no ranks ahead of the next fault: less memory, longer recoveries"
     )
+    experimental_cuda: bool = _option(
+        False,
+        "experimental-cuda",
+        "allow --device cuda, which has been written but has never run on a GPU",
+    )
+    share_gpus: bool = _option(
+        False,
+        "share-gpus",
+        "put several devices on one GPU if there are more of them than GPUs (for tests: collectives by gloo)",
+    )
 
     def __post_init__(self) -> None:
         if self.run_dir is not None:

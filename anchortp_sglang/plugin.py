@@ -7,6 +7,7 @@ import logging
 from anchortp_sglang import hooking, manifest, preload
 from anchortp_sglang.cpu import groups, latent_attention
 from anchortp_sglang.cpu import hooks as cpu
+from anchortp_sglang.cuda import collectives, graphs
 from anchortp_sglang.elastic import config, experts, head_norms, kv_pool, prefixes, weights
 from anchortp_sglang.hooking import Hook
 from anchortp_sglang.recovery import detokenizer, rank
@@ -262,6 +263,19 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         latent_attention.around_get_handler,
         "torch_native takes the latents of a prompt for its K and V, and fails",
+    ),
+    # GPUs.
+    Hook(
+        _SRT + "platforms.cuda.CudaDeviceMixin.get_torch_distributed_backend_str",
+        "around",
+        collectives.around_backend,
+        "NCCL refuses several ranks on one GPU",
+    ),
+    Hook(
+        _SCHEDULER + "init_request_dispatcher",
+        "after",
+        graphs.after_init_request_dispatcher,
+        "decode graphs are captured when main says so, after a generation's first tokens",
     ),
 )
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ import psutil
 from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.cuda.plan import EAGER_START, check_gpu_plan, graph_batch_sizes, plan_gpu_kv
+from anchortp_sglang.cuda.probe import GpuFacts
+from anchortp_sglang.cuda.shares import share_out
 from anchortp_sglang.early import read_config, reserve_port
+from anchortp_sglang.elastic.attachment import MirrorPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.elastic.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.hooking import HookError
 from anchortp_sglang.kv_sizes import plan_kv, plan_mirror
 from anchortp_sglang.manifest import DriftError
+from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.expert_load import ExpertCounts, imbalance, spread_hot_experts
 from anchortp_sglang.planning.kv_layout import KVPlan
@@ -84,17 +90,18 @@ class Runtime:
             self.port.close()
 
 
-def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Runtime:
+def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: Sequence[GpuFacts] = ()) -> Runtime:
     """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
 
     A server is known by its port, so that it finds its anchors again after a crash; an Engine by its process.
+    ``gpus``: those of ``platform.gpus_for``, none on CPU.
 
     Raises ValueError subclasses with a text for the operator; nothing is left behind then.
     """
     from anchortp_sglang.plugin import install_all
 
     raw = msgspec.structs.asdict(server_args)
-    _refuse(server_args)
+    _refuse(server_args, options)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint)
     expert_counts = server_args.init_expert_location
@@ -102,7 +109,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     server_args.init_expert_location = raw["init_expert_location"] = NONE
     server_args.resolve_once()
     view = _view(server_args)
-    _refuse(view)
+    _refuse(view, options)
     options.check_tp_size(view.tp_size)
     _check_ep_size(view)
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
@@ -118,8 +125,17 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     _check_plan(model, ownership, checkpoint)
     device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
     available = psutil.virtual_memory().available
-    kv = plan_kv(model, ownership, view, device_bytes, available)
-    mirror, mirror_said = plan_mirror(model, ownership, kv, options, available)
+    shares: tuple[GpuShare, ...] = ()
+    mirror: MirrorPlan | None
+    if gpus:
+        check_gpu_plan(model, view, options, spreads=counts is not None)
+        shares = share_out(gpus, view.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
+        _tell(shares)
+        kv = plan_gpu_kv(model, ownership, shares, options.min_devices, view)
+        mirror, mirror_said = None, "off: KV in a GPU's memory is not mirrored yet, and goes with a lost device"
+    else:
+        kv = plan_kv(model, ownership, view, device_bytes, available)
+        mirror, mirror_said = plan_mirror(model, ownership, kv, options, available)
     log.info("anchortp: KV mirror: %s", mirror_said)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
@@ -141,7 +157,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, kv, view.kv_cache_dtype),
+        identity=_identity(checkpoint, model, ownership, kv, view.kv_cache_dtype, shares),
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=kv,
@@ -150,9 +166,11 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Run
         expert_counts=counts,
         mirror=mirror,
         linger_s=options.linger_s,
-        server_args=_records(raw, view, kv),
+        server_args=_records(raw, view, kv, EAGER_START if gpus else {}),
         controller_pid=os.getpid(),
         stale_anchors=run_dir.stale_anchors,
+        gpus=shares,
+        graph_batch_sizes=graph_batch_sizes(view, shares),
     )
     cluster = Cluster(plan, zygote, reserve)
     log.info("anchortp: %s", cluster.kv_capacity(ownership))
@@ -169,8 +187,8 @@ def _view(server_args: Any) -> Any:
     return resolving_view(server_args)
 
 
-def _refuse(view: Any) -> None:
-    refusals = check_server_args(view)
+def _refuse(view: Any, options: AnchorOptions) -> None:
+    refusals = check_server_args(view, experimental_cuda=options.experimental_cuda)
     if refusals:
         raise UnsupportedError(refusals)
 
@@ -207,9 +225,19 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
 
 
-def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, kv_dtype: str) -> str:
+def _tell(shares: Sequence[GpuShare]) -> None:
+    log.warning("anchortp: --device cuda has never run on a GPU before this; see docs/cuda.md")
+    for device, gpu in enumerate(shares):
+        log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
+    if any(gpu.sharing == "ipc" for gpu in shares):
+        log.warning("anchortp: the driver exports no memory here, so CUDA IPC it is: it dies with a device's anchor")
+
+
+def _identity(
+    checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, kv_dtype: str, gpus: Sequence[GpuShare]
+) -> str:
     """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
-    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv), kv_dtype]
+    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv), kv_dtype, *map(str, gpus)]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         stat = path.stat()
         parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
@@ -237,11 +265,12 @@ def _policy(options: AnchorOptions) -> Policy:
     )
 
 
-def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:
-    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations."""
+def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: dict[str, Any]) -> Any:
+    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations, but for
+    what is ``changed`` for ranks."""
     from sglang.srt.server_args import ServerArgs
 
-    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots}
+    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots} | changed
     made: dict[int, Any] = {}
 
     def record(tp_size: int) -> Any:

@@ -46,7 +46,8 @@ _groups: Groups | None = None
 def around_group_coordinator_init(original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND GroupCoordinator.__init__, which calls torch.distributed.new_group by that name."""
     global _groups
-    if current() is None:
+    attachment = current()
+    if attachment is None or attachment.assignment.gpu:
         return original(coordinator, *args, **kwargs)
     stock = dist.new_group
     _groups = _groups or Groups(stock)

@@ -6,11 +6,17 @@ zygote) they leave SGLang as it is.
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from anchortp_sglang.anchor.client import AnchorClient
+import torch
+
+from anchortp_sglang.anchor.client import AnchorClient, HandleGrant
+from anchortp_sglang.elastic.device_memory import byte_tensor
 from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, kv_layout
 from anchortp_sglang.planning.layout import ShardLayout, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
@@ -36,6 +42,7 @@ class Assignment:
     ``previous``: the ownership whose complete weights the anchors still hold, None when there are none; equal to
     ``ownership`` when nothing is to be moved. ``previous_kv``: the slots of its KV. ``restore_prefixes``: whether its
     KV and page table may be used. ``running``: chain hashes of the open requests' tokens, as bytes of uint64.
+    ``gpu``: where the device's memory is, None for the host's.
     """
 
     generation: int
@@ -52,6 +59,7 @@ class Assignment:
     restore_prefixes: bool
     mirror: MirrorPlan | None
     running: bytes = b""
+    gpu: GpuShare | None = None
 
 
 def kv_namespace(checkpoint: Path, model: ModelAxes) -> bytes:
@@ -91,42 +99,69 @@ class Attachment:
         at = assignment
         self.layout: ShardLayout = shard_layout(at.model, at.ownership, at.rank)
         self.kv_layout: KVLayout = kv_layout(at.model, at.kv, at.ownership, at.rank)
-        self.fds: dict[tuple[int, str], int] = {}
+        self.fds: dict[tuple[int, str], tuple[int, int]] = {}
+        """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
         self._kv_memory: mmap.mmap | None = None
 
     def kv_memory(self) -> mmap.mmap:
-        """This rank's KV segment, writable; mapped once."""
+        """This rank's KV segment in host memory, writable; mapped once."""
         if self._kv_memory is None:
             self._kv_memory = self.map(self.assignment.device, kv_segment(self.kv_layout), writable=True)
         return self._kv_memory
+
+    def kv_tensor(self) -> torch.Tensor:
+        """The bytes of this rank's KV segment, in whichever memory."""
+        if self.assignment.gpu is None:
+            return torch.frombuffer(self.kv_memory(), dtype=torch.uint8)
+        return self.tensor(self.assignment.device, kv_segment(self.kv_layout), writable=True)
 
     @property
     def namespace(self) -> bytes:
         return kv_namespace(self.assignment.checkpoint, self.assignment.model)
 
     def map(self, device: int, segment: str, writable: bool) -> mmap.mmap:
-        """Map a segment of a device's anchor (HOST_DEVICE: the host anchor's). Its descriptor is kept, so that an
-        anchor that dies can be given the segment back.
+        """Map a segment in host memory (HOST_DEVICE: the host anchor's).
 
         Raises AnchorError when the anchor refuses or does not answer.
         """
-        fd, nbytes = self._open(device, segment)
-        self.fds[device, segment] = fd
+        fd, nbytes, _ = self._keep(device, segment)
         return map_fd(fd, nbytes, writable=writable)
 
     def map_briefly(self, device: int, segment: str) -> mmap.mmap:
         """The same, read-only, of a segment that is about to be freed: when the mapping goes, nothing holds it."""
-        fd, nbytes = self._open(device, segment)
+        fd, nbytes, _ = self._open(device, segment)
         try:
             return map_fd(fd, nbytes, writable=False)
         finally:
             os.close(fd)
 
-    def _open(self, device: int, segment: str) -> tuple[int, int]:
+    def tensor(self, device: int, segment: str, writable: bool) -> torch.Tensor:
+        """A segment in a device's memory, as bytes. Raises like ``map``."""
+        fd, nbytes, _ = self._keep(device, segment)
+        return byte_tensor(fd, nbytes, writable, self.assignment.gpu)[0]
+
+    @contextmanager
+    def tensor_briefly(self, device: int, segment: str, writable: bool) -> Iterator[torch.Tensor]:
+        """The same for the time of a block: when it has been left and the tensor is gone, nothing here holds it."""
+        fd, nbytes, _ = self._open(device, segment)
+        try:
+            tensor, unmap = byte_tensor(fd, nbytes, writable, self.assignment.gpu)
+        finally:
+            os.close(fd)
+        try:
+            yield tensor
+        finally:
+            unmap()
+
+    def _keep(self, device: int, segment: str) -> HandleGrant:
+        grant = self._open(device, segment)
+        self.fds[device, segment] = grant.fd, grant.nbytes
+        return grant
+
+    def _open(self, device: int, segment: str) -> HandleGrant:
         at = self.assignment
         client = AnchorClient(at.run_dir, at.run_id, device, _ANCHOR_TIMEOUT_S)
-        fd, nbytes, _sealed = client.open_handle(at.generation, segment)
-        return fd, nbytes
+        return client.open_handle(at.generation, segment)
 
 
 _current: Attachment | None = None

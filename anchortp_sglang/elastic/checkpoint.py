@@ -42,16 +42,21 @@ class Checkpoint:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
 
     def fill(self, into: torch.Tensor, piece: Piece | Move) -> None:
-        """Copy what a piece, or a move of the kind "reload", wants of a checkpoint tensor; only that is read.
+        """Copy what a piece wants of a checkpoint tensor, converted to the dtype of ``into``. Raises like ``read``."""
+        into.copy_(self.read(piece, into.dtype))
 
-        Plain numbers are converted to the dtype of ``into``. Raises CheckpointError for quantized ones of another.
+    def read(self, piece: Piece | Move, wanted: torch.dtype) -> torch.Tensor:
+        """What a piece, or a move of the kind "reload", wants of a checkpoint tensor; only that is read.
+
+        In the dtype in which it is stored, which a copy converts to ``wanted`` if both are of plain numbers. Raises
+        CheckpointError for quantized ones of another dtype.
         """
         found = self._slice(piece)
-        if found.dtype != into.dtype and not {found.dtype, into.dtype} <= _PLAIN:
+        if found.dtype != wanted and not {found.dtype, wanted} <= _PLAIN:
             raise CheckpointError(
-                f"{piece.source} is stored in {found.dtype}, config.json says {into.dtype}; copy the checkpoint again"
+                f"{piece.source} is stored in {found.dtype}, config.json says {wanted}; copy the checkpoint again"
             )
-        into.copy_(found)
+        return found
 
     def _slice(self, piece: Piece | Move) -> torch.Tensor:
         stored = self._files[piece.source].get_slice(piece.source)

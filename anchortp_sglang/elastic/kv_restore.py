@@ -35,9 +35,10 @@ class RestorationFailed(RuntimeError):
 
 
 class Restoration(threading.Thread):
-    """Keeps what can be kept of the last generation's KV. ``table``: its page table; nobody writes to it."""
+    """Keeps what can be kept of the last generation's KV. ``table``: its page table; nobody writes to it. ``into``:
+    None where KV can only stay in place."""
 
-    def __init__(self, attachment: Attachment, table: PageTable, into: KVSegment) -> None:
+    def __init__(self, attachment: Attachment, table: PageTable, into: KVSegment | None) -> None:
         super().__init__(name="anchortp-kv", daemon=True)
         self._attachment, self._table, self._into = attachment, table, into
         self._kept: Future[Kept] = Future()
@@ -96,6 +97,8 @@ class Restoration(threading.Thread):
         stays = at.device in at.previous.devices and self._old_layout(at.device) == self._attachment.kv_layout
         if not len(kept.slots) or stays:
             return
+        if self._into is None:
+            raise RestorationFailed("KV does not move between GPUs")
         moves = kv_moves(at.model, at.ownership, at.rank, at.previous)
         self.moved = move_kept(kept, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:

@@ -41,10 +41,11 @@ def open_table(attachment: Attachment) -> None:
     """Map KV and page table; begin to keep what may be kept of the last generation's. Before the pools are built."""
     global _next, _table_memory, _restoration, _mirroring
     at = attachment.assignment
-    kv = KVSegment(attachment.kv_memory(), attachment.kv_layout)
+    # On a GPU KV stays where it is, or is dropped: nothing copies it.
+    kv = None if at.gpu else KVSegment(attachment.kv_memory(), attachment.kv_layout)
     segment = page_table_segment(at.ownership, at.kv)
     _table_memory = attachment.map(HOST_DEVICE, segment, writable=at.rank == 0)
-    _mirroring = open_mirroring(attachment, kv, _table_memory)
+    _mirroring = open_mirroring(attachment, kv, _table_memory) if kv else None
     if not at.restore_prefixes:
         if at.rank == 0:
             _next = PageTable.create(_table_memory, at.kv.rows, attachment.namespace)
@@ -69,7 +70,7 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
     which rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
     """
     if _table is not None and allocator.free_group is None and slots.numel():
-        _table.invalidate(slots.numpy())
+        _table.invalidate(slots.cpu().numpy())
 
 
 def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -78,7 +79,7 @@ def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> 
     if current() is not None:
         from sglang.srt.distributed import tensor_model_parallel_all_reduce
 
-        tensor_model_parallel_all_reduce(torch.zeros(1))
+        tensor_model_parallel_all_reduce(torch.zeros(1, device=embedded.device))
     return embedded
 
 
@@ -90,47 +91,51 @@ def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
 
 
 def _slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
-    return (pages.numpy()[:, None] * page_size + np.arange(page_size)).ravel()
+    return (pages.cpu().numpy()[:, None] * page_size + np.arange(page_size)).ravel()
 
 
 def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
 
-    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write.
+    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. On a GPU to return is only to
+    have been launched: wait for it, as SGLang will do next to read the tokens.
     """
     if _table is None or batch is None or not batch.reqs:
         return
+    rows = scheduler.req_to_token_pool.req_to_token
+    if rows.is_cuda:
+        torch.cuda.synchronize()
     if batch.forward_mode.is_decode():
-        _commit_decode(_table, batch, scheduler.req_to_token_pool.req_to_token)
+        _commit_decode(_table, batch, rows)
     elif batch.forward_mode.is_extend():
-        _commit_extend(_table, batch, scheduler.req_to_token_pool.req_to_token.numpy())
+        _commit_extend(_table, batch, rows)
 
 
-def _commit_decode(table: PageTable, batch: Any, rows: Any) -> None:
+def _commit_decode(table: PageTable, batch: Any, rows: torch.Tensor) -> None:
     # The input of this step is the last token that was put out; the new one is appended afterwards.
-    if len(batch.reqs) <= FEW_REQUESTS:
+    if len(batch.reqs) <= FEW_REQUESTS and rows.is_cpu:
         slots = memoryview(rows.numpy())
         places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
         table.commit_tokens((slots[row, end - 1], token, slots[row, end - 2]) for row, end, token in places)
         return
     tokens = np.fromiter((req.output_ids[-1] for req in batch.reqs), np.int64, len(batch.reqs))
-    pool = batch.req_pool_indices.numpy()
-    last = batch.seq_lens.numpy() - 1
-    rows = rows.numpy()
-    table.commit_step(rows[pool, last], tokens, rows[pool, last - 1])
+    last = batch.seq_lens - 1
+    slots, parents = (rows[batch.req_pool_indices, at].cpu().numpy() for at in (last, last - 1))
+    table.commit_step(slots, tokens, parents)
 
 
-def _commit_extend(table: PageTable, batch: Any, rows: np.ndarray) -> None:
+def _commit_extend(table: PageTable, batch: Any, rows: torch.Tensor) -> None:
     for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
         if extend_len == 0:
             continue
         row = rows[req.kv.req_pool_idx]
-        end = prefix_len + extend_len
+        end, before = prefix_len + extend_len, min(prefix_len, 1)
+        slots = row[prefix_len - before : end].cpu().numpy()
         tokens = np.asarray(req.full_untruncated_fill_ids[prefix_len:end], np.int64)
         # RadixKey takes an empty cache salt for none.
-        parent = int(row[prefix_len - 1]) if prefix_len else table.root_of((req.extra_key, req.cache_salt or None))
+        parent = int(slots[0]) if before else table.root_of((req.extra_key, req.cache_salt or None))
         if parent is not None:
-            table.commit_run(row[prefix_len:end], tokens, parent)
+            table.commit_run(slots[before:], tokens, parent)
 
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
@@ -204,13 +209,13 @@ def _insert(kept: Kept, result: Any) -> None:
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
     free = allocator.free_pages
     used = torch.from_numpy(kept.numbers[kept.numbers % allocator.page_size == 0] // allocator.page_size)
-    allocator.free_pages = free[~torch.isin(free, used)]
+    allocator.free_pages = free[~torch.isin(free, used.to(free.device))]
     for chain in kept.chains():
         extra_key, cache_salt = kept.entries.namespace(chain)
         tree.insert(
             InsertParams(
                 key=RadixKey(array.array("q", chain.tokens.tolist()), extra_key, cache_salt=cache_salt),
-                value=torch.from_numpy(chain.slots),
+                value=torch.from_numpy(chain.slots).to(free.device),
                 # Without it the tree frees the slots that it already holds (_insert_overlap_step).
                 prev_prefix_len=chain.shared,
             )

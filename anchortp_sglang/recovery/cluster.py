@@ -31,6 +31,7 @@ from anchortp_sglang.elastic.attachment import (
 from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.memory.chain_hash import root_hash
+from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.memory.kv_mirror import MirrorShape
 from anchortp_sglang.memory.page_table import PageTable
 from anchortp_sglang.planning.expert_load import ExpertCounts
@@ -57,6 +58,8 @@ class ServerPlan:
     if it is not limited. ``rotate_heads``: heads and experts that do not divide rotate over the layers.
     ``expert_counts``: by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved
     ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
+    ``gpus``: of each device, none on CPU. ``graph_batch_sizes``: for which decode graphs are captured, none if the
+    ranks stay eager.
     """
 
     run_dir: Path
@@ -73,6 +76,12 @@ class ServerPlan:
     server_args: Callable[[int], Any]
     controller_pid: int
     stale_anchors: tuple[int, ...] = ()
+    gpus: tuple[GpuShare, ...] = ()
+    graph_batch_sizes: tuple[int, ...] = ()
+
+    def gpu(self, device: int) -> GpuShare | None:
+        """Where the memory of a device (not of the host anchor) is; None: in the host's."""
+        return self.gpus[device] if self.gpus and device != HOST_DEVICE else None
 
     def kv_of(self, ownership: Ownership) -> KVPlan:
         """Slots of a generation with this ownership. Raises InvalidOwnership if there is no room for any."""
@@ -132,6 +141,7 @@ class Cluster:
             plan.linger_s,
             ANCHOR_TIMEOUT_S,
             generation,
+            plan.gpu(device),
         )
 
     def take_over(self, ownership: Ownership) -> int | None:
@@ -326,6 +336,7 @@ class Cluster:
                     restore_prefixes=restore_prefixes,
                     mirror=plan.mirror,
                     running=running,
+                    gpu=plan.gpu(device),
                 )
                 child = self.fork()
                 generation.ranks.append(child)

@@ -14,6 +14,7 @@ from typing import Any
 from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
+from anchortp_sglang.cuda.detection import GpuDetection
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
 from anchortp_sglang.memory.namespaces import namespace_seed
@@ -25,12 +26,14 @@ from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
 from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.graphs import GraphCapture
 from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
 from anchortp_sglang.recovery.throughput import WINDOW_S, Throughput
+from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
@@ -75,7 +78,10 @@ class Coordinator:
         self._recovery: Recovery | None = None
         self._throughput = Throughput()
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
+        self._gpus = GpuDetection(cluster.plan.gpus, self._fault)
+        self._graphs = GraphCapture(cluster.plan.graph_batch_sizes, self._serving, self._graphs_captured)
         self._tm: Any = None
+        self._send: Callable[[Any], None] = lambda message: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fence_line: FenceLine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,6 +122,9 @@ class Coordinator:
         self.ledger.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)
         self._detection.watch(self.generation)
+        self._spawn(self._gpus.watch())
+        self._send = send
+        self._spawn(self._capture_graphs(self.generation))
         self._refill()
 
     def on_tokens(self, tokens: int) -> None:
@@ -138,6 +147,10 @@ class Coordinator:
         """(reused, recomputed) tokens of the requests that this generation resumed so far."""
         lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
         return None if lanes is None else heartbeat.read_tokens(lanes)
+
+    def _graphs_captured(self) -> bool:
+        lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
+        return lanes is not None and heartbeat.read_graphs(lanes)
 
     def stop(self) -> None:
         """The operator ends the server: deaths are no faults any more."""
@@ -178,6 +191,7 @@ class Coordinator:
             assert self.generation is not None
             self._detection.watch(self.generation)
             self._spawn(self._settle(self.generation))
+            self._spawn(self._capture_graphs(self.generation))
             self._refill()
             if not self._tm.rid_to_state:
                 self._finish()  # nobody waits for a token: the next one says nothing about this recovery
@@ -187,6 +201,7 @@ class Coordinator:
     def _begin(self, before: machine.State, reason: str) -> None:
         assert self.ledger is not None and self.generation is not None
         self.ledger.outage = True
+        self._graphs.on_fault()
         if before.phase is Phase.SERVING:
             self._finish()  # if no token has come since the last one
             self._recovery = self.recoveries.begin()
@@ -224,7 +239,7 @@ class Coordinator:
         """Reap the killed ranks, then drain what rank 0 still said."""
         generation, recovery = self.generation, self._recovery
         assert generation is not None and recovery is not None
-        await self._in_thread(wait_dead, generation)
+        await asyncio.gather(self._in_thread(wait_dead, generation), self._gpus.probe())
         recovery.stage("reaped")
         assert self._fence_line is not None and self.ledger is not None
         detokenizer = self.cluster.detokenizer
@@ -270,6 +285,7 @@ class Coordinator:
                 anchor_alive=self.cluster.anchor_alive(device),
                 rank_died=device in ranks and ranks.index(device) in self._detection.died,
                 rank_hung=device in ranks and ranks.index(device) in self._detection.hung,
+                device_error=self._gpus.errors.get(device, ""),
             )
             for device in self._held.devices
         ]
@@ -292,6 +308,8 @@ class Coordinator:
         if not verdict.lost:
             return self._held
         plan = self.cluster.plan
+        if plan.gpus:
+            self._kv_valid = False  # KV does not move between GPUs
         try:
             ownership = reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
             if plan.expert_counts is not None:
@@ -335,6 +353,12 @@ class Coordinator:
             await self._in_thread(self.cluster.settle, generation)
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
+
+    async def _capture_graphs(self, generation: Generation) -> None:
+        def idle() -> bool:
+            return not self._tm.rid_to_state
+
+        await self._graphs.capture(generation, idle, lambda sizes: self._send(CaptureGraphs(batch_sizes=sizes)))
 
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._recovery

@@ -15,6 +15,7 @@ from anchortp_sglang.cpu import hooks as cpu_hooks
 from anchortp_sglang.elastic import prefixes, weights
 from anchortp_sglang.elastic.attachment import HOST_DEVICE, Assignment, attach, current, lanes_segment
 from anchortp_sglang.elastic.kv_restore import RestorationFailed
+from anchortp_sglang.memory.cuda_driver import device_by_uuid
 from anchortp_sglang.recovery import heartbeat
 from anchortp_sglang.recovery.stamps import Stamps
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Resume
@@ -89,14 +90,15 @@ def _make_scheduler(spec: RankSpec) -> Any:
     from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
-    rank = spec.assignment.rank
+    rank, gpu = spec.assignment.rank, spec.assignment.gpu
+    gpu_id = rank if gpu is None else device_by_uuid(gpu.uuid)
     world_rank = spawn_world_rank(spec.server_args, tp_rank=rank, pp_rank=0)
     publish(
         spec.server_args,
         role="scheduler",
-        ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=rank),
+        ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=gpu_id),
     )
-    configure_scheduler_process(spec.server_args, rank)
+    configure_scheduler_process(spec.server_args, gpu_id)
     return Scheduler(spec.server_args, spec.port_args)
 
 

@@ -28,6 +28,10 @@ _MESSAGE_BYTES = 64
 _FORK_TIMEOUT_S = 20.0
 _SPARE_AFTER_S = 0.1
 """A child that has not been told what to be by then is a spare, and has time to prepare itself."""
+_SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
+_CUDA_ERROR_NOT_INITIALIZED = 3
+_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
+"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
 
 
 class ZygoteError(RuntimeError):
@@ -63,8 +67,9 @@ class Child:
 class Zygote:
     """Main's end. ``fork`` may be called from any thread."""
 
-    def __init__(self, pid: int, control: socket.socket) -> None:
+    def __init__(self, pid: int, control: socket.socket, timeout_s: float = _FORK_TIMEOUT_S) -> None:
         self.pid = pid
+        self._timeout_s = timeout_s
         self.pidfd = os.pidfd_open(pid)
         self._control = control
         self._lock = threading.Lock()
@@ -74,7 +79,7 @@ class Zygote:
         ours, theirs = Pipe()
         try:
             with self._lock:
-                self._control.settimeout(_FORK_TIMEOUT_S)
+                self._control.settimeout(self._timeout_s)
                 socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
                 answer, fds, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
         except OSError as error:
@@ -99,9 +104,26 @@ def unfit_to_fork() -> str | None:
     if threads != 1:
         return f"it has {threads} threads"
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
         return "CUDA is initialised"
-    return None
+    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
+    return f"it has {opened.pop()} open" if opened else None
+
+
+def _driver_is_initialised() -> bool:
+    """Whether anything in this process has called cuInit: the driver does not survive a fork then."""
+    with open("/proc/self/maps") as maps:
+        if "/libcuda.so" not in maps.read():
+            return False
+    context = ctypes.c_void_p()
+    return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""  # of listing the folder itself
 
 
 def fork_zygote() -> Zygote:
@@ -130,7 +152,7 @@ def spawn_zygote() -> Zygote:
     command = [sys.executable, "-m", "anchortp_sglang.zygote_main", str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
-    return Zygote(process.pid, ours)
+    return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S)
 
 
 def serve(control: socket.socket) -> None:

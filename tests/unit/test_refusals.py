@@ -126,7 +126,23 @@ def test_all_refusals_are_told_at_once_and_cuda_says_when(defaults):
     assert len(text.splitlines()) == 4
     assert "--dp-size 2:" in text
     assert "--enable-lora:" in text
-    assert "the CUDA arena comes with a later release; use --device cpu" in text
+    assert "has never run on one; use --device cpu, or try it with --anchor-experimental-cuda" in text
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])
+def test_cuda_may_be_tried_with_the_attention_backends_it_is_written_for(defaults, backend):
+    view = defaults | {"device": "cuda", "attention_backend": backend, "disable_overlap_schedule": True}
+    assert check_server_args(view, {}, experimental_cuda=True) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [({"attention_backend": "torch_native"}, "--attention-backend"), ({"disable_overlap_schedule": False}, "overlap")],
+)
+def test_cuda_is_not_tried_with_what_it_is_not_written_for(defaults, change, flag):
+    view = defaults | {"device": "cuda", "attention_backend": "triton", "disable_overlap_schedule": True} | change
+    (refusal,) = check_server_args(view, {}, experimental_cuda=True)
+    assert flag in refusal.flag
 
 
 def test_kv_of_the_models_own_dtype_may_be_named(defaults):
