@@ -1,1 +1,0 @@
-"""What is different on GPUs: environment, moves, graphs, health. None of it has run on one yet: docs/cuda.md."""
