@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from anchortp_sglang import parity_command, plan_command, server_client
+from anchortp_sglang import bench_command, parity_command, plan_command, server_client
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,17 +54,41 @@ def status(url: UrlOption = DEFAULT_URL, api_key: KeyOption = None, as_json: Jso
 
 
 @app.command()
-def timeline(url: UrlOption = DEFAULT_URL, api_key: KeyOption = None, as_json: JsonOption = False) -> None:
-    """Draw the stages of the last recovery."""
-    recoveries = _status(url, api_key).get("recoveries") or []
+def timeline(
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    last: Annotated[
+        int | None, typer.Option("--last", metavar="N", min=1, help="The last N recoveries instead of one.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw them by device into a .png or .svg.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the stages of the last recovery. The server shows the same as a page: /anchortp/timeline."""
+    recoveries = (_status(url, api_key).get("recoveries") or [])[-(last or 1) :]
+    if plot is not None and recoveries:
+        _plot_timeline(recoveries, plot)
     if as_json:
-        return _print_json(recoveries[-1] if recoveries else None)
+        return _print_json(recoveries if last else recoveries[-1] if recoveries else None)
     if not recoveries:
         return typer.echo("no recoveries so far")
     from anchortp_sglang.status_view import timeline_view
 
     console = Console()
-    console.print(timeline_view(recoveries[-1], console.width))
+    for recovery in recoveries:
+        console.print(timeline_view(recovery, console.width))
+
+
+def _plot_timeline(recoveries: list[dict[str, Any]], path: Path) -> None:
+    from anchortp_sglang.plan_picture import PictureError, save
+    from anchortp_sglang.timeline_plot import picture
+
+    try:
+        save(picture(recoveries), path)
+    except (PictureError, OSError) as error:
+        typer.echo(f"anchortp: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -113,6 +138,7 @@ def doctor(
 
 app.command()(plan_command.plan)
 app.command()(parity_command.parity)
+app.add_typer(bench_command.app, name="bench")
 
 
 def _status(url: str, api_key: str | None) -> dict[str, Any]:

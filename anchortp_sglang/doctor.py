@@ -47,6 +47,7 @@ def run_checks(run_dir: str | None = None) -> Iterator[Check]:
         ("/dev/shm", check_shm),
         ("run directory", lambda: check_run_dir(Path(run_dir) if run_dir else None)),
         ("memory", check_memory),
+        ("GPUs", check_gpus),
     )
     for name, check in named:
         try:
@@ -160,6 +161,24 @@ def check_memory() -> Check:
             f"the ranks need {MEMORY_WANTED_BYTES / GIB:.0f} GiB beside weights and KV",
         )
     return Check("memory", "PASS", detail)
+
+
+def check_gpus() -> Check:
+    """What anchors on GPUs would find here; asked by another process."""
+    from anchortp_sglang.cuda.probe import ProbeError, visible_gpus
+
+    if not os.path.exists("/dev/nvidiactl"):
+        return Check("GPUs", "PASS", "none: --device cpu")
+    try:
+        gpus = visible_gpus()
+    except ProbeError as error:
+        return Check("GPUs", "WARN", str(error), "see nvidia-smi, or use --device cpu")
+    detail = ", ".join(f"{gpu.name} ({gpu.total_bytes / GIB:.0f} GiB, {gpu.sharing})" for gpu in gpus)
+    if any(gpu.sharing == "ipc" for gpu in gpus):
+        return Check("GPUs", "WARN", detail, "VMM export is refused: memory dies with its anchor; see docs/cuda.md")
+    if any(len(gpu.peers) < len(gpus) for gpu in gpus):
+        return Check("GPUs", "WARN", f"{detail}; not all reach each other", "use some that do: CUDA_VISIBLE_DEVICES")
+    return Check("GPUs", "PASS", detail)
 
 
 def _cgroup_room_bytes() -> float:

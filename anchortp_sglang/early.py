@@ -6,22 +6,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anchortp_sglang.planning.model_axes import read_model_axes
+from anchortp_sglang.planning.model_axes import read_model_axes, refuse_layout_only
 from anchortp_sglang.refusals import UnsupportedError, check_server_args
 
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
 
-def check_given(given: Mapping[str, str]) -> None:
+def check_given(given: Mapping[str, str], experimental_cuda: bool = False) -> None:
     """Check the flags of a command line (``platform.given_flags``). Raises ValueError for the operator."""
-    refusals = check_server_args({name: _value(text) for name, text in given.items()})
+    flags = {name: _value(text) for name, text in given.items()}
+    refusals = check_server_args(flags, experimental_cuda=experimental_cuda)
     if refusals:
         raise UnsupportedError(refusals)
     if "model_path" in given:
-        read_model_axes(read_config(Path(given["model_path"])))
+        refuse_layout_only(read_model_axes(read_config(Path(given["model_path"]))))
     port = _value(given.get("port", _DEFAULT_PORT))
     if isinstance(port, int):
         reserve_port(given.get("host", "127.0.0.1"), port).close()
+
+
+def architectures(given: Mapping[str, str]) -> list[str]:
+    """The model classes that config.json names; none without a readable one."""
+    try:
+        return list(read_config(Path(given["model_path"])).get("architectures") or [])
+    except (KeyError, ValueError):
+        return []
 
 
 def reserve_port(host: str, port: int) -> socket.socket:

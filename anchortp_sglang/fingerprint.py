@@ -37,6 +37,11 @@ def fingerprint(target: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
+def source_file(target: str) -> Path:
+    """The file that :func:`fingerprint` reads. Raises :class:`MissingSymbolError`."""
+    return _locate(target)[0]
+
+
 def _locate(target: str) -> tuple[Path, list[str]]:
     """The file that holds ``target`` and the names below the module, found without importing it."""
     top, *rest = target.split(".")

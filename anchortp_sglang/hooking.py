@@ -12,6 +12,7 @@ import pkgutil
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +75,36 @@ def install(hooks: Sequence[Hook]) -> None:
         if (hook.kind, hook.function) not in known:
             HookRegistry.register(hook.target, hook.function, HookType(hook.kind), source=source)
     logging.getLogger(HookRegistry.__module__).setLevel(logging.WARNING)  # else a line for each hook
-    HookRegistry.apply_hooks()
+    with _mended_together():
+        HookRegistry.apply_hooks()
     verify(hooks, originals)
+
+
+@contextmanager
+def _mended_together() -> Iterator[None]:
+    """Names that were imported from a hooked module are mended in one walk over all modules.
+
+    The registry walks once for each hook (``_propagate_patch``), which takes more than a second in all; ``verify``
+    looks again whether a module still holds an original.
+    """
+    from sglang.srt.plugins import hook_registry
+
+    stock = hook_registry._propagate_patch
+    replaced: dict[int, tuple[Any, Any, Any]] = {}
+
+    def remember(original: Any, wrapped: Any, source_module: Any) -> int:
+        replaced[id(original)] = original, wrapped, source_module
+        return 0
+
+    hook_registry._propagate_patch = remember
+    try:
+        yield
+    finally:
+        hook_registry._propagate_patch = stock
+        for module, name, value in _module_attributes():
+            original, wrapped, source_module = replaced.get(id(value), (None, None, None))
+            if original is not None and value is original and module is not source_module:
+                setattr(module, name, wrapped)
 
 
 def verify(hooks: Sequence[Hook], originals: dict[str, Any]) -> None:
@@ -143,9 +172,13 @@ def _reaches(function: Any, wanted: Callable) -> bool:
 def _stale_bindings(originals: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(target, "module.name") for every module attribute that is still an unpatched original."""
     target_of = {id(value): target for target, value in originals.items() if _resolve(target) is not value}
+    for module, name, value in _module_attributes():
+        if id(value) in target_of:
+            yield target_of[id(value)], f"{module.__name__}.{name}"
+
+
+def _module_attributes() -> Iterator[tuple[types.ModuleType, str, Any]]:
     for module in list(sys.modules.values()):
-        if not isinstance(module, types.ModuleType):
-            continue
-        for name, value in list(vars(module).items()):
-            if id(value) in target_of:
-                yield target_of[id(value)], f"{module.__name__}.{name}"
+        if isinstance(module, types.ModuleType):
+            for name, value in list(vars(module).items()):
+                yield module, name, value

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from anchortp_sglang import early, platform
+from anchortp_sglang import early, platform, preload, start_log
+from anchortp_sglang.cuda.probe import GpuFacts
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 
 log = logging.getLogger("anchortp_sglang")
@@ -19,22 +20,22 @@ def main(argv: Sequence[str]) -> None:
         options, rest = split_argv(argv)
         given = platform.given_flags(rest)
         wants_help = "help" in given or "-h" in rest
-        defaults = platform.prepare({} if wants_help else given)
+        gpus = [] if wants_help else platform.gpus_for(given, options.experimental_cuda)
+        defaults = platform.prepare({} if wants_help else given, gpus)
         if not wants_help:
-            early.check_given(given)
+            early.check_given(given, options.experimental_cuda)
+            preload.leave_out_other_models(early.architectures(given))
     except ValueError as error:
         _refuse(error)
     if wants_help:
         print_help()
         return
-    _serve(options, [*rest, *platform.as_arguments(defaults.flags)], platform.describe(defaults))
+    _serve(options, [*rest, *platform.as_arguments(defaults.flags)], platform.describe(defaults), gpus)
 
 
-def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
+def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequence[GpuFacts]) -> None:
     started = time.monotonic()
     print("anchortp: importing SGLang (once, for all processes) …", file=sys.stderr, flush=True)
-    from anchortp_sglang import preload
-
     preload.import_sglang()
     from sglang.srt.server_args import prepare_server_args
 
@@ -42,8 +43,9 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str) -> None:
 
     server_args = prepare_server_args(argv)
     log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
+    start_log.step("SGLang is imported")
     try:
-        runtime = startup.start(server_args, options, serves_http=True)
+        runtime = startup.start(server_args, options, serves_http=True, gpus=gpus)
     except startup.REFUSALS as error:
         _refuse(error)
     try:
@@ -64,6 +66,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     from anchortp_sglang.middleware import AnchorMiddleware
 
     def start_loop() -> None:
+        start_log.step("HTTP is about to listen")
         http_server._global_state.tokenizer_manager.auto_create_handle_loop()
 
     http_server.app.add_middleware(
@@ -71,8 +74,20 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         coordinator=runtime.coordinator,
         on_startup=start_loop,
         allow_injection=options.allow_injection,
+        metrics=_metrics(server_args, runtime),
     )
     http_server.launch_server(server_args)
+
+
+def _metrics(server_args: Any, runtime: Any) -> Any:
+    """Our series, if SGLang serves /metrics."""
+    if not server_args.enable_metrics:
+        return None
+    from anchortp_sglang.recovery.metrics import Metrics
+
+    metrics = Metrics()
+    runtime.coordinator.recoveries.on_finished.append(metrics.observe)
+    return metrics
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -8,16 +8,17 @@ start and by ``anchortp doctor``. What differs is called drift.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anchortp_sglang.fingerprint import MissingSymbolError, fingerprint
+from anchortp_sglang.fingerprint import MissingSymbolError, fingerprint, source_file
 from anchortp_sglang.hooking import Hook
 
 SGLANG_VERSION = "0.5.23"
@@ -25,7 +26,8 @@ _NAME = f"sglang-{SGLANG_VERSION}.toml"
 _HEADER = f"""\
 # Every symbol of SGLang {SGLANG_VERSION} that anchortp-sglang changes: how, by what, and why.
 # `fingerprint` is of the source that the change was written against (comments and formatting do
-# not count). Generated: `python -m anchortp_sglang.manifest --write`, after reading what changed.
+# not count). A file that is byte for byte the one of [files] need not be parsed.
+# Generated: `python -m anchortp_sglang.manifest --write`, after reading what changed.
 """
 
 
@@ -74,7 +76,9 @@ def write_manifest(hooks: Sequence[Hook], path: Path | None = None) -> Path:
     """Write the manifest of ``hooks`` against the installed SGLang; return where it is."""
     path = path or manifest_path()
     entries = sorted((_entry(hook) for hook in hooks), key=lambda entry: (entry.symbol, entry.function))
-    text = _HEADER + f"\n[sglang]\nversion = {json.dumps(SGLANG_VERSION)}\n"
+    text = _HEADER + f"\n[sglang]\nversion = {json.dumps(SGLANG_VERSION)}\n\n[files]\n"
+    files = {_name(entry.symbol, source_file(entry.symbol)): _digest(source_file(entry.symbol)) for entry in entries}
+    text += "".join(f"{json.dumps(name)} = {json.dumps(digest)}\n" for name, digest in sorted(files.items()))
     for entry in entries:
         # A JSON string is a TOML basic string.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(entry).items()]
@@ -89,7 +93,7 @@ def compare(hooks: Sequence[Hook], path: Path | None = None) -> list[Drift]:
     path = path or manifest_path()
     if not path.is_file():
         return [Drift("sglang", f"the manifest {path} is missing; reinstall anchortp-sglang")]
-    entries = _read(path)
+    entries, files = _read(path)
     in_table = {(hook.target, hook.kind, hook.function_name) for hook in hooks}
     in_manifest = {(entry.symbol, entry.kind, entry.function) for entry in entries}
     drifts = [
@@ -100,7 +104,7 @@ def compare(hooks: Sequence[Hook], path: Path | None = None) -> list[Drift]:
         Drift(symbol, f"the manifest names a {kind} hook {function} that does not exist")
         for symbol, kind, function in sorted(in_manifest - in_table)
     ]
-    return drifts + _source_drift(entries)
+    return drifts + _source_drift(entries, files)
 
 
 def installed_drift(path: Path | None = None) -> list[Drift]:
@@ -108,25 +112,43 @@ def installed_drift(path: Path | None = None) -> list[Drift]:
     path = path or manifest_path()
     if not path.is_file():
         return [Drift("sglang", f"the manifest {path} is missing; reinstall anchortp-sglang")]
-    return _source_drift(_read(path))
+    return _source_drift(*_read(path))
 
 
 def _entry(hook: Hook) -> Entry:
     return Entry(hook.target, hook.kind, hook.function_name, hook.why, fingerprint(hook.target))
 
 
-def _read(path: Path) -> list[Entry]:
+def _read(path: Path) -> tuple[list[Entry], dict[str, str]]:
+    """The hooks, and the digests of the files that they change."""
     found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    return [Entry(**hook) for hook in found.get("hook", [])]
+    return [Entry(**hook) for hook in found.get("hook", [])], found.get("files", {})
 
 
-def _source_drift(entries: Iterable[Entry]) -> list[Drift]:
+def _name(symbol: str, file: Path) -> str:
+    """The file's place in its package, as the manifest names it."""
+    package, path = symbol.partition(".")[0], file.as_posix()
+    return f"{package}/{path.rpartition(f'/{package}/')[2]}"
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _source_drift(entries: Iterable[Entry], files: Mapping[str, str]) -> list[Drift]:
+    """``files``: digests as of the manifest. Parsing all of them would take a second of every start."""
     drifts = []
+    unchanged: dict[Path, bool] = {}
     installed = installed_version()
     if installed != SGLANG_VERSION:
         drifts.append(Drift("sglang", f"written for version {SGLANG_VERSION}, installed is {installed}"))
     for symbol, written_for in dict.fromkeys((entry.symbol, entry.fingerprint) for entry in entries):
         try:
+            file = source_file(symbol)
+            if file not in unchanged:
+                unchanged[file] = _digest(file) == files.get(_name(symbol, file))
+            if unchanged[file]:
+                continue
             now = fingerprint(symbol)
         except MissingSymbolError as error:
             drifts.append(Drift(symbol, f"missing: {error}"))

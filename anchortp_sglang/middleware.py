@@ -7,8 +7,10 @@ from typing import Any
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.inject import InjectionError, inject
 from anchortp_sglang.recovery.machine import Phase
+from anchortp_sglang.recovery.metrics import Metrics
 from anchortp_sglang.recovery.status import status
 from anchortp_sglang.refusals import check_route
+from anchortp_sglang.timeline_page import main_part, page
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -31,11 +33,13 @@ class AnchorMiddleware:
         coordinator: Coordinator,
         on_startup: Callable[[], None],
         allow_injection: bool,
+        metrics: Metrics | None = None,
     ) -> None:
         self._app = app
         self._coordinator = coordinator
         self._on_startup = on_startup
         self._allow_injection = allow_injection
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -53,6 +57,8 @@ class AnchorMiddleware:
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> bool:
         path, phase = scope["path"], self._coordinator.state.phase
+        if path.startswith("/metrics") and self._metrics is not None:  # SGLang's route takes what follows as well
+            self._metrics.refresh(status(self._coordinator), self._coordinator.recoveries.totals())
         if path in _HEALTH and phase not in (Phase.SERVING, Phase.STOPPED):
             down = phase is Phase.DOWN
             await _respond(send, 503 if down else 200, {"status": "down" if down else "recovering"})
@@ -62,6 +68,10 @@ class AnchorMiddleware:
             await _respond(send, 400, {"error": {"message": refusal, "code": 400}})
         elif path == "/anchortp/status" and scope["method"] == "GET":
             await _respond(send, 200, status(self._coordinator))
+        elif path == "/anchortp/timeline" and scope["method"] == "GET":
+            now = status(self._coordinator)
+            wanted = main_part if scope["query_string"] == b"part=main" else page
+            await _send_body(send, 200, wanted(now).encode(), b"text/html; charset=utf-8")
         elif path == "/anchortp/inject" and scope["method"] == "POST":
             code, answer = await self._inject(receive)
             await _respond(send, code, answer)
@@ -104,7 +114,10 @@ async def _body(receive: Receive) -> bytes:
 
 
 async def _respond(send: Send, code: int, answer: dict[str, Any]) -> None:
-    body = json.dumps(answer).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await _send_body(send, code, json.dumps(answer).encode(), b"application/json")
+
+
+async def _send_body(send: Send, code: int, body: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": code, "headers": headers})
     await send({"type": "http.response.body", "body": body})

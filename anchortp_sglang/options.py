@@ -48,6 +48,12 @@ class AnchorOptions:
         " the other axes follow in proportion (default: as even as the model allows)",
         _integers,
     )
+    rotate_heads: bool = _option(
+        False,
+        "rotate-heads",
+        "KV heads (with their query heads) and whole experts that do not divide evenly go to other devices from layer"
+        " to layer, so that no device's memory is full before the others'; not with --anchor-widths",
+    )
     min_devices: int = _option(
         1,
         "min-devices N",
@@ -84,11 +90,42 @@ class AnchorOptions:
     allow_drift: bool = _option(
         False, "allow-drift", "start although the installed SGLang differs from the one the hooks are for"
     )
-    kv_mirror: Literal["off"] = _option(
-        "off", "kv-mirror off", "a second copy of the KV cache, to lose none with a device (not yet)", str
+    device_gib: float | None = _option(
+        None,
+        "device-gib GIB",
+        "memory of each device for weights and KV; with fewer devices the KV cache then shrinks to what they have"
+        " (default: no limit, the number of slots stays the same)",
+        float,
+    )
+    kv_mirror: Literal["off", "host"] | None = _option(
+        None,
+        "kv-mirror off|host",
+        "a copy of the KV cache in host memory, from which a lost device's share is read back"
+        " (default: host if there is memory for all of it)",
+        str,
+    )
+    kv_mirror_gib: float | None = _option(
+        None,
+        "kv-mirror-gib GIB",
+        "memory that the mirror may take; less than the KV cache means that it holds what was used last"
+        " (default: as much as the KV cache)",
+        float,
+    )
+    kv_mirror_gbps: float = _option(
+        4.0, "kv-mirror-gbps GB/S", "10**9 bytes per second that may be copied to the mirror, over all devices", float
     )
     spare_ranks: bool = _option(
         True, "no-spare-ranks", "fork no ranks ahead of the next fault: less memory, longer recoveries"
+    )
+    experimental_cuda: bool = _option(
+        False,
+        "experimental-cuda",
+        "allow --device cuda, which has been written but has never run on a GPU",
+    )
+    share_gpus: bool = _option(
+        False,
+        "share-gpus",
+        "put several devices on one GPU if there are more of them than GPUs (for tests: collectives by gloo)",
     )
 
     def __post_init__(self) -> None:
@@ -101,8 +138,18 @@ class AnchorOptions:
         _check_seconds("linger", self.linger_s, zero_allowed=True)
         _check_seconds("hang-timeout", self.hang_timeout_s)
         _check_seconds("recovery-deadline", self.recovery_deadline_s)
-        _check_kv_mirror(self.kv_mirror)
+        if self.kv_mirror not in (None, "off", "host"):
+            raise OptionsError(f"--anchor-kv-mirror takes off or host; got {self.kv_mirror!r}")
+        for name, gib in (("device-gib", self.device_gib), ("kv-mirror-gib", self.kv_mirror_gib)):
+            if gib is not None:
+                _check_amount(name, gib)
+        _check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
         _check_run_dir(self.run_dir)
+        if self.rotate_heads and self.widths is not None:
+            raise OptionsError(
+                "--anchor-rotate-heads and --anchor-widths exclude each other: widths are the KV heads of a device in"
+                " every layer; leave one of them out"
+            )
 
     def check_tp_size(self, tp_size: int) -> None:
         """Refuse options that contradict SGLang's ``--tp-size``."""
@@ -140,14 +187,9 @@ def _check_seconds(name: str, value: Any, zero_allowed: bool = False) -> None:
         raise OptionsError(f"{FLAG_PREFIX}{name} takes a number of seconds {least}; got {value!r}")
 
 
-def _check_kv_mirror(value: Any) -> None:
-    if value == "host":
-        raise OptionsError(
-            "--anchor-kv-mirror host is not there yet: leave it off; KV lost with a device is then"
-            " recomputed when its requests are replayed"
-        )
-    if value != "off":
-        raise OptionsError(f"--anchor-kv-mirror takes 'off'; got {value!r}")
+def _check_amount(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise OptionsError(f"{FLAG_PREFIX}{name} takes a number above 0; got {value!r}")
 
 
 def _check_run_dir(path: str | None) -> None:

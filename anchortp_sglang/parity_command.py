@@ -27,8 +27,10 @@ from rich.text import Text
 from anchortp_sglang.bench import parity as comparison
 from anchortp_sglang.bench.parity import Answer, BadAnswer, Comparison, Delta, Round, Verdict
 from anchortp_sglang.bench.server import Server, ServerFailed
+from anchortp_sglang.bench.stock_server import ABSORB_LATENTS
 from anchortp_sglang.early import read_config
 from anchortp_sglang.plan_command import ExpertSplit
+from anchortp_sglang.planning.families import FAMILIES
 
 STOCK = "anchortp_sglang.bench.stock_server"
 OURS = "anchortp_sglang.launch_server"
@@ -52,6 +54,8 @@ class Job:
     lose: int | None
     flags: tuple[str, ...]
     our_flags: tuple[str, ...]
+    stock_flags: tuple[str, ...]
+    stock_answers: Path | None
     start_timeout_s: float
 
     def __post_init__(self) -> None:
@@ -70,11 +74,18 @@ class Job:
     def prompts(self) -> list[list[int]]:
         return comparison.make_prompts(_vocab_size(read_config(self.model)))
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What kept answers of stock must be answers to."""
+        flags = [*self.flags, *self.stock_flags]
+        return {"model": str(self.reference.resolve()), "flags": flags, "new_tokens": self.new_tokens}
+
 
 def parity(
     model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Folder of the checkpoint.")],
     tp_size: Annotated[int, typer.Option("--tp", help="Devices on our side; stock SGLang has one.")],
     widths: Annotated[str | None, typer.Option("--widths", metavar="N,N,…", help="As --anchor-widths.")] = None,
+    rotate_heads: Annotated[bool, typer.Option("--rotate-heads", help="As --anchor-rotate-heads.")] = False,
     experts: Annotated[ExpertSplit, typer.Option("--experts", help="How experts are split.")] = ExpertSplit.TP,
     lose: Annotated[
         int | None, typer.Option("--lose", metavar="DEVICE", help="Compare, kill this device, compare again.")
@@ -82,6 +93,10 @@ def parity(
     reference: Annotated[
         Path | None,
         typer.Option("--reference", metavar="DIR", help="Another checkpoint for stock, e.g. before a conversion."),
+    ] = None,
+    stock_answers: Annotated[
+        Path | None,
+        typer.Option("--stock-answers", metavar="FILE", help="Keep stock's answers here; use them if they are there."),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="New tokens of each answer.")] = 64,
     tolerance: Annotated[float, typer.Option("--tolerance", help="How far apart logprobs may be.")] = 1e-4,
@@ -99,7 +114,9 @@ def parity(
             new_tokens=tokens,
             lose=lose,
             flags=_flags(dtype, device, tokens),
-            our_flags=_our_flags(tp_size, widths, experts, lose),
+            our_flags=_our_flags(tp_size, widths, rotate_heads, experts, lose),
+            stock_flags=_stock_flags(model),
+            stock_answers=stock_answers,
             start_timeout_s=start_timeout_s,
         )
         rounds = run(job)
@@ -116,7 +133,7 @@ def parity(
 
 def run(job: Job) -> list[Round]:
     """Serve and ask both sides. Raises NotServed or, for a checkpoint that cannot be read, ValueError."""
-    prompts, ours = job.prompts, list[tuple[str, list[Answer]]]()
+    prompts, ours, stock = job.prompts, list[tuple[str, list[Answer]]](), _kept_answers(job)
     with _folder() as folder, _ended_by_sigterm():
         env = {"TMPDIR": str(folder)}  # stock leaves its sockets behind
         flags = (*job.flags, *job.our_flags)
@@ -126,9 +143,13 @@ def run(job: Job) -> list[Round]:
             if job.lose is not None:
                 _lose(server, job.lose)
                 ours.append(("after loss", _ask(server, prompts, job.new_tokens)))
-        server = Server(job.reference, 1, *job.flags, log=folder / "stock.log", module=STOCK, env=env)
-        with _serving("stock SGLang, TP=1", server, job.start_timeout_s):
-            stock = _ask(server, prompts, job.new_tokens)
+        if stock is None:
+            flags = (*job.flags, *job.stock_flags)
+            server = Server(job.reference, 1, *flags, log=folder / "stock.log", module=STOCK, env=env)
+            with _serving("stock SGLang, TP=1", server, job.start_timeout_s):
+                stock = _ask(server, prompts, job.new_tokens)
+            if job.stock_answers is not None:
+                job.stock_answers.write_text(json.dumps({"asked": job.asked} | comparison.answers_as_json(stock)))
     return [comparison.compare_all(when, stock, answers) for when, answers in ours]
 
 
@@ -168,11 +189,36 @@ def _flags(dtype: str, device: str, tokens: int) -> tuple[str, ...]:
     return tuple(word for flag in flags.items() for word in flag)
 
 
-def _our_flags(tp_size: int, widths: str | None, experts: ExpertSplit, lose: int | None) -> tuple[str, ...]:
+def _our_flags(
+    tp_size: int, widths: str | None, rotate_heads: bool, experts: ExpertSplit, lose: int | None
+) -> tuple[str, ...]:
     flags = [] if widths is None else ["--anchor-widths", widths]
+    flags += ["--anchor-rotate-heads"] if rotate_heads else []
     flags += ["--ep-size", str(tp_size)] if experts is ExpertSplit.EP else []
     flags += [] if lose is None else ["--anchor-allow-injection"]
     return tuple(flags)
+
+
+def _kept_answers(job: Job) -> list[Answer] | None:
+    """Raises ValueError if the file's are others' answers, or none."""
+    path = job.stock_answers
+    if path is None or not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        asked, answers = kept["asked"], comparison.answers_from_json(kept)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--stock-answers: {path} cannot be read ({error}); remove it") from None
+    if asked != job.asked:
+        raise ValueError(f"--stock-answers: {path} answers another question ({asked}); name another file")
+    return answers
+
+
+def _stock_flags(model: Path) -> tuple[str, ...]:
+    """Stock SGLang has no prefill with latent attention on a CPU unless it is told how."""
+    architecture = (read_config(model).get("architectures") or [""])[0]
+    family = FAMILIES.get(architecture)
+    return (ABSORB_LATENTS,) if family is not None and family.latent_kv else ()
 
 
 def _vocab_size(config: dict[str, Any]) -> int:

@@ -84,10 +84,18 @@ def _totals(answer: WhatIf) -> Table:
             f"{_seconds(timeline.makespan_s)} (the busiest link needs {_seconds(timeline.link_lower_bound_s)})",
         ),
         ("fullest device", f"{plan.imbalance:.2%} above the mean"),
-        ("KV capacity", f"{min(answer.kv_tokens.values()):,} tokens, what the device with the least room can hold"),
+        ("KV capacity", _kv_capacity(answer)),
     ):
         table.add_row(name, value)
     return table
+
+
+def _kv_capacity(answer: WhatIf) -> str:
+    told = f"{answer.kv_capacity:,} tokens, what the device with the least room can hold"
+    if answer.kv_capacity == answer.kv_tokens_alike:
+        return told
+    gain = f" ({answer.kv_capacity / answer.kv_tokens_alike - 1:+.0%})" if answer.kv_tokens_alike else ""
+    return f"{told}; {answer.kv_tokens_alike:,} if heads and experts did not rotate over the layers{gain}"
 
 
 def _share(plan: MigrationPlan) -> str:

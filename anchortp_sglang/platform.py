@@ -5,7 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from anchortp_sglang.cpu.environment import CpuDefaults, cpu_defaults, describe
+from anchortp_sglang.cpu.environment import Defaults, cpu_defaults, describe
+from anchortp_sglang.cuda.environment import cuda_defaults
+from anchortp_sglang.cuda.probe import GpuFacts, ProbeError, visible_gpus
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +47,38 @@ def tp_size_of(given: Mapping[str, object]) -> int:
         raise ValueError(f"--tp-size takes a number, not {text!r}") from None
 
 
-def prepare(given: Mapping[str, object]) -> CpuDefaults:
+def prepare(given: Mapping[str, object], gpus: Sequence[GpuFacts] = ()) -> Defaults:
     """Set the environment for the device and install stand-ins; returns the flags to add as well.
 
-    Raises ValueError for another device than cpu, and for what contradicts itself.
+    ``gpus``: those of ``gpus_for``, if the device is cuda. Raises ValueError for another device than cpu or (with
+    ``gpus``) cuda, and for what contradicts itself.
     """
     device = given.get("device") or "cpu"
-    if device != "cpu":
-        raise ValueError(f"--device {device} is not supported yet, the CUDA arena comes later; use --device cpu")
-    defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
+    if device == "cuda" and gpus:
+        defaults = cuda_defaults(given, os.environ, shared=tp_size_of(given) > len(gpus))
+    elif device == "cpu":
+        defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
+    else:
+        raise ValueError(
+            f"--device {device} is not supported; use --device cpu (for cuda, which has never run on a GPU, there is "
+            "--anchor-experimental-cuda)"
+        )
     os.environ.update(defaults.env)
     install_stand_ins()
     return defaults
+
+
+def gpus_for(given: Mapping[str, object], experimental_cuda: bool) -> list[GpuFacts]:
+    """The visible GPUs if the flags ask for them and the operator for the experiment; else none.
+
+    Asked before SGLang is imported, by another process. Raises ValueError if they cannot be asked.
+    """
+    if given.get("device") != "cuda" or not experimental_cuda:
+        return []
+    try:
+        return visible_gpus()
+    except ProbeError as error:
+        raise ValueError(f"--device cuda: {error}") from None
 
 
 def install_stand_ins() -> None:
@@ -76,4 +98,4 @@ def as_arguments(flags: Mapping[str, object]) -> list[str]:
     return arguments
 
 
-__all__ = ["as_arguments", "describe", "given_flags", "install_stand_ins", "prepare", "tp_size_of"]
+__all__ = ["as_arguments", "describe", "given_flags", "gpus_for", "install_stand_ins", "prepare", "tp_size_of"]

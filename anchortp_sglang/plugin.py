@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 
 from anchortp_sglang import hooking, manifest, preload
+from anchortp_sglang.cpu import groups, latent_attention
 from anchortp_sglang.cpu import hooks as cpu
-from anchortp_sglang.elastic import config, experts, kv_pool, prefixes, weights
+from anchortp_sglang.cuda import collectives, graphs
+from anchortp_sglang.elastic import config, experts, head_norms, kv_pool, prefixes, weights
 from anchortp_sglang.hooking import Hook
 from anchortp_sglang.recovery import detokenizer, rank
 from anchortp_sglang.recovery import hooks as main
@@ -39,6 +41,12 @@ HOOKS: tuple[Hook, ...] = (
         "on CPU it would pad heads and columns of shares that are unequal on purpose",
     ),
     Hook(
+        _SRT + "utils.common.make_layers",
+        "around",
+        config.around_make_layers,
+        "a layer sees its own sizes where heads or experts rotate over the layers",
+    ),
+    Hook(
         _SRT + "model_loader.loader.get_model_loader",
         "around",
         weights.around_get_model_loader,
@@ -62,12 +70,36 @@ HOOKS: tuple[Hook, ...] = (
         experts.around_moe_forward_native,
         "on CPU it cannot take the id of an expert that another rank has",
     ),
+    Hook(
+        _SRT + "models.deepseek_v2.DeepseekV2MLP.__init__",
+        "around",
+        experts.around_deepseek_mlp_init,
+        "a rank's share of the shared experts is not a multiple of its share of the others",
+    ),
+    Hook(
+        _SRT + "models.olmo2.Olmo2Attention.__init__",
+        "after",
+        head_norms.after_olmo2_attention_init,
+        "a rank has the weights of its own heads' norms",
+    ),
+    Hook(
+        _SRT + "models.olmo2.Olmo2Attention._apply_qk_norm",
+        "around",
+        head_norms.around_apply_qk_norm,
+        "norms over all heads: it gathers equal parts",
+    ),
     # KV in the anchors' memory, and the page table that lets it be found again.
     Hook(
         _MEMORY + "memory_pool.MHATokenToKVPool._create_buffers_normal",
         "around",
         kv_pool.around_create_buffers,
         "KV buffers are views of the anchor's memory",
+    ),
+    Hook(
+        _MEMORY + "memory_pool.MLATokenToKVPool._create_buffers",
+        "around",
+        kv_pool.around_create_latent_buffers,
+        "the same for the latents of multi-head latent attention",
     ),
     Hook(
         _MEMORY + "kv_cache_configurator.KVCacheConfigurator._resolve_memory_pool_config",
@@ -80,6 +112,18 @@ HOOKS: tuple[Hook, ...] = (
         "before",
         prefixes.before_free,
         "what a freed slot held is forgotten in the page table",
+    ),
+    Hook(
+        _SRT + "models.gemma3_causal.Gemma3TextScaledWordEmbedding.forward",
+        "after",
+        prefixes.after_whole_embedding,
+        "no rank writes KV before rank 0 has freed and allocated the slots",
+    ),
+    Hook(
+        _MEMORY + "allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
+        "before",
+        prefixes.before_release_page_ids,
+        "the same with pages of several slots",
     ),
     Hook(
         _SCHEDULER + "process_batch_result",
@@ -213,7 +257,26 @@ HOOKS: tuple[Hook, ...] = (
         preload.around_get_tokenizer,
         "main loads the tokenizer once, before the zygote is forked",
     ),
-    *(Hook(*row) for row in cpu.HOOKS),
+    *(Hook(*row) for row in (*cpu.HOOKS, *groups.HOOKS)),
+    Hook(
+        _SRT + "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler",
+        "around",
+        latent_attention.around_get_handler,
+        "torch_native takes the latents of a prompt for its K and V, and fails",
+    ),
+    # GPUs.
+    Hook(
+        _SRT + "platforms.cuda.CudaDeviceMixin.get_torch_distributed_backend_str",
+        "around",
+        collectives.around_backend,
+        "NCCL refuses several ranks on one GPU",
+    ),
+    Hook(
+        _SCHEDULER + "init_request_dispatcher",
+        "after",
+        graphs.after_init_request_dispatcher,
+        "decode graphs are captured when main says so, after a generation's first tokens",
+    ),
 )
 
 

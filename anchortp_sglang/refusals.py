@@ -42,11 +42,14 @@ class UnsupportedError(ValueError):
         super().__init__(f"not supported by anchortp-sglang (stock SGLang is):{lines}")
 
 
-def check_server_args(view: Any, environ: Mapping[str, str] = os.environ) -> list[Refusal]:
+def check_server_args(
+    view: Any, environ: Mapping[str, str] = os.environ, experimental_cuda: bool = False
+) -> list[Refusal]:
     """All that ``view`` asks for and does not get, in the order of the tables; empty if it may start.
 
     ``view`` is a ServerArgs, its resolving view, or a mapping with the same names. Check the raw
     record for a fast answer, and the resolved one for what SGLang decides from the checkpoint.
+    ``experimental_cuda``: the operator has asked for what never ran.
     """
     refusals = [
         _refusal(name, value, rule.why, rule.way_out)
@@ -54,7 +57,7 @@ def check_server_args(view: Any, environ: Mapping[str, str] = os.environ) -> lis
         for name in rule.fields.split()
         if not _may_be(value := _get(view, name), rule)
     ]
-    refusals += _check_device(view) + _check_kv_cache_dtype(view)
+    refusals += _check_device(view, experimental_cuda) + _check_kv_cache_dtype(view)
     refusals += [
         Refusal(variable, environ[variable], why, f"unset {variable}")
         for variable, why in ENVIRONMENT.items()
@@ -111,29 +114,47 @@ def _refusal(name: str, value: Any, why: str, way_out: str) -> Refusal:
     return Refusal(FLAG_OF_FIELD.get(name, "--" + name.replace("_", "-")), value, why, way_out)
 
 
-def _check_device(view: Any) -> list[Refusal]:
+_ATTENTION_BACKENDS = {"cpu": ("torch_native",), "cuda": ("flashinfer", "triton", "fa3")}
+
+
+def _check_device(view: Any, experimental_cuda: bool) -> list[Refusal]:
     device = _get(view, "device")
     if device is None:  # decided by resolution; the resolved record is checked again
         return []
-    if device == "cuda":
-        return [_refusal("device", device, "the CUDA arena comes with a later release", "use --device cpu")]
-    if device != "cpu":
+    if device not in _ATTENTION_BACKENDS:
         return [_refusal("device", device, "anchors hold no memory of such devices", "use --device cpu")]
+    if device == "cuda" and not experimental_cuda:
+        way_out = "use --device cpu, or try it with --anchor-experimental-cuda"
+        return [_refusal("device", device, "what is written for GPUs has never run on one", way_out)]
+    known = _ATTENTION_BACKENDS[device]
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return [
-        _refusal(name, value, "its kernels are not there on the CPU platform", "use torch_native")
+        _refusal(name, value, f"no kernels for ranks on --device {device}", f"use {' or '.join(known)}")
         for name in names
-        if (value := _get(view, name)) not in (None, "torch_native")
-    ]
+        if (value := _get(view, name)) not in (None, *known)
+    ] + _check_overlap(view, device)
+
+
+def _check_overlap(view: Any, device: Any) -> list[Refusal]:
+    if device != "cuda" or _get(view, "disable_overlap_schedule") is not False:
+        return []  # None: not given yet; the launcher gives it
+    why = "a step is entered in the page table before the next may start"
+    return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it")]
+
+
+KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}
+"""``--kv-cache-dtype`` besides "auto", the model's: bytes of one element as it is stored."""
 
 
 def _check_kv_cache_dtype(view: Any) -> list[Refusal]:
     kv_dtype = _get(view, "kv_cache_dtype") or "auto"
-    same = {"auto"} | ({"bf16", "bfloat16"} if _get(view, "dtype") == "bfloat16" else set())
-    if kv_dtype in same:
+    if kv_dtype.startswith("fp8") and _get(view, "device") == "cpu":
+        why = "SGLang has it on CPUs with AMX only, whose kernels are not supported"
+        return [_refusal("kv_cache_dtype", kv_dtype, why, "use auto or bf16")]
+    if kv_dtype == "auto" or kv_dtype in KV_DTYPE_BYTES:
         return []
-    why = "KV buffers in the anchors have the model's dtype"
-    return [_refusal("kv_cache_dtype", kv_dtype, why, "use --kv-cache-dtype auto")]
+    why = "KV buffers of packed elements or with scales of their own are not kept in the anchors"
+    return [_refusal("kv_cache_dtype", kv_dtype, why, f"use one of auto, {', '.join(KV_DTYPE_BYTES)}")]
 
 
 def _check_sampling_params(params: Any) -> str | None:

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,28 @@ from typing import Any
 import msgspec
 import psutil
 
+from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.cuda.plan import EAGER_START, check_gpu_plan, graph_batch_sizes, plan_gpu_kv
+from anchortp_sglang.cuda.probe import GpuFacts
+from anchortp_sglang.cuda.shares import share_out
 from anchortp_sglang.early import read_config, reserve_port
-from anchortp_sglang.elastic.attachment import KVPlan
+from anchortp_sglang.elastic.attachment import MirrorPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
+from anchortp_sglang.elastic.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.hooking import HookError
+from anchortp_sglang.kv_sizes import plan_kv, plan_mirror
 from anchortp_sglang.manifest import DriftError
+from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.expert_load import ExpertCounts, imbalance, spread_hot_experts
+from anchortp_sglang.planning.kv_layout import KVPlan
 from anchortp_sglang.planning.layout import check_coverage, check_sources, shard_layout
-from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
+from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership import Ownership, split, validate
-from anchortp_sglang.recovery import wire
+from anchortp_sglang.planning.reconfiguration import rotating_split
+from anchortp_sglang.recovery import metrics, tracing, wire
 from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
 from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.generation import StartFailed
@@ -47,6 +58,13 @@ _PINNED = (
 )
 """Resolved values of the first generation that later ones keep; SGLang derives some of them from tp_size."""
 
+_FIXED = {
+    # KV of layers with a sliding window is kept as of the others: one pool, one set of slots, one page table.
+    "disable_hybrid_swa_memory": True,
+    # Shared experts are an axis of their own.
+    "disable_shared_experts_fusion": True,
+}
+"""What every generation runs with, whatever was given."""
 
 REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
 """What ``start`` raises for the operator to mend: wrong flags, models, files, directories, another SGLang."""
@@ -72,52 +90,93 @@ class Runtime:
             self.port.close()
 
 
-def start(server_args: Any, options: AnchorOptions, *, serves_http: bool) -> Runtime:
+def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: Sequence[GpuFacts] = ()) -> Runtime:
     """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
 
     A server is known by its port, so that it finds its anchors again after a crash; an Engine by its process.
+    ``gpus``: those of ``platform.gpus_for``, none on CPU.
 
     Raises ValueError subclasses with a text for the operator; nothing is left behind then.
     """
     from anchortp_sglang.plugin import install_all
 
     raw = msgspec.structs.asdict(server_args)
-    _refuse(server_args)
+    _refuse(server_args, options)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint)
+    expert_counts = server_args.init_expert_location
+    # Experts are dealt by us: SGLang's own tables have as many on each rank.
+    server_args.init_expert_location = raw["init_expert_location"] = NONE
     server_args.resolve_once()
     view = _view(server_args)
-    _refuse(view)
+    _refuse(view, options)
     options.check_tp_size(view.tp_size)
     _check_ep_size(view)
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
-    ownership = split(model, tuple(range(view.tp_size)), options.widths)
+    refuse_layout_only(model)
+    for caveat in caveats(config):
+        log.warning("anchortp: %s", caveat)
+    devices = tuple(range(view.tp_size))
+    ownership = rotating_split(model, devices) if options.rotate_heads else split(model, devices, options.widths)
+    counts = None if expert_counts == NONE else read_expert_counts(expert_counts, model)
+    if counts is not None:
+        ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
-    kv = _plan_kv(model, ownership, view)
+    device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
+    available = psutil.virtual_memory().available
+    shares: tuple[GpuShare, ...] = ()
+    mirror: MirrorPlan | None
+    if gpus:
+        check_gpu_plan(model, view, options, spreads=counts is not None)
+        shares = share_out(gpus, view.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
+        _tell(shares)
+        kv = plan_gpu_kv(model, ownership, shares, options.min_devices, view)
+        mirror, mirror_said = None, "off: KV in a GPU's memory is not mirrored yet, and goes with a lost device"
+    else:
+        kv = plan_kv(model, ownership, view, device_bytes, available)
+        mirror, mirror_said = plan_mirror(model, ownership, kv, options, available)
+    log.info("anchortp: KV mirror: %s", mirror_said)
+    start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     wire.register()
-    zygote = _make_zygote(view)
+    start_log.step("hooks are installed")
+    if view.enable_metrics:
+        metrics.prepare_folder()
+    zygote, reserve = _make_zygotes(view)
+    start_log.step("the zygote is forked")
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
         run_dir = prepare_run_dir(base, key)
     except BaseException:
         zygote.kill()
+        if reserve is not None:
+            reserve.kill()
         raise
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, kv),
+        identity=_identity(checkpoint, model, ownership, kv, view.kv_cache_dtype, shares),
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=kv,
+        device_bytes=device_bytes,
+        rotate_heads=options.rotate_heads,
+        expert_counts=counts,
+        mirror=mirror,
         linger_s=options.linger_s,
-        server_args=_records(raw, view, kv),
+        server_args=_records(raw, view, kv, EAGER_START if gpus else {}),
         controller_pid=os.getpid(),
         stale_anchors=run_dir.stale_anchors,
+        gpus=shares,
+        graph_batch_sizes=graph_batch_sizes(view, shares),
     )
-    coordinator = Coordinator(Cluster(plan, zygote), ownership, _policy(options))
+    cluster = Cluster(plan, zygote, reserve)
+    log.info("anchortp: %s", cluster.kv_capacity(ownership))
+    coordinator = Coordinator(cluster, ownership, _policy(options))
+    if view.enable_trace:
+        coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
     return Runtime(coordinator, run_dir, port)
 
@@ -128,8 +187,8 @@ def _view(server_args: Any) -> Any:
     return resolving_view(server_args)
 
 
-def _refuse(view: Any) -> None:
-    refusals = check_server_args(view)
+def _refuse(view: Any, options: AnchorOptions) -> None:
+    refusals = check_server_args(view, experimental_cuda=options.experimental_cuda)
     if refusals:
         raise UnsupportedError(refusals)
 
@@ -140,6 +199,17 @@ def _check_ep_size(view: Any) -> None:
             f"--ep-size {view.ep_size} with --tp-size {view.tp_size} is not supported: experts are dealt to all "
             "devices (the same size) or cut over all of them (leave --ep-size out)"
         )
+
+
+def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Ownership:
+    spread = spread_hot_experts(model, ownership, counts)
+    log.info(
+        "anchortp: by %s the busiest device has %.2f times the mean load of experts; in order it would have %.2f",
+        FLAG,
+        imbalance(spread, counts),
+        imbalance(ownership, counts),
+    )
+    return spread
 
 
 def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:
@@ -155,47 +225,35 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
 
 
-def _plan_kv(model: ModelAxes, ownership: Ownership, view: Any) -> KVPlan:
-    """Slots for every generation: what the operator says, else what memory allows.
-
-    On CPU all virtual devices share the host's memory, so fewer of them hold just as many slots.
-    """
-    page_size = view.page_size or 1
-    heads = sum(ownership.units("kv_head", rank) for rank in range(ownership.tp_size))
-    weights = sum(shard_layout(model, ownership, r).total_bytes for r in range(ownership.tp_size))
-    available = psutil.virtual_memory().available
-    slot_bytes = KVPlan(1, 0, model.dtype_bytes).nbytes(model, heads)
-    free = int(available * (view.mem_fraction_static or 0.8)) - weights
-    slots = view.max_total_tokens or max(0, free) // slot_bytes
-    slots = slots // page_size * page_size
-    plan = KVPlan(slots, page_size, model.dtype_bytes)
-    needed = weights + plan.nbytes(model, heads)
-    if slots < 1 or needed > available:
-        raise ValueError(
-            f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, "
-            f"{available >> 20} MiB are available; lower --max-total-tokens or use a smaller model"
-        )
-    return plan
+def _tell(shares: Sequence[GpuShare]) -> None:
+    log.warning("anchortp: --device cuda has never run on a GPU before this; see docs/cuda.md")
+    for device, gpu in enumerate(shares):
+        log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
+    if any(gpu.sharing == "ipc" for gpu in shares):
+        log.warning("anchortp: the driver exports no memory here, so CUDA IPC it is: it dies with a device's anchor")
 
 
-def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan) -> str:
+def _identity(
+    checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, kv_dtype: str, gpus: Sequence[GpuShare]
+) -> str:
     """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
-    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv)]
+    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv), kv_dtype, *map(str, gpus)]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         stat = path.stat()
         parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _make_zygote(view: Any) -> Zygote:
+def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
+    """The zygote, and another in reserve for its death: idle, and nearly all of its memory is shared."""
     from anchortp_sglang import preload
 
     preload.preload(view)
     reason = unfit_to_fork()
     if reason is None:
-        return fork_zygote()
+        return fork_zygote(), fork_zygote()
     log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
-    return spawn_zygote()
+    return spawn_zygote(), None
 
 
 def _policy(options: AnchorOptions) -> Policy:
@@ -207,11 +265,12 @@ def _policy(options: AnchorOptions) -> Policy:
     )
 
 
-def _records(raw: dict[str, Any], view: Any, kv: KVPlan) -> Any:
-    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations."""
+def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: dict[str, Any]) -> Any:
+    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations, but for
+    what is ``changed`` for ranks."""
     from sglang.srt.server_args import ServerArgs
 
-    pins = {name: getattr(view, name) for name in _PINNED} | {"max_total_tokens": kv.slots}
+    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots} | changed
     made: dict[int, Any] = {}
 
     def record(tp_size: int) -> Any:

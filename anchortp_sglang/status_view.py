@@ -24,7 +24,12 @@ _COLOURS = {
 def status_view(status: Mapping[str, Any]) -> RenderableType:
     """A headline, the devices, and the last recoveries with their stages."""
     recoveries = status.get("recoveries") or []
-    parts: list[RenderableType] = [_headline(status), _devices(status.get("devices") or [])]
+    parts: list[RenderableType] = [
+        _headline(status),
+        *_kv_capacity(status),
+        _devices(status.get("devices") or []),
+        _kv(status.get("kv")),
+    ]
     if not recoveries:
         return Group(*parts, Text("no recoveries so far", style="dim"))
     shown = recoveries[-RECOVERIES_SHOWN:]
@@ -71,6 +76,21 @@ def _headline(status: Mapping[str, Any]) -> Text:
     return line
 
 
+def _kv_capacity(status: Mapping[str, Any]) -> list[Text]:
+    """Slots, and how many would fit in the memory of the fullest device if heads (did not) rotate over the layers."""
+    kv = status.get("kv_capacity")
+    if not kv:
+        return []
+    rotating = kv["rotating"]
+    other = f"{kv['slots_alike']} if they did not" if rotating else f"{kv['slots_rotating']} if they did"
+    return [
+        Text(
+            f"KV {kv['slots']} slots, heads {'rotate' if rotating else 'do not rotate'} over the layers; "
+            f"in the {byte_size(kv['device_bytes'])} of the fullest device {other}"
+        )
+    ]
+
+
 def _devices(devices: list[Mapping[str, Any]]) -> Table:
     table = Table(title="devices", title_justify="left")
     for heading in ("device", "state", "rank", "rank pid", "anchor pid", "weights", "KV"):
@@ -85,10 +105,22 @@ def _devices(devices: list[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _kv(kv: Mapping[str, Any] | None) -> Text:
+    """Slots in use, and how much of them a lost device would not take along."""
+    if kv is None:
+        return Text("KV: nothing known yet", style="dim")
+    line = f"KV: {kv['used']} of {kv['slots']} slots used; mirror: "
+    mirror = kv.get("mirror")
+    if mirror is None:
+        return Text(line + "none")
+    share = f"{mirror['mirrored']} slots ({float(mirror['coverage']):.1%} of what is used)"
+    return Text(f"{line}{share}, {mirror['lag_slots']} behind, {byte_size(mirror['bytes'])}")
+
+
 def _recoveries(recoveries: list[Mapping[str, Any]]) -> Table:
     table = Table(title="last recoveries", title_justify="left")
-    for heading in ("gen", "cause", "device", "TFS", "moved", "replayed", "kept/redone"):
-        table.add_column(heading, justify="left" if heading in ("cause", "moved") else "right")
+    for heading in ("gen", "cause", "device", "TFS", "moved", "KV slots", "replayed", "kept/redone"):
+        table.add_column(heading, justify="left" if heading in ("cause", "moved", "KV slots") else "right")
     for recovery in recoveries:
         tfs_s = recovery.get("tfs_s")
         kept, redone = recovery.get("tokens_reused"), recovery.get("tokens_recomputed")
@@ -96,6 +128,7 @@ def _recoveries(recoveries: list[Mapping[str, Any]]) -> Table:
             *(_cell(recovery.get(key)) for key in ("generation", "cause", "device")),
             "-" if tfs_s is None else f"{float(tfs_s):.2f} s",
             _moved(recovery),
+            _kv_slots(recovery.get("kv") or {}),
             _cell(recovery.get("requests_replayed")),
             f"{_cell(kept)}/{_cell(redone)}",
         )
@@ -113,6 +146,11 @@ def _moved(recovery: Mapping[str, Any]) -> str:
     named = {"reload_bytes": "read", "p2p_bytes": "P2P", "copied_bytes": "copied"}
     parts = [f"{byte_size(recovery[key])} {name}" for key, name in named.items() if recovery.get(key)]
     return ", ".join(parts) or "nothing"
+
+
+def _kv_slots(kv: Mapping[str, Any]) -> str:
+    named = {"slots_kept": "kept", "slots_restored": "restored", "slots_dropped": "dropped"}
+    return ", ".join(f"{kv[key]} {name}" for key, name in named.items() if kv.get(key)) or "none"
 
 
 def _cell(value: Any) -> str:

@@ -41,11 +41,23 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         allowed=(1,),
     ),
     FlagRule(
-        "moe_dp_size dwdp_size moe_a2a_backend enable_eplb moe_dense_tp_size "
-        "ep_num_redundant_experts elastic_ep_backend enable_elastic_expert_backup ep_join_mode "
-        "enable_paged_experts kt_weight_path",
+        "moe_dp_size dwdp_size moe_a2a_backend moe_dense_tp_size elastic_ep_backend "
+        "enable_elastic_expert_backup ep_join_mode enable_paged_experts kt_weight_path",
         "experts lie where the plan puts them",
         allowed=(1,),
+    ),
+    FlagRule(
+        # ExpertLocationMetadata, eplb/expert_location.py:86 and :256; deepseek.py:112 of eplb_algorithms
+        "ep_num_redundant_experts ep_dispatch_algorithm",
+        "SGLang's tables of copies (ExpertLocationMetadata) ask for as many experts on each rank, which the ranks left "
+        "after a loss do not have",
+        "leave it out; --init-expert-location with logical_count spreads hot experts without copies",
+    ),
+    FlagRule(
+        # ExpertLocationUpdater, eplb/expert_location_updater.py
+        "enable_eplb",
+        "it exchanges experts in place while serving, and weights in the anchors are read-only",
+        "leave it out; --init-expert-location with logical_count spreads hot experts from the start",
     ),
     FlagRule(
         "enable_attn_tp_input_scattered enable_layernorm_sp enable_tp_lm_head_all_to_all "
@@ -156,12 +168,6 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         allowed=(-1,),
     ),
     # --- KV and scheduling --------------------------------------------------------------------------
-    FlagRule(
-        "page_size",
-        "the page table that outlives a rank has one entry per token",
-        "use --page-size 1",
-        allowed=(1,),
-    ),
     FlagRule(
         "enable_hierarchical_cache hicache_storage_backend enable_unified_cache_external_linker "
         "enable_hisparse enable_lmcache enable_flexkv",

@@ -3,8 +3,8 @@
 #
 #   launch/8xgpu.sh /path/to/model [more flags of sglang or --anchor-...]
 #
-# NOT YET: this release refuses --device cuda at start, because the CUDA arena comes with a later
-# one. The file shows what the launch will look like; launch/cpu-tp4.sh runs today.
+# EXPERIMENTAL: what GPUs need is written, but has never run on one (docs/cuda.md). Do not serve
+# anybody with it before `make test-gpu` passes on your machine; launch/cpu-tp4.sh runs today.
 set -euo pipefail
 
 model=${1:?usage: launch/8xgpu.sh MODEL_DIRECTORY [flags]}
@@ -15,6 +15,7 @@ flags=(
   --host 0.0.0.0
   --port 30000
   --device cuda
+  --anchor-experimental-cuda
   --tp-size 8
   # Leave room on each GPU: survivors take over the weights of a lost one.
   --mem-fraction-static 0.80

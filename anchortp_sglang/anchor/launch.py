@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from anchortp_sglang.anchor.rundir import (
     prepare_run_dir,
     remove_run_dir,
 )
+from anchortp_sglang.memory.gpu import GpuShare
 
 __all__ = [
     "AnchorProcess",
@@ -64,13 +66,14 @@ def start_anchor(
     linger_s: float,
     timeout_s: float = 10.0,
     generation: int = 0,
+    gpu: GpuShare | None = None,
 ) -> AnchorProcess:
     """Start the anchor of ``device`` (-1: the host) outside our own process tree; wait until it answers.
 
     It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` died. ``identity``
     names the model and ownership that its memory is for. ``generation``: what it is fenced at from its first
-    moment, for one that replaces a dead anchor. ``AnchorStartError`` if it is not ready within
-    ``timeout_s``, or if the device has an anchor here already.
+    moment, for one that replaces a dead anchor. ``gpu``: whose memory it owns, None for the host's.
+    ``AnchorStartError`` if it is not ready within ``timeout_s``, or if the device has an anchor here already.
     """
     files = AnchorFiles(str(run_dir), device)
     options = {
@@ -82,6 +85,8 @@ def start_anchor(
         "linger-s": linger_s,
         "generation": generation,
     }
+    if gpu is not None:
+        options |= {"gpu": gpu.uuid, "gpu-budget-bytes": gpu.budget_bytes, "gpu-sharing": gpu.sharing}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     name = f"anchor of device {device_name(device)}"
     if rival := find_anchor(run_dir, device):
@@ -161,6 +166,9 @@ def _end(anchor: AnchorProcess) -> None:
 def _environment() -> dict[str, str]:
     files = (os.path.dirname(__file__), zmq.__file__, msgspec.__file__)
     origins = [os.path.dirname(os.path.dirname(os.path.abspath(file))) for file in files]
+    for name in ("cuda", "pynvml"):  # cuda is a namespace package: it has folders, but no file
+        if spec := importlib.util.find_spec(name):
+            origins += [os.path.dirname(where) for where in spec.submodule_search_locations or (spec.origin or "",)]
     kept = {
         name: value
         for name, value in os.environ.items()

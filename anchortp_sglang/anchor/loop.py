@@ -30,7 +30,7 @@ from anchortp_sglang.anchor.state import (
     Tick,
 )
 from anchortp_sglang.anchor.transitions import refuse, step
-from anchortp_sglang.memory.arena import BadHandle, MemfdArena, MemoryExhausted, inspect_handle
+from anchortp_sglang.memory.arena import Arena, ArenaError, BadHandle, MemoryExhausted
 
 __all__ = ["Anchor", "log"]
 
@@ -44,9 +44,8 @@ _ERROR_PAUSE_S = 0.01  # lest an error that repeats takes all of a core
 class Anchor:
     """Owns the sockets and the memory, and executes what ``step`` decides."""
 
-    def __init__(self, state: AnchorState, files: AnchorFiles) -> None:
-        self._state, self._files = state, files
-        self._arena = MemfdArena()
+    def __init__(self, state: AnchorState, files: AnchorFiles, arena: Arena) -> None:
+        self._state, self._files, self._arena = state, files, arena
         self._dropped: Counter[str] = Counter()
         self._started = time.monotonic()
         self._poller = zmq.Poller()
@@ -134,7 +133,7 @@ class Anchor:
         try:
             request: m.HandleRequest = m.decode_handle_request(payload)
             if isinstance(request, m.AdoptHandle):
-                request = _checked(request, fds)
+                request = self._checked(request, fds)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return self._refused("bad_message", str(error), "undecodable"), None
         except BadHandle as error:
@@ -144,6 +143,13 @@ class Anchor:
         granted = isinstance(request, m.OpenHandle) and isinstance(reply, m.Handle)
         return reply, self._arena.open(request.name) if granted else None
 
+    def _checked(self, request: m.AdoptHandle, fds: Sequence[int]) -> m.AdoptHandle:
+        if not fds:
+            raise BadHandle("no handle came with the message")
+        # Its sender may not know that the segment was sealed since.
+        sealed = self._arena.verify(fds[0], request.nbytes, request.sealed)
+        return msgspec.structs.replace(request, sealed=sealed)
+
     def _advance(self, event: Event, fds: Sequence[int] = ()) -> m.Reply | None:
         outcome = step(self._state, event, time.monotonic())
         if isinstance(outcome.reply, m.Refused):
@@ -152,7 +158,7 @@ class Anchor:
         try:
             for action in outcome.actions:
                 self._execute(action, fds)
-        except (MemoryExhausted, BadHandle, OSError) as error:
+        except (ArenaError, OSError) as error:
             return self._refused(_failure(error), str(error))
         if outcome.state != self._state:
             log(outcome.reason)
@@ -167,7 +173,7 @@ class Anchor:
         elif isinstance(action, CloseSegment):
             self._arena.close(action.name)
         elif isinstance(action, KeepHandle):
-            self._arena.adopt(action.name, fds[0])
+            self._arena.adopt(action.name, fds[0], action.nbytes)
         else:
             self._watch(action.pid)
 
@@ -217,16 +223,6 @@ class Anchor:
         self._dropped[reason] += 1
         if self._dropped[reason] == 1:  # a flood must not fill the disk
             log(f"dropped or refused, counted from now on: {reason} {text}")
-
-
-def _checked(request: m.AdoptHandle, fds: Sequence[int]) -> m.AdoptHandle:
-    if not fds:
-        raise BadHandle("no handle came with the message")
-    facts = inspect_handle(fds[0])
-    if facts.nbytes != request.nbytes or (request.sealed and not facts.sealed):
-        raise BadHandle(f"the handle has {facts.nbytes} bytes, sealed: {facts.sealed}, unlike the message")
-    # Its sender may not know that the segment was sealed since.
-    return msgspec.structs.replace(request, sealed=facts.sealed)
 
 
 def _failure(error: Exception) -> m.ReasonCode:

@@ -16,6 +16,8 @@ from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord
 from anchortp_sglang.anchor.loop import Anchor, log
 from anchortp_sglang.anchor.pids import start_ticks
 from anchortp_sglang.anchor.state import AnchorState
+from anchortp_sglang.memory.arena import Arena, MemfdArena
+from anchortp_sglang.memory.gpu import GpuShare
 
 __all__ = ["main"]
 
@@ -42,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"device {options.device} already has an anchor in {files.run_dir}")
     files.remove()  # those of an anchor that was killed; the lock on the log says that none is alive
     try:
-        _live(state, files, options.ready_fd)
+        _live(state, files, _gpu(options), options.ready_fd)
     finally:
         files.remove()
 
 
-def _live(state: AnchorState, files: AnchorFiles, ready_fd: int | None) -> None:
-    anchor = Anchor(state, files)
+def _live(state: AnchorState, files: AnchorFiles, gpu: GpuShare | None, ready_fd: int | None) -> None:
+    anchor = Anchor(state, files, _arena(gpu))  # not before the forks are done: the driver does not survive them
     pid = os.getpid()
     record = AnchorRecord(pid=pid, start_ticks=start_ticks(pid) or 0, run_id=state.run_id, device=state.device)
     record.write(files.record)
@@ -61,6 +63,22 @@ def _live(state: AnchorState, files: AnchorFiles, ready_fd: int | None) -> None:
     log("ended")
 
 
+def _arena(gpu: GpuShare | None) -> Arena:
+    if gpu is None:
+        return MemfdArena()
+    if gpu.sharing == "ipc":
+        from anchortp_sglang.memory.cuda_ipc import IpcArena
+
+        return IpcArena(gpu)
+    from anchortp_sglang.memory.cuda_vmm import VmmArena
+
+    return VmmArena(gpu)
+
+
+def _gpu(options: argparse.Namespace) -> GpuShare | None:
+    return options.gpu and GpuShare(options.gpu, options.gpu_budget_bytes, options.gpu_sharing)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="anchortp-anchor", description="owns the memory of one device")
     parser.add_argument("--run-dir", required=True)
@@ -70,6 +88,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--controller-pid", type=int, required=True)
     parser.add_argument("--linger-s", type=float, required=True)
     parser.add_argument("--generation", type=int, default=0)
+    parser.add_argument("--gpu", help="the UUID of the GPU whose memory it owns; else it owns host memory")
+    parser.add_argument("--gpu-budget-bytes", type=int)
+    parser.add_argument("--gpu-sharing")
     parser.add_argument("--ready-fd", type=int, help="one byte is written to it when the anchor can be reached")
     return parser.parse_args(argv)
 

@@ -109,6 +109,7 @@ class KeepHandle(msgspec.Struct, frozen=True):
     """Keep the handle that came with the message; it must be the one already held under this name, if any."""
 
     name: str
+    nbytes: int
 
 
 class WatchController(msgspec.Struct, frozen=True):

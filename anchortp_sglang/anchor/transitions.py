@@ -136,7 +136,7 @@ def _adopt(state: AnchorState, event: m.AdoptHandle, now: float) -> Step:
         return refusal
     segment = known or Segment(nbytes=event.nbytes, generation=event.generation, sealed=event.sealed)
     kept = _with_segment(state, event.name, segment)
-    return _ok(kept, f"took back {event.name!r}, {event.nbytes} bytes", KeepHandle(event.name))
+    return _ok(kept, f"took back {event.name!r}, {event.nbytes} bytes", KeepHandle(event.name, event.nbytes))
 
 
 def _already_attached(state: AnchorState, event: m.Attach, now: float) -> Step:

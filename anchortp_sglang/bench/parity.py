@@ -117,6 +117,15 @@ def read_answer(prompt: Sequence[int], body: Any) -> Answer:
         raise BadAnswer(f"no tokens with logprobs in the answer ({error!r}): {str(body)[:200]}") from None
 
 
+def answers_as_json(answers: Sequence[Answer]) -> dict[str, Any]:
+    return {"answers": [asdict(answer) for answer in answers]}
+
+
+def answers_from_json(kept: dict[str, Any]) -> list[Answer]:
+    """The inverse. Raises KeyError, TypeError or BadAnswer for anything else."""
+    return [Answer(**{name: tuple(values) for name, values in answer.items()}) for answer in kept["answers"]]
+
+
 def compare(stock: Answer, ours: Answer) -> Comparison:
     """Both are answers to the same prompt."""
     first = _first_difference(stock.tokens, ours.tokens)

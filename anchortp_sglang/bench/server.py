@@ -139,6 +139,11 @@ class Server:
         with _opener.open(request, timeout=timeout_s) as answer:
             return json.load(answer)
 
+    def flush_cache(self) -> None:
+        """Empty the prefix cache, once no request is running any more."""
+        with _opener.open(f"{self.url}/flush_cache?timeout=60", timeout=90):
+            pass
+
     def inject(self, device: int, kind: str) -> dict[str, Any]:
         """Inject a fault; the answer says what was seen to happen."""
         return dict(self.post("/anchortp/inject", {"device": device, "kind": kind}))

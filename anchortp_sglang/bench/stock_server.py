@@ -1,7 +1,9 @@
 """``python -m anchortp_sglang.bench.stock_server <flags of sglang.launch_server>``: stock SGLang, to compare with.
 
 No hook of ours is installed. With ``--device cpu``, the default here as for our launcher, SGLang is told what it needs
-on a machine without a GPU; with any other device this is ``python -m sglang.launch_server`` and nothing else.
+on a machine without a GPU; with any other device this is ``python -m sglang.launch_server`` and nothing else. With
+``--absorb-latents`` DeepSeek's latent attention is registered for the CPU too (cpu/latent_attention.py): without it
+stock serves no such model here.
 """
 
 import multiprocessing
@@ -14,12 +16,20 @@ from anchortp_sglang.cpu import sgl_kernel_stub
 from anchortp_sglang.cpu.environment import cpu_defaults
 from anchortp_sglang.platform import as_arguments, given_flags, tp_size_of
 
+ABSORB_LATENTS = "--absorb-latents"
+
 
 def main(argv: Sequence[str]) -> None:
     """Serve until stopped."""
+    absorb = ABSORB_LATENTS in argv
+    argv = [argument for argument in argv if argument != ABSORB_LATENTS]
     given = given_flags(argv)
     if (given.get("device") or "cpu") == "cpu":
         argv = [*argv, *_prepare_cpu(given)]
+    if absorb:
+        from anchortp_sglang.cpu import latent_attention
+
+        latent_attention.register()
     sys.argv = [sys.argv[0], *argv]
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 

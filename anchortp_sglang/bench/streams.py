@@ -16,12 +16,16 @@ _READ_TIMEOUT_S = 300.0
 
 @dataclass
 class History:
-    """What one client saw. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens."""
+    """What one client saw. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens.
+
+    ``sent_at``: time.monotonic() before the request was sent.
+    """
 
     request: dict[str, Any]
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    sent_at: float = 0.0
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     error: str | None = None
     done: bool = False
@@ -55,7 +59,7 @@ class Streams:
     def __init__(self, url: str, requests: Sequence[dict[str, Any]]) -> None:
         self._address = urlsplit(url).netloc
         self.histories = [History(request) for request in requests]
-        self._threads = [threading.Thread(target=self._follow, args=(h,), daemon=True) for h in self.histories]
+        self._threads = [threading.Thread(target=follow, args=(self._address, h), daemon=True) for h in self.histories]
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -84,22 +88,25 @@ class Streams:
                 )
             time.sleep(0.005)
 
-    def _follow(self, history: History) -> None:
-        connection = http.client.HTTPConnection(self._address, timeout=_READ_TIMEOUT_S)
-        try:
-            body = json.dumps(history.request | {"stream": True})
-            connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            if answer.status != 200:
-                history.error = f"{answer.status} {answer.read().decode(errors='replace')}"
-                return
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    history.take(json.loads(line[6:]))
-            if history.error is None and history.finish_reason is None:  # http.client does not tell
-                history.error = "the connection ended before the answer did"
-        except OSError as error:
-            history.error = f"{type(error).__name__}: {error}"
-        finally:
-            history.done = True
-            connection.close()
+
+def follow(address: str, history: History) -> None:
+    """Be the client of one stream: send ``history.request`` to ``address`` and write down what comes."""
+    connection = http.client.HTTPConnection(address, timeout=_READ_TIMEOUT_S)
+    history.sent_at = time.monotonic()
+    try:
+        body = json.dumps(history.request | {"stream": True})
+        connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            history.error = f"{answer.status} {answer.read().decode(errors='replace')}"
+            return
+        for line in answer:
+            if line.startswith(b"data: {"):
+                history.take(json.loads(line[6:]))
+        if history.error is None and history.finish_reason is None:  # http.client does not tell
+            history.error = "the connection ended before the answer did"
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        history.error = f"{type(error).__name__}: {error}"
+    finally:
+        history.done = True
+        connection.close()

@@ -190,7 +190,8 @@ def write_checkpoint(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: _random_tensor(name, shape, model, seed) for name, shape in model.tensor_shapes()}
-    _write_weights(path, {name: tensor.astype(_numpy_dtype(dtype)) for name, tensor in tensors.items()}, shards)
+    kind_of_number = _numpy_dtype(dtype)
+    _write_weights(path, {name: tensor.astype(kind_of_number, copy=False) for name, tensor in tensors.items()}, shards)
     write_tokenizer(path, vocab_size, max_position_embeddings)
     config = model.config(dtype)
     _write_json(path / "config.json", config)

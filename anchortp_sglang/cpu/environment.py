@@ -7,16 +7,17 @@ _THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
-class CpuDefaults:
+class Defaults:
     """Additions only: ``env`` for os.environ, before SGLang is imported; ``flags`` by ServerArgs field."""
 
     env: dict[str, str]
     flags: dict[str, object]
+    title: str = "no GPU, set for CPU"
 
 
 def cpu_defaults(
     flags: Mapping[str, object], environ: Mapping[str, str], tp_size: int, cores: Sequence[int]
-) -> CpuDefaults:
+) -> Defaults:
     """Settings for ``--device cpu``. Whatever ``flags`` or ``environ`` holds already is the user's and stays.
 
     ``flags`` are those that were given, by ServerArgs field name. ``tp_size`` is the largest that will run: a
@@ -31,14 +32,14 @@ def cpu_defaults(
         raise ValueError(f"need a rank and a core at least, got tp_size {tp_size}, cores {list(cores)}")
     _check_bindings(environ.get(_THREADS_BIND), tp_size)
     env = {name: value for name, value in _environment(tp_size, cores).items() if name not in environ}
-    return CpuDefaults(env, {name: value for name, value in _FLAGS.items() if name not in flags})
+    return Defaults(env, {name: value for name, value in _FLAGS.items() if name not in flags})
 
 
-def describe(defaults: CpuDefaults) -> str:
+def describe(defaults: Defaults) -> str:
     """One line for the log: what was set, as a user would have written it."""
     env = [f"{name}={value}" for name, value in defaults.env.items()]
     flags = [_as_option(name, value) for name, value in defaults.flags.items()]
-    return "no GPU, set for CPU: " + (" ".join(env + flags) or "nothing, all of it was given")
+    return f"{defaults.title}: " + (" ".join(env + flags) or "nothing, all of it was given")
 
 
 _FLAGS: dict[str, object] = {

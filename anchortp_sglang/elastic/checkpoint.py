@@ -9,6 +9,10 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from anchortp_sglang.planning.layout import Move, Piece
+
+_PLAIN = {torch.float32, torch.float16, torch.bfloat16}
+
 
 class CheckpointError(RuntimeError):
     """The checkpoint is missing, incomplete or damaged; the text names the file and the remedy."""
@@ -37,10 +41,35 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
 
-    def slice(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
-        """Elements [start, start + length) of tensor ``name`` along ``dim``; only they are read."""
-        window = [slice(None)] * dim + [slice(start, start + length)]
-        return self._files[name].get_slice(name)[tuple(window)]
+    def fill(self, into: torch.Tensor, piece: Piece | Move) -> None:
+        """Copy what a piece wants of a checkpoint tensor, converted to the dtype of ``into``. Raises like ``read``."""
+        into.copy_(self.read(piece, into.dtype))
+
+    def read(self, piece: Piece | Move, wanted: torch.dtype) -> torch.Tensor:
+        """What a piece, or a move of the kind "reload", wants of a checkpoint tensor; only that is read.
+
+        In the dtype in which it is stored, which a copy converts to ``wanted`` if both are of plain numbers. Raises
+        CheckpointError for quantized ones of another dtype.
+        """
+        found = self._slice(piece)
+        if found.dtype != wanted and not {found.dtype, wanted} <= _PLAIN:
+            raise CheckpointError(
+                f"{piece.source} is stored in {found.dtype}, config.json says {wanted}; copy the checkpoint again"
+            )
+        return found
+
+    def _slice(self, piece: Piece | Move) -> torch.Tensor:
+        stored = self._files[piece.source].get_slice(piece.source)
+        if not stored.get_shape():
+            scalar: torch.Tensor = self._files[piece.source].get_tensor(piece.source)
+            return scalar[None]
+        dims = list(range(len(stored.get_shape())))
+        if piece.transposed:
+            dims[-2:] = reversed(dims[-2:])
+        window = [slice(None)] * dims[piece.dim]
+        window.append(slice(piece.source_start, piece.source_start + piece.length))
+        found: torch.Tensor = stored[tuple(window)]
+        return found.transpose(-2, -1) if piece.transposed else found
 
 
 def _shards(folder: Path) -> list[Path]:

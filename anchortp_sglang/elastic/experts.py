@@ -20,16 +20,24 @@ def _dealing() -> Assignment | None:
 
 
 def around_fused_moe_init(
-    original: Callable[..., None], layer: Any, num_experts: int, *args: Any, **kwargs: Any
+    original: Callable[..., None],
+    layer: Any,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    layer_id: int,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """AROUND FusedMoE.__init__ (layers/moe/fused_moe_triton/layer.py)."""
+    sizes = (hidden_size, intermediate_size, layer_id)
     at = _dealing()
     if at is None:
-        return original(layer, num_experts, *args, **kwargs)
-    mine = [expert for start, stop in at.ownership.of("expert", at.rank) for expert in range(start, stop)]
+        return original(layer, num_experts, *sizes, *args, **kwargs)
+    mine = [expert for start, stop in at.ownership.of("expert", at.rank, layer_id) for expert in range(start, stop)]
     if num_experts != at.model.axes["expert"]:
         raise RuntimeError(f"a layer has {num_experts} experts, the plan {at.model.axes['expert']}")
-    original(layer, len(mine) * at.ownership.tp_size, *args, **kwargs)
+    original(layer, len(mine) * at.ownership.tp_size, *sizes, *args, **kwargs)
     layer.num_experts = layer._num_global_routed = num_experts
     layer.moe_runner_config.num_experts = num_experts
     layer.dispatcher.num_experts = num_experts
@@ -61,3 +69,16 @@ def around_moe_forward_native(
         )
         summed.index_add_(0, token, original(layer, x[token], here, runner_config).to(x.dtype))
     return summed
+
+
+def around_deepseek_mlp_init(
+    original: Callable[..., None], mlp: Any, hidden_size: int, intermediate_size: int, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND DeepseekV2MLP.__init__: SGLang gives shared experts a multiple of the routed ones' columns, here their
+    share is their own. (Of a dense layer the config says it.)"""
+    attachment = current()
+    if attachment is not None and kwargs.get("prefix", "").endswith("shared_experts"):
+        at = attachment.assignment
+        (columns,) = (each for each in at.model.columns if each.axis == "shared_expert")
+        intermediate_size = at.ownership.units("shared_expert", at.rank) * columns.unit * at.ownership.tp_size
+    original(mlp, hidden_size, intermediate_size, *args, **kwargs)

@@ -1,42 +1,69 @@
 """KV buffers in the anchor's memory, of the same number of slots on every rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
-from anchortp_sglang.elastic.attachment import Attachment, current, kv_segment
+from anchortp_sglang.elastic.attachment import Attachment, current
+from anchortp_sglang.planning.intervals import total
 
 
 def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
     """AROUND MHATokenToKVPool._create_buffers_normal: views of the anchor's memory, never zeroed on rebind.
 
-    Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim).
+    Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim); layers follow one
+    another, each with as many heads as the rank has there.
     """
     attachment = current()
     if attachment is None:
         original(pool)
         return
-    shape = _check_pool(pool, attachment)
-    at = attachment.assignment
-    memory = attachment.map(at.device, kv_segment(at.ownership), writable=True)
-    blocks = torch.frombuffer(memory, dtype=pool.store_dtype).view(pool.layer_num, 2, *shape)
-    pool.k_buffer = [blocks[layer, 0] for layer in range(pool.layer_num)]
-    pool.v_buffer = [blocks[layer, 1] for layer in range(pool.layer_num)]
+    at, layout = attachment.assignment, attachment.kv_layout
+    shape = (at.kv.rows, max(total(group.heads) for group in layout.groups), at.model.head_dim)
+    _check_pool(pool, attachment, MHATokenToKVPool, shape, *pool._kv_buffer_shapes())
+    pool.k_buffer, pool.v_buffer = [], []
+    for k, v in _layers(pool, attachment, at.model.head_dim):
+        pool.k_buffer.append(k)
+        pool.v_buffer.append(v)
 
 
-def _check_pool(pool: Any, attachment: Attachment) -> tuple[int, ...]:
+def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> None:
+    """AROUND MLATokenToKVPool._create_buffers: the same for latents, of which every rank has all."""
+    attachment = current()
+    if attachment is None:
+        original(pool)
+        return
     at = attachment.assignment
-    k_shape, v_shape = pool._kv_buffer_shapes()
-    planned = (at.kv.rows, at.ownership.units("kv_head", at.rank), at.model.head_dim)
-    found = (type(pool), k_shape, v_shape, pool.layer_num, pool.store_dtype.itemsize)
-    if found != (MHATokenToKVPool, planned, planned, at.model.num_layers, at.kv.dtype_bytes):
+    shape = (at.kv.rows, 1, at.model.kv_row)
+    _check_pool(pool, attachment, MLATokenToKVPool, shape, (pool.size + pool.page_size, 1, pool.kv_cache_dim))
+    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, at.model.kv_row)]
+
+
+def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
+    """Each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
+    layout = attachment.kv_layout
+    flat = attachment.kv_tensor()
+    if flat.is_cuda and not attachment.assignment.restore_prefixes:
+        flat.zero_()  # a new memfd holds zeros, a GPU's memory what its last owner left: attention reads NaNs too
+    for group in layout.groups:
+        units = flat[group.offset_bytes : group.offset_bytes + layout.group_bytes(group)].view(pool.store_dtype)
+        yield from units.view(*layout.shape(group), unit)
+
+
+def _check_pool(
+    pool: Any, attachment: Attachment, kind: type, planned: tuple[int, ...], *shapes: tuple[int, ...]
+) -> None:
+    """Raise RuntimeError unless SGLang's pool is of the planned kind and ``shapes``; one of layers with a sliding
+    window apart, for instance, is not."""
+    at = attachment.assignment
+    found = (type(pool), pool.layer_num, pool.store_dtype.itemsize)
+    if found != (kind, at.model.num_layers, at.kv.dtype_bytes) or any(tuple(one) != planned for one in shapes):
         raise RuntimeError(
-            f"the KV pool is {type(pool).__name__} {k_shape} x {pool.layer_num} layers of {pool.store_dtype}; "
-            f"the plan says {planned} x {at.model.num_layers} of {at.kv.dtype_bytes} bytes"
+            f"the KV pool is {type(pool).__name__} {shapes} x {pool.layer_num} layers of {pool.store_dtype}; "
+            f"the plan says {kind.__name__} {planned} x {at.model.num_layers} of {at.kv.dtype_bytes} bytes"
         )
-    return planned
 
 
 def around_resolve_memory_pool_config(

@@ -4,31 +4,41 @@ The parameters are views of a read-only mapping; the bytes arrive through a seco
 thread that starts when the rank does, while the main thread builds process groups and the model skeleton.
 """
 
+import logging
 import threading
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
-from sglang.srt.model_loader.loader import BaseModelLoader, _initialize_model, _modules_with_quant_method
+from sglang.srt.model_loader.loader import (
+    BaseModelLoader,
+    _get_quantization_config,
+    _initialize_model,
+    _modules_with_quant_method,
+    post_load_weights,
+)
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
 from anchortp_sglang.elastic.attachment import Attachment, current, weights_segment
 from anchortp_sglang.elastic.checkpoint import Checkpoint
+from anchortp_sglang.elastic.config import building
+from anchortp_sglang.elastic.mover import mover_for
+from anchortp_sglang.elastic.skeleton import Skeleton, placeholders
 from anchortp_sglang.planning.layout import Placed, ShardLayout, fill_moves, moved_bytes, shard_layout
 
+log = logging.getLogger(__name__)
 
-def _views(memory: Any, layout: ShardLayout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Each parameter as a tensor over ``memory`` (a mapped weights segment); no copy."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a read-only mapping is what we want; torch warns about it
-        flat = torch.frombuffer(memory, dtype=torch.uint8)
+
+def _views(flat: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
+    """Each parameter as a tensor over ``flat`` (the bytes of a weights segment); no copy."""
 
     def view(placed: Placed) -> torch.Tensor:
         piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes]
-        return piece.view(dtype).view(placed.shape)
+        return piece.view(getattr(torch, placed.dtype)).view(placed.shape)
 
     return {placed.name: view(placed) for placed in layout.params}
 
@@ -58,6 +68,8 @@ class Filler(threading.Thread):
         self.waited_from = 0.0
         """When the main thread came to load the model: its process groups are ready then."""
         self.finished_at = 0.0
+        self.bound_at = 0.0
+        """When the model was complete: skeleton built, parameters bound, every byte in place."""
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -76,27 +88,35 @@ class Filler(threading.Thread):
 
     def _fill(self) -> None:
         at = self.attachment.assignment
-        dtype = getattr(torch, at.model.dtype)
-        memory = self.attachment.map(at.device, weights_segment(at.ownership), writable=True)
-        target = _views(memory, self.attachment.layout, dtype)
+        placed = {each.name: each for each in self.attachment.layout.params}
         moves = fill_moves(at.model, at.ownership, at.rank, at.previous)
-        holders = {move.device for move in moves if move.device is not None}
-        before = {device: self._previous_views(device, dtype) for device in holders}
-        with Checkpoint(at.checkpoint) as checkpoint:
-            for move in moves:
-                into = target[move.param].narrow(move.dim, move.start, move.length)
-                if move.device is None:
-                    into.copy_(checkpoint.slice(move.source, move.dim, move.source_start, move.length))
-                else:
-                    into.copy_(before[move.device][move.source].narrow(move.dim, move.source_start, move.length))
+        with ExitStack() as stack:
+            memory = self.attachment.tensor_briefly(at.device, weights_segment(at.ownership), writable=True)
+            target = _views(stack.enter_context(memory), self.attachment.layout)
+            holders = {move.device for move in moves if move.device is not None}
+            before = {device: self._previous_views(device, stack) for device in holders}
+            checkpoint = stack.enter_context(Checkpoint(at.checkpoint))
+            mover = stack.enter_context(mover_for(at.gpu))  # left first, when all has arrived
+            for name, start, length in self.attachment.layout.padding:
+                mover.clear(target[name].narrow(placed[name].dim, start, length))
+            for layer, of_layer in groupby(moves, key=lambda move: placed[move.param].layer):
+                for move in of_layer:
+                    into = target[move.param].narrow(move.dim, move.start, move.length)
+                    if move.device is None:
+                        mover.load(into, checkpoint.read(move, into.dtype))
+                    else:
+                        source = before[move.device][move.source]
+                        mover.copy(into, source.narrow(move.dim, move.source_start, move.length))
+                mover.layer_done(layer)
+        log.info("anchortp: weights of rank %d: %s", at.rank, mover.moved)
         self.moved = moved_bytes(moves)
 
-    def _previous_views(self, device: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def _previous_views(self, device: int, stack: ExitStack) -> dict[str, torch.Tensor]:
         at = self.attachment.assignment
         assert at.previous is not None
         layout = shard_layout(at.model, at.previous, at.previous.devices.index(device))
-        memory = self.attachment.map_briefly(device, weights_segment(at.previous))
-        return _views(memory, layout, dtype)
+        memory = self.attachment.tensor_briefly(device, weights_segment(at.previous), writable=False)
+        return _views(stack.enter_context(memory), layout)
 
 
 _filler: Filler | None = None
@@ -121,13 +141,22 @@ class AnchorModelLoader(BaseModelLoader):
         assert attachment is not None and filler is not None
         filler.waited_from = time.monotonic()
         # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
-        with set_default_torch_dtype(model_config.dtype), torch.device(device_config.device):
-            model = _initialize_model(model_config, self.load_config)
+        skeleton = Skeleton() if attachment.assignment.gpu else nullcontext()
+        device = torch.device(device_config.device)
+        with set_default_torch_dtype(model_config.dtype), device, building(model_config), skeleton:
+            quantization = _get_quantization_config(model_config, self.load_config)
+            model = _initialize_model(model_config, self.load_config, quantization)
         addresses = bind(model, attachment)
+        if attachment.assignment.gpu and (unbound := list(placeholders(model))):
+            raise RuntimeError(
+                f"tensors of the model are no parameters and were never filled: {', '.join(unbound[:8])}"
+            )
         filler.wait()
+        post_load_weights(model)  # what load_weights would derive: DeepSeek's w_kc and w_vc
         for module, quant_method in _modules_with_quant_method(model):
             quant_method.process_weights_after_loading(module)
         _check_bound(model, addresses)
+        filler.bound_at = time.monotonic()
         return model.eval()
 
 
@@ -137,8 +166,8 @@ def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
     Raises RuntimeError unless the model's parameters are exactly those of the layout, shape by shape.
     """
     at = attachment.assignment
-    memory = attachment.map(at.device, weights_segment(at.ownership), writable=False)
-    views = _stacked(_views(memory, attachment.layout, getattr(torch, at.model.dtype)))
+    memory = attachment.tensor(at.device, weights_segment(at.ownership), writable=False)
+    views = _stacked(_views(memory, attachment.layout))
     parameters = dict(model.named_parameters())
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())
@@ -159,7 +188,7 @@ def _check_bound(model: torch.nn.Module, addresses: dict[str, int]) -> None:
     if moved:
         raise RuntimeError(
             f"post-processing took {len(moved)} parameters out of the anchor's memory (first: {moved[0]}); "
-            "this CPU's packed-weight kernels are not supported yet"
+            "kernels that pack weights their own way (on CPUs those for AMX) are not supported yet"
         )
 
 

@@ -12,9 +12,10 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 __all__ = [
+    "Arena",
     "ArenaError",
     "BadHandle",
     "HandleFacts",
@@ -53,6 +54,41 @@ class HandleFacts(NamedTuple):
     nbytes: int
     sealed: bool
     inode: tuple[int, int]
+
+
+class Arena(Protocol):
+    """The segments one anchor holds, by name, on whatever its device is made of.
+
+    A segment's handle is a file descriptor, passed on by SCM_RIGHTS. ``MemfdArena`` below, and for GPUs
+    ``cuda_vmm.VmmArena`` and ``cuda_ipc.IpcArena``.
+    """
+
+    def create(self, name: str, nbytes: int, lazy: bool) -> None:
+        """Make and keep a new segment. ``MemoryExhausted`` if there is no room for it."""
+
+    def verify(self, fd: int, nbytes: int, sealed: bool) -> bool:
+        """That ``fd``, which somebody gives back, is a segment as he describes it, as far as it can be told.
+
+        Returns whether it is sealed; ``BadHandle`` if it is something else.
+        """
+
+    def adopt(self, name: str, fd: int, nbytes: int) -> None:
+        """Keep a duplicate of ``fd``; no-op if it is held already. ``BadHandle`` if it is something else."""
+
+    def seal(self, name: str) -> None:
+        """Nobody is to write to the segment from now on, but through mappings made before."""
+
+    def open(self, name: str) -> int:
+        """A new handle of the segment; the caller closes it."""
+
+    def close(self, name: str) -> None:
+        """Let go of the segment."""
+
+    def close_all(self) -> None:
+        """Let go of everything."""
+
+    def resident_bytes(self, name: str) -> int:
+        """Bytes of the segment that occupy memory now."""
 
 
 def available_bytes() -> int:
@@ -154,7 +190,14 @@ class MemfdArena:
         promised = 0 if lazy else self._promised_bytes()
         self._keep(name, create_memfd(name, nbytes, lazy=lazy, promised_bytes=promised), lazy)
 
-    def adopt(self, name: str, fd: int) -> None:
+    def verify(self, fd: int, nbytes: int, sealed: bool) -> bool:
+        """Check ``fd`` by ``inspect_handle`` against what its giver says; whether it is sealed by now."""
+        facts = inspect_handle(fd)
+        if facts.nbytes != nbytes or (sealed and not facts.sealed):
+            raise BadHandle(f"the handle has {facts.nbytes} bytes, sealed: {facts.sealed}, unlike the message")
+        return facts.sealed
+
+    def adopt(self, name: str, fd: int, nbytes: int) -> None:
         """Keep a duplicate of ``fd``, checked by ``inspect_handle``; no-op if it is held already.
 
         ``BadHandle`` if another segment is held under this name.

@@ -11,6 +11,7 @@ gains a mix-up between those two prompts only.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,10 +67,15 @@ def child_hashes(parent_hashes: Hashes, tokens: Ids) -> Hashes:
 
 def child_hash(parent_hash: int, token: int) -> int:
     """``child_hashes`` of one token, in plain integers."""
+    return (parent_hash * _MULTIPLIER + _mix_one(token)) & _MASK or 1
+
+
+@lru_cache(maxsize=1 << 15)
+def _mix_one(token: int) -> int:
     x = token & _MASK ^ _SALT_INT
     x = (x ^ x >> 30) * _MIX_1_INT & _MASK
     x = (x ^ x >> 27) * _MIX_2_INT & _MASK
-    return (parent_hash * _MULTIPLIER + (x ^ x >> 31)) & _MASK or 1
+    return x ^ x >> 31
 
 
 class RunHasher:

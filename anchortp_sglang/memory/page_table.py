@@ -9,21 +9,39 @@ make that safe:
 - a slot is committed once its KV is written completely, while its request still owns it; within a commit the
   hash is stored last, and any older hash is cleared first.
 
-Slot 0 is SGLang's padding slot: it never holds an entry; as a parent it means "first token of a sequence".
+Slot 0 is SGLang's padding slot: it never holds an entry; as a parent it means "first token of a sequence". Sequences
+with an extra key or cache salt have roots of their own (``namespaces.py``), as negative parents.
 """
 
 from __future__ import annotations
 
-import hashlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids, RunHasher, child_hash, child_hashes, root_hash
-from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask, chains_of, verified_slots
+from anchortp_sglang.memory.chain_hash import (
+    UNKNOWN,
+    Hashes,
+    Ids,
+    RunHasher,
+    child_hash,
+    child_hashes,
+    root_hash,
+)
+from anchortp_sglang.memory.kept_slots import Entries
+from anchortp_sglang.memory.namespaces import (
+    MOST_NAMESPACES,
+    NAMESPACES_BYTES,
+    PLAIN,
+    Key,
+    Namespaces,
+    first_parent,
+    namespaces_used,
+)
+from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask
 
 __all__ = ["Chain", "PageTable", "PageTableMismatch"]
 
@@ -35,7 +53,7 @@ _HEADER_WORDS = 8
 _MAGIC, _VERSION, _SLOTS, _SEED, _STEP = range(5)
 _IDENTITY = ("magic", "version", "slots", "namespace seed")
 _MAGIC_VALUE = int.from_bytes(b"anchorTP", "little")
-_VERSION_VALUE = 1
+_VERSION_VALUE = 2
 _STEP_LIMIT = 1 << 62
 
 
@@ -60,6 +78,7 @@ class PageTable:
         self._plain = tuple(memoryview(column) for column in (self._header, self._hash, *arrays[1:]))
         self._slots = slots
         self._seed = seed
+        self._namespaces = Namespaces(buffer, _WORD * (_HEADER_WORDS + 4 * slots), seed)
         self._hasher = RunHasher()
 
     @staticmethod
@@ -67,7 +86,7 @@ class PageTable:
         """Bytes of shared memory for a table over ``slots`` slots, the padding slot included; slots >= 1."""
         if slots < 1:
             raise ValueError(f"a page table needs at least the padding slot, not {slots} slots")
-        return _WORD * (_HEADER_WORDS + 4 * slots)
+        return _WORD * (_HEADER_WORDS + 4 * slots) + NAMESPACES_BYTES
 
     @classmethod
     def create(cls, buffer: Buffer, slots: int, namespace: bytes) -> PageTable:
@@ -94,6 +113,69 @@ class PageTable:
         """How many slots there are, the padding slot included."""
         return self._slots
 
+    @property
+    def seed(self) -> int:
+        """The root's hash, which stands for the namespace."""
+        return self._seed
+
+    @property
+    def step(self) -> int:
+        """Grows with each commit."""
+        return int(self._header[_STEP])
+
+    @property
+    def hashes(self) -> Hashes:
+        """uint64[slots], the live array: each slot's chain hash, ``UNKNOWN`` if it has no entry; do not write."""
+        return self._hash
+
+    def used(self) -> int:
+        """How many slots have an entry now."""
+        return int(np.count_nonzero(self._hash)) - 1  # the root has one too
+
+    @property
+    def last_use(self) -> Ids:
+        """int64[slots], the live array: the step at which a slot was committed; do not write."""
+        return self._last_use
+
+    def entries(self) -> Entries:
+        """A copy of all entries, as they are now."""
+        tokens, parents, last_use = (column.copy() for column in (self._token, self._parent, self._last_use))
+        namespaces = self._namespaces.all()
+        return Entries(self._seed, self.step, self._hash.copy(), tokens, parents, last_use, namespaces)
+
+    def write_entries(self, entries: Entries) -> None:
+        """Fill a new, empty table; ``entries`` must have as many slots."""
+        known = np.flatnonzero(entries.hashes)
+        known = known[known != ROOT]
+        for place, key in entries.namespaces.items():
+            _apply(self._namespaces.stores(place, key))
+        _apply(
+            [
+                (self._header, _STEP, entries.step),
+                (self._token, known, entries.tokens[known]),
+                (self._parent, known, entries.parents[known]),
+                (self._last_use, known, entries.last_use[known]),
+                (self._hash, known, entries.hashes[known]),
+            ]
+        )
+
+    def root_of(self, key: Key) -> int | None:
+        """The ``parent_slot`` of a sequence's first token in a namespace; None if there is no place for it, or its key
+        is too long: its tokens then cannot be entered."""
+        if key == PLAIN:
+            return ROOT
+        place = self._namespaces.find(key)
+        if place is None:
+            free = np.flatnonzero(~namespaces_used(self._parent, self._hash))
+            if not free.size:
+                return None
+            place = int(free[0])
+            try:
+                _apply(self._namespaces.stores(place, key))
+            except ValueError:
+                return None
+        return first_parent(place)
+
     def invalidate(self, slots: ArrayLike) -> None:
         """Forget slots (int64[n]) just freed, before anybody can have them anew; padding is ignored."""
         ids = self._checked(slots)
@@ -102,16 +184,18 @@ class PageTable:
     def commit_run(self, slots: ArrayLike, tokens: ArrayLike, parent_slot: int) -> bool:
         """Record an extend of one request: the KV of ``tokens`` is completely in ``slots``; int64[n] each.
 
-        ``parent_slot`` holds the token before the first; 0 if there is none. False, with nothing written, if
-        that slot's content is unknown. Slot 0 in ``slots`` is a ValueError.
+        ``parent_slot`` holds the token before the first; if there is none it is 0, or what ``root_of`` says. False,
+        with nothing written, if that slot's content is unknown. Slot 0 in ``slots`` is a ValueError.
         """
-        ids, above = self._checked(slots), self._checked([parent_slot])
+        ids = self._checked(slots)
+        is_root = -MOST_NAMESPACES <= parent_slot < ROOT
+        above = np.array([parent_slot]) if is_root else self._checked([parent_slot])
         its_tokens = np.asarray(tokens, np.int64)
         parents = np.concatenate((above, ids[:-1]))[: len(ids)]
         _check_lengths(ids, its_tokens, parents)
         if not ids.all():
             raise ValueError("slot 0 is the padding slot: no token of a run can be in it")
-        parent_hash = int(self._hash[above[0]])
+        parent_hash = int(self._namespaces.seeds[-1 - parent_slot] if is_root else self._hash[above[0]])
         if parent_hash == UNKNOWN:
             return False
         if ids.size:
@@ -136,68 +220,57 @@ class PageTable:
         if n_usable:
             _apply(self._commit_stores(ids, its_tokens, above, hashes))
 
-    def commit_token(self, slot: int, token: int, parent: int) -> None:
-        """``commit_step`` for one request, in plain integers.
+    def commit_tokens(self, entries: Iterable[tuple[int, int, int]]) -> None:
+        """``commit_step`` in plain integers: (slot, token, parent) of each request.
 
-        For a small batch a loop of these is several times as fast: numpy's calls cost most when a forward pass
-        has just displaced them from the processor's caches.
+        For a small batch this is several times as fast: numpy's calls cost most when a forward pass has just
+        displaced them from the processor's caches.
         """
-        if not (0 <= slot < self._slots and 0 <= parent < self._slots):
-            raise ValueError(f"slot ids {slot} and {parent} are not both within [0, {self._slots})")
         header, hashes, tokens, parents, last_use = self._plain
-        above = hashes[parent]
-        if above == UNKNOWN or slot == ROOT:
-            return
-        step = header[_STEP] + 1
-        own = child_hash(above, token)
-        if hashes[slot] == own and tokens[slot] == token and parents[slot] == parent:
-            _apply(((header, _STEP, step), (last_use, slot, step)))
-            return
-        _apply(
-            (
-                (header, _STEP, step),
-                (hashes, slot, UNKNOWN),
-                (tokens, slot, token),
-                (parents, slot, parent),
-                (last_use, slot, step),
-                (hashes, slot, own),
-            )
-        )
+        step, limit = header[_STEP] + 1, self._slots
+        stores: list[Store] = [(header, _STEP, step)]
+        for slot, token, parent in entries:
+            if not (0 <= slot < limit and 0 <= parent < limit):
+                raise ValueError(f"slot ids {slot} and {parent} are not both within [0, {limit})")
+            above = hashes[parent]
+            if above == UNKNOWN or slot == ROOT:
+                continue
+            own, held = child_hash(above, token), hashes[slot]
+            if held:
+                if held == own and tokens[slot] == token and parents[slot] == parent:
+                    stores.append((last_use, slot, step))
+                    continue
+                stores.append((hashes, slot, UNKNOWN))
+            stores += ((tokens, slot, token), (parents, slot, parent), (last_use, slot, step), (hashes, slot, own))
+        if len(stores) > 1:
+            _apply(stores)
+
+    def commit_token(self, slot: int, token: int, parent: int) -> None:
+        """``commit_tokens`` of one request."""
+        self.commit_tokens([(slot, token, parent)])
 
     def verified(self) -> Mask:
         """bool[slots]: the slots whose whole chain, up to the root, is intact. Slot 0 never is."""
-        return verified_slots(self._hash, self._token, self._parent, self._seed)
+        return self.entries().verified()
 
     def chains(self) -> list[Chain]:
         """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
 
         Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
         """
-        return chains_of(self.verified(), self._token, self._parent, self._last_use)
+        entries = self.entries()
+        return entries.chains(entries.verified())
 
     def kept_slots(self) -> Ids:
         """int64[n], ascending: the slots of all intact chains."""
         return np.flatnonzero(self.verified())
-
-    def drop_unverified(self) -> None:
-        """Forget every slot that does not verify, so that no later entry can lend it credence."""
-        stale = ~self.verified()
-        stale[ROOT] = False
-        _apply([(self._hash, np.flatnonzero(stale), UNKNOWN)])
-
-    def digest(self) -> str:
-        """Hex digest of all that ``chains`` depends on: two ranks with one digest rebuild the same forest."""
-        kept = self.kept_slots()
-        digest = hashlib.blake2b(self._header[: _SEED + 1].tobytes(), digest_size=16)
-        for column in (kept, self._hash[kept], self._token[kept], self._parent[kept], self._last_use[kept]):
-            digest.update(column.tobytes())
-        return digest.hexdigest()
 
     def _create_stores(self) -> list[Store]:
         # The magic goes first and comes back last: a table torn by a kill here is refused by attach.
         return [
             (self._header, slice(None), 0),
             (self._hash, slice(None), UNKNOWN),
+            (self._namespaces.seeds, slice(None), UNKNOWN),
             (self._token, slice(None), 0),
             (self._parent, slice(None), ROOT),
             (self._last_use, slice(None), 0),

@@ -1,7 +1,7 @@
 """Which KV slots form intact token chains, and those chains: pure functions over the page table's arrays.
 
-The arrays may hold anything (a process was killed while it wrote them, or they never were a page table):
-only entries that agree with their parent, up to the root at slot 0, count. Nothing here loops over slots in
+The arrays may hold anything (a process was killed while it wrote them, or they never were a page table): only entries
+that agree with their parent, up to a root, count. Once verified, all roots are slot 0. Nothing here loops over slots in
 Python; ancestors are reached by pointer jumping, in log2(depth) rounds.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from anchortp_sglang.memory.chain_hash import Hashes, Ids, child_hashes
+from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids, child_hashes
 
 Mask = NDArray[np.bool_]
 
@@ -37,16 +37,44 @@ class Chain:
             raise ValueError(f"a chain of {len(self.slots)} slots has {len(self.tokens)} tokens, {self.shared} shared")
 
 
-def verified_slots(hashes: Hashes, tokens: Ids, parents: Ids, root_hash: int) -> Mask:
-    """bool[slots]: each slot whose hash follows from its parent's, as do its ancestors', up to the root."""
+def verified_slots(hashes: Hashes, tokens: Ids, parents: Ids, root_hash: int, roots: Hashes) -> Mask:
+    """bool[slots]: each slot whose hash follows from its parent's, as do its ancestors', up to a root.
+
+    Parent 0 stands for the root with ``root_hash``, parent -1 - n for the one with ``roots[n]``, if that is known.
+    """
     known = np.flatnonzero(hashes)
     above = parents[known]
     # As unsigned, a negative parent is out of range as well.
-    usable = (known != ROOT) & (above.view(np.uint64) < np.uint64(len(hashes)))
-    known, above = known[usable], above[usable]
-    above_hashes = np.where(above == ROOT, np.uint64(root_hash), hashes[above])
-    agrees = child_hashes(above_hashes, tokens[known]) == hashes[known]
-    return _rooted(known[agrees], above[agrees], len(hashes))
+    below_slot = above.view(np.uint64) < np.uint64(len(hashes))
+    below_root = (above < 0) & (above >= -len(roots))
+    usable = (known != ROOT) & (below_slot | below_root)
+    known, above, below_root = known[usable], above[usable], below_root[usable]
+    above_hashes = hashes[np.maximum(above, ROOT)]
+    above_hashes[above == ROOT] = root_hash
+    above_hashes[below_root] = roots[-1 - above[below_root]]
+    agrees = (child_hashes(above_hashes, tokens[known]) == hashes[known]) & (above_hashes != UNKNOWN)
+    return _rooted(known[agrees], np.maximum(above[agrees], ROOT), len(hashes))
+
+
+def closed(mask: Mask, parents: Ids) -> Mask:
+    """bool[slots]: the slots of ``mask`` whose ancestors, up to a root, are all in it. They must be verified."""
+    members = np.flatnonzero(mask)
+    return _rooted(members, parents[members], len(mask))
+
+
+def newest_use(kept: Ids, parents: Ids, last_use: Ids) -> Ids:
+    """int64[slots]: the latest use (or highest rank) of a slot or of anything below it; 0 for those not ``kept``."""
+    newest = np.zeros(len(parents), np.int64)
+    newest[kept] = last_use[kept]
+    up = np.zeros(len(parents), np.int64)
+    up[kept] = parents[kept]
+    # Invariant of round k: `up` is the 2**k-th ancestor, `newest` has seen all descendants closer than 2**k.
+    climbing = kept
+    while (climbing := climbing[up[climbing] != ROOT]).size:
+        above = up[climbing]
+        np.maximum.at(newest, above, newest[climbing])
+        up[climbing] = up[above]
+    return newest
 
 
 def _rooted(members: Ids, above: Ids, slots: int) -> Mask:

@@ -53,8 +53,8 @@ def check_sources(
     for source, needed in expected.items():
         if source not in names:
             raise CoverageError(f"the checkpoint has no {source}, which {model.architecture} needs")
-        if tuple(source_shapes.get(source, ())) != needed.shape:
-            found = source_shapes.get(source)
+        found = tuple(source_shapes.get(source, ()))
+        if found != needed.shape and (found, needed.shape) != ((1,), ()):
             raise CoverageError(f"{source} has shape {found} in the checkpoint; config.json says {needed.shape}")
     unused = _unused(model, names - expected.keys())
     read = _reads(layouts_of_all_ranks)

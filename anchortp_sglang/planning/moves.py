@@ -22,7 +22,8 @@ class Move:
 
     "copy": from the parameter ``source`` of the same device's old shard, at ``source_start`` along dim.
     "p2p": the same from the old shard of another device.
-    "reload": from the checkpoint tensor ``source``, at ``source_start`` along dim; ``device`` is None.
+    "reload": from the checkpoint tensor ``source``, at ``source_start`` along dim; ``device`` is None. With
+    ``transposed`` its last two dimensions are swapped first.
     """
 
     kind: MoveKind
@@ -34,6 +35,7 @@ class Move:
     source: str
     source_start: int
     nbytes: int
+    transposed: bool = False
 
 
 def fill_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership | None) -> tuple[Move, ...]:
@@ -49,7 +51,8 @@ def fill_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership | Non
     for spec in model.params:
         if is_held(spec, new, rank):
             holding = tuple(holder for holder in holders if old is not None and is_held(spec, old, holder[1]))
-            key = (spec.likeness, holding)
+            cut = (new.layout_of(spec.layer), old.layout_of(spec.layer) if old is not None else 0)
+            key = (spec.likeness, cut, holding)
             if key not in known:
                 known[key] = spec, _fill(model, spec, new, rank, old, holding)
             moves += _renamed(*known[key], spec)
@@ -59,7 +62,7 @@ def fill_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership | Non
 def _fill(
     model: ModelAxes, spec: ParamSpec, new: Ownership, rank: int, old: Ownership | None, holding: Holders
 ) -> tuple[Move, ...]:
-    unit_bytes = prod(spec.rest) * model.dtype_bytes
+    unit_bytes = prod(spec.rest) * spec.element_bytes
     before = [(device, spans(model, spec, old, old_rank)) for device, old_rank in holding if old is not None]
     moves: list[Move] = []
     for index, span in enumerate(spans(model, spec, new, rank)):
@@ -84,6 +87,7 @@ def _renamed(like: ParamSpec, moves: Iterable[Move], spec: ParamSpec) -> Iterato
             source,
             move.source_start,
             move.nbytes,
+            move.transposed,
         )
 
 
@@ -109,10 +113,10 @@ def _parts(
 ) -> Iterator[Move]:
     missing = span.filled
     for holder, held in before:
-        for start, stop in intersect(missing, held.held):
+        for start, stop in intersect(missing, held.filled):
             kind: MoveKind = "copy" if holder == device else "p2p"
             yield _move(kind, spec, span, (start, stop), (holder, spec.name, held.position(start)), unit_bytes)
-        missing = subtract(missing, held.held)
+        missing = subtract(missing, held.filled)
     for start, stop in missing:
         yield _move(
             "reload", spec, span, (start, stop), (None, span.block.source, span.block.offset + start), unit_bytes
@@ -129,7 +133,8 @@ def _move(
 ) -> Move:
     start, stop = run
     position, length = span.position(start), stop - start
-    return Move(kind, spec.name, spec.dim, position, length, *source, length * unit_bytes)
+    transposed = spec.transposed and kind == "reload"
+    return Move(kind, spec.name, spec.dim, position, length, *source, length * unit_bytes, transposed)
 
 
 def _coalesced(moves: Iterable[Move]) -> Iterator[Move]:

@@ -20,8 +20,22 @@ layouts of those layers."""
 def equal_split(model: PlanModel, devices: Sequence[int], weights: Sequence[int] | None = None) -> LayerOwnership:
     """Intervals in the order of the devices, in proportion to ``weights``, all alike by default. Units that do not
     divide rotate over the layers. Raises InfeasiblePlan if an axis has too few units."""
-    nobody: dict[str, Layout] = {group.name: ((),) * len(devices) for group in model.sharded}
-    return _place(model, tuple(devices), tuple(weights or (1,) * len(devices)), nobody, _contiguous)
+    return _place(
+        model, tuple(devices), tuple(weights or (1,) * len(devices)), _held_by_nobody(model, devices), _contiguous
+    )
+
+
+def split_without_rotation(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
+    """Equal shares that are the same in all layers that are built alike. Raises InfeasiblePlan."""
+
+    def alike(group: AxisGroup, leads: bool, held: Sequence[Layout], weights: Sequence[int]) -> tuple[Layout, ...]:
+        return _contiguous(group, leads, held[:1], (1,) * len(devices)) * len(held)
+
+    return _place(model, tuple(devices), (1,) * len(devices), _held_by_nobody(model, devices), alike)
+
+
+def _held_by_nobody(model: PlanModel, devices: Sequence[int]) -> dict[str, Layout]:
+    return {group.name: ((),) * len(devices) for group in model.sharded}
 
 
 def stock_split(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
@@ -108,7 +122,8 @@ def _made_up_for(
     due = [sum(group.total_bytes for group in groups) * weights[rank] - over[rank] for rank in ranks]
     # Whole KV heads rotate over the layers: then nobody is further above its due than one of them with its queries.
     rounding = max((group.grain * group.unit_bytes for group in heads), default=0)
-    return weights if max(over) <= whole * rounding or min(due) <= 0 else tuple(due)
+    enough = min(due) * groups[0].units >= sum(due)  # for a unit on each device
+    return tuple(due) if max(over) > whole * rounding and enough else weights
 
 
 def _contiguous(group: AxisGroup, leads: bool, held: Sequence[Layout], weights: Sequence[int]) -> tuple[Layout, ...]:

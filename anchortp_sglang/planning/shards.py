@@ -22,12 +22,14 @@ class Placed:
     nbytes: int
     layer: int | None
     dim: int
+    dtype: str
 
 
 @dataclass(frozen=True)
 class Piece:
     """Elements along ``dim``: ``param[start : start + length]`` is
-    ``checkpoint[source][source_start : source_start + length]``; all other dimensions are whole."""
+    ``checkpoint[source][source_start : source_start + length]``; all other dimensions are whole. ``transposed``: of
+    the checkpoint's tensor with its last two dimensions swapped."""
 
     param: str
     dim: int
@@ -35,6 +37,7 @@ class Piece:
     length: int
     source: str
     source_start: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,17 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor as the model expects it; ``dim`` is the dimension along which it is split."""
+    """A checkpoint tensor as the model expects it; ``dim`` is the dimension along which it is split, as the
+    parameter counts them."""
 
     shape: tuple[int, ...]
     dim: int
+    transposed: bool = False
 
     @property
     def extent(self) -> int:
         """Elements along the split dimension."""
-        return self.shape[self.dim]
+        return swapped(self.shape, self.transposed)[self.dim] if self.shape else 1
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,15 @@ class Span:
 
 def is_held(spec: ParamSpec, ownership: Ownership, rank: int) -> bool:
     """Whether a rank has any of a parameter: of whole experts only its own."""
-    return spec.expert is None or any(a <= spec.expert < b for a, b in ownership.of("expert", rank))
+    return spec.expert is None or any(a <= spec.expert < b for a, b in ownership.of("expert", rank, spec.layer))
 
 
 def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) -> tuple[Span, ...]:
     """The blocks of a parameter as a rank holds them."""
-    held = [_held(block, ownership, rank) for block in spec.blocks]
+    held = [_held(block, ownership, rank, spec.layer) for block in spec.blocks]
     bases = accumulate((total(runs) for runs in held[:-1]), initial=0)
     return tuple(
-        Span(block, base, runs, block_extent(model, block))
+        Span(block, base, runs, 0 if block.first_rank_only and rank else block_extent(model, block))
         for block, base, runs in zip(spec.blocks, bases, held, strict=True)
     )
 
@@ -109,16 +114,18 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
     for spec in model.params:
         if not is_held(spec, ownership, rank):
             continue
-        if spec.likeness not in known:
-            known[spec.likeness] = _form(model, spec, ownership, rank)
-        form = known[spec.likeness]
+        key = (spec.likeness, ownership.layout_of(spec.layer))
+        if key not in known:
+            known[key] = _form(model, spec, ownership, rank)
+        form = known[key]
         start, parameter = end, spec.name.partition("[")[0]
         if parameter != before:
             start = _align(end, PARAM_ALIGN_BYTES if spec.layer == layer else LAYER_ALIGN_BYTES)
-        params.append(Placed(spec.name, form.shape, start, form.nbytes, spec.layer, spec.dim))
+        params.append(Placed(spec.name, form.shape, start, form.nbytes, spec.layer, spec.dim, spec.dtype))
         end, layer, before = start + form.nbytes, spec.layer, parameter
         for block, at, length, source_start in form.pieces:
-            pieces.append(Piece(spec.name, spec.dim, at, length, spec.blocks[block].source, source_start))
+            source = spec.blocks[block].source
+            pieces.append(Piece(spec.name, spec.dim, at, length, source, source_start, spec.transposed))
         for at, length in form.padding:
             padding.append((spec.name, at, length))
     return ShardLayout(tuple(params), tuple(pieces), tuple(padding), _align(end, LAYER_ALIGN_BYTES))
@@ -126,8 +133,8 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
 
 @dataclass(frozen=True)
 class _Form:
-    """What parameters of one likeness have in common: ``pieces`` as (block, start, length, start in its source),
-    ``padding`` as (start, length)."""
+    """What parameters of one likeness have in common in layers that are cut alike: ``pieces`` as (block, start,
+    length, start in its source), ``padding`` as (start, length)."""
 
     shape: tuple[int, ...]
     nbytes: int
@@ -140,7 +147,7 @@ def _form(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) ->
     shape = _shape(spec, sum(total(span.held) for span in blocks))
     return _Form(
         shape,
-        prod(shape) * model.dtype_bytes,
+        prod(shape) * spec.element_bytes,
         tuple(
             (index, span.position(start), stop - start, span.block.offset + start)
             for index, span in enumerate(blocks)
@@ -169,8 +176,14 @@ def sources(model: ModelAxes) -> dict[str, Source]:
         for block in spec.blocks:
             # Of several blocks the last one reaches to the end.
             extent = block.offset + block_extent(model, block)
-            found[block.source] = Source(_shape(spec, extent), spec.dim)
+            shape = swapped(_shape(spec, extent), spec.transposed)
+            found[block.source] = Source(() if spec.scalars else shape, spec.dim, spec.transposed)
     return found
+
+
+def swapped(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    """A shape, its last two dimensions swapped if ``transposed``."""
+    return (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
 
 
 def source_shape(model: ModelAxes, source: str) -> tuple[int, ...]:
@@ -178,9 +191,9 @@ def source_shape(model: ModelAxes, source: str) -> tuple[int, ...]:
     return sources(model)[source].shape
 
 
-def _held(block: Block, ownership: Ownership, rank: int) -> Intervals:
+def _held(block: Block, ownership: Ownership, rank: int, layer: int | None) -> Intervals:
     # A replicated extent is an axis of a single unit, held by everybody.
-    units = ((0, 1),) if block.axis is None else ownership.of(block.axis, rank)
+    units = ((0, 1),) if block.axis is None else ownership.of(block.axis, rank, layer)
     return scale(units, block.elements_per_unit)
 
 

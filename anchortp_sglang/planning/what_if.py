@@ -1,9 +1,11 @@
 """One change of devices, answered in full: the plan, when its bytes move, and how long clients wait."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from anchortp_sglang.planning.layer_ownership import kv_bytes_per_token, weight_bytes
 from anchortp_sglang.planning.migration_types import MigrationPlan
+from anchortp_sglang.planning.placement import split_without_rotation
 from anchortp_sglang.planning.plan_model import PlanModel
 from anchortp_sglang.planning.schedule import Timeline, schedule
 from anchortp_sglang.planning.simulation import Prediction, predict_recovery, predict_restart
@@ -22,7 +24,8 @@ _DEVICE_KEYS = (
 
 @dataclass(frozen=True)
 class WhatIf:
-    """``kv_tokens``: tokens of KV cache that fit on each device beside its weights, by id.
+    """``kv_tokens``: tokens of KV cache that fit on each device beside its weights, by id. ``kv_tokens_alike``: how
+    many would fit on every device if each had the same heads and experts in all layers.
 
     ``restart`` is that of the server on the same devices with the same shares.
     """
@@ -32,6 +35,12 @@ class WhatIf:
     recovery: Prediction
     restart: Prediction
     kv_tokens: Mapping[int, int]
+    kv_tokens_alike: int
+
+    @property
+    def kv_capacity(self) -> int:
+        """Tokens that fit on every device."""
+        return min(self.kv_tokens.values())
 
     def as_json(self) -> dict[str, object]:
         """The answer as JSON types; times in the timeline count from the first transfer."""
@@ -56,6 +65,8 @@ class WhatIf:
                 }
                 for entry in self.timeline.entries
             ],
+            "kv_tokens": self.kv_capacity,
+            "kv_tokens_alike": self.kv_tokens_alike,
             "predicted_tfs_s": self.recovery.tfs_s,
             "restart_tfs_s": self.restart.tfs_s,
         }
@@ -70,7 +81,18 @@ def what_if(model: PlanModel, topology: Topology, plan: MigrationPlan, capacity_
         recovery=predict_recovery(topology, timeline, model.num_layers, plan.kept_bytes),
         restart=predict_restart(topology, plan.weight_bytes, model.total_bytes),
         kv_tokens={
-            device.id: max(0, capacity_bytes[device.id] - device.weight_bytes) // max(1, device.kv_bytes_per_token)
+            device.id: _tokens(capacity_bytes[device.id], device.weight_bytes, device.kv_bytes_per_token)
             for device in plan.devices
         },
+        kv_tokens_alike=_tokens_without_rotation(model, plan.new.devices, capacity_bytes),
     )
+
+
+def _tokens(capacity_bytes: int, weight_bytes: int, token_bytes: int) -> int:
+    return max(0, capacity_bytes - weight_bytes) // max(1, token_bytes)
+
+
+def _tokens_without_rotation(model: PlanModel, devices: Sequence[int], capacity_bytes: Mapping[int, int]) -> int:
+    ownership = split_without_rotation(model, devices)
+    held = zip(devices, weight_bytes(model, ownership), kv_bytes_per_token(model, ownership), strict=True)
+    return min(_tokens(capacity_bytes[device], nbytes, token_bytes) for device, nbytes, token_bytes in held)

@@ -19,20 +19,29 @@ from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anch
 from anchortp_sglang.cpu.collectives import region_bytes
 from anchortp_sglang.elastic.attachment import (
     HOST_DEVICE,
-    PAGE_TABLE_SEGMENT,
     Assignment,
-    KVPlan,
+    MirrorPlan,
+    kv_namespace,
     kv_segment,
     lanes_segment,
+    mirror_segment,
+    page_table_segment,
     weights_segment,
 )
+from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.memory.chain_hash import root_hash
+from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.memory.kv_mirror import MirrorShape
 from anchortp_sglang.memory.page_table import PageTable
+from anchortp_sglang.planning.expert_load import ExpertCounts
+from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, fit_slots, kv_layout, whole_layout
 from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.recovery import detokenizer, heartbeat, rank
 from anchortp_sglang.recovery.generation import Generation, StartFailed
+from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.processes import died_within, is_dead
 from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError, spawn_zygote
 
@@ -45,8 +54,12 @@ ANCHOR_TIMEOUT_S = 10.0
 class ServerPlan:
     """What does not change over a server's life.
 
-    ``server_args``: tp_size -> resolved ServerArgs. ``stale_anchors``: devices whose anchors linger in the run
-    directory from a server that died.
+    ``kv``: the most slots that any generation has. ``device_bytes``: of a device's memory, for weights and KV; None
+    if it is not limited. ``rotate_heads``: heads and experts that do not divide rotate over the layers.
+    ``expert_counts``: by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved
+    ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
+    ``gpus``: of each device, none on CPU. ``graph_batch_sizes``: for which decode graphs are captured, none if the
+    ranks stay eager.
     """
 
     run_dir: Path
@@ -55,20 +68,53 @@ class ServerPlan:
     checkpoint: Path
     model: ModelAxes
     kv: KVPlan
+    rotate_heads: bool
+    expert_counts: ExpertCounts | None
+    device_bytes: int | None
+    mirror: MirrorPlan | None
     linger_s: float
     server_args: Callable[[int], Any]
     controller_pid: int
     stale_anchors: tuple[int, ...] = ()
+    gpus: tuple[GpuShare, ...] = ()
+    graph_batch_sizes: tuple[int, ...] = ()
+
+    def gpu(self, device: int) -> GpuShare | None:
+        """Where the memory of a device (not of the host anchor) is; None: in the host's."""
+        return self.gpus[device] if self.gpus and device != HOST_DEVICE else None
+
+    def kv_of(self, ownership: Ownership) -> KVPlan:
+        """Slots of a generation with this ownership. Raises InvalidOwnership if there is no room for any."""
+        return fit_slots(self.model, self.kv, ownership, self.device_bytes)
+
+    def kv_layout(self, ownership: Ownership, rank: int) -> KVLayout:
+        """Of a rank's KV segment."""
+        return kv_layout(self.model, self.kv_of(ownership), ownership, rank)
+
+    @property
+    def namespace(self) -> bytes:
+        """Of page tables."""
+        return kv_namespace(self.checkpoint, self.model)
+
+    def mirror_shape(self) -> MirrorShape | None:
+        """Of the mirror, if there is one."""
+        if self.mirror is None:
+            return None
+        layout = whole_layout(self.model, self.mirror.rows, self.kv.unit_bytes(self.model))
+        return MirrorShape(layout, root_hash(self.namespace))
 
 
 class Cluster:
     """Anchors by device (HOST_DEVICE: the host anchor), the zygote and its spare children."""
 
-    def __init__(self, plan: ServerPlan, zygote: Zygote) -> None:
+    def __init__(self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None) -> None:
         self.plan = plan
         self.zygote = zygote
+        self._reserve = reserve
+        self._reserve_spent = False
         self.anchors: dict[int, AnchorProcess] = {}
         self._clients: dict[int, AnchorClient] = {}
+        self._capacities: dict[Ownership, KVCapacity] = {}
         self._spares: list[Child] = []
         self._store: Any = None
         self.port_args: Any = None
@@ -95,6 +141,7 @@ class Cluster:
             plan.linger_s,
             ANCHOR_TIMEOUT_S,
             generation,
+            plan.gpu(device),
         )
 
     def take_over(self, ownership: Ownership) -> int | None:
@@ -147,13 +194,16 @@ class Cluster:
         """Segments of a generation; those that exist already are kept as they are."""
         plan = self.plan
         for index, device in enumerate(ownership.devices):
-            layout = shard_layout(plan.model, ownership, index)
-            kv_bytes = plan.kv.nbytes(plan.model, ownership.units("kv_head", index))
+            layout, kv = shard_layout(plan.model, ownership, index), plan.kv_layout(ownership, index)
             client = self.client(device)
             client.allocate(number, weights_segment(ownership), layout.total_bytes, lazy=False)
-            client.allocate(number, kv_segment(ownership), kv_bytes, lazy=True)
+            client.allocate(number, kv_segment(kv), kv.total_bytes, lazy=True)
         host = self.client(HOST_DEVICE)
-        host.allocate(number, PAGE_TABLE_SEGMENT, PageTable.nbytes(plan.kv.rows), lazy=True)
+        slots = plan.kv_of(ownership)
+        host.allocate(number, page_table_segment(ownership, slots), PageTable.nbytes(slots.rows), lazy=True)
+        mirror = plan.mirror_shape()
+        if plan.mirror is not None and mirror is not None:
+            host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
         lanes = heartbeat.BYTES + region_bytes(ownership.tp_size)
         host.allocate(number, lanes_segment(number), lanes, lazy=True)
 
@@ -161,7 +211,7 @@ class Cluster:
         """Free KV that no later generation can use, before its successor is allocated."""
         for device in ownership.devices:
             if self.anchor_alive(device):
-                self._release(device, number, keep=lambda name: name != kv_segment(ownership))
+                self._release(device, number, keep=lambda name: not name.startswith("kv-"))
 
     def settle(self, generation: Generation) -> None:
         """Seal this generation's weights and free whatever belongs to no generation any more."""
@@ -171,21 +221,35 @@ class Cluster:
         for device in (HOST_DEVICE, *generation.ownership.devices):
             self._release(device, generation.number, keep=keep.__contains__)
 
-    @staticmethod
-    def segments_of(generation: Generation) -> frozenset[str]:
+    def kv_capacity(self, ownership: Ownership) -> KVCapacity:
+        """How many KV slots fit with this ownership and with the other kind; worked out once for each."""
+        if ownership not in self._capacities:
+            plan = self.plan
+            self._capacities[ownership] = kv_capacity(plan.model, plan.kv_of(ownership), ownership, plan.rotate_heads)
+        return self._capacities[ownership]
+
+    def segments_of(self, generation: Generation) -> frozenset[str]:
         """Names of all segments that a generation uses, on whichever anchor."""
-        return frozenset(
-            (
-                weights_segment(generation.ownership),
-                kv_segment(generation.ownership),
-                PAGE_TABLE_SEGMENT,
-                lanes_segment(generation.number),
-            )
-        )
+        plan, ownership = self.plan, generation.ownership
+        names = {kv_segment(plan.kv_layout(ownership, rank)) for rank in range(ownership.tp_size)}
+        names |= {weights_segment(ownership), page_table_segment(ownership, plan.kv_of(ownership))}
+        names.add(lanes_segment(generation.number))
+        return frozenset(names if plan.mirror is None else names | {mirror_segment(plan.mirror)})
 
     def map_lanes(self, number: int) -> mmap.mmap:
         """A generation's counters and collectives, read only."""
-        fd, nbytes, _ = self.client(HOST_DEVICE).open_handle(number, lanes_segment(number))
+        return self._map_host(number, lanes_segment(number))
+
+    def open_kv_books(self, generation: Generation) -> KVBooks:
+        """What a generation's slots and the mirror hold, read only."""
+        plan, number = self.plan, generation.number
+        slots = plan.kv_of(generation.ownership)
+        table = self._map_host(number, page_table_segment(generation.ownership, slots))
+        mirror = None if plan.mirror is None else self._map_host(number, mirror_segment(plan.mirror))
+        return KVBooks(slots, plan.namespace, table, plan.mirror_shape(), mirror)
+
+    def _map_host(self, number: int, segment: str) -> mmap.mmap:
+        fd, nbytes, _ = self.client(HOST_DEVICE).open_handle(number, segment)
         try:
             return map_fd(fd, nbytes, writable=False)
         finally:
@@ -215,7 +279,7 @@ class Cluster:
     # ---- ranks
 
     def fork(self) -> Child:
-        """A spare child, or a new one; a dead zygote is replaced by a spawned one."""
+        """A spare child, or a new one; a dead zygote is replaced by the one in reserve, or by a spawned one."""
         while self._spares:
             child = self._spares.pop()
             if not is_dead(child.pidfd):
@@ -224,21 +288,33 @@ class Cluster:
         try:
             return self.zygote.fork()
         except ZygoteError as error:
-            log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
-            self.zygote = spawn_zygote()
+            reserve, self._reserve, self._reserve_spent = self._reserve, None, True
+            if reserve is not None and not is_dead(reserve.pidfd):
+                log.warning("anchortp: %s; the one in reserve takes over", error)
+                self.zygote = reserve
+            else:
+                log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
+                self.zygote = spawn_zygote()
             return self.zygote.fork()
 
     def prepare_next(self, tp_size: int) -> None:
         """What the next recovery would otherwise wait for: spare children, configurations."""
         while len(self._spares) < tp_size:
             self._spares.append(self.zygote.fork())
+        if self._reserve_spent:
+            self._reserve, self._reserve_spent = spawn_zygote(), False  # it imports SGLang in the background
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
 
     def start_ranks(
-        self, number: int, ownership: Ownership, previous: Ownership | None, restore_prefixes: bool
+        self,
+        number: int,
+        ownership: Ownership,
+        previous: Ownership | None,
+        restore_prefixes: bool,
+        running: bytes = b"",
     ) -> Generation:
-        """Fork a generation. Its anchors must be fenced and its segments allocated."""
+        """Fork a generation. Its anchors must be fenced and its segments allocated. ``running``: as in Assignment."""
         plan = self.plan
         server_args = plan.server_args(ownership.tp_size)
         self._store = TCPStore(rank.STORE_HOST, 0, is_master=True, wait_for_workers=False)
@@ -255,8 +331,12 @@ class Cluster:
                     model=plan.model,
                     ownership=ownership,
                     previous=previous,
-                    kv=plan.kv,
+                    kv=plan.kv_of(ownership),
+                    previous_kv=plan.kv_of(previous or ownership),
                     restore_prefixes=restore_prefixes,
+                    mirror=plan.mirror,
+                    running=running,
+                    gpu=plan.gpu(device),
                 )
                 child = self.fork()
                 generation.ranks.append(child)
@@ -271,6 +351,8 @@ class Cluster:
     def shut_down(self, number: int) -> None:
         """End ranks, zygote and anchors; free all memory."""
         self.zygote.kill()
+        if self._reserve is not None:
+            self._reserve.kill()
         self._remove_load_file()
         for device, anchor in self.anchors.items():
             if not is_dead(anchor.pidfd):

@@ -11,20 +11,29 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
+from anchortp_sglang.cuda.detection import GpuDetection
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
+from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
+from anchortp_sglang.memory.namespaces import namespace_seed
+from anchortp_sglang.planning.expert_load import spread_hot_experts
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
 from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
-from anchortp_sglang.recovery.generation import Generation, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.graphs import GraphCapture
+from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
+from anchortp_sglang.recovery.throughput import WINDOW_S, Throughput
+from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
@@ -61,12 +70,18 @@ class Coordinator:
         self.recoveries = Recoveries()
         self.ledger: Ledger | None = None
         self.generation: Generation | None = None
+        self.kv_books: KVBooks | None = None
+        """Of the last generation that was ready."""
         self._held: Ownership | None = None  # whose complete weights the anchors hold
         self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
         self._number = 0
         self._recovery: Recovery | None = None
+        self._throughput = Throughput()
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
+        self._gpus = GpuDetection(cluster.plan.gpus, self._fault)
+        self._graphs = GraphCapture(cluster.plan.graph_batch_sizes, self._serving, self._graphs_captured)
         self._tm: Any = None
+        self._send: Callable[[Any], None] = lambda message: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fence_line: FenceLine | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,6 +97,7 @@ class Coordinator:
         self.cluster.start_anchors(ownership.devices)
         self.cluster.fence(self._number, ownership.devices)
         self.cluster.allocate(self._number, ownership)
+        start_log.step("anchors hold their memory")
         self.generation = self.cluster.start_ranks(
             self._number, ownership, self._held, restore_prefixes=self._held is not None
         )
@@ -92,6 +108,7 @@ class Coordinator:
         wait_ready(self.generation, timeout_s)
         self._take_stock(self.generation)
         self.cluster.settle(self.generation)
+        start_log.step("ranks are ready")
         return self.generation.infos
 
     # ---- on TokenizerManager's loop
@@ -105,16 +122,21 @@ class Coordinator:
         self.ledger.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)
         self._detection.watch(self.generation)
+        self._spawn(self._gpus.watch())
+        self._send = send
+        self._spawn(self._capture_graphs(self.generation))
         self._refill()
 
-    def on_token(self) -> None:
-        """A new token goes to a client."""
+    def on_tokens(self, tokens: int) -> None:
+        """New tokens go to clients."""
+        self._throughput.note(tokens, time.monotonic())
         recovery, generation = self._recovery, self.generation
         if recovery is None or self.state.phase is not Phase.SERVING or generation is None:
             return
         recovery.stage("first_token")
         recovery.tfs_s = recovery.stages[-1][1]
-        self._recovery = None
+        self._finish()
+        self._spawn(self._measure_peak(recovery, time.monotonic()))
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
         """A batch contradicts what clients have: nothing of this generation can be trusted."""
@@ -125,6 +147,10 @@ class Coordinator:
         """(reused, recomputed) tokens of the requests that this generation resumed so far."""
         lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
         return None if lanes is None else heartbeat.read_tokens(lanes)
+
+    def _graphs_captured(self) -> bool:
+        lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
+        return lanes is not None and heartbeat.read_graphs(lanes)
 
     def stop(self) -> None:
         """The operator ends the server: deaths are no faults any more."""
@@ -165,16 +191,19 @@ class Coordinator:
             assert self.generation is not None
             self._detection.watch(self.generation)
             self._spawn(self._settle(self.generation))
+            self._spawn(self._capture_graphs(self.generation))
             self._refill()
             if not self._tm.rid_to_state:
-                self._recovery = None  # nobody waits for a token: the next one says nothing about this recovery
+                self._finish()  # nobody waits for a token: the next one says nothing about this recovery
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 
     def _begin(self, before: machine.State, reason: str) -> None:
         assert self.ledger is not None and self.generation is not None
         self.ledger.outage = True
+        self._graphs.on_fault()
         if before.phase is Phase.SERVING:
+            self._finish()  # if no token has come since the last one
             self._recovery = self.recoveries.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
         assert self._recovery is not None
@@ -210,7 +239,7 @@ class Coordinator:
         """Reap the killed ranks, then drain what rank 0 still said."""
         generation, recovery = self.generation, self._recovery
         assert generation is not None and recovery is not None
-        await self._in_thread(wait_dead, generation)
+        await asyncio.gather(self._in_thread(wait_dead, generation), self._gpus.probe())
         recovery.stage("reaped")
         assert self._fence_line is not None and self.ledger is not None
         detokenizer = self.cluster.detokenizer
@@ -229,7 +258,7 @@ class Coordinator:
         self._number += 1
         recovery.generation = self._number
         recovery.stage("planned")
-        new = await self._in_thread(self._fork_generation, ownership)
+        new = await self._in_thread(self._fork_generation, ownership, self._running(ownership))
         old.close()
         self.generation = new
         self._detection.take_up(new)
@@ -238,7 +267,11 @@ class Coordinator:
             new.kill()  # given up while the fork was under way
             raise Unrecoverable("abandoned")
         assert self.state.deadline_at is not None
-        await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
+        try:
+            await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
+        except KVUnusable:
+            self._kv_valid = False
+            raise
         self._take_stock(new)
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
@@ -252,6 +285,7 @@ class Coordinator:
                 anchor_alive=self.cluster.anchor_alive(device),
                 rank_died=device in ranks and ranks.index(device) in self._detection.died,
                 rank_hung=device in ranks and ranks.index(device) in self._detection.hung,
+                device_error=self._gpus.errors.get(device, ""),
             )
             for device in self._held.devices
         ]
@@ -269,30 +303,49 @@ class Coordinator:
                 f"{len(survivors)} of {len(self.configured.devices)} devices are left, "
                 f"--anchor-min-devices is {self.policy.min_devices}"
             )
-        if verdict.lost or not self.cluster.anchor_alive(HOST_DEVICE):
-            self._kv_valid = False
+        if not self.cluster.anchor_alive(HOST_DEVICE):
+            self._kv_valid = False  # nobody knows what the slots hold
         if not verdict.lost:
             return self._held
+        plan = self.cluster.plan
+        if plan.gpus:
+            self._kv_valid = False  # KV does not move between GPUs
         try:
-            return reconfigure(self.cluster.plan.model, self._held, survivors)
+            ownership = reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
+            if plan.expert_counts is not None:
+                ownership = spread_hot_experts(plan.model, ownership, plan.expert_counts, self._held)
+            plan.kv_of(ownership)
+            return ownership
         except InvalidOwnership as error:
             raise Unrecoverable(str(error)) from error
 
-    def _fork_generation(self, ownership: Ownership) -> Generation:
+    def _fork_generation(self, ownership: Ownership, running: bytes) -> Generation:
         cluster, held = self.cluster, self._held
         assert held is not None
         if not cluster.anchor_alive(HOST_DEVICE):
             cluster.start_one_anchor(HOST_DEVICE, self._number)
         cluster.fence(self._number, ownership.devices)
-        if ownership != held:
+        if not self._kv_valid:
             cluster.release_kv(self._number, held)
         cluster.allocate(self._number, ownership)
-        return cluster.start_ranks(self._number, ownership, held, restore_prefixes=self._kv_valid)
+        return cluster.start_ranks(self._number, ownership, held, self._kv_valid, running)
+
+    def _running(self, ownership: Ownership) -> bytes:
+        """Chain hashes of what open requests have, where there is less room for KV than before: they go first."""
+        plan = self.cluster.plan
+        assert self._held is not None and self.ledger is not None
+        if plan.kv_of(ownership).slots >= plan.kv_of(self._held).slots:
+            return b""
+        hasher, root = RunHasher(), root_hash(plan.namespace)
+        return b"".join(
+            hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in self.ledger.open_tokens()
+        )
 
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""
         self._held, self._kv_valid = generation.ownership, True
         self._detection.lanes[generation.number] = self.cluster.map_lanes(generation.number)
+        self.kv_books = self.cluster.open_kv_books(generation)
 
     async def _settle(self, generation: Generation) -> None:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""
@@ -300,6 +353,12 @@ class Coordinator:
             await self._in_thread(self.cluster.settle, generation)
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
+
+    async def _capture_graphs(self, generation: Generation) -> None:
+        def idle() -> bool:
+            return not self._tm.rid_to_state
+
+        await self._graphs.capture(generation, idle, lambda sizes: self._send(CaptureGraphs(batch_sizes=sizes)))
 
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._recovery
@@ -318,8 +377,19 @@ class Coordinator:
         if self._recovery is not None:
             self._recovery.failed = reason
             self._recovery.stage("gave_up")
-            self._recovery = None
+            self._finish()
         log.error("anchortp: down: %s; %d open requests ended with an error", reason, ended)
+
+    def _finish(self) -> None:
+        recovery, self._recovery = self._recovery, None
+        if recovery is not None:
+            self.recoveries.finish(recovery)
+
+    async def _measure_peak(self, recovery: Recovery, first_token_at: float) -> None:
+        """TTP, unless another fault comes before it can be told."""
+        await asyncio.sleep(2 * WINDOW_S)
+        if self.state.phase is Phase.SERVING and self.recoveries.last() is recovery:
+            recovery.ttp_s = self._throughput.time_to_peak(first_token_at)
 
     def _refill(self) -> None:
         if self.policy.spare_ranks:

@@ -16,6 +16,10 @@ class StartFailed(RuntimeError):
     """A rank did not come up; the text is its own."""
 
 
+class KVUnusable(StartFailed):
+    """The KV of the last generation cannot be used, or ranks disagree about it: to be tried again without."""
+
+
 @dataclass
 class Generation:
     """One configuration and its rank processes, in rank order."""
@@ -46,9 +50,15 @@ def wait_dead(generation: Generation) -> None:
 
 
 def wait_ready(generation: Generation, timeout_s: float) -> None:
-    """Until every rank is ready. Raises StartFailed as soon as one fails or dies."""
+    """Until every rank is ready. Raises StartFailed as soon as one fails or dies.
+
+    Raises KVUnusable unless all have kept the same slots, in the same order of what is free.
+    """
     deadline = time.monotonic() + timeout_s
     generation.infos = [_wait_one(generation, index, deadline) for index in range(len(generation.ranks))]
+    digests = {info["rebuilt"].get("digest") for info in generation.infos}
+    if len(digests) > 1:
+        raise KVUnusable(f"ranks kept different slots: {sorted(map(str, digests))}")
 
 
 def _wait_one(generation: Generation, index: int, deadline: float) -> dict[str, Any]:
@@ -67,5 +77,6 @@ def _receive(generation: Generation, index: int) -> dict[str, Any]:
     except EOFError:
         raise StartFailed(f"rank {index} died while it was starting") from None
     if status != "ready":
-        raise StartFailed(f"rank {index}: {payload}")
+        kind = KVUnusable if status == "unrestored" else StartFailed
+        raise kind(f"rank {index}: {payload}")
     return dict(payload)

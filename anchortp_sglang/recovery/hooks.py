@@ -108,7 +108,7 @@ async def around_handle_batch_output(original: Callable[..., Any], tokenizer_man
     await original(tokenizer_manager, output)
     mine.ledger.forget(output.rids)
     if fresh:
-        mine.on_token()
+        mine.on_tokens(fresh)
 
 
 class NotResumable(ValueError):

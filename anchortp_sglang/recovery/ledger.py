@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -18,6 +20,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 
+from anchortp_sglang.memory.namespaces import Key
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed, resume_of
 
 log = logging.getLogger(__name__)
@@ -68,15 +71,15 @@ class Ledger:
             # A copy: TM puts unpicklable time_stats back into the same object once it is dispatched.
             self._held.append(copy.copy(message))
 
-    def delivered(self, output: Any) -> bool:
-        """Check a batch for gaps and doubles before TM takes it; True if it carries a new token.
+    def delivered(self, output: Any) -> int:
+        """Check a batch for gaps and doubles before TM takes it; how many new tokens it carries.
 
         Raises TokenCountMismatch, which must end the requests concerned: their streams would be wrong.
         """
         counts, ids = getattr(output, "completion_tokens", None), getattr(output, "output_ids", None)
         if counts is None or ids is None:
-            return False
-        fresh = False
+            return 0
+        fresh = 0
         for rid, count, new, cached in zip(output.rids, counts, ids, output.cached_tokens, strict=True):
             state, record = self._tm.rid_to_state.get(rid), self._records.get(rid)
             if state is None or record is None:
@@ -86,7 +89,7 @@ class Ledger:
                     f"request {rid} has {len(state.output_ids)} tokens, got {len(new)} and should then have {count}"
                 )
             record.cached_tokens = cached
-            fresh = fresh or bool(new)
+            fresh += len(new)
         return fresh
 
     def forget(self, rids: Sequence[str]) -> None:
@@ -122,6 +125,16 @@ class Ledger:
         for message in held:
             self.dispatch(message)
         return resumed
+
+    def open_tokens(self) -> list[tuple[Key, NDArray[np.int64]]]:
+        """Prompt and delivered tokens of each open request, after its extra key and cache salt."""
+        self.forget_finished()
+        found = []
+        for rid, record in self._records.items():
+            request, delivered = record.request, self._tm.rid_to_state[rid].output_ids
+            tokens = np.array([*request.input_ids, *delivered], np.int64)
+            found.append(((request.extra_key, request.cache_salt or None), tokens))
+        return found
 
     def reseed(self) -> Reseed:
         """What a new detokenizer must know of the requests that have delivered tokens."""

@@ -94,12 +94,23 @@ def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[Sta
 
 @dataclass(frozen=True)
 class DeviceEvidence:
-    """What is known of one device of the generation that failed, once all of its ranks are dead."""
+    """What is known of one device of the generation that failed, once all of its ranks are dead.
+
+    ``device_error``: why its GPU is lost, though its anchor lives; empty if it is not.
+    """
 
     device: int
     anchor_alive: bool
     rank_died: bool
     rank_hung: bool = False
+    device_error: str = ""
+
+    @property
+    def loss(self) -> str:
+        """Why the device is lost; empty if it is not."""
+        if self.anchor_alive:
+            return self.device_error and f"device {self.device}: {self.device_error}"
+        return f"anchor and rank of device {self.device} are dead: its memory is gone"
 
 
 @dataclass(frozen=True)
@@ -116,15 +127,15 @@ NO_DEVICE = -1
 
 
 def judge(evidence: Sequence[DeviceEvidence], reason: str) -> Verdict:
-    """Process or device? A device is lost when its anchor is dead too: its memory went with it.
+    """Process or device? A device is lost when its anchor is dead too: its memory went with it. Or its GPU failed.
 
     The order in which the two died does not matter. Without a culprit (a dead detokenizer, a batch that
     contradicts what clients have) it is a process failure with ``reason``.
     """
-    lost = tuple(e.device for e in evidence if not e.anchor_alive)
+    lost = tuple(e for e in evidence if e.loss)
     if lost:
-        names = ", ".join(map(str, lost))
-        return Verdict("device", lost[0], lost, f"anchor and rank of device {names} are dead: its memory is gone")
+        devices = tuple(e.device for e in lost)
+        return Verdict("device", devices[0], devices, "; ".join(e.loss for e in lost))
     for item in evidence:
         if item.rank_died:
             return Verdict("process", item.device, (), f"the rank on device {item.device} died, its anchor lives")

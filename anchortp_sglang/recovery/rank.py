@@ -14,6 +14,8 @@ from typing import Any
 from anchortp_sglang.cpu import hooks as cpu_hooks
 from anchortp_sglang.elastic import prefixes, weights
 from anchortp_sglang.elastic.attachment import HOST_DEVICE, Assignment, attach, current, lanes_segment
+from anchortp_sglang.elastic.kv_restore import RestorationFailed
+from anchortp_sglang.memory.cuda_driver import device_by_uuid
 from anchortp_sglang.recovery import heartbeat
 from anchortp_sglang.recovery.stamps import Stamps
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Resume
@@ -34,13 +36,14 @@ class RankSpec:
 
 
 def run(spec: RankSpec, pipe: Connection) -> None:
-    """Be one rank until killed. Sends ("ready", info) or ("failed", text) to main."""
+    """Be one rank until killed. Sends ("ready", info), ("unrestored", text) or ("failed", text) to main."""
     stamps = Stamps()
     try:
         scheduler, info = _start(spec, stamps)
     except BaseException as error:
         traceback.print_exc()
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        kind = "unrestored" if isinstance(error, RestorationFailed) else "failed"
+        pipe.send((kind, f"{type(error).__name__}: {error}"))
         return
     pipe.send(("ready", info | {"stamps": stamps.taken}))
     scheduler.run_event_loop()
@@ -59,10 +62,17 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     stamps.take("attached")
     _rendezvous_by_main(spec)
     scheduler = _make_scheduler(spec)
+    kv_kept_at = prefixes.finish()
     stamps.take("bound")
-    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at}
+    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
+    if prefixes.rebuilt:
+        stamps.taken["prefixes"] = prefixes.rebuilt["at"]
+    if kv_kept_at:
+        stamps.taken["kv_kept"] = kv_kept_at
     return scheduler, {
         **scheduler.get_init_info(),
+        "rank": assignment.rank,
+        "device": assignment.device,
         "moved_bytes": filler.moved,
         "rebuilt": prefixes.rebuilt,
         "fds": attachment.fds,
@@ -80,14 +90,15 @@ def _make_scheduler(spec: RankSpec) -> Any:
     from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
-    rank = spec.assignment.rank
+    rank, gpu = spec.assignment.rank, spec.assignment.gpu
+    gpu_id = rank if gpu is None else device_by_uuid(gpu.uuid)
     world_rank = spawn_world_rank(spec.server_args, tp_rank=rank, pp_rank=0)
     publish(
         spec.server_args,
         role="scheduler",
-        ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=rank),
+        ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=gpu_id),
     )
-    configure_scheduler_process(spec.server_args, rank)
+    configure_scheduler_process(spec.server_args, gpu_id)
     return Scheduler(spec.server_args, spec.port_args)
 
 

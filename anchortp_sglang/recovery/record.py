@@ -1,8 +1,9 @@
-"""What a recovery was, stage by stage: for the status page, the log and the command line."""
+"""What a recovery was, stage by stage: for the status, the timeline, the metrics, the log and the command line."""
 
+import copy
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,27 @@ log = logging.getLogger(__name__)
 
 _RING = 32
 
+_RANK_STAGES = {
+    "attached": "attached",
+    "groups": "groups_ready",
+    "moved": "bytes_moved",
+    "kv_kept": "kv_kept",
+    "weights_bound": "weights_bound",
+    "prefixes": "prefixes_rebuilt",
+    "bound": "bound",
+}
+"""What ranks stamp, and the name of the stage that is over with the last of them."""
+
+_KV_FIELDS = ("slots_kept", "slots_restored", "slots_dropped", "kept_bytes", "restored_bytes")
+
 
 @dataclass
 class Recovery:
-    """Times are seconds since ``began`` (monotonic). ``tfs_s``: to the first new token handed to a client."""
+    """Times are seconds since ``began`` (monotonic). ``tfs_s``: to the first new token handed to a client.
+
+    ``ttp_s``: from then to the full throughput. ``ranks``: what each new rank stamped, as in the status.
+    ``finished``: a first token was handed out, nobody waits for one, or it was given up.
+    """
 
     began: float
     generation: int = 0
@@ -25,7 +43,11 @@ class Recovery:
     reason: str = ""
     stages: list[tuple[str, float]] = field(default_factory=list)
     tfs_s: float | None = None
+    ttp_s: float | None = None
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
     bytes_moved: dict[str, int] = field(default_factory=dict)
+    kv: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_KV_FIELDS, 0))
     requests_replayed: int = 0
     tokens: Callable[[], tuple[int, int] | None] = lambda: None
     """(reused, recomputed) so far; asked until the generation is replaced."""
@@ -40,32 +62,57 @@ class Recovery:
 
     def add_ranks(self, infos: Sequence[Mapping[str, Any]]) -> None:
         """Take the stages and moved bytes that the new ranks report; a stage is done when the last rank is."""
-        for name, label in (("groups", "groups_ready"), ("moved", "bytes_moved"), ("bound", "bound")):
+        for name, label in _RANK_STAGES.items():
             times = [info["stamps"][name] for info in infos if name in info["stamps"]]
             if times:
                 self.stage(label, max(times))
+        self.ranks = [self._rank(info) for info in infos]
         for info in infos:
             for kind, nbytes in info["moved_bytes"].items():
                 self.bytes_moved[kind] = self.bytes_moved.get(kind, 0) + nbytes
+            for kind, nbytes in info["rebuilt"].get("moved_bytes", {}).items():
+                self.kv[f"{kind}_bytes"] += nbytes
+        rebuilt = [info["rebuilt"] for info in infos if "kept" in info["rebuilt"]]
+        if rebuilt:  # all ranks keep the same slots
+            self.kv["slots_kept"] = rebuilt[0]["kept"]
+            self.kv["slots_dropped"] = rebuilt[0]["verified"] - rebuilt[0]["kept"]
+            self.kv["slots_restored"] = max(each["restored"] for each in rebuilt)
         self.stage("ready")
+
+    def _rank(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        stamps = sorted((at, _RANK_STAGES[name]) for name, at in info["stamps"].items() if name in _RANK_STAGES)
+        return {
+            "rank": info["rank"],
+            "device": info["device"],
+            "stages": [{"name": name, "at_s": round(at - self.began, 4)} for at, name in stamps],
+            "moved_bytes": sum(info["moved_bytes"].values()),
+        }
 
     def close(self) -> None:
         """Its generation is about to be replaced: what it counted so far is final."""
-        self._last_tokens = self.tokens() or self._last_tokens
+        self.token_counts()
         self.tokens = lambda: None
 
+    def token_counts(self) -> tuple[int, int]:
+        """Tokens of resumed requests: (found in kept KV, computed again)."""
+        self._last_tokens = self.tokens() or self._last_tokens
+        return self._last_tokens
+
     def to_json(self) -> dict[str, Any]:
-        reused, recomputed = self._last_tokens = self.tokens() or self._last_tokens
+        reused, recomputed = self.token_counts()
         return {
             "generation": self.generation,
             "cause": self.cause,
             "device": self.device,
             "reason": self.reason,
             "stages": [{"name": name, "at_s": round(at, 4)} for name, at in sorted(self.stages, key=_at)],
+            "ranks": self.ranks,
             "tfs_s": None if self.tfs_s is None else round(self.tfs_s, 4),
+            "ttp_s": None if self.ttp_s is None else round(self.ttp_s, 2),
             "reload_bytes": self.bytes_moved.get("reload", 0),
             "p2p_bytes": self.bytes_moved.get("p2p", 0),
             "copied_bytes": self.bytes_moved.get("copy", 0),
+            "kv": self.kv,
             "requests_replayed": self.requests_replayed,
             "tokens_reused": reused,
             "tokens_recomputed": recomputed,
@@ -77,18 +124,63 @@ def _at(stage: tuple[str, float]) -> float:
     return stage[1]
 
 
+@dataclass
+class Totals:
+    """Sums over all finished recoveries of a server: ``causes`` and ``bytes_moved`` by their names."""
+
+    causes: Counter[str] = field(default_factory=Counter)
+    bytes_moved: Counter[str] = field(default_factory=Counter)
+    failed: int = 0
+    requests_replayed: int = 0
+    tokens_reused: int = 0
+    tokens_recomputed: int = 0
+
+    def add(self, recovery: Recovery) -> None:
+        reused, recomputed = recovery.token_counts()
+        self.causes[recovery.cause] += 1
+        self.bytes_moved.update(recovery.bytes_moved)
+        self.failed += recovery.failed is not None
+        self.requests_replayed += recovery.requests_replayed
+        self.tokens_reused += reused
+        self.tokens_recomputed += recomputed
+
+
 class Recoveries:
-    """The last recoveries, newest last."""
+    """The last recoveries, newest last. ``on_finished``: called with each that is over."""
 
     def __init__(self) -> None:
-        self._ring: deque[Recovery] = deque(maxlen=_RING)
+        self.on_finished: list[Callable[[Recovery], None]] = []
+        self._ring: deque[Recovery] = deque()
+        self._forgotten = Totals()
 
     def begin(self) -> Recovery:
         if self._ring:
             self._ring[-1].close()
+        if len(self._ring) == _RING:
+            self._forgotten.add(self._ring.popleft())
         recovery = Recovery(began=time.monotonic())
         self._ring.append(recovery)
         return recovery
+
+    def finish(self, recovery: Recovery) -> None:
+        """Nothing but its TTP and token counts will change. Observers must not disturb the recovery."""
+        recovery.finished = True
+        for observe in self.on_finished:
+            try:
+                observe(recovery)
+            except Exception:
+                log.exception("anchortp: a recovery could not be reported")
+
+    def last(self) -> Recovery | None:
+        return self._ring[-1] if self._ring else None
+
+    def totals(self) -> Totals:
+        """Of all recoveries, also of those that are no longer listed."""
+        totals = copy.deepcopy(self._forgotten)
+        for recovery in self._ring:
+            if recovery.finished:
+                totals.add(recovery)
+        return totals
 
     def to_json(self) -> list[dict[str, Any]]:
         return [recovery.to_json() for recovery in self._ring]

@@ -1,12 +1,15 @@
 """A dead anchor on a healthy device: its memory is still held by the device's rank; a new anchor takes it back."""
 
+import contextlib
 import ctypes
 import os
+import signal
 from typing import Any
 
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
-from anchortp_sglang.recovery.cluster import Cluster
+from anchortp_sglang.recovery.cluster import ANCHOR_TIMEOUT_S, Cluster
 from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.processes import died_within
 
 _SYS_PIDFD_GETFD = 438  # Linux 5.6, the same on all architectures
 
@@ -14,22 +17,33 @@ _SYS_PIDFD_GETFD = 438  # Linux 5.6, the same on all architectures
 def restore_anchor(cluster: Cluster, generation: Generation, device: int) -> list[str]:
     """Start the anchor of ``device`` anew and hand it its segments; their names.
 
-    The rank need not cooperate: its descriptors are fetched with pidfd_getfd. Raises OSError, AnchorError.
+    The rank need not cooperate: its descriptors are fetched with pidfd_getfd. Raises OSError, AnchorError; the new
+    anchor has been ended then, lest an empty one passes for the old.
     """
     cluster.start_one_anchor(device, generation.number)
+    try:
+        return _hand_over(cluster, generation, device)
+    except BaseException:
+        anchor = cluster.anchors[device]
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(anchor.pidfd, signal.SIGKILL)
+        died_within(anchor.pidfd, ANCHOR_TIMEOUT_S)
+        raise
+
+
+def _hand_over(cluster: Cluster, generation: Generation, device: int) -> list[str]:
     rank = 0 if device == HOST_DEVICE else generation.ownership.devices.index(device)
     child, fds = generation.ranks[rank], generation.infos[rank]["fds"]
     restored = []
-    for (owner, segment), remote_fd in fds.items():
+    for (owner, segment), (remote_fd, nbytes) in fds.items():
         if owner == device and segment in cluster.segments_of(generation):
-            _give_back(cluster, generation.number, device, segment, _fetch(child.pidfd, remote_fd))
+            _give_back(cluster, generation.number, device, segment, _fetch(child.pidfd, remote_fd), nbytes)
             restored.append(segment)
     return restored
 
 
-def _give_back(cluster: Cluster, generation: int, device: int, segment: str, fd: int) -> None:
+def _give_back(cluster: Cluster, generation: int, device: int, segment: str, fd: int, nbytes: int) -> None:
     try:
-        nbytes = os.fstat(fd).st_size
         cluster.client(device).adopt_handle(generation, segment, fd, nbytes, sealed=segment.startswith("weights-"))
     finally:
         os.close(fd)

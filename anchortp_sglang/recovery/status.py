@@ -1,5 +1,6 @@
 """The coordinator's state as the JSON of ``GET /anchortp/status``."""
 
+from dataclasses import asdict
 from typing import Any
 
 from anchortp_sglang.planning.layout import shard_layout
@@ -15,6 +16,8 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "generation": generation.number if generation is not None else 0,
         "tp_size": ownership.tp_size,
         "devices": [_device(coordinator, device) for device in coordinator.configured.devices],
+        "kv": None if coordinator.kv_books is None else coordinator.kv_books.to_json(),
+        "kv_capacity": asdict(coordinator.cluster.kv_capacity(ownership)),
         "recoveries": coordinator.recoveries.to_json(),
     }
 
@@ -55,5 +58,5 @@ def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
         "rank": rank,
         "rank_pid": generation.ranks[rank].pid,
         "weight_bytes": shard_layout(plan.model, ownership, rank).total_bytes,
-        "kv_bytes": plan.kv.nbytes(plan.model, ownership.units("kv_head", rank)),
+        "kv_bytes": plan.kv_layout(ownership, rank).total_bytes,
     }

@@ -21,6 +21,12 @@ class GenerationStart(BaseReq, kw_only=True):
     generation: int
 
 
+class CaptureGraphs(BaseReq, kw_only=True):
+    """main -> all ranks: capture decode graphs for these batch sizes (GPUs only)."""
+
+    batch_sizes: list[int]
+
+
 class Fence(BaseReq, kw_only=True):
     """main -> detokenizer -> TokenizerManager: nothing of an older generation comes after this."""
 
@@ -51,7 +57,7 @@ CONTEXT_TOKENS = 5
 
 def register() -> None:
     """Make the types known to SGLang's msgpack codec, in every process that sends or receives them."""
-    hook_custom_types(Resume, GenerationStart, Fence, Reseed)
+    hook_custom_types(Resume, GenerationStart, CaptureGraphs, Fence, Reseed)
 
 
 def resume_of(request: Any, delivered: list[int], cached_tokens: int) -> Resume:

@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 64
 _FORK_TIMEOUT_S = 20.0
+_SPARE_AFTER_S = 0.1
+"""A child that has not been told what to be by then is a spare, and has time to prepare itself."""
+_SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
+_CUDA_ERROR_NOT_INITIALIZED = 3
+_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
+"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
 
 
 class ZygoteError(RuntimeError):
@@ -61,8 +67,9 @@ class Child:
 class Zygote:
     """Main's end. ``fork`` may be called from any thread."""
 
-    def __init__(self, pid: int, control: socket.socket) -> None:
+    def __init__(self, pid: int, control: socket.socket, timeout_s: float = _FORK_TIMEOUT_S) -> None:
         self.pid = pid
+        self._timeout_s = timeout_s
         self.pidfd = os.pidfd_open(pid)
         self._control = control
         self._lock = threading.Lock()
@@ -72,7 +79,7 @@ class Zygote:
         ours, theirs = Pipe()
         try:
             with self._lock:
-                self._control.settimeout(_FORK_TIMEOUT_S)
+                self._control.settimeout(self._timeout_s)
                 socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
                 answer, fds, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
         except OSError as error:
@@ -97,9 +104,26 @@ def unfit_to_fork() -> str | None:
     if threads != 1:
         return f"it has {threads} threads"
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
         return "CUDA is initialised"
-    return None
+    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
+    return f"it has {opened.pop()} open" if opened else None
+
+
+def _driver_is_initialised() -> bool:
+    """Whether anything in this process has called cuInit: the driver does not survive a fork then."""
+    with open("/proc/self/maps") as maps:
+        if "/libcuda.so" not in maps.read():
+            return False
+    context = ctypes.c_void_p()
+    return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""  # of listing the folder itself
 
 
 def fork_zygote() -> Zygote:
@@ -112,7 +136,7 @@ def fork_zygote() -> Zygote:
     if pid == 0:
         try:
             ours.close()
-            die_with_parent(parent)
+            die_with_parent(parent)  # not by the end of its socket, as a zygote forked later has main's end of it too
             serve(theirs)
         except BaseException:
             traceback.print_exc()
@@ -128,12 +152,13 @@ def spawn_zygote() -> Zygote:
     command = [sys.executable, "-m", "anchortp_sglang.zygote_main", str(theirs.fileno())]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
     theirs.close()
-    return Zygote(process.pid, ours)
+    return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S)
 
 
 def serve(control: socket.socket) -> None:
     """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes."""
-    _set_title("anchortp::zygote")
+    _set_title("anchortp::reserve")  # until it is needed
+    forked = False
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,8 +172,12 @@ def serve(control: socket.socket) -> None:
         if wake_read in ready:
             os.read(wake_read, 4096)
             _reap()
-        if control.fileno() in ready and not _fork_one(control, (wake_read, wake_write)):
-            return
+        if control.fileno() in ready:
+            if not forked:
+                _set_title("anchortp::zygote")
+            forked = True
+            if not _fork_one(control, (wake_read, wake_write)):
+                return
 
 
 def _fork_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
@@ -180,6 +209,8 @@ def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) 
         for fd in close:
             os.close(fd)
         pipe = Connection(pipe_fd)
+        if not pipe.poll(_SPARE_AFTER_S):
+            _warm_up()
         target, argument = pipe.recv()
         target(argument, pipe)
     except EOFError:
@@ -189,6 +220,17 @@ def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) 
         sys.stderr.flush()
     finally:
         os._exit(1)  # no atexit, no collective teardown with dead peers
+
+
+def _warm_up() -> None:
+    """Where torch is there; whatever goes wrong, a rank can do without."""
+    if "torch" in sys.modules:
+        try:
+            from anchortp_sglang.recovery.warmup import warm_up
+
+            warm_up()
+        except Exception:
+            log.exception("anchortp: a spare child was not warmed up")
 
 
 def _reap() -> None:

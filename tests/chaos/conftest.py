@@ -24,9 +24,9 @@ def launch(checkpoint, tmp_path_factory):
     """launch(tp_size, *more_arguments): a context with a started Server; ``server.place`` is its Place."""
 
     @contextlib.contextmanager
-    def launch(tp_size, *arguments, model=checkpoint):
+    def launch(tp_size, *arguments, model=checkpoint, env=None):
         place = Place(tmp_path_factory.mktemp("server") / "log")
-        server = Server(model, tp_size, *ARGUMENTS, *arguments, log=place.log, env=place.env)
+        server = Server(model, tp_size, *ARGUMENTS, *arguments, log=place.log, env=place.env | (env or {}))
         server.place = place
         try:
             with server:

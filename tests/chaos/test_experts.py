@@ -1,5 +1,7 @@
 """A model with experts loses a rank, then a device: experts, or columns of them, move by the plan; no token is lost."""
 
+import json
+
 import pytest
 from faults import kill_rank, lose_device, recovered
 from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request
@@ -7,6 +9,9 @@ from histories import Unbroken, assert_exactly_once, assert_identical, outcomes,
 from anchortp_sglang.bench.streams import Streams
 from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
 
+HOT = json.dumps(
+    {"logical_count": [[50 if expert % 4 == layer % 4 else 1 for expert in range(16)] for layer in range(6)]}
+)
 REQUESTS = [request(prompt(3000 + seed, 40), 100) for seed in range(6)]
 
 
@@ -16,7 +21,13 @@ def experts_checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param((), id="columns"), pytest.param(("--ep-size", "3"), id="whole experts")]
+    "flags",
+    [
+        pytest.param((), id="columns"),
+        pytest.param(("--ep-size", "3"), id="whole experts"),
+        pytest.param(("--ep-size", "3", "--anchor-rotate-heads"), id="whole experts and heads that rotate"),
+        pytest.param(("--ep-size", "3", "--init-expert-location", HOT), id="hot experts apart"),
+    ],
 )
 def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, experts_checkpoint, flags):
     with launch(3, *flags, model=experts_checkpoint) as server:

@@ -11,13 +11,16 @@ from pathlib import Path
 ENGINE_FLAGS = {"dtype": "float32", "max_total_tokens": 4096, "random_seed": 1}
 
 
-def stock_generate(model, prompts, max_new_tokens):
+def stock_generate(model, prompts, max_new_tokens, latents):
     """Stock SGLang's Engine at TP=1, with none of our hooks. Its processes are forked, not spawned: they
-    run the same code, without importing it again."""
+    run the same code, without importing it again. ``latents``: tell it how to attend over them on a CPU."""
     from sglang.srt.entrypoints.engine import Engine
 
+    from anchortp_sglang.cpu import latent_attention
     from anchortp_sglang.cpu.environment import cpu_defaults
 
+    if latents:
+        latent_attention.register()
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *args, **kwargs: None
     flags = cpu_defaults({}, os.environ, 1, [0]).flags
@@ -31,7 +34,7 @@ def anchored_generate(model, prompts, max_new_tokens, **arguments):
     """Ours."""
     from anchortp_sglang import Engine
 
-    engine = Engine(model_path=model, **ENGINE_FLAGS, **arguments)
+    engine = Engine(model_path=model, **(ENGINE_FLAGS | arguments))
     answers = _generate(engine, prompts, max_new_tokens)
     engine.shutdown()
     return answers
@@ -60,8 +63,19 @@ def launch(argv):
 
 
 def launch_with_a_wrong_rule(argv, family, rule, change):
-    """The same, after a mistake in a family's table: ``change`` is made to its rule named ``rule``, or None
-    to leave the rule out."""
+    """The same, after a mistake in a family's table, see ``_make_a_mistake``."""
+    _make_a_mistake(family, rule, change)
+    launch(argv)
+
+
+def anchored_generate_with_a_wrong_rule(family, rule, change, **arguments):
+    """Ours, after a mistake in a family's table."""
+    _make_a_mistake(family, rule, change)
+    return anchored_generate(**arguments)
+
+
+def _make_a_mistake(family, rule, change):
+    """``change`` is made to the family's rule named ``rule``, or None to leave the rule out."""
     from anchortp_sglang.planning import model_axes
 
     table = model_axes.FAMILIES[family]
@@ -69,7 +83,6 @@ def launch_with_a_wrong_rule(argv, family, rule, change):
     rules = getattr(table, part)
     changed = [one if one.name != rule else change and replace(one, **_tuples(change)) for one in rules]
     model_axes.FAMILIES[family] = replace(table, **{part: tuple(filter(None, changed))})
-    launch(argv)
 
 
 def launch_with_a_hook(argv, target):
@@ -200,3 +213,41 @@ def audited_generate(model, path, waves, max_new_tokens, **arguments):
         cached += sum(answer["meta_info"]["cached_tokens"] for answer in answers)
     engine.shutdown()
     return cached
+
+
+def load_beside_stock(argv):
+    """The launcher for a model that SGLang builds but cannot serve here. On its one rank stock's own loader fills a
+    second model, and the start ends with how many parameters of ours are equal, or which are not."""
+    from sglang.srt.model_loader.weight_utils import safetensors_weights_iterator
+
+    from anchortp_sglang import early, refusals, startup
+    from anchortp_sglang.elastic import weights
+
+    for module in (early, startup):
+        module.refuse_layout_only = lambda model: None
+    refusals._check_device = lambda view: []
+    bind, build = weights.bind, weights._initialize_model
+    stock = []
+
+    def build_two(*arguments):
+        stock.append(build(*arguments))
+        return build(*arguments)
+
+    def compare(model, attachment):
+        bind(model, attachment)
+        weights._filler.wait()
+        files = sorted(attachment.assignment.checkpoint.glob("*.safetensors"))
+        stock[0].load_weights(safetensors_weights_iterator([str(file) for file in files]))
+        ours, theirs = (dict(one.named_parameters()) for one in (model, stock[0]))
+        differ = [name for name in theirs if not _same_bytes(ours[name], theirs[name])]
+        raise RuntimeError(f"{len(theirs) - len(differ)} parameters are equal, {len(differ)} differ: {differ[:4]}")
+
+    weights.bind, weights._initialize_model = compare, build_two
+    launch(argv)
+
+
+def _same_bytes(one, other):
+    import torch
+
+    one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)

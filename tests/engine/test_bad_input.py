@@ -112,7 +112,6 @@ def launched(argv):
         (["--enable-lora"], ["--enable-lora", "merge the adapter"]),
         (["--quantization", "fp8"], ["--quantization fp8", "unquantized"]),
         (["--use-ray"], ["--use-ray"]),
-        (["--page-size", "16"], ["--page-size 16", "use --page-size 1"]),
         (["--kv-cache-dtype", "fp8_e5m2"], ["--kv-cache-dtype fp8_e5m2", "auto"]),
         (["--attention-backend", "triton"], ["--attention-backend triton", "torch_native"]),
         (["--host", "nowhere.invalid"], ["--host nowhere.invalid"]),

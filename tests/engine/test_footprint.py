@@ -7,6 +7,7 @@ from pathlib import Path
 import footprint
 import pytest
 
+from anchortp_sglang.bench.memory import total_bytes
 from anchortp_sglang.bench.server import Server
 from anchortp_sglang.cpu.environment import cpu_defaults
 from anchortp_sglang.platform import as_arguments
@@ -23,7 +24,7 @@ def measure(server, run_base=None):
         server.post("/generate", {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 1}})
         seconds = time.monotonic() - began
         server.post("/generate", {"input_ids": list(range(200)), "sampling_params": {"max_new_tokens": 32}})
-        return seconds, footprint.total_bytes(footprint.server_pids(server.pid, run_base))
+        return seconds, total_bytes(footprint.server_pids(server.pid, run_base))
 
 
 @pytest.mark.timeout(300)

@@ -15,6 +15,7 @@ from anchortp_sglang.anchor.client import AnchorClient
 from anchortp_sglang.anchor.files import AnchorFiles
 from anchortp_sglang.anchor.launch import AnchorProcess, prepare_run_dir, start_anchor
 from anchortp_sglang.anchor.pids import wait_readable
+from anchortp_sglang.memory.gpu import GpuShare
 
 IDENTITY = "model:tp2"
 TIMEOUT_S = 5.0
@@ -23,8 +24,9 @@ TIMEOUT_S = 5.0
 class AnchorRig:
     """Starts anchors in a run directory of its own; leaving the context kills what it started."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, gpu: GpuShare | None = None) -> None:
         self.run = prepare_run_dir(base, "run")
+        self.gpu = gpu
         self._anchors: list[AnchorProcess] = []
         self._controllers: list[subprocess.Popen[bytes]] = []
 
@@ -46,7 +48,8 @@ class AnchorRig:
         self, device: int = 0, linger_s: float = 0.0, controller_pid: int | None = None, generation: int = 0
     ) -> AnchorProcess:
         pid = os.getpid() if controller_pid is None else controller_pid
-        anchor = start_anchor(self.run.path, self.run.run_id, device, IDENTITY, pid, linger_s, TIMEOUT_S, generation)
+        identity = (self.run.path, self.run.run_id, device, IDENTITY)
+        anchor = start_anchor(*identity, pid, linger_s, TIMEOUT_S, generation, self.gpu)
         self._anchors.append(anchor)
         return anchor
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from anchortp_sglang.planning.layout import Move, ShardLayout, source_shape
+from anchortp_sglang.planning.layout import Move, ShardLayout, shard_layout, source_shape
 from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
+from anchortp_sglang.planning.ownership import Ownership
 
 SHAPES = ((12, 4), (6, 2), (8, 8), (32, 8))
 FAMILIES = (
@@ -14,6 +15,7 @@ FAMILIES = (
     "Qwen3ForCausalLM",
     "Glm4ForCausalLM",
     "Phi3ForCausalLM",
+    "Olmo2ForCausalLM",
     "MixtralForCausalLM",
     "Qwen3MoeForCausalLM",
 )
@@ -53,6 +55,16 @@ def model(
 
 def source_names(axes: ModelAxes) -> list[str]:
     return [block.source for param in axes.params for block in param.blocks]
+
+
+def source_shapes(axes: ModelAxes) -> dict[str, tuple[int, ...]]:
+    return {name: source_shape(axes, name) for name in source_names(axes)}
+
+
+def held_elements(axes: ModelAxes, ownership: Ownership, rank: int) -> set[tuple[str, int]]:
+    """What a rank has of each checkpoint tensor, element by element along the dimension that is split."""
+    pieces = shard_layout(axes, ownership, rank).pieces
+    return {(one.source, one.source_start + i) for one in pieces for i in range(one.length)}
 
 
 def checkpoint(axes: ModelAxes) -> Tensors:

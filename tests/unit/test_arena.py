@@ -164,7 +164,7 @@ class TestMemfdArena:
         os.pwrite(fd, b"kept", 0)
         giver = os.dup(fd)
         memory = MemfdArena()
-        memory.adopt("kv", giver)
+        memory.adopt("kv", giver, NBYTES)
         os.close(giver)
         again = memory.open("kv")
         assert os.pread(again, 4, 0) == b"kept"
@@ -173,10 +173,10 @@ class TestMemfdArena:
 
     def test_the_same_segment_may_be_given_twice_but_not_another(self, fd: int) -> None:
         memory = MemfdArena()
-        memory.adopt("kv", fd)
-        memory.adopt("kv", fd)
+        memory.adopt("kv", fd, NBYTES)
+        memory.adopt("kv", fd, NBYTES)
         other = arena.create_memfd("other", NBYTES)
         with pytest.raises(BadHandle, match="another segment"):
-            memory.adopt("kv", other)
+            memory.adopt("kv", other, NBYTES)
         os.close(other)
         memory.close_all()

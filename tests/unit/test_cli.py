@@ -26,7 +26,13 @@ STATUS = {
     "state": "degraded",
     "generation": 3,
     "tp_size": 3,
+    "kv_capacity": {"slots": 900, "rotating": True, "device_bytes": 3 << 20, "slots_alike": 600, "slots_rotating": 900},
     "devices": [{"id": 0} | HELD, {"id": 1} | LOST],
+    "kv": {
+        "slots": 8192,
+        "used": 4000,
+        "mirror": {"rows": 8193, "mirrored": 3990, "lag_slots": 10, "coverage": 0.9975, "bytes": 3 << 20},
+    },
     "recoveries": [
         {
             "generation": 2,
@@ -50,6 +56,7 @@ STATUS = {
             "reload_bytes": 2048,
             "p2p_bytes": 0,
             "copied_bytes": 0,
+            "kv": {"slots_kept": 3990, "slots_restored": 3990, "slots_dropped": 10},
             "requests_replayed": 8,
             "tokens_reused": 4000,
             "tokens_recomputed": 120,
@@ -95,11 +102,15 @@ def test_status_shows_devices_and_recoveries(server):
     for told in (
         "degraded",
         "generation 3",
+        "KV 900 slots, heads rotate over the layers; in the 3.0 MiB of the fullest device 600 if they did not",
         "lost",
         "1.5 MiB",
         "1.10 s",
         "2.0 KiB read",
         "4000/120",
+        "3990 kept, 3990 restored, 10 dropped",
+        "4000 of 8192 slots used",
+        "3990 slots (99.8% of what is used), 10 behind, 3.0 MiB",
         "fenced 0.10",
     ):
         assert told in done.output

@@ -137,7 +137,7 @@ def test_a_fresh_manifest_shows_no_drift(toy, tmp_path):
 
 def test_text_survives_the_manifest(toy, tmp_path):
     hook = Hook("toy.work.double", "around", around_double, 'says "no", \\ and\nmore – ü')
-    (entry,) = manifest._read(write_manifest([hook], tmp_path / "m.toml"))
+    (entry,), _ = manifest._read(write_manifest([hook], tmp_path / "m.toml"))
     assert entry.why == hook.why
     assert entry.function == f"{__name__}.around_double"
 
@@ -178,3 +178,16 @@ def test_a_wheel_carries_its_manifest(tmp_path, monkeypatch):
     assert manifest.manifest_path() == tmp_path / "patches" / "sglang-0.5.23.toml"
     packaged.write_text("")
     assert manifest.manifest_path() == packaged
+
+
+def test_files_that_are_as_they_were_are_not_parsed(toy, tmp_path, monkeypatch):
+    hooks = [Hook("toy.work.double", "around", around_double, "why")]
+    path = write_manifest(hooks, tmp_path / "m.toml")
+    assert '"toy/work.py" = ' in path.read_text()
+    parsed = []
+    monkeypatch.setattr(manifest, "fingerprint", lambda symbol: parsed.append(symbol) or fingerprint(symbol))
+    assert compare(hooks, path) == [] and parsed == []
+    toy.write_text(TOY + "# a comment more\n")
+    assert compare(hooks, path) == [] and parsed == ["toy.work.double"], "another file with the same symbol is parsed"
+    toy.write_text(TOY.replace("2 * value", "3 * value"))
+    assert "has changed" in str(compare(hooks, path)[0])

@@ -44,11 +44,15 @@ def test_every_flag_reaches_its_field():
     line = (
         "--anchor-widths 1,1 --anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-allow-injection"
-        " --anchor-allow-drift --anchor-kv-mirror off --anchor-no-spare-ranks"
+        " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
+        " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
+        " --anchor-no-spare-ranks --anchor-experimental-cuda --anchor-share-gpus"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
-    assert dataclasses.astuple(options) == ((1, 1), 2, 3.0, "/run/a", 4.0, 5.0, True, True, "off", False)
+    expected = ((1, 1), False, 2, 3.0, "/run/a", 4.0, 5.0, True, True, 6.0, "host", 1.5, 2.0, False, True, True)
+    assert dataclasses.astuple(options) == expected
+    assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads
 
 
 def test_the_last_of_two_flags_wins_as_in_argparse():
@@ -71,10 +75,12 @@ def test_the_last_of_two_flags_wins_as_in_argparse():
         ("--anchor-recovery-deadline inf", "above 0; got inf"),
         ("--anchor-widths 2,0,1", "whole numbers above 0"),
         ("--anchor-widths 2,1.5", "takes N,N,...; got '2,1.5'"),
+        ("--anchor-rotate-heads --anchor-widths 2,1,1", "exclude each other"),
         ("--anchor-min-devices 0", "at least 1; got 0"),
         ("--anchor-allow-drift=yes", "is a switch and takes no value"),
-        ("--anchor-kv-mirror host", "not there yet"),
-        ("--anchor-kv-mirror disk", "takes 'off'"),
+        ("--anchor-kv-mirror disk", "takes off or host; got 'disk'"),
+        ("--anchor-kv-mirror-gib 0", "above 0; got 0"),
+        ("--anchor-kv-mirror-gbps inf", "above 0; got inf"),
         ("--anchor-run-dir /" + "x" * 100, "too long for the Unix sockets"),
     ],
 )

@@ -98,26 +98,6 @@ def test_an_invalidated_slot_takes_its_descendants_with_it_until_it_holds_the_sa
     assert described(table) == [([1, 2, 3, 4], [1, 2, 3, 4], 0)]
 
 
-def test_dropped_entries_do_not_come_back() -> None:
-    table, _ = new_table()
-    table.commit_run([1, 2, 3], [1, 2, 3], 0)
-    table.invalidate([2])
-    table.drop_unverified()
-    table.commit_run([2], [2], 1)
-    assert described(table) == [([1, 2], [1, 2], 0)]
-
-
-def test_the_digest_tells_verified_content_and_nothing_else() -> None:
-    table, buffer = new_table()
-    table.commit_run([1, 2, 3], [1, 2, 3], 0)
-    before = table.digest()
-    assert attached(buffer).digest() == before
-    table._token[40], table._hash[40] = 7, 12345
-    assert table.digest() == before
-    table.commit_step([4], [4], [3])
-    assert table.digest() != before
-
-
 def test_a_step_committed_token_by_token_is_the_same() -> None:
     in_arrays, _ = new_table()
     in_integers, _ = new_table()
@@ -132,7 +112,7 @@ def test_a_step_committed_token_by_token_is_the_same() -> None:
     assert in_integers._hash.tolist() == in_arrays._hash.tolist()
 
 
-@pytest.mark.parametrize(("slot", "parent"), [(SLOTS, 0), (-1, 0), (1, SLOTS), (1, -1)])
+@pytest.mark.parametrize(("slot", "parent"), [(SLOTS, 0), (-1, 0), (1, SLOTS), (1, -1000)])
 def test_ids_out_of_range_are_refused_and_nothing_is_written(slot: int, parent: int) -> None:
     table, buffer = new_table()
     before = bytes(buffer)
@@ -215,16 +195,16 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, n_stores: int) -> None:
     monkeypatch.setattr(page_table, "_apply", lambda stores: carry_out(stores[:n_stores]))
 
 
-@pytest.mark.parametrize("n_stores", range(1, 9))
+@pytest.mark.parametrize("n_stores", range(1, 10))
 def test_a_kill_while_a_table_is_made_anew_leaves_none_or_an_empty_one(
     n_stores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table, buffer = new_table()
     table.commit_run([1, 2, 3], [1, 2, 3], 0)
-    assert len(table._create_stores()) == 8
+    assert len(table._create_stores()) == 9
     stop_after(monkeypatch, n_stores)
     PageTable.create(buffer, SLOTS, NAMESPACE)
-    if n_stores == 8:
+    if n_stores == 9:
         assert described(attached(buffer)) == []
     else:
         with pytest.raises(PageTableMismatch):

@@ -13,6 +13,8 @@ from anchortp_sglang.bench.parity import (
     PROMPT_LENGTHS,
     Answer,
     BadAnswer,
+    answers_as_json,
+    answers_from_json,
     as_json,
     compare,
     compare_all,
@@ -259,3 +261,11 @@ def test_a_model_that_cannot_be_read_is_told(tmp_path, config):
     done = invoke("--model", str(tmp_path), "--tp", "2")
     assert done.exit_code == 2
     assert "config.json" in done.output
+
+
+def test_kept_answers_come_back_as_they_were() -> None:
+    answers = [Answer((None, -0.5), (7, 9), (-1.25, None)), Answer((), (3,), (-2.0,))]
+    text = json.dumps(answers_as_json(answers))
+    assert answers_from_json(json.loads(text)) == answers
+    with pytest.raises(BadAnswer, match="2 tokens came with 1 logprobs"):
+        answers_from_json({"answers": [{"prompt_logprobs": [], "tokens": [1, 2], "logprobs": [-1.0]}]})

@@ -26,6 +26,8 @@ KEYS = [
     "sharded_bytes",
     "devices",
     "timeline",
+    "kv_tokens",
+    "kv_tokens_alike",
     "predicted_tfs_s",
     "restart_tfs_s",
 ]
@@ -77,6 +79,17 @@ def test_the_json_has_the_documented_keys_and_adds_up(family):
     assert [device["id"] for device in found["devices"]] == [0, 1, 2, 4, 5, 6, 7]
     assert {entry["layer"] for entry in found["timeline"]} == {None, *range(80)}
     assert_adds_up(found)
+
+
+def test_the_kv_capacity_that_rotating_heads_gain_is_told():
+    """8 KV heads on 7 devices: at most 8/7 in a layer on average, or 2 in every layer."""
+    found = answer("--lose", 3)
+    room = int(0.88 * 80e9)
+    per_head = 2 * 128 * 2 * 80
+    assert found["kv_tokens"] == pytest.approx((room - 20.18e9) / (8 / 7 * per_head), rel=0.01)
+    assert found["kv_tokens_alike"] == pytest.approx((room - 22.56e9) / (2 * per_head), rel=0.01)
+    told = run("--lose", 3).output
+    assert f"{found['kv_tokens_alike']:,} if heads and experts did not rotate" in " ".join(told.split())
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)

@@ -1,12 +1,16 @@
+import re
+
 import pytest
 from planning_cases import FAMILIES, config, model, source_names
 
 from anchortp_sglang.planning.layout import source_shape
 from anchortp_sglang.planning.model_axes import (
+    ModelAxes,
     UnsupportedModel,
     equal_vocab_cut,
     padded_vocab_rows,
     read_model_axes,
+    refuse_layout_only,
 )
 
 
@@ -121,7 +125,7 @@ def test_dtype_is_read_as_sglang_reads_it(
     [
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not supported.*LlamaForCausalLM"),
         ({"architectures": None}, "none named"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "unquantized"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes.*unquantized"),
         ({"use_sliding_window": True}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"dual_chunk_attention_config": {"chunk_size": 1}}, "dual chunk"),
@@ -137,6 +141,57 @@ def test_dtype_is_read_as_sglang_reads_it(
 def test_what_cannot_be_served_is_refused_with_the_reason(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         read_model_axes(config() | changes)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_layers_with_a_window_are_accepted_where_their_kv_is_kept_like_the_others(architecture: str) -> None:
+    assert model(architecture=architecture, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(UnsupportedModel, match=r"chunked_attention.*full_attention, sliding_attention"):
+        model(architecture=architecture, layer_types=["chunked_attention"])
+
+
+def test_a_family_that_sglang_cannot_serve_here_has_rules_but_is_refused_with_the_reason() -> None:
+    axes = model(architecture="GptOssForCausalLM")
+    with pytest.raises(UnsupportedModel, match=r"GptOssForCausalLM cannot be served: .* AMX"):
+        refuse_layout_only(axes)
+    refuse_layout_only(model())
+
+
+def latent(**changes: object) -> ModelAxes:
+    sizes = {"qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3, "kv_lora_rank": 5, "q_lora_rank": 7}
+    experts = {"n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1}
+    return model(architecture="DeepseekV3ForCausalLM", **(sizes | experts | changes))
+
+
+def test_latents_are_one_kv_head_that_all_query_heads_share() -> None:
+    axes = latent()
+    assert (axes.num_kv_heads, axes.kv_row, axes.head_dim) == (1, 5 + 2, 4 + 2)
+    assert axes.axes == {
+        "q_head": 12,
+        "kv_head": 1,
+        "mlp": 65,
+        "shared_expert": 80,
+        "expert_column": 40,
+        "vocab": 192,
+    }
+
+
+def test_only_layers_behind_the_first_dense_ones_have_experts() -> None:
+    experts = {param.layer for param in latent(num_hidden_layers=3).params if ".experts." in param.name}
+    assert experts == {1, 2}
+
+
+def test_the_bias_by_which_experts_are_chosen_stays_in_float32() -> None:
+    dtypes = {param.name: param.dtype for param in latent(dtype="bfloat16").params}
+    assert dtypes["model.layers.1.mlp.gate.e_score_correction_bias"] == "float32"
+    assert dtypes["model.layers.1.mlp.gate.weight"] == "bfloat16"
+
+
+def test_layers_for_several_tokens_at_once_are_left_out() -> None:
+    patterns = [re.compile(pattern) for pattern in latent(num_nextn_predict_layers=1).unused_sources]
+    assert any(pattern.search("model.layers.2.eh_proj.weight") for pattern in patterns)
+    assert not any(pattern.search("model.layers.1.mlp.gate.weight") for pattern in patterns)
+    assert not any(re.search(pattern, "model.layers.2.eh_proj.weight") for pattern in latent().unused_sources)
 
 
 def test_sliding_window_sizes_that_are_switched_off_are_accepted() -> None:

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planning_cases import FAMILIES, MOE_FAMILIES, SHAPES, Tensors, checkpoint, follow, materialize, model
+from planning_cases import (
+    FAMILIES,
+    MOE_FAMILIES,
+    SHAPES,
+    Tensors,
+    checkpoint,
+    follow,
+    held_elements,
+    materialize,
+    model,
+)
 
 from anchortp_sglang.planning.layout import Move, fill_moves, moved_bytes, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
@@ -71,12 +81,6 @@ def test_what_was_lost_is_reloaded_once_for_each_that_needs_it_and_nothing_else(
     if heads == (12, 4):
         assert {move.param for move in moves if move.kind == "p2p"} <= VOCAB_PARAMS
         assert len(reloaded) == len(set(reloaded))
-
-
-def held_elements(axes: ModelAxes, ownership: Ownership, rank: int) -> set[tuple[str, int]]:
-    """What a rank has of each checkpoint tensor, element by element along the dimension that is split."""
-    pieces = shard_layout(axes, ownership, rank).pieces
-    return {(one.source, one.source_start + i) for one in pieces for i in range(one.length)}
 
 
 def test_bytes_moved_are_the_whole_shard_less_its_padding() -> None:

@@ -18,7 +18,8 @@ def units(ownership: Ownership, axis: str) -> list[int]:
 
 
 def replaced(ownership: Ownership, axis: str, *ranks: tuple[tuple[int, int], ...]) -> Ownership:
-    return dataclasses.replace(ownership, shares=tuple((a, ranks if a == axis else r) for a, r in ownership.shares))
+    (shares,) = ownership.layouts
+    return dataclasses.replace(ownership, layouts=(tuple((a, ranks if a == axis else r) for a, r in shares),))
 
 
 @st.composite
@@ -196,7 +197,9 @@ def test_an_ownership_is_a_value_that_survives_json() -> None:
     assert "device 1: q_head 6-8  kv_head 2-2" in str(first)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"devices":[0],"shares":{}}', '{"devices":["x"],"shares":{}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"devices":[0],"layouts":[{}],"layers":[]}', '{"devices":["x"],"layouts":[],"layers":[]}']
+)
 def test_text_that_is_no_ownership_is_refused(text: str) -> None:
     with pytest.raises(InvalidOwnership):
         Ownership.from_json(text)

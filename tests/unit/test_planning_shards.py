@@ -16,8 +16,8 @@ from planning_cases import (
     materialize,
     mlp,
     model,
-    source_names,
 )
+from planning_cases import source_shapes as shapes
 
 from anchortp_sglang.planning.coverage import CoverageError, check_coverage, check_sources
 from anchortp_sglang.planning.layout import Placed, ShardLayout, shard_layout, source_shape
@@ -30,10 +30,6 @@ QWEN3 = model((12, 4))
 
 def layouts(axes: ModelAxes, ownership: Ownership) -> list[ShardLayout]:
     return [shard_layout(axes, ownership, rank) for rank in range(ownership.tp_size)]
-
-
-def shapes(axes: ModelAxes) -> dict[str, tuple[int, ...]]:
-    return {name: source_shape(axes, name) for name in source_names(axes)}
 
 
 def check(axes: ModelAxes, shards: list[ShardLayout], found: dict[str, tuple[int, ...]]) -> tuple[str, ...]:

@@ -67,6 +67,8 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
         ("--pp-size", {"pp_size": 2}),
         ("--nnodes", {"nnodes": 2}),
         ("--enable-eplb", {"enable_eplb": True}),
+        ("--ep-num-redundant-experts", {"ep_num_redundant_experts": 3}),
+        ("--ep-dispatch-algorithm", {"ep_dispatch_algorithm": "dynamic"}),
         ("--elastic-ep-backend", {"elastic_ep_backend": "mooncake"}),
         ("--attn-cp-size", {"attn_cp_size": 2}),
         ("--enable-torch-symm-mem", {"enable_torch_symm_mem": True}),
@@ -92,7 +94,6 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
         ("--delete-ckpt-after-loading", {"delete_ckpt_after_loading": True}),
         ("--enable-memory-saver", {"enable_memory_saver": True}),
         ("--cpu-offload-gb", {"cpu_offload_gb": 1}),
-        ("--page-size", {"page_size": 16}),
         ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
         ("--enable-lmcache", {"enable_lmcache": True}),
         ("--enable-session-radix-cache", {"enable_session_radix_cache": True}),
@@ -101,8 +102,8 @@ def test_every_refused_environment_variable_request_field_key_and_route_exists()
         ("--device", {"device": "cuda"}),
         ("--device", {"device": "xpu"}),
         ("--attention-backend", {"attention_backend": "intel_amx"}),
-        ("--kv-cache-dtype", {"kv_cache_dtype": "fp8_e5m2"}),
-        ("--kv-cache-dtype", {"kv_cache_dtype": "bfloat16", "dtype": "float32"}),
+        ("--kv-cache-dtype", {"kv_cache_dtype": "fp4_e2m1"}),
+        ("--kv-cache-dtype", {"kv_cache_dtype": "fp8_e4m3", "device": "cpu"}),
     ],
 )
 def test_an_unsupported_flag_is_refused_by_name_with_a_way_out(defaults, flag, changed):
@@ -125,11 +126,28 @@ def test_all_refusals_are_told_at_once_and_cuda_says_when(defaults):
     assert len(text.splitlines()) == 4
     assert "--dp-size 2:" in text
     assert "--enable-lora:" in text
-    assert "the CUDA arena comes with a later release; use --device cpu" in text
+    assert "has never run on one; use --device cpu, or try it with --anchor-experimental-cuda" in text
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])
+def test_cuda_may_be_tried_with_the_attention_backends_it_is_written_for(defaults, backend):
+    view = defaults | {"device": "cuda", "attention_backend": backend, "disable_overlap_schedule": True}
+    assert check_server_args(view, {}, experimental_cuda=True) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [({"attention_backend": "torch_native"}, "--attention-backend"), ({"disable_overlap_schedule": False}, "overlap")],
+)
+def test_cuda_is_not_tried_with_what_it_is_not_written_for(defaults, change, flag):
+    view = defaults | {"device": "cuda", "attention_backend": "triton", "disable_overlap_schedule": True} | change
+    (refusal,) = check_server_args(view, {}, experimental_cuda=True)
+    assert flag in refusal.flag
 
 
 def test_kv_of_the_models_own_dtype_may_be_named(defaults):
     assert asked(defaults, dtype="bfloat16", kv_cache_dtype="bf16") == []
+    assert asked(defaults, dtype="float32", kv_cache_dtype="bfloat16") == []
 
 
 def test_a_mapping_is_checked_like_a_record(defaults):

@@ -1,0 +1,60 @@
+"""Clients that arrive whether or not the server keeps up, each with a stream of its own."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from anchortp_sglang.bench.streams import History, follow
+
+
+class OpenLoop:
+    """Sends ``requests[number]`` at each arrival from entering the block until ``stop``; leaving it waits for all.
+
+    ``histories``: (number of the request, what its client saw), in the order of arrival.
+    """
+
+    def __init__(self, url: str, requests: Sequence[dict[str, Any]], arrivals: Iterator[tuple[float, int]]) -> None:
+        self._address = urlsplit(url).netloc
+        self._requests = requests
+        self._arrivals = arrivals
+        self._ended = threading.Event()
+        self._clients: list[threading.Thread] = []
+        self._dispatcher = threading.Thread(target=self._dispatch, daemon=True)
+        self.histories: list[tuple[int, History]] = []
+        self.began = 0.0
+
+    def __enter__(self) -> Self:
+        self.began = time.monotonic()
+        self._dispatcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if kind is None:
+            for client in self._clients:
+                client.join()
+
+    def stop(self) -> None:
+        """No more arrivals; open streams go on."""
+        self._ended.set()
+        self._dispatcher.join()
+
+    def first_token_after(self, moment: float) -> float | None:
+        """When (monotonic) a client first got a token after ``moment``."""
+        times = [at for _, history in list(self.histories) for at, _ in history.arrivals[-200:] if at > moment]
+        return min(times, default=None)
+
+    def _dispatch(self) -> None:
+        for at_s, number in self._arrivals:
+            if self._ended.wait(max(0.0, self.began + at_s - time.monotonic())):
+                return
+            history = History(self._requests[number])
+            client = threading.Thread(target=follow, args=(self._address, history), daemon=True)
+            self.histories.append((number, history))
+            self._clients.append(client)
+            client.start()

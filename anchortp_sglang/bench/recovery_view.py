@@ -1,0 +1,138 @@
+"""What ``anchortp bench recovery`` shows: a table, and throughput over time as a picture."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean, median
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from anchortp_sglang.plan_picture import Box, Label, Picture
+from anchortp_sglang.timeline_rows import ticks
+
+Told = Mapping[str, Any]
+_WIDTH, _PANEL, _LEFT, _RIGHT, _TOP = 960, 150, 60, 20, 50
+_COLOURS = {"ours": "#1a7f37", "stock": "#b54708"}
+_FAULT, _FAINT, _LINE = "#cf222e", "#626b76", "#dde1e6"
+
+
+def report_view(told: Told, details: Told, title: str) -> RenderableType:
+    """``told``: recovery_bench.summary; ``details``: recovery_bench.details."""
+    sides = [name for name in ("ours", "stock") if name in told]
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in sides:
+        table.add_column(name, justify="right")
+    if "ratios" in told:
+        table.add_column("", justify="right")
+    for label, values, ratio in _lines(told, details, sides):
+        table.add_row(label, *values, *([ratio] if "ratios" in told else []))
+    return Group(table, _verdict(told))
+
+
+def _lines(told: Told, details: Told, sides: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
+    def line(label: str, key: str, ratio: str = "") -> tuple[str, list[str], str]:
+        return label, [_list(told[name][key]) for name in sides], ratio
+
+    ratios = told.get("ratios") or {}
+    yield line("TFS: fault to first new token, median (all)", "tfs_s", _times(ratios.get("tfs")))
+    yield line("TTP: from there to full throughput, median (all)", "ttp_s", _times(ratios.get("ttp")))
+    for key, name in (("p50", "median"), ("p99", "p99"), ("max", "longest")):
+        yield f"pause of an open stream, {name}", [_seconds(told[side]["pause_s"][key]) for side in sides], ""
+    failed = [f"{told[side]['failed_requests']} of {_sum(details, side, 'requests')}" for side in sides]
+    yield "requests that failed", failed, ""
+    yield "tokens wrong (lost, doubled, changed)", [str(told[side]["wrong_tokens"]) for side in sides], ""
+    yield "tokens of failed requests never delivered", [str(_sum(details, side, "undelivered")) for side in sides], ""
+    before = ratios.get("throughput_before")
+    yield (
+        "tokens/s before the fault",
+        [_number(told[side]["throughput_before"]) for side in sides],
+        "" if before is None else f"{before:.2f}×",
+    )
+    yield "tokens/s after the recovery", [_number(told[side]["throughput_after"]) for side in sides], ""
+    for key, name in (("ttft_s", "time to first token"), ("itl_s", "time between tokens")):
+        yield f"{name}, before → after", [_before_after(details[side]["runs"], key) for side in sides], ""
+    yield "start to serving", [_seconds(details[side]["start_s"]) for side in sides], ""
+    yield "memory while serving", [decimal(details[side]["memory_bytes"]) for side in sides], ""
+
+
+def _verdict(told: Told) -> Text:
+    if "ours" not in told:
+        return Text("")
+    ours = told["ours"]
+    if ours["failed_requests"] == 0 and ours["wrong_tokens"] == 0:
+        return Text("ours: no request failed, every token is that of an unbroken run", "bold green")
+    return Text(f"ours: {ours['failed_requests']} requests failed, {ours['wrong_tokens']} tokens are wrong", "bold red")
+
+
+def picture(details: Told, title: str) -> Picture:
+    """Good throughput over time around the fault: a panel for each side on one scale, the mean over its faults."""
+    curves = {name: _mean_curve(details[name]["runs"]) for name in ("ours", "stock") if name in details}
+    start = min(at for curve in curves.values() for at in curve)
+    end = max(at for curve in curves.values() for at in curve) + 0.5
+    highest = max((rate for curve in curves.values() for rate in curve.values()), default=0.0) or 1.0
+    scale = (_WIDTH - _LEFT - _RIGHT) / (end - start)
+    boxes: list[Box] = []
+    labels = [Label(20, 20, title, bold=True)]
+    for row, (name, curve) in enumerate(curves.items()):
+        base = _TOP + row * (_PANEL + 50) + _PANEL
+        labels.append(Label(_LEFT, base - _PANEL - 8, _caption(name, details[name]["runs"]), colour=_FAINT))
+        for rate in ticks(highest, 5):
+            y = base - _PANEL * rate / highest
+            boxes.append(Box(_LEFT, y, _WIDTH - _LEFT - _RIGHT, 1, _LINE))
+            labels.append(Label(_LEFT - 6, y, f"{rate:g}", "end", _FAINT))
+        for at, rate in curve.items():
+            height = _PANEL * rate / highest
+            tip = f"{rate:.0f} tokens/s {at:g} s after the fault"
+            x, width = _LEFT + (at - start) * scale, max(1.0, 0.5 * scale - 0.5)
+            boxes.append(Box(x, base - height, width, height, _COLOURS[name], tip))
+        boxes.append(Box(_LEFT - start * scale - 1, base - _PANEL, 2, _PANEL, _FAULT))
+        for at in ticks(end, 12):
+            labels.append(Label(_LEFT + (at - start) * scale, base + 12, f"{at:g} s", "middle", _FAINT))
+    return Picture(_WIDTH, _TOP + len(curves) * (_PANEL + 50) - 10, title, tuple(boxes), tuple(labels))
+
+
+def _caption(name: str, runs: Sequence[Told]) -> str:
+    tfs = [run["tfs_s"] for run in runs if run["tfs_s"] is not None]
+    told = f"first token {median(tfs):.1f} s after the fault (red)" if tfs else "no token after the fault (red)"
+    return f"{name}: {told}; tokens per second of requests that ended well, mean of {len(runs)} faults"
+
+
+def _mean_curve(runs: Sequence[Told]) -> dict[float, float]:
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        for at, rate in run["goodput"]:
+            found.setdefault(at, []).append(rate)
+    # Only moments that most runs have: the rest would be noise of one.
+    return {at: mean(rates) for at, rates in sorted(found.items()) if 2 * len(rates) > len(runs)}
+
+
+def _list(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    every = f" ({', '.join('-' if v is None else f'{v:.2f}' for v in values)})" if len(values) > 1 else ""
+    return f"{median(known):.2f} s{every}"
+
+
+def _before_after(runs: Sequence[Told], key: str) -> str:
+    halves = [[run[key][half] for run in runs if run[key][half] is not None] for half in (0, 1)]
+    return " → ".join(f"{1000 * median(values):.0f} ms" if values else "-" for values in halves)
+
+
+def _sum(details: Told, side: str, key: str) -> int:
+    return sum(run[key] for run in details[side]["runs"])
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}× faster" if value >= 10 else f"{value:.1f}× faster"

@@ -1,0 +1,201 @@
+"""The two sides of a benchmark as real servers: ours, and stock SGLang with a supervisor that restarts it at once."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import psutil
+
+from anchortp_sglang.bench.memory import total_bytes
+from anchortp_sglang.bench.server import Server, ServerFailed
+from anchortp_sglang.cpu.environment import cpu_defaults
+from anchortp_sglang.platform import as_arguments
+from anchortp_sglang.recovery.machine import Cause
+
+SideName = Literal["ours", "stock"]
+_START_TIMEOUT_S = 900.0
+_STAND_IN = "from anchortp_sglang.cpu import sgl_kernel_stub\n\nsgl_kernel_stub.install()\n"
+
+
+class Side(Protocol):
+    """A server that can be started and broken."""
+
+    name: SideName
+    server: Server
+
+    def start(self) -> float:
+        """Seconds until it served."""
+        ...
+
+    def ready_for(self, fault: Cause) -> None:
+        """Serve at the full width again, as before any fault."""
+        ...
+
+    def break_(self, fault: Cause, device: int) -> float:
+        """Cause the fault; time.monotonic() just before it."""
+        ...
+
+    def comebacks(self) -> int:
+        """How often it has served again after a fault, since it was started or made ready."""
+        ...
+
+    def processes(self) -> list[psutil.Process]: ...
+
+    def stop(self) -> None: ...
+
+
+class Ours:
+    """This package's server."""
+
+    name: SideName = "ours"
+
+    def __init__(self, model: Path, tp_size: int, flags: Sequence[str], hang_timeout_s: float, folder: Path) -> None:
+        self._tp_size = tp_size
+        own = ("--anchor-allow-injection", "--anchor-hang-timeout", f"{hang_timeout_s:g}")
+        env = {"TMPDIR": str(folder), "XDG_RUNTIME_DIR": str(folder)}
+        self._make = lambda: Server(model, tp_size, *flags, *own, log=folder / "ours.log", env=env)
+        self.server: Server = self._make()
+
+    def start(self) -> float:
+        return self.server.start(_START_TIMEOUT_S)
+
+    def ready_for(self, fault: Cause) -> None:
+        if self.server.status()["tp_size"] < self._tp_size:  # a lost device does not come back
+            self.server.stop()
+            self.server = self._make()
+            self.start()
+        time.sleep(2.0)  # spare ranks are forked a second after a recovery
+
+    def break_(self, fault: Cause, device: int) -> float:
+        pid = self.server.status()["devices"][device]["rank_pid"]
+        now = time.monotonic()
+        if fault == "process":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            self.server.inject(device, fault)
+        return now
+
+    def comebacks(self) -> int:
+        stages = [{stage["name"] for stage in recovery["stages"]} for recovery in self.server.status()["recoveries"]]
+        return sum("replayed" in names for names in stages)
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's tree, and its anchors, which are none of its children."""
+        devices = self.server.status()["devices"]
+        anchors = [psutil.Process(d["anchor_pid"]) for d in devices if d["anchor_pid"] is not None]
+        return [*_tree(self.server.pid), *anchors]
+
+    def stop(self) -> None:
+        self.server.stop()
+
+
+class Stock:
+    """``sglang.launch_server`` as released, started again as soon as its main process has ended.
+
+    Faults end in the death of the main process (SGLang's own watchdog sees to it). A hung one is killed by the
+    supervisor after the same time that ours takes to call it hung; a lost device is granted back at once, as stock
+    could serve most models at no other width.
+    """
+
+    name: SideName = "stock"
+
+    def __init__(self, model: Path, tp_size: int, flags: Sequence[str], hang_timeout_s: float, folder: Path) -> None:
+        defaults = cpu_defaults({}, os.environ, tp_size, sorted(os.sched_getaffinity(0)))
+        (folder / "stand-in").mkdir(exist_ok=True)
+        # Every process that stock spawns needs the stand-in for sgl_kernel where the real one cannot load.
+        (folder / "stand-in" / "sitecustomize.py").write_text(_STAND_IN)
+        paths = [str(folder / "stand-in"), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        env = defaults.env | {"PYTHONPATH": ":".join(filter(None, paths)), "TMPDIR": str(folder)}
+        arguments = (*flags, *as_arguments({k: v for k, v in defaults.flags.items() if k != "device"}))
+        self.server: Server = Server(
+            model, tp_size, *arguments, log=folder / "stock.log", module="sglang.launch_server", env=env
+        )
+        self._tp_size = tp_size
+        self._hang_timeout_s = hang_timeout_s
+        self._stopping = threading.Event()
+        self._serving = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+        self._restarts = 0
+        self.failed: str | None = None
+
+    def start(self) -> float:
+        took_s = self.server.start(_START_TIMEOUT_S)
+        self._serving.set()
+        self._supervisor.start()
+        return took_s
+
+    def ready_for(self, fault: Cause) -> None:
+        if not self._serving.wait(_START_TIMEOUT_S):
+            raise ServerFailed(f"stock was not restarted: {self.failed}\n{self.server.tail()}")
+
+    def break_(self, fault: Cause, device: int) -> float:
+        rank = self._rank(device)
+        now = time.monotonic()
+        if fault != "hang":
+            rank.kill()
+        else:
+            rank.suspend()
+            threading.Timer(self._hang_timeout_s, self.server.kill).start()
+        return now
+
+    def comebacks(self) -> int:
+        if self.failed is not None:
+            raise ServerFailed(self.failed)
+        return self._restarts
+
+    def processes(self) -> list[psutil.Process]:
+        return _tree(self.server.pid)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.server.kill()
+        if self._supervisor.is_alive():
+            self._supervisor.join(_START_TIMEOUT_S)
+        self.server.kill()
+
+    def _supervise(self) -> None:
+        try:
+            while True:
+                left = _tree(self.server.pid)
+                self.server.wait(timeout_s=threading.TIMEOUT_MAX)
+                self._serving.clear()
+                for process in left:  # a stopped rank does not notice that its parent is gone
+                    _kill(process)
+                if self._stopping.is_set():
+                    return
+                self.server.start(_START_TIMEOUT_S)
+                self._restarts += 1
+                self._serving.set()
+        except ServerFailed as error:
+            self.failed = str(error)
+
+    def _rank(self, number: int) -> psutil.Process:
+        title = f"sglang::scheduler_TP{number}" if self._tp_size > 1 else "sglang::scheduler"
+        found = [process for process in _tree(self.server.pid) if title in " ".join(process.cmdline())]
+        if len(found) != 1:
+            raise ServerFailed(f"{len(found)} processes of stock are called {title}")
+        return found[0]
+
+
+def memory_bytes(side: Side) -> int:
+    """Memory of all processes of a side, shared pages counted once."""
+    return total_bytes([process.pid for process in side.processes()])
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        main = psutil.Process(pid)
+        return [main, *main.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()  # psutil refuses if the pid has been reused
+    except psutil.NoSuchProcess:
+        pass

@@ -1,0 +1,198 @@
+"""``anchortp bench recovery`` and ``anchortp bench overhead``: measured beside stock SGLang on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize
+from anchortp_sglang.plan_picture import PictureError, save
+
+app = typer.Typer(no_args_is_help=True, help="Measure recoveries, and what they cost when none is needed.")
+
+SizeOption = Annotated[ModelSize, typer.Option("--size", help="Random checkpoint to make, by its parameters.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+RecordOption = Annotated[
+    Path | None, typer.Option("--record", metavar="FILE", help="Write every single figure as JSON.")
+]
+SlotsOption = Annotated[int, typer.Option("--slots", min=1024, help="KV cache of either side, in tokens.")]
+
+
+class Sides(StrEnum):
+    BOTH = "both"
+    OURS = "ours"
+    STOCK = "stock"
+
+
+@app.command()
+def recovery(
+    size: SizeOption = ModelSize.TINY,
+    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of either side.")] = 4,
+    faults: Annotated[str, typer.Option("--faults", help="Any of process, device, hang.")] = "process,device,hang",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often each fault is made.")] = 1,
+    rate: Annotated[float, typer.Option("--rate", help="Clients per second (Poisson).")] = 2.0,
+    before_s: Annotated[float, typer.Option("--before", help="Seconds of load before a fault.")] = 20.0,
+    after_s: Annotated[float, typer.Option("--after", min=21.0, help="Seconds of load after a recovery.")] = 22.0,
+    hang_timeout_s: Annotated[float, typer.Option("--hang-timeout", help="When a rank counts as hung.")] = 4.0,
+    slots: SlotsOption = 16384,
+    sides: Annotated[Sides, typer.Option("--sides", help="Measure one side alone.")] = Sides.BOTH,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw throughput over time (.png, .svg).")
+    ] = None,
+    record: RecordOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Break our server and stock SGLang in the same way under the same load; the latter is restarted at once.
+
+    Exit code 1 if a request failed on our side or a token was not that of an unbroken run, 2 if a side did not start.
+    """
+    from anchortp_sglang.bench import recovery_bench, recovery_view
+    from anchortp_sglang.bench.load import Load
+
+    plan_of = {
+        "tp_size": tp_size,
+        "faults": _faults(faults),
+        "seeds": seeds,
+        "load": _checked(lambda: Load(rate, 48, VOCAB_SIZE)),
+        "flags": _flags(slots),
+        "sides": ("stock", "ours") if sides is Sides.BOTH else (sides.value,),
+        "before_s": before_s,
+        "after_s": after_s,
+        "hang_timeout_s": hang_timeout_s,
+    }
+    with _measuring(size) as (model, folder, say):
+        plan = recovery_bench.Plan(model=model, **plan_of)
+        results = recovery_bench.run(plan, folder, say)
+    told, every = recovery_bench.summary(results), recovery_bench.details(plan, results)
+    title = f"{size.value} model, TP={tp_size}, {len(plan.runs())} faults ({faults}), {rate:g} clients/s"
+    if record is not None:
+        record.write_text(json.dumps({"title": title, "report": told, "sides": every}, indent=1) + "\n")
+    if plot is not None:
+        _draw(recovery_view.picture(every, title), plot)
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        Console().print(recovery_view.report_view(told, every, title))
+        _say_degraded(recovery_bench.degraded_itl(plan, results["ours"]) if "ours" in results else None, tp_size)
+    ours = told.get("ours")
+    raise typer.Exit(1 if ours and (ours["failed_requests"] or ours["wrong_tokens"]) else 0)
+
+
+@app.command()
+def overhead(
+    size: SizeOption = ModelSize.TINY,
+    tp_size: Annotated[int, typer.Option("--tp", min=1, help="Ranks of either side.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each: stock, ours, ours, stock.")] = 8,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Streams at a time.")] = 8,
+    slots: SlotsOption = 16384,
+    record: RecordOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare throughput, first token and time between tokens with stock SGLang while nothing fails."""
+    from anchortp_sglang.bench import overhead as bench
+
+    with _measuring(size) as (model, folder, say):
+        measured = bench.run(model, tp_size, _flags(slots), rounds, clients, VOCAB_SIZE, folder, say)
+    found = bench.compare(measured)
+    if record is not None:
+        record.write_text(json.dumps([asdict(each) for each in measured], indent=1) + "\n")
+    if as_json:
+        return typer.echo(json.dumps({name: asdict(ratio) for name, ratio in found.items()}, indent=2))
+    table = Table(title=f"ours over stock: {size.value} model, TP={tp_size}, {clients} streams, {rounds} rounds")
+    for heading in ("", "ratio", "spread over rounds", "ours", "stock"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    names = {"throughput": "tokens/s", "ttft_s": "time to first token", "itl_s": "time between tokens"}
+    for name, ratio in found.items():
+        values = [_figure(name, [getattr(r, name) for r in measured if r.side == side]) for side in ("ours", "stock")]
+        table.add_row(names[name], f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", *values)
+    Console().print(table)
+
+
+def _figure(name: str, values: list[float]) -> str:
+    middle = sorted(values)[len(values) // 2]
+    return f"{middle:.1f}" if name == "throughput" else f"{1000 * middle:.2f} ms"
+
+
+def _faults(text: str) -> tuple[Any, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= {"process", "device", "hang"}:
+        _fail(f"--faults takes process, device and hang, separated by commas, not {text!r}")
+    return names
+
+
+def _checked(make: Any) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _flags(slots: int) -> tuple[str, ...]:
+    return "--device", "cpu", "--dtype", "float32", "--max-total-tokens", str(slots)
+
+
+def _say_degraded(found: tuple[float, float] | None, tp_size: int) -> None:
+    if found is not None:
+        slower, ideal = found
+        left = f"with {tp_size - 1} of {tp_size} devices"
+        typer.echo(f"{left} tokens are {slower:.2f} times as far apart; ideal {ideal:.2f}")
+
+
+def _draw(picture: Any, path: Path) -> None:
+    try:
+        save(picture, path)
+    except (PictureError, OSError) as error:
+        _fail(str(error))
+
+
+@contextmanager
+def _measuring(size: ModelSize) -> Iterator[tuple[Path, Path, Any]]:
+    """(checkpoint, folder for logs, say): what goes wrong in the block ends the command; logs are then kept."""
+    from anchortp_sglang.bench.model_sizes import make_model
+    from anchortp_sglang.bench.server import ServerFailed
+
+    folder = Path(tempfile.mkdtemp(prefix="anchortp-bench-"))
+    console, began = Console(stderr=True, highlight=False), time.monotonic()
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with console.status("") as status:
+
+            def say(text: str) -> None:
+                elapsed_s = time.monotonic() - began
+                status.update(f"{elapsed_s:6.0f} s  {text}")
+                if not console.is_terminal:
+                    console.print(f"{elapsed_s:6.0f} s  {text}", markup=False, soft_wrap=True)
+
+            say(f"writing a checkpoint of size {size.value}")
+            yield make_model(folder / "model", size), folder, say
+    except ServerFailed as error:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        _fail(f"{error}\nlogs: {folder}")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(text: str) -> NoReturn:
+    typer.echo(f"anchortp: {text}", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,1 @@
+"""What is different on GPUs: environment, moves, graphs, health. None of it has run on one yet: docs/cuda.md."""

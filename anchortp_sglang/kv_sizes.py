@@ -1,0 +1,82 @@
+"""How much KV a server holds, and how much of it the mirror: from flags, the model and the memory that is available.
+
+Pure: what is available is an argument. Bytes are of memory before anything of this server is allocated.
+"""
+
+from typing import Any
+
+from anchortp_sglang.elastic.attachment import MirrorPlan
+from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.kv_layout import KVPlan, fit_slots, kv_layout, mirror_moves
+from anchortp_sglang.planning.model_axes import ModelAxes
+from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.shards import shard_layout
+from anchortp_sglang.refusals import KV_DTYPE_BYTES
+
+_MOST_OF_MEMORY = 0.9
+"""What of the available memory weights, KV and mirror may take together, before the mirror is left out."""
+
+
+def plan_kv(
+    model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None, available_bytes: int
+) -> KVPlan:
+    """Slots of the first generation, and the most of any: what the operator says, else what memory allows.
+
+    On CPU all virtual devices share the host's memory: unless each is given a limit (``device_bytes``), fewer of them
+    hold just as many slots. ``view``: resolved ServerArgs. Raises ValueError if there is too little memory.
+    """
+    page_size = view.page_size or 1
+    weights = _weight_bytes(model, ownership)
+    dtype_bytes = KV_DTYPE_BYTES.get(view.kv_cache_dtype, model.dtype_bytes)
+    slot_bytes = _kv_bytes(model, ownership, KVPlan(1, 0, dtype_bytes))
+    free = int(available_bytes * (view.mem_fraction_static or 0.8)) - weights
+    slots = view.max_total_tokens or max(0, free) // slot_bytes
+    slots = slots // page_size * page_size
+    plan = fit_slots(model, KVPlan(slots, page_size, dtype_bytes), ownership, device_bytes)
+    if view.max_total_tokens and plan.slots < slots:
+        raise ValueError(
+            f"--anchor-device-gib has room for {plan.slots} of {slots} KV slots; raise it, or lower --max-total-tokens"
+        )
+    needed = weights + _kv_bytes(model, ownership, plan)
+    if slots < 1 or needed > available_bytes:
+        raise ValueError(
+            f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, "
+            f"{available_bytes >> 20} MiB are available; lower --max-total-tokens or use a smaller model"
+        )
+    return plan
+
+
+def plan_mirror(
+    model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available_bytes: int
+) -> tuple[MirrorPlan | None, str]:
+    """The KV mirror, and in a few words what was decided and why.
+
+    Raises ValueError for a mirror that was asked for and cannot be.
+    """
+    if options.kv_mirror == "off":
+        return None, "off, as --anchor-kv-mirror says"
+    if not any(mirror_moves(model, ownership, rank) for rank in range(1, ownership.tp_size)):
+        return None, "off, as every device holds all KV heads"
+    spare = int(_MOST_OF_MEMORY * available_bytes) - _weight_bytes(model, ownership) - _kv_bytes(model, ownership, kv)
+    row_bytes = kv.slot_bytes(model)
+    rows = kv.rows if options.kv_mirror_gib is None else min(kv.rows, int(options.kv_mirror_gib * 2**30) // row_bytes)
+    said = f"{rows * row_bytes / 2**30:.2f} GiB for {rows} of {kv.rows} slots"
+    if rows < kv.page_size or rows * row_bytes > spare:
+        if options.kv_mirror is None and options.kv_mirror_gib is None:
+            return None, f"off: it would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared"
+        raise ValueError(
+            f"the KV mirror would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared and one slot takes "
+            f"{row_bytes} bytes; change --anchor-kv-mirror-gib, lower --max-total-tokens, or use --anchor-kv-mirror off"
+        )
+    plan = MirrorPlan(rows, options.kv_mirror_gbps * 1e9)
+    return plan, f"at most {said} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
+
+
+def _weight_bytes(model: ModelAxes, ownership: Ownership) -> int:
+    """Over all ranks."""
+    return sum(shard_layout(model, ownership, rank).total_bytes for rank in range(ownership.tp_size))
+
+
+def _kv_bytes(model: ModelAxes, ownership: Ownership, plan: KVPlan) -> int:
+    """Over all ranks; heads that several of them hold count several times."""
+    return sum(kv_layout(model, plan, ownership, rank).total_bytes for rank in range(ownership.tp_size))

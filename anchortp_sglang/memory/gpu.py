@@ -1,0 +1,35 @@
+"""A device that is a GPU, or a share of one: what its anchor and its ranks must know to use the same memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+__all__ = ["GpuShare", "Sharing"]
+
+Sharing = Literal["vmm", "ipc"]
+"""How memory travels between processes. ``vmm``: as a file descriptor, by which it outlives its maker. ``ipc``: as a
+CUDA IPC handle, which ends with its maker."""
+
+
+@dataclass(frozen=True)
+class GpuShare:
+    """``uuid`` as NVML writes it (``GPU-…``): ordinals differ between processes, UUIDs do not.
+
+    ``budget_bytes``: what the device's anchor may allocate. ``alone``: no other device is on the same GPU.
+    """
+
+    uuid: str
+    budget_bytes: int
+    sharing: Sharing = "vmm"
+    alone: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.uuid.startswith("GPU-"):
+            raise ValueError(
+                f"{self.uuid!r} is no GPU's UUID, as nvidia-smi -L lists them (MIG parts are not supported)"
+            )
+        if self.budget_bytes <= 0:
+            raise ValueError(f"the anchor of {self.uuid} is given {self.budget_bytes} bytes: it needs some")
+        if self.sharing not in get_args(Sharing):
+            raise ValueError(f"sharing is one of {', '.join(get_args(Sharing))}, not {self.sharing!r}")

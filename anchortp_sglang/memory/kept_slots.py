@@ -1,0 +1,179 @@
+"""Which slots go over to the next generation, and under which numbers: pure functions over a page table's entries.
+
+Every rank works this out for itself from the same shared memory and must come to the same result: nothing here depends
+on the rank. What is kept is closed under ancestors, in whole pages, and a copy is made before anything is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from anchortp_sglang.memory.chain_hash import UNKNOWN, Hashes, Ids
+from anchortp_sglang.memory.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed, namespaces_used
+from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask, chains_of, closed, newest_use, verified_slots
+
+__all__ = ["Entries", "Kept", "keep", "most_wanted"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The arrays of a page table, one element a slot: ``hashes`` uint64, the others int64. ``step``: of its clock.
+
+    ``namespaces``: by place; parent -1 - place is the root of one, parent 0 the plain root.
+    """
+
+    seed: int
+    step: int
+    hashes: Hashes
+    tokens: Ids
+    parents: Ids
+    last_use: Ids
+    namespaces: Mapping[int, Key]
+
+    @cached_property
+    def above(self) -> Ids:
+        """int64[slots]: parents, with slot 0 for every root."""
+        return np.maximum(self.parents, ROOT)
+
+    def verified(self) -> Mask:
+        """bool[slots]: the slots whose whole chain, up to a root, is intact."""
+        roots = np.zeros(MOST_NAMESPACES, np.uint64)
+        for place, key in self.namespaces.items():
+            roots[place] = namespace_seed(self.seed, key)
+        return verified_slots(self.hashes, self.tokens, self.parents, self.seed, roots)
+
+    def chains(self, mask: Mask) -> list[Chain]:
+        """The chains that the slots of ``mask`` (verified, closed under ancestors) form, least recently used first."""
+        return chains_of(mask, self.tokens, self.above, self.last_use)
+
+    def namespace(self, chain: Chain) -> Key:
+        """Of a chain's tokens."""
+        parent = int(self.parents[chain.slots[0]])
+        return PLAIN if parent == ROOT else self.namespaces[-1 - parent]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """``slots`` (int64[n], ascending) of the old generation are ``numbers`` (int64[n]) in the new one.
+
+    ``entries``: of the new page table. ``verified``: how many slots there were to keep.
+    """
+
+    slots: Ids
+    numbers: Ids
+    entries: Entries
+    verified: int
+
+    def chains(self) -> list[Chain]:
+        """All kept chains in their new slots, least recently used first."""
+        mask = np.zeros(len(self.entries.hashes), np.bool_)
+        mask[self.numbers] = True
+        return self.entries.chains(mask)
+
+    def digest(self) -> str:
+        """Hex digest: ranks with one digest keep the same slots under the same numbers."""
+        digest = hashlib.blake2b(digest_size=16)
+        new = self.entries
+        for column in (self.slots, self.numbers, new.hashes, new.tokens, new.parents, new.last_use):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+
+def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: Hashes | None = None) -> Kept:
+    """Choose from ``old``, of which only ``usable`` slots (bool[slots]; None: all) have their KV, for ``rows`` rows.
+
+    If fewer rows than before leave no room for all, running requests come first, in the order in which ``running`` has
+    the chain hashes of their tokens, then what was used last; chains are cut at their ends. With fewer rows the slots
+    get new numbers without gaps, in their old order; else they keep theirs.
+    """
+    verified = old.verified()
+    mask = verified if usable is None else closed(verified & usable, old.above)
+    if page_size > 1:
+        mask = _whole_pages(mask, old.above, page_size)
+    before = len(old.hashes)
+    if rows < before:
+        mask = most_wanted(old, mask, rows - page_size, page_size, running)
+    slots = np.flatnonzero(mask)
+    numbers = slots if rows >= before else _dense(slots, page_size)
+    return Kept(slots, numbers, _renumbered(old, slots, numbers, rows), int(np.count_nonzero(verified)))
+
+
+def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
+    """Slots of pages that are full and hold consecutive tokens, as the prefix tree wants them."""
+    pages = mask.reshape(-1, page_size)
+    slots = np.arange(len(mask)).reshape(pages.shape)
+    above = parents.reshape(pages.shape)
+    follows = (above == slots - 1)[:, 1:].all(1)
+    begins = (above[:, 0] == ROOT) | ((above[:, 0] + 1) % page_size == 0)
+    whole = np.repeat(pages.all(1) & follows & begins, page_size)
+    return closed(whole, parents)
+
+
+def most_wanted(old: Entries, mask: Mask, capacity: int, page_size: int, running: Hashes | None = None) -> Mask:
+    """At most ``capacity`` slots of ``mask``, the most urgent ones; ``running``: as in ``keep``.
+
+    ``mask`` is closed under ancestors, and so is the result: what is above a slot is at least as urgent. One chain is
+    taken whole before the next, rather than a part of each.
+    """
+    slots = np.flatnonzero(mask)
+    if len(slots) <= capacity:
+        return mask
+    depth = _depth(slots, old.above)
+    # Unique, so that what hangs together has one rank, its best one, and goes together.
+    ranks = np.zeros(len(mask), np.int64)
+    ranks[slots[np.lexsort((depth[slots], _urgency(old, running)[slots]))]] = np.arange(1, len(slots) + 1)
+    best = newest_use(slots, old.above, ranks)
+    firsts = slots[slots % page_size == 0]
+    order = np.lexsort((depth[firsts], -best[firsts]))
+    taken = firsts[order[: capacity // page_size]]
+    wanted = np.zeros(len(mask), np.bool_)
+    wanted[(taken[:, None] + np.arange(page_size)).ravel()] = True
+    return closed(wanted, old.above)
+
+
+def _urgency(old: Entries, running: Hashes | None) -> Ids:
+    """int64[slots]: the step of the last use; beyond all steps for running requests, the first of them most."""
+    urgency = old.last_use.copy()
+    if running is None or not running.size:
+        return urgency
+    order = np.argsort(running, kind="stable")
+    at = order[np.minimum(np.searchsorted(running, old.hashes, sorter=order), len(running) - 1)]
+    is_running = running[at] == old.hashes
+    urgency[is_running] = old.step + len(running) - at[is_running]
+    return urgency
+
+
+def _depth(slots: Ids, parents: Ids) -> Ids:
+    """int64[slots]: tokens from the root to each of ``slots``."""
+    depth = np.zeros(len(parents), np.int64)
+    depth[slots] = 1
+    up = np.zeros(len(parents), np.int64)
+    up[slots] = parents[slots]
+    climbing = slots
+    while (climbing := climbing[up[climbing] != ROOT]).size:
+        above = up[climbing]
+        depth[climbing] += depth[above]
+        up[climbing] = up[above]
+    return depth
+
+
+def _dense(slots: Ids, page_size: int) -> Ids:
+    """New numbers without gaps, from the first page after the padding on."""
+    return page_size + np.arange(len(slots), dtype=np.int64)
+
+
+def _renumbered(old: Entries, slots: Ids, numbers: Ids, rows: int) -> Entries:
+    new_number = np.full(len(old.hashes), ROOT, np.int64)
+    new_number[slots] = numbers
+    hashes, (tokens, parents, last_use) = np.full(rows, UNKNOWN, np.uint64), np.zeros((3, rows), np.int64)
+    hashes[numbers], tokens[numbers], last_use[numbers] = old.hashes[slots], old.tokens[slots], old.last_use[slots]
+    parents[numbers] = np.where(old.parents[slots] < 0, old.parents[slots], new_number[old.above[slots]])
+    hashes[ROOT] = old.seed
+    used = namespaces_used(parents, hashes)
+    namespaces = {place: key for place, key in old.namespaces.items() if used[place]}
+    return Entries(old.seed, old.step, hashes, tokens, parents, last_use, namespaces)

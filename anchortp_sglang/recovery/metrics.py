@@ -1,0 +1,102 @@
+"""Prometheus series ``anchortp_*`` on SGLang's own ``/metrics``.
+
+SGLang serves ``/metrics`` from the files of prometheus_client's multiprocess mode, to which every process adds. Ours
+are written by main alone. Gauges and counters are brought up to date when they are asked for (``refresh``), durations
+are observed when a recovery is over (``observe``).
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from anchortp_sglang.recovery.record import Recovery, Totals
+
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_CAUSES = ("process", "device", "hang")
+_DEVICE_STATES = ("serving", "idle", "lost")
+_SERVER_STATES = ("starting", "serving", "degraded", "recovering", "down")
+_MOVED = ("reload", "p2p", "copy")
+_STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TFS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 120.0)
+
+
+def prepare_folder() -> None:
+    """Name the folder of the multiprocess mode before the zygote is forked, so that ranks write there too.
+
+    SGLang sets the variable only in main, after the fork (utils.common.set_prometheus_multiproc_dir), and keeps one
+    that is set. A folder made here goes when main ends.
+    """
+    if _FOLDER_VARIABLE not in os.environ:
+        folder = os.environ[_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="anchortp-metrics-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave by os._exit
+
+
+class Metrics:
+    """One per server, in main. prometheus_client looks for the folder when it is imported, hence not before."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        def gauge(name: str, about: str, *labels: str) -> Any:
+            return Gauge(name, about, labels, multiprocess_mode="mostrecent")
+
+        self._recoveries = Counter("anchortp_recoveries", "Recoveries that are over, by cause of the fault.", ["cause"])
+        self._failed = Counter("anchortp_recoveries_failed", "Recoveries that were given up.")
+        self._moved = Counter(
+            "anchortp_bytes_moved",
+            "Bytes of weights moved by recoveries: reload from the checkpoint, p2p between devices, copy within one.",
+            ["kind"],
+        )
+        self._replayed = Counter("anchortp_requests_replayed", "Open requests that went on after a fault.")
+        self._reused = Counter("anchortp_tokens_reused", "Tokens of replayed requests found in kept KV cache.")
+        self._recomputed = Counter("anchortp_tokens_recomputed", "Tokens of replayed requests computed again.")
+        self._stage = Histogram(
+            "anchortp_recovery_stage_seconds",
+            "Duration of a stage of a recovery, from the end of the stage before it.",
+            ["stage"],
+            buckets=_STAGE_BUCKETS,
+        )
+        self._tfs = Histogram(
+            "anchortp_tfs_seconds", "Time from a fault's detection to the first new token.", buckets=_TFS_BUCKETS
+        )
+        self._generation = gauge("anchortp_generation", "Number of the current set of ranks, counted from 0.")
+        self._devices = gauge("anchortp_devices", "Devices by state.", "state")
+        self._state = gauge("anchortp_server_state", "1 for the state that the server is in.", "state")
+        self._mirror_lag = gauge("anchortp_mirror_lag_tokens", "KV cache tokens that have no copy in host memory yet.")
+        self._told: dict[Any, float] = {}
+
+    def observe(self, recovery: Recovery) -> None:
+        """A recovery is over."""
+        before_s = 0.0
+        for name, at_s in sorted(recovery.stages, key=lambda stage: stage[1]):
+            self._stage.labels(name).observe(max(0.0, at_s - before_s))
+            before_s = at_s
+        if recovery.tfs_s is not None:
+            self._tfs.observe(recovery.tfs_s)
+
+    def refresh(self, status: Mapping[str, Any], totals: Totals) -> None:
+        """Bring counters and gauges up to date. ``status``: as of ``GET /anchortp/status``."""
+        for cause in _CAUSES:
+            self._raise_to(self._recoveries.labels(cause), totals.causes[cause])
+        for kind in _MOVED:
+            self._raise_to(self._moved.labels(kind), totals.bytes_moved[kind])
+        self._raise_to(self._failed, totals.failed)
+        self._raise_to(self._replayed, totals.requests_replayed)
+        self._raise_to(self._reused, totals.tokens_reused)
+        self._raise_to(self._recomputed, totals.tokens_recomputed)
+        self._generation.set(status["generation"])
+        states = [device["state"] for device in status["devices"]]
+        for state in _DEVICE_STATES:
+            self._devices.labels(state).set(states.count(state))
+        for state in _SERVER_STATES:
+            self._state.labels(state).set(state == status["state"])
+        mirror = (status.get("kv") or {}).get("mirror") or {}
+        self._mirror_lag.set(mirror.get("lag_slots", 0))  # a slot holds a token
+
+    def _raise_to(self, counter: Any, total: float) -> None:
+        """Counters only rise, and the sums of a server do."""
+        counter.inc(max(0.0, total - self._told.get(counter, 0.0)))
+        self._told[counter] = max(total, self._told.get(counter, 0.0))

@@ -1,0 +1,41 @@
+"""What a spare child does while nobody needs it: first uses, which would cost the next recovery a tenth of a second.
+
+A forked process copies every page that it writes to, and torch prepares each kind of operation when it is first called.
+None of it depends on what the child will be. It must not run before the fork: it may start OpenMP's threads.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+_TOKENS, _HIDDEN, _HEAD = 16, 64, 32
+
+
+def warm_up() -> None:
+    """A little of what a rank does in its start and its first step, on tensors that are dropped."""
+    _process_groups()
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            _forward(dtype)
+
+
+def _process_groups() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.new_group([0], backend="gloo")
+    dist.destroy_process_group()
+
+
+def _forward(dtype: torch.dtype) -> None:
+    rows = torch.ones(_TOKENS, _HIDDEN, dtype=dtype)
+    hidden = F.embedding(torch.arange(_TOKENS), rows)
+    hidden = hidden * torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(dtype)
+    query, key = F.linear(hidden, rows).view(1, _TOKENS, -1, _TOKENS).transpose(1, 2).chunk(2, dim=-1)
+    attended = F.scaled_dot_product_attention(query, key, key, is_causal=True)
+    angle = torch.outer(torch.arange(_TOKENS).float(), torch.ones(_HEAD))
+    rotated = torch.cat([hidden[:, :_HEAD] * angle.cos().to(dtype), hidden[:, _HEAD:] * angle.sin().to(dtype)], dim=-1)
+    gated = F.silu(rotated) * hidden + attended.sum()
+    buffer = torch.zeros(2 * _TOKENS, _HIDDEN, dtype=dtype)
+    buffer[torch.arange(_TOKENS)] = gated
+    logits = F.linear(buffer.index_select(0, torch.arange(_TOKENS)), rows)
+    torch.argmax(torch.softmax(logits.float(), dim=-1), dim=-1).tolist()
+    torch.isin(torch.arange(_TOKENS), torch.tensor([0, 3])).nonzero()

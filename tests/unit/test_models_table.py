@@ -1,0 +1,55 @@
+"""The tables in docs/models.md are those of the kept results, and the results are complete and equal."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from anchortp_sglang.bench.tiny_families import FAMILIES as TINY
+from anchortp_sglang.planning.families import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compare_models, models_table = tool("compare_models"), tool("models_table")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((ROOT / "docs" / "models.json").read_text())
+
+
+def test_the_documented_table_is_up_to_date(results):
+    page = (ROOT / "docs" / "models.md").read_text()
+    documented = page.partition(models_table.BEGIN)[2].partition(models_table.END)[0].strip()
+    assert documented == "\n".join(models_table.tables(results)), "run tools/models_table.py docs/models.md"
+
+
+def test_every_served_family_was_compared_at_every_size_and_with_experts_both_ways(results):
+    assert set(results) == {compared.name for compared in compare_models.comparisons()}, "run tools/compare_models.py"
+    assert {family.architecture for family in TINY.values()} == set(FAMILIES)
+
+
+def test_all_answers_were_equal_and_logprobs_near_before_and_after_a_loss(results):
+    for name, result in results.items():
+        assert result["equal"], name
+        assert set(result["rounds"]) == {"before loss", "after loss"}
+        for one in result["rounds"].values():
+            assert (one["answers"], one["answers_equal"], one["tokens"]) == (5, 5, 5 * 64), name
+            assert one["max_delta_logprob"] <= 1e-4
+            assert one["unpaired_logprobs"] == 0
+
+
+def test_a_result_that_differs_is_not_called_served(results):
+    name = next(name for name, one in results.items() if one["architecture"] == "Qwen3ForCausalLM")
+    changed = results | {name: results[name] | {"equal": False}}
+    (row,) = (line for line in models_table.tables(changed) if "`Qwen3ForCausalLM`" in line)
+    assert "| DIFFERS |" in row

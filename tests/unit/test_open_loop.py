@@ -1,0 +1,80 @@
+"""Clients of the benchmark, against a small real HTTP server that streams as SGLang does."""
+
+import itertools
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from anchortp_sglang.bench.open_loop import OpenLoop
+from anchortp_sglang.bench.recovery_bench import Recorded, _judge
+
+TOKEN_S = 0.01
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.0"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        wanted = body["sampling_params"]["max_new_tokens"]
+        self.send_response(200)
+        self.end_headers()
+        for count in range(1, wanted + 1):
+            time.sleep(TOKEN_S)
+            finish = {"type": "length"} if count == wanted else None
+            meta = {"finish_reason": finish, "completion_tokens": count}
+            message = {"output_ids": list(range(count)), "text": "x" * count, "meta_info": meta}
+            self.wfile.write(f"data: {json.dumps(message)}\n\n".encode())
+            if body["input_ids"] == [13] and count == 2:
+                return  # dies in mid-stream
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def requests(*prompts, tokens=5):
+    return [{"input_ids": [prompt], "sampling_params": {"max_new_tokens": tokens}} for prompt in prompts]
+
+
+def test_clients_come_when_they_should_however_busy_the_server_is(url):
+    arrivals = ((0.05 * n, n % 2) for n in itertools.count())
+    with OpenLoop(url, requests(1, 2, tokens=30), arrivals) as clients:
+        time.sleep(0.6)
+        clients.stop()
+        count = len(clients.histories)
+    sent = [history.sent_at - clients.began for _, history in clients.histories]
+    assert 10 <= count <= 13
+    assert max(abs(at - 0.05 * n) for n, at in enumerate(sent)) < 0.04
+    assert all(len(history.output_ids) == 30 and history.error is None for _, history in clients.histories)
+
+
+def test_the_first_token_after_a_moment_is_that_of_any_client(url):
+    with OpenLoop(url, requests(1), iter([(0.0, 0), (0.3, 0)])) as clients:
+        time.sleep(0.15)
+        assert clients.first_token_after(time.monotonic()) is None
+        moment = time.monotonic()
+        time.sleep(0.3)
+        assert clients.first_token_after(moment) >= clients.began + 0.3
+
+
+def test_a_broken_stream_is_a_failed_request_and_what_came_is_judged(url):
+    with OpenLoop(url, requests(1, 13), iter([(0.0, 0), (0.0, 1), (0.1, 0)])) as clients:
+        time.sleep(0.3)
+    recorded = Recorded(clients.began, clients.began + 0.02, clients.began + 0.3, tuple(clients.histories))
+    found = _judge(recorded, {0: (0, 1, 2, 3, 4), 1: (0, 1, 2, 3, 4)})
+    assert (found.requests, found.failed, found.undelivered, found.damage.wrong) == (3, 1, 3, 0)
+    assert len(found.pauses_s) == 2
+    changed = _judge(recorded, {0: (0, 1, 9, 3, 4), 1: (0, 1, 2, 3, 4)})
+    assert changed.damage.changed == 2

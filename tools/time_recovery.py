@@ -1,0 +1,86 @@
+"""Where the time of a recovery goes: medians of every stage over some kills of a rank of a small server under load.
+
+    PYTHONPATH=. $(make -s print-python) tools/time_recovery.py [--tp 4] [--kills 10] [--device-loss]
+
+With --device-loss the server is started anew for each fault. Stages are those of the status: the server's own, each
+from the end of the one before, and for the ranks the slowest one's.
+"""
+
+import argparse
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from anchortp_sglang import timeline_rows
+from anchortp_sglang.bench.load import Load
+from anchortp_sglang.bench.recovery_stats import percentile
+from anchortp_sglang.bench.server import Server
+from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+
+FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--anchor-allow-injection")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--device-loss", action="store_true")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
+    with tempfile.TemporaryDirectory(prefix="anchortp-time-") as folder:
+        model = write_checkpoint(Path(folder) / "model", "qwen3")
+        records, pauses, starts = [], [], []
+        if options.device_loss:
+            for number in range(options.kills):
+                with_server(model, options.tp, folder, [("device", number % options.tp)], records, pauses, starts)
+        else:
+            faults = [("process", number % options.tp) for number in range(options.kills)]
+            with_server(model, options.tp, folder, faults, records, pauses, starts)
+    show(records, pauses, starts)
+
+
+def with_server(model, tp_size, folder, faults, records, pauses, starts) -> None:
+    server = Server(model, tp_size, *FLAGS, log=Path(folder) / "log")
+    try:
+        starts.append(server.start())
+        for kind, device in faults:
+            time.sleep(2.5)  # spare ranks are forked a second after a recovery
+            requests = Load(1.0, 8, 512).requests()
+            for request in requests:
+                request["sampling_params"]["max_new_tokens"] = 120
+            with Streams(server.url, requests) as streams:
+                streams.wait_tokens(30)
+                generation, at = server.status()["generation"], time.monotonic()
+                server.inject(device, kind)
+                server.wait_serving(generation + 1)
+            assert all(history.error is None for history in streams.histories)
+            records.append(server.status()["recoveries"][-1])
+            pauses.append(statistics.median(history.longest_pause_s() for history in streams.histories))
+            print(f"{kind} {device}: TFS {records[-1]['tfs_s']:.3f} s, pause {pauses[-1]:.3f} s", flush=True)
+    finally:
+        server.stop()
+
+
+def show(records, pauses, starts) -> None:
+    took = defaultdict(list)
+    for record in records:
+        server, *ranks = timeline_rows.rows(record)
+        for bar in server.bars:
+            took["server", bar.stage].append(bar.took_s)
+        for stage in dict.fromkeys(bar.stage for row in ranks for bar in row.bars):
+            took["slowest rank", stage].append(max(b.took_s for row in ranks for b in row.bars if b.stage == stage))
+    for (who, stage), times in took.items():
+        print(f"{who:13} {stage:18} {statistics.median(times):.3f} s  (longest {max(times):.3f})")
+    tfs = [record["tfs_s"] for record in records]
+    print(f"TFS   median {statistics.median(tfs):.3f}  p90 {percentile(tfs, 0.9):.3f}  max {max(tfs):.3f} s")
+    print(f"pause median {statistics.median(pauses):.3f}  max {max(pauses):.3f} s")
+    print(f"start median {statistics.median(starts):.1f} s")
+
+
+if __name__ == "__main__":
+    main()
