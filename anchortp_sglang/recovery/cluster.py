@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from anchortp_sglang.anchor.client import AnchorClient, AnchorError
 from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
 from anchortp_sglang.cpu.collectives import region_bytes
@@ -43,6 +41,7 @@ from anchortp_sglang.recovery import detokenizer, heartbeat, rank
 from anchortp_sglang.recovery.generation import Generation, StartFailed
 from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.processes import died_within, is_dead
+from anchortp_sglang.recovery.spares import Spares
 from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError, spawn_zygote
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,7 @@ class Cluster:
         self.anchors: dict[int, AnchorProcess] = {}
         self._clients: dict[int, AnchorClient] = {}
         self._capacities: dict[Ownership, KVCapacity] = {}
-        self._spares: list[Child] = []
+        self._spares = Spares()
         self._store: Any = None
         self.port_args: Any = None
         self.detokenizer: Child | None = None
@@ -279,12 +278,7 @@ class Cluster:
     # ---- ranks
 
     def fork(self) -> Child:
-        """A spare child, or a new one; a dead zygote is replaced by the one in reserve, or by a spawned one."""
-        while self._spares:
-            child = self._spares.pop()
-            if not is_dead(child.pidfd):
-                return child
-            child.close()
+        """Of the zygote; a dead one is replaced by the one in reserve, or by a spawned one."""
         try:
             return self.zygote.fork()
         except ZygoteError as error:
@@ -299,12 +293,11 @@ class Cluster:
 
     def prepare_next(self, tp_size: int) -> None:
         """What the next recovery would otherwise wait for: spare children, configurations."""
-        while len(self._spares) < tp_size:
-            self._spares.append(self.zygote.fork())
-        if self._reserve_spent:
-            self._reserve, self._reserve_spent = spawn_zygote(), False  # it imports SGLang in the background
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
+        self._spares.prepare(self.zygote, tp_size, not self.plan.gpus, self.plan.server_args(tp_size).dist_timeout)
+        if self._reserve_spent:
+            self._reserve, self._reserve_spent = spawn_zygote(), False  # it imports SGLang in the background
 
     def start_ranks(
         self,
@@ -317,7 +310,7 @@ class Cluster:
         """Fork a generation. Its anchors must be fenced and its segments allocated. ``running``: as in Assignment."""
         plan = self.plan
         server_args = plan.server_args(ownership.tp_size)
-        self._store = TCPStore(rank.STORE_HOST, 0, is_master=True, wait_for_workers=False)
+        spares, self._store = self._spares.take(ownership.tp_size)
         generation = Generation(number, ownership, [])
         try:
             for index, device in enumerate(ownership.devices):
@@ -338,7 +331,7 @@ class Cluster:
                     running=running,
                     gpu=plan.gpu(device),
                 )
-                child = self.fork()
+                child = spares.pop(0) if spares else self.fork()
                 generation.ranks.append(child)
                 child.start(rank.run, rank.RankSpec(assignment, server_args, self.port_args, self._store.port))
         except BaseException:

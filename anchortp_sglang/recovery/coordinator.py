@@ -16,11 +16,7 @@ from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.cuda.detection import GpuDetection
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
-from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
-from anchortp_sglang.memory.namespaces import namespace_seed
-from anchortp_sglang.planning.expert_load import spread_hot_experts
-from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
-from anchortp_sglang.planning.reconfiguration import reconfigure
+from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
@@ -32,6 +28,7 @@ from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
+from anchortp_sglang.recovery.succession import Unrecoverable, evidence, kept_first, next_ownership
 from anchortp_sglang.recovery.throughput import WINDOW_S, Throughput
 from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
@@ -43,10 +40,6 @@ _REFILL_DELAY_S = 1.0
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
 """What a recovery step raises when something died meanwhile: it is planned again from what is left."""
-
-
-class Unrecoverable(RuntimeError):
-    """No new generation is possible; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +251,9 @@ class Coordinator:
         self._number += 1
         recovery.generation = self._number
         recovery.stage("planned")
-        new = await self._in_thread(self._fork_generation, ownership, self._running(ownership))
+        assert self._held is not None and self.ledger is not None
+        running = kept_first(self.cluster.plan, self._held, ownership, self.ledger.open_tokens())
+        new = await self._in_thread(self._fork_generation, ownership, running)
         old.close()
         self.generation = new
         self._detection.take_up(new)
@@ -278,46 +273,21 @@ class Coordinator:
 
     def _judge(self, generation: Generation, recovery: Recovery) -> machine.Verdict:
         assert self._held is not None
-        ranks = generation.ownership.devices
-        evidence = [
-            machine.DeviceEvidence(
-                device=device,
-                anchor_alive=self.cluster.anchor_alive(device),
-                rank_died=device in ranks and ranks.index(device) in self._detection.died,
-                rank_hung=device in ranks and ranks.index(device) in self._detection.hung,
-                device_error=self._gpus.errors.get(device, ""),
-            )
-            for device in self._held.devices
-        ]
-        verdict = machine.judge(evidence, recovery.reason)
+        known = evidence(self.cluster, self._detection, self._gpus.errors, self._held, generation.ownership)
+        verdict = machine.judge(known, recovery.reason)
         recovery.cause, recovery.device, recovery.reason = verdict.cause, verdict.device, verdict.reason
         log.info("anchortp: verdict: %s: %s", verdict.cause, verdict.reason)
         return verdict
 
     def _plan(self, verdict: machine.Verdict) -> Ownership:
         """The next ownership. Raises Unrecoverable."""
-        assert self._held is not None
-        survivors = [device for device in self._held.devices if device not in verdict.lost]
-        if len(survivors) < self.policy.min_devices:
-            raise Unrecoverable(
-                f"{len(survivors)} of {len(self.configured.devices)} devices are left, "
-                f"--anchor-min-devices is {self.policy.min_devices}"
-            )
+        plan, held = self.cluster.plan, self._held
+        assert held is not None
         if not self.cluster.anchor_alive(HOST_DEVICE):
             self._kv_valid = False  # nobody knows what the slots hold
-        if not verdict.lost:
-            return self._held
-        plan = self.cluster.plan
-        if plan.gpus:
+        if plan.gpus and verdict.lost:
             self._kv_valid = False  # KV does not move between GPUs
-        try:
-            ownership = reconfigure(plan.model, self._held, survivors, plan.rotate_heads)
-            if plan.expert_counts is not None:
-                ownership = spread_hot_experts(plan.model, ownership, plan.expert_counts, self._held)
-            plan.kv_of(ownership)
-            return ownership
-        except InvalidOwnership as error:
-            raise Unrecoverable(str(error)) from error
+        return next_ownership(plan, self.configured, held, verdict.lost, self.policy.min_devices)
 
     def _fork_generation(self, ownership: Ownership, running: bytes) -> Generation:
         cluster, held = self.cluster, self._held
@@ -329,17 +299,6 @@ class Coordinator:
             cluster.release_kv(self._number, held)
         cluster.allocate(self._number, ownership)
         return cluster.start_ranks(self._number, ownership, held, self._kv_valid, running)
-
-    def _running(self, ownership: Ownership) -> bytes:
-        """Chain hashes of what open requests have, where there is less room for KV than before: they go first."""
-        plan = self.cluster.plan
-        assert self._held is not None and self.ledger is not None
-        if plan.kv_of(ownership).slots >= plan.kv_of(self._held).slots:
-            return b""
-        hasher, root = RunHasher(), root_hash(plan.namespace)
-        return b"".join(
-            hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in self.ledger.open_tokens()
-        )
 
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""

@@ -6,7 +6,7 @@ are held back in order and follow the replays, else an abort could overtake its 
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,15 +126,13 @@ class Ledger:
             self.dispatch(message)
         return resumed
 
-    def open_tokens(self) -> list[tuple[Key, NDArray[np.int64]]]:
+    def open_tokens(self) -> Iterator[tuple[Key, NDArray[np.int64]]]:
         """Prompt and delivered tokens of each open request, after its extra key and cache salt."""
         self.forget_finished()
-        found = []
         for rid, record in self._records.items():
             request, delivered = record.request, self._tm.rid_to_state[rid].output_ids
             tokens = np.array([*request.input_ids, *delivered], np.int64)
-            found.append(((request.extra_key, request.cache_salt or None), tokens))
-        return found
+            yield (request.extra_key, request.cache_salt or None), tokens
 
     def reseed(self) -> Reseed:
         """What a new detokenizer must know of the requests that have delivered tokens."""

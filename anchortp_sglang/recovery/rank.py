@@ -5,7 +5,6 @@ parent: here that is the zygote. A rank that fails says so on its pipe and dies;
 """
 
 import logging
-import os
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,12 +16,11 @@ from anchortp_sglang.elastic.attachment import HOST_DEVICE, Assignment, attach, 
 from anchortp_sglang.elastic.kv_restore import RestorationFailed
 from anchortp_sglang.memory.cuda_driver import device_by_uuid
 from anchortp_sglang.recovery import heartbeat
+from anchortp_sglang.recovery.spares import rendezvous
 from anchortp_sglang.recovery.stamps import Stamps
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Resume
 
 log = logging.getLogger(__name__)
-
-STORE_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     cpu_hooks.attach(collectives, assignment.rank, world_size, on_progress=heartbeat.beat)
     prefixes.open_table(attachment)
     stamps.take("attached")
-    _rendezvous_by_main(spec)
+    rendezvous(spec.store_port)
     scheduler = _make_scheduler(spec)
     kv_kept_at = prefixes.finish()
     stamps.take("bound")
@@ -77,13 +75,6 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
         "rebuilt": prefixes.rebuilt,
         "fds": attachment.fds,
     }
-
-
-def _rendezvous_by_main(spec: RankSpec) -> None:
-    """Main serves each generation's TCPStore, so that no rank has to listen first (torch calls it agent store)."""
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(spec.store_port)
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{STORE_HOST}:{spec.store_port}"
 
 
 def _make_scheduler(spec: RankSpec) -> Any:

@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 64
 _FORK_TIMEOUT_S = 20.0
-_SPARE_AFTER_S = 0.1
-"""A child that has not been told what to be by then is a spare, and has time to prepare itself."""
 _SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
 _CUDA_ERROR_NOT_INITIALIZED = 3
 _DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
@@ -209,8 +207,6 @@ def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) 
         for fd in close:
             os.close(fd)
         pipe = Connection(pipe_fd)
-        if not pipe.poll(_SPARE_AFTER_S):
-            _warm_up()
         target, argument = pipe.recv()
         target(argument, pipe)
     except EOFError:
@@ -220,17 +216,6 @@ def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) 
         sys.stderr.flush()
     finally:
         os._exit(1)  # no atexit, no collective teardown with dead peers
-
-
-def _warm_up() -> None:
-    """Where torch is there; whatever goes wrong, a rank can do without."""
-    if "torch" in sys.modules:
-        try:
-            from anchortp_sglang.recovery.warmup import warm_up
-
-            warm_up()
-        except Exception:
-            log.exception("anchortp: a spare child was not warmed up")
 
 
 def _reap() -> None:

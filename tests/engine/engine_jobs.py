@@ -225,7 +225,7 @@ def load_beside_stock(argv):
 
     for module in (early, startup):
         module.refuse_layout_only = lambda model: None
-    refusals._check_device = lambda view: []
+    refusals._check_device = lambda *arguments: []
     bind, build = weights.bind, weights._initialize_model
     stock = []
 

@@ -69,11 +69,13 @@ def test_a_hook_that_another_plugin_covers_stops_the_start_with_its_name(forge, 
 
 @pytest.fixture
 def drifted(tmp_path):
-    """A manifest written against another source of one symbol; and that symbol."""
+    """A manifest written against other files, with another source of one symbol; and that symbol."""
     text = manifest.manifest_path().read_text(encoding="utf-8")
     symbol, fingerprint = re.search(r'^symbol = "(.+)"\n(?:.+\n)*?fingerprint = "(.+)"$', text, re.M).groups()
     path = tmp_path / "drifted.toml"
-    path.write_text(text.replace(fingerprint, "0" * len(fingerprint)), encoding="utf-8")
+    text = text.replace(fingerprint, "0" * len(fingerprint))
+    text = re.sub(r'^("sglang/.+" = ").+"$', r'\1of another file"', text, flags=re.M)
+    path.write_text(text, encoding="utf-8")
     return str(path), symbol
 
 

@@ -1,0 +1,124 @@
+"""Spare ranks: children forked ahead of the next fault, which have warmed up and met each other in a process group.
+
+They are of use to a generation as wide as the one that serves. To another they are children forked ahead: they leave
+their group and join the others in a new one.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.distributed as dist
+
+from anchortp_sglang.recovery.processes import is_dead
+from anchortp_sglang.recovery.warmup import warm_up
+from anchortp_sglang.recovery.zygote import Child, Zygote
+
+log = logging.getLogger(__name__)
+
+_STORE_HOST = "127.0.0.1"
+
+_joined_port: int | None = None
+"""Of the store where this process has met its group, if it was a spare."""
+
+
+def make_store() -> dist.TCPStore:
+    """A generation's rendezvous, served by main, so that no rank has to listen first."""
+    return dist.TCPStore(_STORE_HOST, 0, is_master=True, wait_for_workers=False)
+
+
+@dataclass(frozen=True)
+class SpareSpec:
+    """Which rank of how many a spare would be, and where it meets the others; ``timeout_s``: None for torch's own."""
+
+    rank: int
+    world_size: int
+    store_port: int
+    timeout_s: float | None
+
+
+class Spares:
+    """Main's end. Its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._children: list[Child] = []
+        self._store: dist.TCPStore | None = None
+
+    def prepare(self, zygote: Zygote, world_size: int, joining: bool, timeout_s: float | None) -> None:
+        """Fork them for ``world_size`` ranks, unless that has been done. Not ``joining``: they meet in no group."""
+        with self._lock:
+            if len(self._children) == world_size and not any(is_dead(child.pidfd) for child in self._children):
+                return
+            _end(self._children)
+            self._children = []
+            self._store = make_store() if joining else None
+            for rank in range(world_size):
+                child = zygote.fork()
+                self._children.append(child)
+                spec = self._store and SpareSpec(rank, world_size, self._store.port, timeout_s)
+                child.start(stand_by, spec)
+
+    def take(self, world_size: int) -> tuple[list[Child], dist.TCPStore]:
+        """At most ``world_size`` spares in rank order, and the store of the generation that they will be part of."""
+        with self._lock:
+            children, self._children = self._children, []
+            store, self._store = self._store, None
+        ready = [child for child in children if _stands_by(child)]
+        if store is None or not len(ready) == len(children) == world_size:
+            store = make_store()
+        _end(child for child in children if child not in ready[:world_size])
+        return ready[:world_size], store
+
+
+def _end(children: Iterable[Child]) -> None:
+    for child in children:
+        child.kill()
+        child.close()
+
+
+def _stands_by(child: Child) -> bool:
+    """What a child said when it was ready outlives it."""
+    try:
+        return child.pipe.poll() and child.pipe.recv() is None and not is_dead(child.pidfd)
+    except (EOFError, OSError):
+        return False
+
+
+def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
+    """A spare's life until main says what to be, or closes the pipe. Sends None when it is ready to be told."""
+    try:
+        warm_up()
+    except Exception:
+        log.exception("anchortp: a spare child was not warmed up")  # it can do without
+    if spec is not None:
+        _join(spec)
+    pipe.send(None)
+    target, argument = pipe.recv()
+    target(argument, pipe)
+
+
+def _join(spec: SpareSpec) -> None:
+    """The group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
+    global _joined_port
+    timeout: dict[str, Any] = {} if spec.timeout_s is None else {"timeout": timedelta(seconds=spec.timeout_s)}
+    store = dist.TCPStore(_STORE_HOST, spec.store_port, is_master=False, wait_for_workers=False, **timeout)
+    dist.init_process_group("gloo", store=store, rank=spec.rank, world_size=spec.world_size, **timeout)
+    _joined_port = spec.store_port
+
+
+def rendezvous(store_port: int) -> None:
+    """Let SGLang meet the other ranks at this store of main's (torch: agent store).
+
+    A spare that has met them there stays in that group, and SGLang makes no other; it leaves any other.
+    """
+    if dist.is_initialized() and _joined_port != store_port:
+        dist.destroy_process_group()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _STORE_HOST, str(store_port)
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{_STORE_HOST}:{store_port}"

@@ -1,0 +1,103 @@
+"""Spare ranks with real processes: in their group when they are told what to be, or out of it if it is of no use."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+
+def run(body: str) -> str:
+    prelude = """
+        import os, time
+        from anchortp_sglang.recovery.processes import died_within
+        from anchortp_sglang.recovery.spares import Spares
+        from anchortp_sglang.recovery.zygote import fork_zygote
+        from group_targets import all_reduce
+        zygote = fork_zygote()
+
+        def prepared(world_size, joining=True):
+            spares = Spares()
+            spares.prepare(zygote, world_size, joining, None)
+            deadline = time.monotonic() + 60
+            while not all(child.pipe.poll() for child in spares._children) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return spares, list(spares._children)
+
+        def sums(ranks, store):
+            for rank, child in enumerate(ranks):
+                child.start(all_reduce, (rank, len(ranks), store.port))
+            return [child.pipe.recv() for child in ranks]
+    """
+    code = textwrap.dedent(prelude) + textwrap.dedent(body)
+    path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_generation_as_wide_takes_all_spares_in_the_group_that_they_have_joined():
+    out = run("""
+        spares, children = prepared(3)
+        at = spares._store.port
+        ranks, store = spares.take(3)
+        assert ranks == children and store.port == at
+        print(*sums(ranks, store))
+    """)
+    assert out == "(3, 'joined before') (3, 'joined before') (3, 'joined before')\n"
+
+
+def test_a_narrower_generation_takes_some_which_join_anew():
+    out = run("""
+        spares, children = prepared(3)
+        left_over = os.pidfd_open(children[2].pid)
+        ranks, store = spares.take(2)
+        assert ranks == children[:2] and died_within(left_over, 5)
+        print(*sums(ranks, store))
+    """)
+    assert out == "(2, 'joined now') (2, 'joined now')\n"
+
+
+def test_a_wider_generation_or_one_with_a_dead_spare_is_filled_up_with_others():
+    out = run("""
+        spares, children = prepared(3)
+        children[1].kill()
+        assert died_within(children[1].pidfd, 5)
+        ranks, store = spares.take(3)
+        assert ranks == [children[0], children[2]]
+        print(*sums([*ranks, zygote.fork()], store))
+    """)
+    assert out == "(3, 'joined now') (3, 'joined now') (3, 'joined now')\n"
+
+
+def test_spares_that_are_not_ready_are_not_waited_for():
+    out = run("""
+        spares = Spares()
+        spares.prepare(zygote, 2, True, None)
+        print(len(spares.take(2)[0]), len(spares.take(2)[0]))
+    """)
+    assert out == "0 0\n"
+
+
+def test_without_a_group_spares_meet_in_the_generations_own():
+    out = run("""
+        spares, children = prepared(2, joining=False)
+        ranks, store = spares.take(2)
+        assert ranks == children
+        print(*sums(ranks, store))
+    """)
+    assert out == "(2, 'joined now') (2, 'joined now')\n"
+
+
+def test_a_second_call_forks_nothing_unless_a_spare_has_died():
+    out = run("""
+        spares, children = prepared(2)
+        spares.prepare(zygote, 2, True, None)
+        print(spares._children == children)
+        children[0].kill()
+        assert died_within(children[0].pidfd, 5)
+        spares.prepare(zygote, 2, True, None)
+        print(any(child in children for child in spares._children), len(spares._children))
+    """)
+    assert out.split() == ["True", "False", "2"]
