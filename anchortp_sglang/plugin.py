@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from anchortp_sglang import hooking, manifest, preload
-from anchortp_sglang.cpu import groups, latent_attention
+from anchortp_sglang.cpu import groups, latent_attention, short_extends
 from anchortp_sglang.cpu import hooks as cpu
 from anchortp_sglang.cuda import collectives, graphs
 from anchortp_sglang.elastic import config, experts, head_norms, kv_pool, prefixes, weights
@@ -263,6 +263,12 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         latent_attention.around_get_handler,
         "torch_native takes the latents of a prompt for its K and V, and fails",
+    ),
+    Hook(
+        _SRT + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
+        "around",
+        short_extends.around_run_sdpa_forward_extend,
+        "torch_native computes a kept prefix as if it were new, which takes seconds of a recovery",
     ),
     # GPUs.
     Hook(

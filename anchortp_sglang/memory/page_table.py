@@ -46,7 +46,7 @@ from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask
 __all__ = ["Chain", "PageTable", "PageTableMismatch"]
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
-Store = tuple[np.ndarray[Any, Any] | memoryview, Any, Any]  # (array, where, value)
+Store = tuple[np.ndarray[Any, Any], Any, Any]  # (array, where, value)
 
 _WORD = 8
 _HEADER_WORDS = 8
@@ -226,24 +226,16 @@ class PageTable:
         For a small batch this is several times as fast: numpy's calls cost most when a forward pass has just
         displaced them from the processor's caches.
         """
-        header, hashes, tokens, parents, last_use = self._plain
-        step, limit = header[_STEP] + 1, self._slots
-        stores: list[Store] = [(header, _STEP, step)]
+        header, hashes, _, _, _ = self._plain
+        limit, found = self._slots, []
         for slot, token, parent in entries:
             if not (0 <= slot < limit and 0 <= parent < limit):
                 raise ValueError(f"slot ids {slot} and {parent} are not both within [0, {limit})")
             above = hashes[parent]
-            if above == UNKNOWN or slot == ROOT:
-                continue
-            own, held = child_hash(above, token), hashes[slot]
-            if held:
-                if held == own and tokens[slot] == token and parents[slot] == parent:
-                    stores.append((last_use, slot, step))
-                    continue
-                stores.append((hashes, slot, UNKNOWN))
-            stores += ((tokens, slot, token), (parents, slot, parent), (last_use, slot, step), (hashes, slot, own))
-        if len(stores) > 1:
-            _apply(stores)
+            if above != UNKNOWN and slot != ROOT:
+                found.append((slot, token, parent, child_hash(above, token)))
+        if found:
+            _enter(self._plain, header[_STEP] + 1, found)
 
     def commit_token(self, slot: int, token: int, parent: int) -> None:
         """``commit_tokens`` of one request."""
@@ -318,7 +310,22 @@ def _check_lengths(slots: Ids, tokens: Ids, parents: Ids) -> None:
         raise ValueError(f"want one token and parent per slot, got {slots.shape}, {tokens.shape}, {parents.shape}")
 
 
+def _enter(columns: Sequence[memoryview], step: int, entries: Sequence[tuple[int, int, int, int]]) -> None:
+    """``_commit_stores`` of a few tokens (slot, token, parent, hash), carried out at once."""
+    header, hashes, tokens, parents, last_use = columns
+    header[_STEP] = step
+    for slot, token, parent, own in entries:
+        held = hashes[slot]
+        if held != own or tokens[slot] != token or parents[slot] != parent:
+            if held:
+                hashes[slot] = UNKNOWN
+            tokens[slot] = token
+            parents[slot] = parent
+        last_use[slot] = step
+        hashes[slot] = own
+
+
 def _apply(stores: Sequence[Store]) -> None:
-    """Carry out stores in order; the only place that writes to the shared memory."""
+    """Carry out stores in order. Nothing but this and ``_enter`` writes to the shared memory."""
     for array, where, value in stores:
         array[where] = value

@@ -24,7 +24,6 @@ def experts_checkpoint(tmp_path_factory):
     "flags",
     [
         pytest.param((), id="columns"),
-        pytest.param(("--ep-size", "3"), id="whole experts"),
         pytest.param(("--ep-size", "3", "--anchor-rotate-heads"), id="whole experts and heads that rotate"),
         pytest.param(("--ep-size", "3", "--init-expert-location", HOT), id="hot experts apart"),
     ],

@@ -16,8 +16,11 @@ from anchortp_sglang.planning.shards import shard_layout
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 SLOTS, SLOTS_OF_THREE = 3000, 1000
 CACHED = prompt(1, 600)
-RUNNING = [request(prompt(10 + seed, 60 + 40 * seed), 150) for seed in range(8)]
-"""2,800 tokens in the end."""
+RUNNING = [request(prompt(10 + seed, 60 + 40 * seed), 100) for seed in range(8)]
+"""2,400 tokens in the end."""
+DELIVERED = 40
+LEAST_HELD = 60 + DELIVERED - 1
+"""Tokens with KV that the shortest of them has at the fault."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_with_fewer_slots_running_requests_keep_theirs_and_none_fails(limited):
     expected = Unbroken(limited)(RUNNING)
     limited.post("/generate", request(CACHED, 4))
     with Streams(limited.url, RUNNING) as streams:
-        streams.wait_tokens(40)
+        streams.wait_tokens(DELIVERED)
         until(lambda: limited.status()["kv"]["mirror"]["coverage"] > 0.98, "the mirror does not keep up")
         recovered(limited, lose_device(limited, 2), "device")
     check(expected, streams)
@@ -64,8 +67,8 @@ def test_with_fewer_slots_running_requests_keep_theirs_and_none_fails(limited):
     assert status["kv"]["slots"] == SLOTS_OF_THREE
     assert 0.9 * SLOTS_OF_THREE < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
     assert record["kv"]["slots_dropped"] > 500, "of the cached prompt, which no running request shares"
-    # Requests that wait for room lose some of theirs to those that run.
-    assert record["tokens_reused"] > 0.4 * SLOTS_OF_THREE
+    # At least by the first to be taken up; those that wait for room lose what they had to those that run.
+    assert record["tokens_reused"] >= LEAST_HELD
 
 
 def test_devices_without_room_for_weights_and_kv_are_not_served_on(limited):
@@ -82,7 +85,7 @@ def test_a_kill_while_slots_are_renumbered_costs_no_token(launch, device_gib):
     with launch(4, *arguments, env=STRICT) as server:
         expected = Unbroken(server)(RUNNING)
         with Streams(server.url, RUNNING) as streams:
-            streams.wait_tokens(40)
+            streams.wait_tokens(DELIVERED)
             until(lambda: server.status()["kv"]["mirror"]["coverage"] > 0.98, "the mirror does not keep up")
             fault = lose_device(server, 2)
             until(lambda: server.status()["generation"] > fault.generation, "no rank was forked", poll_s=0)
@@ -96,4 +99,4 @@ def test_a_kill_while_slots_are_renumbered_costs_no_token(launch, device_gib):
         record = server.status()["recoveries"][-1]
         assert server.status()["kv"]["slots"] == SLOTS_OF_THREE
         assert 500 < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
-        assert record["tokens_reused"] > 0.4 * SLOTS_OF_THREE
+        assert record["tokens_reused"] >= LEAST_HELD

@@ -35,31 +35,21 @@ def parity(model, tmp_path):
     place.remove()
 
 
-def test_unequal_servers_of_one_model_are_told_to_be_equal(parity):
-    done = parity("--tokens", "8", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["equal"]
-    prompts = found["rounds"][0]["prompts"]
-    assert [one["prompt_tokens"] for one in prompts] == [1, 5, 33, 128, 300]
-    assert [one["prefill"]["pairs"] for one in prompts] == [0, 4, 32, 127, 299]
-    assert all(one["decode"]["pairs"] == 8 and one["distinct_tokens"] > 4 for one in prompts)
-    assert any(one["prefill"]["max"] > 0 for one in prompts), "two different servers do not agree to the last bit"
-
-
-@pytest.mark.parametrize(
-    ("family", "experts"), [("qwen3", "tp"), ("qwen3_moe", "tp"), ("qwen3_moe", "ep")], ids=" ".join
-)
-def test_heads_that_rotate_answer_as_stock_before_and_after_a_lost_device(parity, tmp_path, family, experts):
-    """Four devices have one KV head each; of three, another one has two in each layer."""
-    model = write_checkpoint(tmp_path / family, family, num_layers=5)
-    flags = ("--tp", "4", "--rotate-heads", "--lose", "1", "--experts", experts, "--tokens", "32", "--json")
+def test_heads_that_rotate_answer_as_stock_before_and_after_a_lost_device(parity, tmp_path):
+    """Four devices have one KV head each; of three, another one has two in each layer, and experts are dealt whole."""
+    model = write_checkpoint(tmp_path / "moe", "qwen3_moe", num_layers=5)
+    flags = ("--tp", "4", "--rotate-heads", "--lose", "1", "--experts", "ep", "--tokens", "32", "--json")
     done = parity(*flags, model=model)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["equal"] and found["tolerance"] == 1e-4
     assert [each["when"] for each in found["rounds"]] == ["before loss", "after loss"]
-    assert all(one["distinct_tokens"] > 16 for each in found["rounds"] for one in each["prompts"])
+    for each in found["rounds"]:
+        prompts = each["prompts"]
+        assert [one["prompt_tokens"] for one in prompts] == [1, 5, 33, 128, 300]
+        assert [one["prefill"]["pairs"] for one in prompts] == [0, 4, 32, 127, 299]
+        assert all(one["decode"]["pairs"] == 32 and one["distinct_tokens"] > 16 for one in prompts)
+        assert any(one["prefill"]["max"] > 0 for one in prompts), "two different servers do not agree to the last bit"
 
 
 def test_another_checkpoint_on_the_stock_side_is_told_to_differ(parity, tmp_path):

@@ -10,9 +10,11 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
+from counted_stores import Counted, Killed
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -29,14 +31,10 @@ seeds = st.integers(0, 1 << 32)
 kills = st.none() | st.integers(0, 40)
 
 
-class Killed(Exception):
-    pass
-
-
 @contextmanager
 def killed_after(elements: int | None) -> Iterator[None]:
     """Stop the stores to shared memory after so many elements: within a store as well as between two."""
-    carry_out = page_table._apply
+    carry_out, enter = page_table._apply, page_table._enter
     left = 1 << 60 if elements is None else elements
 
     def apply_some(stores: list[Store]) -> None:
@@ -49,8 +47,17 @@ def killed_after(elements: int | None) -> Iterator[None]:
                 raise Killed
             left -= len(places)
 
+    def enter_some(columns: Any, step: int, found: Any) -> None:
+        nonlocal left
+        counted = Counted.all(columns, left)
+        try:
+            enter(counted, step, found)
+        finally:
+            left = counted[0].left[0]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_table, "_apply", apply_some)
+        patch.setattr(page_table, "_enter", enter_some)
         yield
 
 
