@@ -310,6 +310,7 @@ class Coordinator:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""
         try:
             await self._in_thread(self.cluster.settle, generation)
+            await self._in_thread(self.cluster.kv_capacity, generation.ownership)  # before the status asks on this loop
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 

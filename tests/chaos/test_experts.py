@@ -24,8 +24,7 @@ def experts_checkpoint(tmp_path_factory):
     "flags",
     [
         pytest.param((), id="columns"),
-        pytest.param(("--ep-size", "3", "--anchor-rotate-heads"), id="whole experts and heads that rotate"),
-        pytest.param(("--ep-size", "3", "--init-expert-location", HOT), id="hot experts apart"),
+        pytest.param(("--ep-size", "3", "--init-expert-location", HOT), id="whole experts, hot ones apart"),
     ],
 )
 def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, experts_checkpoint, flags):

@@ -40,7 +40,7 @@ def check(expected, histories):
         assert_exactly_once(history)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_killed_in_decode_costs_no_token(server, unbroken, rank):
     expected = unbroken(SHORT)
     with Streams(server.url, SHORT) as streams:

@@ -1,6 +1,5 @@
 """Clients of the benchmark, against a small real HTTP server that streams as SGLang does."""
 
-import itertools
 import json
 import threading
 import time
@@ -48,25 +47,33 @@ def requests(*prompts, tokens=5):
     return [{"input_ids": [prompt], "sampling_params": {"max_new_tokens": tokens}} for prompt in prompts]
 
 
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_clients_come_when_they_should_however_busy_the_server_is(url):
-    arrivals = ((0.05 * n, n % 2) for n in itertools.count())
-    with OpenLoop(url, requests(1, 2, tokens=30), arrivals) as clients:
-        time.sleep(0.6)
-        clients.stop()
-        count = len(clients.histories)
-    sent = [history.sent_at - clients.began for _, history in clients.histories]
-    assert 10 <= count <= 13
-    assert max(abs(at - 0.05 * n) for n, at in enumerate(sent)) < 0.04
+    arrivals = [(0.05 * n, n % 2) for n in range(12)]
+    with OpenLoop(url, requests(1, 2, tokens=30), iter(arrivals)) as clients:
+        wait_for(lambda: len(clients.histories) == len(arrivals))
+    late = [
+        history.sent_at - clients.began - at for (_, history), (at, _) in zip(clients.histories, arrivals, strict=True)
+    ]
+    assert min(late) >= 0
+    assert max(late) < len(arrivals) * 30 * TOKEN_S / 3, "who waits for answers is this late at the third"
+    assert [number for number, _ in clients.histories] == [number for _, number in arrivals]
     assert all(len(history.output_ids) == 30 and history.error is None for _, history in clients.histories)
 
 
 def test_the_first_token_after_a_moment_is_that_of_any_client(url):
-    with OpenLoop(url, requests(1), iter([(0.0, 0), (0.3, 0)])) as clients:
-        time.sleep(0.15)
-        assert clients.first_token_after(time.monotonic()) is None
+    with OpenLoop(url, requests(1), iter([(0.0, 0), (1.5, 0)])) as clients:
+        wait_for(lambda: clients.histories and clients.histories[0][1].done)
         moment = time.monotonic()
-        time.sleep(0.3)
-        assert clients.first_token_after(moment) >= clients.began + 0.3
+        assert clients.first_token_after(moment) is None
+        wait_for(lambda: clients.first_token_after(moment) is not None)
+        assert clients.first_token_after(moment) >= clients.began + 1.5
 
 
 def test_a_broken_stream_is_a_failed_request_and_what_came_is_judged(url):
