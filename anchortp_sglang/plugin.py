@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from anchortp_sglang import hooking, manifest, preload
-from anchortp_sglang.cpu import groups, latent_attention, short_extends
+from anchortp_sglang.cpu import groups, latent_attention, request_rows, short_extends
 from anchortp_sglang.cpu import hooks as cpu
 from anchortp_sglang.cuda import collectives, graphs
 from anchortp_sglang.elastic import config, experts, head_norms, kv_pool, prefixes, weights
@@ -269,6 +269,12 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         short_extends.around_run_sdpa_forward_extend,
         "torch_native computes a kept prefix as if it were new, which takes seconds of a recovery",
+    ),
+    Hook(
+        _SRT + "mem_cache.memory_pool.ReqToTokenPool.__init__",
+        "around",
+        request_rows.around_req_to_token_pool_init,
+        "on CPU it zeroes memory that is never used for a third of a recovery",
     ),
     # GPUs.
     Hook(

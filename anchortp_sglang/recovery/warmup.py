@@ -4,6 +4,8 @@ A forked process copies every page that it writes to, and torch prepares each ki
 None of it depends on what the child will be. It must not run before the fork: it may start OpenMP's threads.
 """
 
+import logging
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ _TOKENS, _HIDDEN, _HEAD = 16, 64, 32
 
 def warm_up() -> None:
     """A little of what a rank does in its start and its first step, on tensors that are dropped."""
+    root = logging.getLogger()
+    root.setLevel(root.level)  # writes to every logger that there is
+    torch.manual_seed(0)
     _process_groups()
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from faults import kill_rank, lose_device, recovered
-from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request
+from faults import kill_rank, lose_device
+from histories import Unbroken, prompt, request
+from survival import survive
 
-from anchortp_sglang.bench.streams import Streams
 from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
 
 HOT = json.dumps(
@@ -31,23 +31,13 @@ def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, experts_checkpoin
     with launch(3, *flags, model=experts_checkpoint) as server:
         expected = Unbroken(server)(REQUESTS)
         before = server.status()["devices"]
-        process = survive(server, expected, lambda: kill_rank(server, 1), "process")
+        process = survive(server, REQUESTS, expected, lambda: kill_rank(server, 1), "process")
         assert process["reload_bytes"] == 0
-        device = survive(server, expected, lambda: lose_device(server, 1), "device")
+        device = survive(server, REQUESTS, expected, lambda: lose_device(server, 1), "device")
         assert 0.9 * before[1]["weight_bytes"] < device["reload_bytes"] < 1.1 * before[1]["weight_bytes"]
         left = server.status()
         assert (left["state"], left["tp_size"]) == ("degraded", 2)
         largest, smallest = (chosen(left["devices"][d]["weight_bytes"] for d in (0, 2)) for chosen in (max, min))
         assert largest < 1.1 * smallest
-        survive(server, expected, lambda: lose_device(server, 0), "device")
+        survive(server, REQUESTS, expected, lambda: lose_device(server, 0), "device")
         assert server.status()["tp_size"] == 1
-
-
-def survive(server, expected, fault, cause):
-    with Streams(server.url, REQUESTS) as streams:
-        streams.wait_tokens(15)
-        record = recovered(server, fault(), cause)
-    assert_identical(expected, outcomes(streams.histories))
-    for history in streams.histories:
-        assert_exactly_once(history)
-    return record

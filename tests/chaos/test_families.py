@@ -1,10 +1,10 @@
 """Families whose KV is of another kind lose a rank, then a device: what is kept is used again, and no token is lost."""
 
 import pytest
-from faults import kill_rank, lose_device, recovered
-from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request
+from faults import kill_rank, lose_device
+from histories import Unbroken, prompt, request
+from survival import survive
 
-from anchortp_sglang.bench.streams import Streams
 from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
 
 REQUESTS = [request(prompt(5000 + seed, 90), 60) for seed in range(4)]
@@ -21,21 +21,11 @@ def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, tmp_path, family,
     model = write_checkpoint(tmp_path / family, family, **shape)
     with launch(3, *flags, model=model) as server:
         expected = Unbroken(server)(REQUESTS)
-        process = survive(server, expected, lambda: kill_rank(server, 1), "process")
+        process = survive(server, REQUESTS, expected, lambda: kill_rank(server, 1), "process")
         assert process["reload_bytes"] == 0
         assert process["tokens_reused"] >= len(REQUESTS) * 90
-        device = survive(server, expected, lambda: lose_device(server, 0), "device")
+        device = survive(server, REQUESTS, expected, lambda: lose_device(server, 0), "device")
         assert server.status()["tp_size"] == 2
         if family == "deepseek_v3":  # each device has all latents, so none of them is lost
             assert device["kv"]["slots_restored"] == 0
             assert device["tokens_reused"] >= len(REQUESTS) * 90
-
-
-def survive(server, expected, fault, cause):
-    with Streams(server.url, REQUESTS) as streams:
-        streams.wait_tokens(15)
-        recovered(server, fault(), cause)
-    assert_identical(expected, outcomes(streams.histories))
-    for history in streams.histories:
-        assert_exactly_once(history)
-    return server.status()["recoveries"][-1]  # now that all its requests have been taken up

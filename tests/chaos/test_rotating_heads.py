@@ -1,10 +1,9 @@
 """With --anchor-rotate-heads no device's KV is much larger than another's, whichever devices are lost."""
 
 import pytest
-from faults import kill_rank, lose_device, recovered
-from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request
-
-from anchortp_sglang.bench.streams import Streams
+from faults import kill_rank, lose_device
+from histories import Unbroken, prompt, request
+from survival import survive
 
 REQUESTS = [request(prompt(5000 + seed, 40), 120) for seed in range(6)]
 HEAD_DIM, LAYERS, KV_HEADS = 32, 6, 4
@@ -21,16 +20,6 @@ def expected(rotating):
     return Unbroken(rotating)(REQUESTS)
 
 
-def survive(server, expected, fault, cause):
-    with Streams(server.url, REQUESTS) as streams:
-        streams.wait_tokens(20)
-        recovered(server, fault(), cause)
-    assert_identical(expected, outcomes(streams.histories))
-    for history in streams.histories:
-        assert_exactly_once(history)
-    return server.status()["recoveries"][-1]  # now that all its requests have been taken up
-
-
 def kv_heads_of(status):
     """KV heads of each serving device, over all layers."""
     head_bytes = 2 * (status["kv"]["slots"] + 1) * HEAD_DIM * 4
@@ -45,7 +34,7 @@ def test_each_loss_leaves_every_device_an_equal_share_of_the_kv(rotating, expect
     assert status["kv_capacity"]["slots_alike"] == status["kv_capacity"]["slots"], "four heads divide by four"
     for device, held in ((1, [8, 8, 8]), (0, [12, 12])):
         lost = next(each for each in rotating.status()["devices"] if each["id"] == device)
-        record = survive(rotating, expected, lambda device=device: lose_device(rotating, device), "device")
+        record = survive(rotating, REQUESTS, expected, lambda device=device: lose_device(rotating, device), "device")
         assert 0.9 * lost["weight_bytes"] < record["reload_bytes"] < 1.1 * lost["weight_bytes"]
         assert record["p2p_bytes"] < 0.1 * record["reload_bytes"], "more than the vocabulary's shifted rows"
         assert kv_heads_of(rotating.status()) == held
@@ -55,6 +44,6 @@ def test_each_loss_leaves_every_device_an_equal_share_of_the_kv(rotating, expect
 
 
 def test_a_killed_rank_finds_its_kv_again(rotating, expected):
-    record = survive(rotating, expected, lambda: kill_rank(rotating, 1), "process")
+    record = survive(rotating, REQUESTS, expected, lambda: kill_rank(rotating, 1), "process")
     assert record["reload_bytes"] == 0
     assert record["tokens_reused"] > record["tokens_recomputed"]

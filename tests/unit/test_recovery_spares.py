@@ -1,40 +1,32 @@
 """Spare ranks with real processes: in their group when they are told what to be, or out of it if it is of no use."""
 
-import os
-import subprocess
-import sys
-import textwrap
+import interpreter
+
+PRELUDE = """
+    import os, time
+    from anchortp_sglang.recovery.processes import died_within
+    from anchortp_sglang.recovery.spares import Spares
+    from anchortp_sglang.recovery.zygote import fork_zygote
+    from group_targets import all_reduce
+    zygote = fork_zygote()
+
+    def prepared(world_size, joining=True):
+        spares = Spares()
+        spares.prepare(zygote, world_size, joining, None)
+        deadline = time.monotonic() + 60
+        while not all(child.pipe.poll() for child in spares._children) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return spares, list(spares._children)
+
+    def sums(ranks, store):
+        for rank, child in enumerate(ranks):
+            child.start(all_reduce, (rank, len(ranks), store.port))
+        return [child.pipe.recv() for child in ranks]
+"""
 
 
 def run(body: str) -> str:
-    prelude = """
-        import os, time
-        from anchortp_sglang.recovery.processes import died_within
-        from anchortp_sglang.recovery.spares import Spares
-        from anchortp_sglang.recovery.zygote import fork_zygote
-        from group_targets import all_reduce
-        zygote = fork_zygote()
-
-        def prepared(world_size, joining=True):
-            spares = Spares()
-            spares.prepare(zygote, world_size, joining, None)
-            deadline = time.monotonic() + 60
-            while not all(child.pipe.poll() for child in spares._children) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            return spares, list(spares._children)
-
-        def sums(ranks, store):
-            for rank, child in enumerate(ranks):
-                child.start(all_reduce, (rank, len(ranks), store.port))
-            return [child.pipe.recv() for child in ranks]
-    """
-    code = textwrap.dedent(prelude) + textwrap.dedent(body)
-    path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return interpreter.run(PRELUDE, body)
 
 
 def test_a_generation_as_wide_takes_all_spares_in_the_group_that_they_have_joined():

@@ -1,26 +1,19 @@
 """The zygote with real processes, in an interpreter of its own (pytest has threads and must not fork)."""
 
-import os
-import subprocess
-import sys
-import textwrap
 import time
+
+import interpreter
+
+PRELUDE = """
+    import os, signal, time
+    from anchortp_sglang.recovery.zygote import *
+    from anchortp_sglang.recovery.processes import died_within
+    from zygote_targets import *
+"""
 
 
 def run(body: str) -> str:
-    prelude = """
-        import os, signal, time
-        from anchortp_sglang.recovery.zygote import *
-        from anchortp_sglang.recovery.processes import died_within
-        from zygote_targets import *
-    """
-    code = textwrap.dedent(prelude) + textwrap.dedent(body)
-    path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return interpreter.run(PRELUDE, body)
 
 
 def test_children_become_what_they_are_told_and_die_when_killed():
