@@ -1,7 +1,6 @@
 """Process groups of ranks on the CPU, with real gloo processes."""
 
 import multiprocessing
-import sys
 
 import pytest
 
@@ -48,7 +47,6 @@ def ranks(tmp_path_factory):
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="gloo")
 def test_all_ranks_share_one_group_and_each_has_one_of_its_own(ranks):
     for number, (who, total, own, one_for_all, one_alone, count, _) in enumerate(ranks):
         assert (who, total, own) == (number, 6.0, number + 1.0)
