@@ -1,6 +1,6 @@
 """Where the time of a recovery goes: medians of every stage over some kills of a rank of a small server under load.
 
-    PYTHONPATH=. $(make -s print-python) tools/time_recovery.py [--tp 4] [--kills 10] [--device-loss]
+    PYTHONPATH=. $(make -s print-python) tools/time_recovery.py [--tp 4] [--kills 10] [--device-loss] [--size tiny]
 
 With --device-loss the server is started anew for each fault. Stages are those of the status: the server's own, each
 from the end of the one before, and for the ranks the slowest one's.
@@ -17,10 +17,10 @@ from pathlib import Path
 
 from anchortp_sglang import timeline_rows
 from anchortp_sglang.bench.load import Load
+from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize, make_model
 from anchortp_sglang.bench.recovery_stats import percentile
 from anchortp_sglang.bench.server import Server
 from anchortp_sglang.bench.streams import Streams
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
 
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--anchor-allow-injection")
 
@@ -30,31 +30,34 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--device-loss", action="store_true")
+    parser.add_argument("--size", type=ModelSize, default=ModelSize.TINY, choices=list(ModelSize))
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=120, help="of each stream")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
     with tempfile.TemporaryDirectory(prefix="anchortp-time-") as folder:
-        model = write_checkpoint(Path(folder) / "model", "qwen3")
+        model = make_model(Path(folder) / "model", options.size)
         records, pauses, starts = [], [], []
         if options.device_loss:
             for number in range(options.kills):
-                with_server(model, options.tp, folder, [("device", number % options.tp)], records, pauses, starts)
+                with_server(model, options, folder, [("device", number % options.tp)], records, pauses, starts)
         else:
             faults = [("process", number % options.tp) for number in range(options.kills)]
-            with_server(model, options.tp, folder, faults, records, pauses, starts)
+            with_server(model, options, folder, faults, records, pauses, starts)
     show(records, pauses, starts)
 
 
-def with_server(model, tp_size, folder, faults, records, pauses, starts) -> None:
-    server = Server(model, tp_size, *FLAGS, log=Path(folder) / "log")
+def with_server(model, options, folder, faults, records, pauses, starts) -> None:
+    server = Server(model, options.tp, *FLAGS, log=Path(folder) / "log")
     try:
         starts.append(server.start())
         for kind, device in faults:
             time.sleep(2.5)  # spare ranks are forked a second after a recovery
-            requests = Load(1.0, 8, 512).requests()
+            requests = Load(1.0, options.streams, VOCAB_SIZE).requests()
             for request in requests:
-                request["sampling_params"]["max_new_tokens"] = 120
+                request["sampling_params"]["max_new_tokens"] = options.tokens
             with Streams(server.url, requests) as streams:
-                streams.wait_tokens(30)
+                streams.wait_tokens(min(30, options.tokens // 2))
                 generation, at = server.status()["generation"], time.monotonic()
                 server.inject(device, kind)
                 server.wait_serving(generation + 1)

@@ -6,8 +6,8 @@ zygote) they leave SGLang as it is.
 
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import torch
 
 from anchortp_sglang.anchor.client import AnchorClient, HandleGrant
 from anchortp_sglang.elastic.device_memory import byte_tensor
-from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.memory.arena import Part, map_fd
 from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, kv_layout
 from anchortp_sglang.planning.layout import ShardLayout, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.residence import Holding, Residence
 
 HOST_DEVICE = -1
 
@@ -39,10 +40,10 @@ class MirrorPlan:
 class Assignment:
     """One rank's part of a generation; made by the coordinator, sent to the rank over its pipe.
 
-    ``previous``: the ownership whose complete weights the anchors still hold, None when there are none; equal to
-    ``ownership`` when nothing is to be moved. ``previous_kv``: the slots of its KV. ``restore_prefixes``: whether its
-    KV and page table may be used. ``running``: chain hashes of the open requests' tokens, as bytes of uint64.
-    ``gpu``: where the device's memory is, None for the host's.
+    ``weights``: where they are, or shall be. ``previous``: the complete weights that the anchors still hold, None when
+    there are none; equal to ``weights`` when nothing is to be moved. ``previous_kv``: the slots of its KV.
+    ``restore_prefixes``: whether its KV and page table may be used. ``running``: chain hashes of the open requests'
+    tokens, as bytes of uint64. ``gpu``: where the device's memory is, None for the host's.
     """
 
     generation: int
@@ -52,8 +53,8 @@ class Assignment:
     run_id: str
     checkpoint: Path
     model: ModelAxes
-    ownership: Ownership
-    previous: Ownership | None
+    weights: Holding
+    previous: Holding | None
     kv: KVPlan
     previous_kv: KVPlan
     restore_prefixes: bool
@@ -61,14 +62,14 @@ class Assignment:
     running: bytes = b""
     gpu: GpuShare | None = None
 
+    @property
+    def ownership(self) -> Ownership:
+        return self.weights.ownership
+
 
 def kv_namespace(checkpoint: Path, model: ModelAxes) -> bytes:
     """Ties KV to what it was computed with: the checkpoint and its dtype."""
     return f"{checkpoint}\0{model.dtype}".encode()
-
-
-def weights_segment(ownership: Ownership) -> str:
-    return f"weights-{ownership.digest()}"
 
 
 def kv_segment(layout: KVLayout) -> str:
@@ -113,7 +114,8 @@ class Attachment:
         """The bytes of this rank's KV segment, in whichever memory."""
         if self.assignment.gpu is None:
             return torch.frombuffer(self.kv_memory(), dtype=torch.uint8)
-        return self.tensor(self.assignment.device, kv_segment(self.kv_layout), writable=True)
+        fd, nbytes, _ = self._keep(self.assignment.device, kv_segment(self.kv_layout))
+        return byte_tensor([Part(fd, 0, nbytes, writable=True)], self.assignment.gpu)[0]
 
     @property
     def namespace(self) -> bytes:
@@ -135,23 +137,32 @@ class Attachment:
         finally:
             os.close(fd)
 
-    def tensor(self, device: int, segment: str, writable: bool) -> torch.Tensor:
-        """A segment in a device's memory, as bytes. Raises like ``map``."""
-        fd, nbytes, _ = self._keep(device, segment)
-        return byte_tensor(fd, nbytes, writable, self.assignment.gpu)[0]
+    def weights(self) -> torch.Tensor:
+        """The bytes of this rank's shard, read-only. Raises like ``map``."""
+        at = self.assignment
+        shard = at.weights.shards[at.rank]
+        return self._shard_tensor(shard, {name: self._keep(at.device, name).fd for name in shard.sizes}, "")[0]
 
     @contextmanager
-    def tensor_briefly(self, device: int, segment: str, writable: bool) -> Iterator[torch.Tensor]:
-        """The same for the time of a block: when it has been left and the tensor is gone, nothing here holds it."""
-        fd, nbytes, _ = self._open(device, segment)
-        try:
-            tensor, unmap = byte_tensor(fd, nbytes, writable, self.assignment.gpu)
-        finally:
-            os.close(fd)
+    def shard_briefly(self, device: int, shard: Residence, writable: str = "") -> Iterator[torch.Tensor]:
+        """The bytes of a shard for the time of a block: when it has been left and the tensor is gone, nothing here
+        holds it. ``writable``: the segment that is to be filled."""
+        with ExitStack() as stack:
+            fds = {}
+            for name in shard.sizes:
+                fds[name] = self._open(device, name).fd
+                stack.callback(os.close, fds[name])
+            tensor, unmap = self._shard_tensor(shard, fds, writable)
         try:
             yield tensor
         finally:
             unmap()
+
+    def _shard_tensor(
+        self, shard: Residence, fds: dict[str, int], writable: str
+    ) -> tuple[torch.Tensor, Callable[[], None]]:
+        parts = [Part(fds[e.segment], e.offset, e.nbytes, e.segment == writable) for e in shard.extents]
+        return byte_tensor(parts, self.assignment.gpu)
 
     def _keep(self, device: int, segment: str) -> HandleGrant:
         grant = self._open(device, segment)

@@ -1,25 +1,24 @@
-"""A segment of a device's memory as a tensor of its bytes, without a copy, on whatever platform."""
+"""Segments of a device's memory as a tensor of their bytes, without a copy, on whatever platform."""
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from anchortp_sglang.memory import cuda_ipc, cuda_vmm
-from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.memory.arena import Part, map_together
 from anchortp_sglang.memory.cuda_driver import device_by_uuid
 from anchortp_sglang.memory.gpu import GpuShare
 
 
-def byte_tensor(fd: int, nbytes: int, writable: bool, gpu: GpuShare | None) -> tuple[torch.Tensor, Callable[[], None]]:
-    """The segment behind ``fd``, for use by this rank's device, and what ends its mapping.
+def byte_tensor(parts: Sequence[Part], gpu: GpuShare | None) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Parts of segments one after the other, for use by this rank's device, and what ends their mapping.
 
-    In host memory a mapping ends by itself, with the last tensor that uses it; on a GPU nothing keeps track.
+    In host memory a mapping ends by itself, with the last tensor that uses it; on a GPU nothing keeps track. There a
+    single part is mapped, a whole segment.
     """
     if gpu is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a read-only mapping is what we want; torch warns about it
-            return torch.frombuffer(map_fd(fd, nbytes, writable), dtype=torch.uint8), lambda: None
+        return torch.frombuffer(map_together(parts), dtype=torch.uint8), lambda: None
+    ((fd, _, nbytes, writable),) = parts
     torch.cuda.init()  # lest the first tensor of a thread finds torch without a context
     device = device_by_uuid(gpu.uuid)
     sharing = cuda_ipc if gpu.sharing == "ipc" else cuda_vmm

@@ -65,7 +65,8 @@ class Restoration(threading.Thread):
         at = self._attachment.assignment
         assert at.previous is not None
         entries, mirror, usable = self._table.entries(), None, None
-        if at.previous != at.ownership and lost_heads(at.model, at.ownership, at.previous):
+        held = at.previous.ownership
+        if held != at.ownership and lost_heads(at.model, at.ownership, held):
             mirror = self._mirror()
             usable = restorable_slots(entries, mirror)
         running = np.frombuffer(at.running, np.uint64)
@@ -94,12 +95,13 @@ class Restoration(threading.Thread):
     def _move(self, kept: Kept, mirror: KVMirror | None) -> None:
         at = self._attachment.assignment
         assert at.previous is not None
-        stays = at.device in at.previous.devices and self._old_layout(at.device) == self._attachment.kv_layout
+        held = at.previous.ownership
+        stays = at.device in held.devices and self._old_layout(at.device) == self._attachment.kv_layout
         if not len(kept.slots) or stays:
             return
         if self._into is None:
             raise RestorationFailed("KV does not move between GPUs")
-        moves = kv_moves(at.model, at.ownership, at.rank, at.previous)
+        moves = kv_moves(at.model, at.ownership, at.rank, held)
         self.moved = move_kept(kept, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:
             self.restored_slots = len(kept.slots)
@@ -107,7 +109,8 @@ class Restoration(threading.Thread):
     def _old_layout(self, device: int) -> KVLayout:
         at = self._attachment.assignment
         assert at.previous is not None
-        return kv_layout(at.model, at.previous_kv, at.previous, at.previous.devices.index(device))
+        held = at.previous.ownership
+        return kv_layout(at.model, at.previous_kv, held, held.devices.index(device))
 
     def _old_segment(self, device: int) -> KVSegment:
         layout = self._old_layout(device)

@@ -51,7 +51,7 @@ def open_table(attachment: Attachment) -> None:
             _next = PageTable.create(_table_memory, at.kv.rows, attachment.namespace)
         return
     assert at.previous is not None
-    old = page_table_segment(at.previous, at.previous_kv)
+    old = page_table_segment(at.previous.ownership, at.previous_kv)
     memory = _table_memory if old == segment else attachment.map_briefly(HOST_DEVICE, old)
     try:
         table = PageTable.attach(memory, at.previous_kv.rows, attachment.namespace)

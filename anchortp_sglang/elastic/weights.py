@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from itertools import groupby
 from typing import Any
@@ -23,12 +23,13 @@ from sglang.srt.model_loader.loader import (
 )
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
-from anchortp_sglang.elastic.attachment import Attachment, current, weights_segment
+from anchortp_sglang.elastic.attachment import Attachment, current
 from anchortp_sglang.elastic.checkpoint import Checkpoint
 from anchortp_sglang.elastic.config import building
 from anchortp_sglang.elastic.mover import mover_for
 from anchortp_sglang.elastic.skeleton import Skeleton, placeholders
-from anchortp_sglang.planning.layout import Placed, ShardLayout, fill_moves, moved_bytes, shard_layout
+from anchortp_sglang.planning.layout import Move, Placed, ShardLayout, fill_moves, moved_bytes, shard_layout
+from anchortp_sglang.planning.residence import Residence
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ def _views(flat: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
     """Each parameter as a tensor over ``flat`` (the bytes of a weights segment); no copy."""
 
     def view(placed: Placed) -> torch.Tensor:
-        piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes]
-        return piece.view(getattr(torch, placed.dtype)).view(placed.shape)
+        piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes].view(getattr(torch, placed.dtype))
+        return piece.view(placed.shape[::-1]).t() if placed.column_major else piece.view(placed.shape)
 
     return {placed.name: view(placed) for placed in layout.params}
 
@@ -74,7 +75,7 @@ class Filler(threading.Thread):
 
     def run(self) -> None:
         try:
-            if self.attachment.assignment.previous != self.attachment.assignment.ownership:
+            if self.attachment.assignment.previous != self.attachment.assignment.weights:
                 self._fill()
         except BaseException as error:
             self._error = error
@@ -87,36 +88,66 @@ class Filler(threading.Thread):
             raise RuntimeError(f"weights could not be filled: {self._error}") from self._error
 
     def _fill(self) -> None:
-        at = self.attachment.assignment
-        placed = {each.name: each for each in self.attachment.layout.params}
-        moves = fill_moves(at.model, at.ownership, at.rank, at.previous)
+        at, layout = self.attachment.assignment, self.attachment.layout
+        before = None if at.previous is None else at.previous.ownership
+        shard = at.weights.shards[at.rank]
+        moves = fill_moves(at.model, at.ownership, at.rank, before)
         with ExitStack() as stack:
-            memory = self.attachment.tensor_briefly(at.device, weights_segment(at.ownership), writable=True)
-            target = _views(stack.enter_context(memory), self.attachment.layout)
-            holders = {move.device for move in moves if move.device is not None}
-            before = {device: self._previous_views(device, stack) for device in holders}
+            memory = self.attachment.shard_briefly(at.device, shard, writable=shard.added)
+            target = _Shard(stack.enter_context(memory), layout)
+            sources = {
+                device: self._previous(device, stack)
+                for device in {move.device for move in moves if move.device is not None}
+            }
             checkpoint = stack.enter_context(Checkpoint(at.checkpoint))
             mover = stack.enter_context(mover_for(at.gpu))  # left first, when all has arrived
-            for name, start, length in self.attachment.layout.padding:
-                mover.clear(target[name].narrow(placed[name].dim, start, length))
-            for layer, of_layer in groupby(moves, key=lambda move: placed[move.param].layer):
+            for name, start, length in layout.padding:
+                mover.clear(target.views[name].narrow(target.placed[name].dim, start, length))
+            for layer, of_layer in groupby(moves, key=lambda move: target.placed[move.param].layer):
                 for move in of_layer:
-                    into = target[move.param].narrow(move.dim, move.start, move.length)
                     if move.device is None:
+                        into = target.elements(move)
                         mover.load(into, checkpoint.read(move, into.dtype))
                     else:
-                        source = before[move.device][move.source]
-                        mover.copy(into, source.narrow(move.dim, move.source_start, move.length))
+                        for into, source in _copies(move, target, sources[move.device], shard):
+                            mover.copy(into, source)
                 mover.layer_done(layer)
-        log.info("anchortp: weights of rank %d: %s", at.rank, mover.moved)
+        log.info("anchortp: weights of rank %d: %d MiB stay; %s", at.rank, shard.kept_bytes >> 20, mover.moved)
         self.moved = moved_bytes(moves)
+        self.moved["copy"] -= shard.kept_bytes
 
-    def _previous_views(self, device: int, stack: ExitStack) -> dict[str, torch.Tensor]:
+    def _previous(self, device: int, stack: ExitStack) -> "_Shard":
         at = self.attachment.assignment
         assert at.previous is not None
-        layout = shard_layout(at.model, at.previous, at.previous.devices.index(device))
-        memory = self.attachment.tensor_briefly(device, weights_segment(at.previous), writable=False)
-        return _views(stack.enter_context(memory), layout)
+        layout = shard_layout(at.model, at.previous.ownership, at.previous.ownership.devices.index(device))
+        memory = self.attachment.shard_briefly(device, at.previous.shard_of(device))
+        return _Shard(stack.enter_context(memory), layout)
+
+
+class _Shard:
+    """The bytes of a shard, and its parameters as tensors over them."""
+
+    def __init__(self, flat: torch.Tensor, layout: ShardLayout) -> None:
+        self.flat = flat
+        self.placed = {each.name: each for each in layout.params}
+        self.views = _views(flat, layout)
+
+    def elements(self, move: Move) -> torch.Tensor:
+        """What a move fills."""
+        return self.views[move.param].narrow(move.dim, move.start, move.length)
+
+
+def _copies(
+    move: Move, target: _Shard, source: _Shard, shard: Residence
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What is to be copied for a move, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
+    into = target.placed[move.param].run(move.start, move.length)
+    of = source.placed[move.source].run(move.source_start, move.length)
+    if into is None or of is None:
+        yield target.elements(move), source.views[move.source].narrow(move.dim, move.source_start, move.length)
+        return
+    for start, stop in shard.to_fill(into):
+        yield target.flat[start:stop], source.flat[start - into[0] + of[0] : stop - into[0] + of[0]]
 
 
 _filler: Filler | None = None
@@ -165,9 +196,7 @@ def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
 
     Raises RuntimeError unless the model's parameters are exactly those of the layout, shape by shape.
     """
-    at = attachment.assignment
-    memory = attachment.tensor(at.device, weights_segment(at.ownership), writable=False)
-    views = _stacked(_views(memory, attachment.layout))
+    views = _stacked(_views(attachment.weights(), attachment.layout))
     parameters = dict(model.named_parameters())
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())

@@ -7,11 +7,13 @@ forbids every new way of writing; mappings made before stay writable until their
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 __all__ = [
@@ -21,10 +23,12 @@ __all__ = [
     "HandleFacts",
     "MemfdArena",
     "MemoryExhausted",
+    "Part",
     "available_bytes",
     "create_memfd",
     "inspect_handle",
     "map_fd",
+    "map_together",
     "resident_bytes",
     "seal_read_only",
 ]
@@ -34,6 +38,18 @@ _SIZE_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 _READ_ONLY_SEALS = _SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's block size
 _CGROUP = "/sys/fs/cgroup"
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # missing from mmap in Python 3.11
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+)
 
 
 class ArenaError(Exception):
@@ -54,6 +70,15 @@ class HandleFacts(NamedTuple):
     nbytes: int
     sealed: bool
     inode: tuple[int, int]
+
+
+class Part(NamedTuple):
+    """Bytes of a segment, whole pages, to be mapped."""
+
+    fd: int
+    offset: int
+    nbytes: int
+    writable: bool
 
 
 class Arena(Protocol):
@@ -150,6 +175,22 @@ def map_fd(fd: int, nbytes: int, writable: bool) -> mmap.mmap:
         return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
     except PermissionError as error:
         raise PermissionError(errno.EPERM, "the segment is sealed: map it with writable=False") from error
+
+
+def map_together(parts: Sequence[Part]) -> mmap.mmap:
+    """Map parts of segments one after the other, shared, as one run of memory. What is not ``writable`` must not be
+    written to, whatever the mapping says. ``OSError`` if a part cannot be mapped so."""
+    nbytes = sum(part.nbytes for part in parts)
+    whole = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    for part in parts:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if part.writable else 0)
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        if _libc.mmap(address, part.nbytes, protection, flags, part.fd, part.offset) == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, f"a part of a segment cannot be mapped: {os.strerror(number)}")
+        address += part.nbytes
+    return whole
 
 
 def seal_read_only(fd: int) -> None:

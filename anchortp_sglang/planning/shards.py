@@ -9,12 +9,17 @@ from anchortp_sglang.planning.model_axes import Block, ModelAxes, ParamSpec
 from anchortp_sglang.planning.ownership import Ownership
 
 PARAM_ALIGN_BYTES = 64
-LAYER_ALIGN_BYTES = 4096  # a page: a layer can be mapped, moved and protected by itself
+PAGE_BYTES = 4096
+_PAGED_BYTES = 16 * PAGE_BYTES
+"""A parameter of this size starts on a page, so that its parts can be mapped by themselves."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter of one rank, row-major and contiguous at ``offset_bytes``, split along ``dim``."""
+    """A parameter of one rank, contiguous at ``offset_bytes``, split along ``dim``.
+
+    Row-major, or with ``column_major`` the transpose of a matrix in row-major order.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,6 +28,15 @@ class Placed:
     layer: int | None
     dim: int
     dtype: str
+    column_major: bool
+
+    def run(self, start: int, length: int) -> tuple[int, int] | None:
+        """Bytes of the shard [start, stop) that hold ``length`` elements along dim; None if they lie scattered."""
+        if self.dim and not self.column_major:
+            return None
+        unit_bytes = self.nbytes // self.shape[self.dim]
+        first = self.offset_bytes + start * unit_bytes
+        return first, first + length * unit_bytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) ->
 
 
 def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayout:
-    """Lay out a rank's shard: parameters start on 64 bytes, each new layer on 4096."""
+    """Lay out a rank's shard: each layer and every large parameter starts on a page, the others on 64 bytes."""
     params: list[Placed] = []
     pieces: list[Piece] = []
     padding: list[tuple[str, int, int]] = []
@@ -120,15 +134,18 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
         form = known[key]
         start, parameter = end, spec.name.partition("[")[0]
         if parameter != before:
-            start = _align(end, PARAM_ALIGN_BYTES if spec.layer == layer else LAYER_ALIGN_BYTES)
-        params.append(Placed(spec.name, form.shape, start, form.nbytes, spec.layer, spec.dim, spec.dtype))
+            paged = spec.layer != layer or form.nbytes >= _PAGED_BYTES
+            start = _align(end, PAGE_BYTES if paged else PARAM_ALIGN_BYTES)
+        params.append(
+            Placed(spec.name, form.shape, start, form.nbytes, spec.layer, spec.dim, spec.dtype, form.column_major)
+        )
         end, layer, before = start + form.nbytes, spec.layer, parameter
         for block, at, length, source_start in form.pieces:
             source = spec.blocks[block].source
             pieces.append(Piece(spec.name, spec.dim, at, length, source, source_start, spec.transposed))
         for at, length in form.padding:
             padding.append((spec.name, at, length))
-    return ShardLayout(tuple(params), tuple(pieces), tuple(padding), _align(end, LAYER_ALIGN_BYTES))
+    return ShardLayout(tuple(params), tuple(pieces), tuple(padding), _align(end, PAGE_BYTES))
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,7 @@ class _Form:
 
     shape: tuple[int, ...]
     nbytes: int
+    column_major: bool
     pieces: tuple[tuple[int, int, int, int], ...]
     padding: tuple[tuple[int, int], ...]
 
@@ -148,6 +166,7 @@ def _form(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) ->
     return _Form(
         shape,
         prod(shape) * spec.element_bytes,
+        _column_major(model, spec),
         tuple(
             (index, span.position(start), stop - start, span.block.offset + start)
             for index, span in enumerate(blocks)
@@ -159,6 +178,14 @@ def _form(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) ->
             for start, stop in subtract(span.held, ((0, span.extent),))
         ),
     )
+
+
+def _column_major(model: ModelAxes, spec: ParamSpec) -> bool:
+    """Matrices that are split by columns are kept with their columns one after the other, so that what a rank has of
+    them stays where it is when it is given more. Only plain float32: matrix products of the CPU take it as it is, and
+    reorder other types each time (measured: oneDNN, bfloat16, up to twice as slow)."""
+    plain = spec.dtype == "float32" and model.quantization is None
+    return plain and spec.dim == 1 and len(spec.rest) == 1
 
 
 def block_extent(model: ModelAxes, block: Block) -> int:

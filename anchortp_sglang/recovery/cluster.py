@@ -24,7 +24,6 @@ from anchortp_sglang.elastic.attachment import (
     lanes_segment,
     mirror_segment,
     page_table_segment,
-    weights_segment,
 )
 from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.memory.arena import map_fd
@@ -34,9 +33,9 @@ from anchortp_sglang.memory.kv_mirror import MirrorShape
 from anchortp_sglang.memory.page_table import PageTable
 from anchortp_sglang.planning.expert_load import ExpertCounts
 from anchortp_sglang.planning.kv_layout import KVLayout, KVPlan, fit_slots, kv_layout, whole_layout
-from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.residence import Holding, hold
 from anchortp_sglang.recovery import detokenizer, heartbeat, rank
 from anchortp_sglang.recovery.generation import Generation, StartFailed
 from anchortp_sglang.recovery.kv_books import KVBooks
@@ -89,6 +88,10 @@ class ServerPlan:
     def kv_layout(self, ownership: Ownership, rank: int) -> KVLayout:
         """Of a rank's KV segment."""
         return kv_layout(self.model, self.kv_of(ownership), ownership, rank)
+
+    def hold(self, ownership: Ownership, before: Holding | None) -> Holding:
+        """Where the weights of an ownership shall lie. On a GPU, which maps no single pages, they are copied."""
+        return hold(self.model, ownership, None if self.gpus else before)
 
     @property
     def namespace(self) -> bytes:
@@ -143,8 +146,8 @@ class Cluster:
             plan.gpu(device),
         )
 
-    def take_over(self, ownership: Ownership) -> int | None:
-        """Anchors that linger from a server that died: attach to them if they hold all of ``ownership``.
+    def take_over(self, weights: Holding) -> int | None:
+        """Anchors that linger from a server that died: attach to them if they hold all of ``weights``.
 
         Returns their generation; None if there is nothing to take over. Others are shut down.
         """
@@ -152,11 +155,12 @@ class Cluster:
         anchors = {device: anchor for device, anchor in found.items() if anchor is not None}
         if not anchors:
             return None
+        ownership = weights.ownership
         generation = 1 + max(self.client(device).status().generation for device in anchors)
         try:
             for device in (HOST_DEVICE, *ownership.devices):
                 self.client(device).attach(generation, os.getpid(), self.plan.identity, self.plan.linger_s)
-            complete = all(self._holds(device, ownership) for device in ownership.devices)
+            complete = all(self._holds(device, weights) for device in ownership.devices)
         except AnchorError as error:
             log.info("anchortp: lingering anchors cannot be taken over: %s", error)
             complete = False
@@ -170,10 +174,10 @@ class Cluster:
             os.close(anchor.pidfd)
         return None
 
-    def _holds(self, device: int, ownership: Ownership) -> bool:
-        """Whether the weights of ``ownership`` lie complete on this device."""
-        segments = self.client(device).status().segments
-        return any(segment.name == weights_segment(ownership) and segment.sealed for segment in segments)
+    def _holds(self, device: int, weights: Holding) -> bool:
+        """Whether the weights lie complete on this device."""
+        sealed = {segment.name for segment in self.client(device).status().segments if segment.sealed}
+        return weights.shard_of(device).sizes.keys() <= sealed
 
     def client(self, device: int) -> AnchorClient:
         if device not in self._clients:
@@ -189,13 +193,12 @@ class Cluster:
         for device in (HOST_DEVICE, *devices):
             self.client(device).fence(generation)
 
-    def allocate(self, number: int, ownership: Ownership) -> None:
+    def allocate(self, number: int, weights: Holding) -> None:
         """Segments of a generation; those that exist already are kept as they are."""
-        plan = self.plan
-        for index, device in enumerate(ownership.devices):
-            layout, kv = shard_layout(plan.model, ownership, index), plan.kv_layout(ownership, index)
-            client = self.client(device)
-            client.allocate(number, weights_segment(ownership), layout.total_bytes, lazy=False)
+        plan, ownership = self.plan, weights.ownership
+        for index, (device, shard) in enumerate(zip(ownership.devices, weights.shards, strict=True)):
+            kv, client = plan.kv_layout(ownership, index), self.client(device)
+            client.allocate(number, shard.added, shard.added_bytes, lazy=False)
             client.allocate(number, kv_segment(kv), kv.total_bytes, lazy=True)
         host = self.client(HOST_DEVICE)
         slots = plan.kv_of(ownership)
@@ -215,8 +218,8 @@ class Cluster:
     def settle(self, generation: Generation) -> None:
         """Seal this generation's weights and free whatever belongs to no generation any more."""
         keep = self.segments_of(generation)
-        for device in generation.ownership.devices:
-            self.client(device).seal(generation.number, weights_segment(generation.ownership))
+        for device, shard in zip(generation.ownership.devices, generation.weights.shards, strict=True):
+            self.client(device).seal(generation.number, shard.added)
         for device in (HOST_DEVICE, *generation.ownership.devices):
             self._release(device, generation.number, keep=keep.__contains__)
 
@@ -231,8 +234,8 @@ class Cluster:
         """Names of all segments that a generation uses, on whichever anchor."""
         plan, ownership = self.plan, generation.ownership
         names = {kv_segment(plan.kv_layout(ownership, rank)) for rank in range(ownership.tp_size)}
-        names |= {weights_segment(ownership), page_table_segment(ownership, plan.kv_of(ownership))}
-        names.add(lanes_segment(generation.number))
+        names |= {segment for shard in generation.weights.shards for segment in shard.sizes}
+        names |= {page_table_segment(ownership, plan.kv_of(ownership)), lanes_segment(generation.number)}
         return frozenset(names if plan.mirror is None else names | {mirror_segment(plan.mirror)})
 
     def map_lanes(self, number: int) -> mmap.mmap:
@@ -302,16 +305,16 @@ class Cluster:
     def start_ranks(
         self,
         number: int,
-        ownership: Ownership,
-        previous: Ownership | None,
+        weights: Holding,
+        previous: Holding | None,
         restore_prefixes: bool,
         running: bytes = b"",
     ) -> Generation:
         """Fork a generation. Its anchors must be fenced and its segments allocated. ``running``: as in Assignment."""
-        plan = self.plan
+        plan, ownership = self.plan, weights.ownership
         server_args = plan.server_args(ownership.tp_size)
         spares, self._store = self._spares.take(ownership.tp_size)
-        generation = Generation(number, ownership, [])
+        generation = Generation(number, weights, [])
         try:
             for index, device in enumerate(ownership.devices):
                 assignment = Assignment(
@@ -322,10 +325,10 @@ class Cluster:
                     run_id=plan.run_id,
                     checkpoint=plan.checkpoint,
                     model=plan.model,
-                    ownership=ownership,
+                    weights=weights,
                     previous=previous,
                     kv=plan.kv_of(ownership),
-                    previous_kv=plan.kv_of(previous or ownership),
+                    previous_kv=plan.kv_of(ownership if previous is None else previous.ownership),
                     restore_prefixes=restore_prefixes,
                     mirror=plan.mirror,
                     running=running,

@@ -17,6 +17,7 @@ from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.cuda.detection import GpuDetection
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.residence import Holding
 from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
@@ -65,8 +66,8 @@ class Coordinator:
         self.generation: Generation | None = None
         self.kv_books: KVBooks | None = None
         """Of the last generation that was ready."""
-        self._held: Ownership | None = None  # whose complete weights the anchors hold
-        self._kv_valid = False  # whether the held ownership's KV and page table can be taken over
+        self._held: Holding | None = None  # the complete weights that the anchors hold
+        self._kv_valid = False  # whether their ownership's KV and page table can be taken over
         self._number = 0
         self._recovery: Recovery | None = None
         self._throughput = Throughput()
@@ -83,16 +84,16 @@ class Coordinator:
 
     def start_first(self) -> None:
         """Anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
-        ownership = self.configured
-        taken = self.cluster.take_over(ownership)
+        weights = self.cluster.plan.hold(self.configured, None)
+        taken = self.cluster.take_over(weights)
         if taken is not None:
-            self._number, self._held = taken + 1, ownership
-        self.cluster.start_anchors(ownership.devices)
-        self.cluster.fence(self._number, ownership.devices)
-        self.cluster.allocate(self._number, ownership)
+            self._number, self._held = taken + 1, weights
+        self.cluster.start_anchors(self.configured.devices)
+        self.cluster.fence(self._number, self.configured.devices)
+        self.cluster.allocate(self._number, weights)
         start_log.step("anchors hold their memory")
         self.generation = self.cluster.start_ranks(
-            self._number, ownership, self._held, restore_prefixes=self._held is not None
+            self._number, weights, self._held, restore_prefixes=self._held is not None
         )
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
@@ -252,7 +253,7 @@ class Coordinator:
         recovery.generation = self._number
         recovery.stage("planned")
         assert self._held is not None and self.ledger is not None
-        running = kept_first(self.cluster.plan, self._held, ownership, self.ledger.open_tokens())
+        running = kept_first(self.cluster.plan, self._held.ownership, ownership, self.ledger.open_tokens())
         new = await self._in_thread(self._fork_generation, ownership, running)
         old.close()
         self.generation = new
@@ -273,7 +274,7 @@ class Coordinator:
 
     def _judge(self, generation: Generation, recovery: Recovery) -> machine.Verdict:
         assert self._held is not None
-        known = evidence(self.cluster, self._detection, self._gpus.errors, self._held, generation.ownership)
+        known = evidence(self.cluster, self._detection, self._gpus.errors, self._held.ownership, generation.ownership)
         verdict = machine.judge(known, recovery.reason)
         recovery.cause, recovery.device, recovery.reason = verdict.cause, verdict.device, verdict.reason
         log.info("anchortp: verdict: %s: %s", verdict.cause, verdict.reason)
@@ -287,7 +288,7 @@ class Coordinator:
             self._kv_valid = False  # nobody knows what the slots hold
         if plan.gpus and verdict.lost:
             self._kv_valid = False  # KV does not move between GPUs
-        return next_ownership(plan, self.configured, held, verdict.lost, self.policy.min_devices)
+        return next_ownership(plan, self.configured, held.ownership, verdict.lost, self.policy.min_devices)
 
     def _fork_generation(self, ownership: Ownership, running: bytes) -> Generation:
         cluster, held = self.cluster, self._held
@@ -296,13 +297,14 @@ class Coordinator:
             cluster.start_one_anchor(HOST_DEVICE, self._number)
         cluster.fence(self._number, ownership.devices)
         if not self._kv_valid:
-            cluster.release_kv(self._number, held)
-        cluster.allocate(self._number, ownership)
-        return cluster.start_ranks(self._number, ownership, held, self._kv_valid, running)
+            cluster.release_kv(self._number, held.ownership)
+        weights = cluster.plan.hold(ownership, held)
+        cluster.allocate(self._number, weights)
+        return cluster.start_ranks(self._number, weights, held, self._kv_valid, running)
 
     def _take_stock(self, generation: Generation) -> None:
         """All its ranks are ready: its weights are complete, its KV and page table are in use."""
-        self._held, self._kv_valid = generation.ownership, True
+        self._held, self._kv_valid = generation.weights, True
         self._detection.lanes[generation.number] = self.cluster.map_lanes(generation.number)
         self.kv_books = self.cluster.open_kv_books(generation)
 

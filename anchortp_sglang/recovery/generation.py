@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.residence import Holding
 from anchortp_sglang.recovery.processes import died_within, is_dead
 from anchortp_sglang.recovery.zygote import Child
 
@@ -25,9 +26,13 @@ class Generation:
     """One configuration and its rank processes, in rank order."""
 
     number: int
-    ownership: Ownership
+    weights: Holding
     ranks: list[Child]
     infos: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ownership(self) -> Ownership:
+        return self.weights.ownership
 
     def kill(self) -> None:
         for child in self.ranks:

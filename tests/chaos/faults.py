@@ -101,6 +101,12 @@ def memfds_of(pid: int) -> dict[Inode, str]:
     return found
 
 
+def weights_memory(anchor_pid: int) -> int:
+    """Bytes of memory that an anchor's weights take."""
+    links = [link for link in _links(anchor_pid) if _target(link).startswith("/memfd:weights-")]
+    return sum(link.stat().st_blocks * 512 for link in links)
+
+
 def holders(memory: dict[Inode, str]) -> dict[int, set[str]]:
     """Every process that has one of these memfds open or mapped, by pid, and which of them."""
     found = {}

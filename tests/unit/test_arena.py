@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from anchortp_sglang.memory import arena
-from anchortp_sglang.memory.arena import BadHandle, MemfdArena, MemoryExhausted
+from anchortp_sglang.memory.arena import BadHandle, MemfdArena, MemoryExhausted, Part
 
 NBYTES = 64 * 1024
 
@@ -34,6 +34,31 @@ def test_two_mappings_are_the_same_memory(fd: int) -> None:
         first[10:15] = b"bytes"
         assert second[10:15] == b"bytes"
         assert arena.resident_bytes(fd) == mmap.PAGESIZE
+
+
+def test_parts_of_segments_are_one_run_of_memory(fd: int) -> None:
+    page = mmap.PAGESIZE
+    other = arena.create_memfd("other", NBYTES)
+    try:
+        with arena.map_fd(fd, NBYTES, True) as first, arena.map_fd(other, NBYTES, True) as second:
+            first[page] = 1
+            second[3 * page] = 2
+            arena.seal_read_only(fd)
+            parts = [Part(other, 3 * page, page, True), Part(fd, page, 2 * page, False), Part(other, 0, page, True)]
+            with arena.map_together(parts) as together:
+                assert len(together) == 4 * page
+                assert (together[0], together[page], together[3 * page]) == (2, 1, 0)
+                together[3 * page + 5] = 7
+                assert second[5] == 7
+        assert arena.resident_bytes(fd) == page, "pages in between take memory"
+    finally:
+        os.close(other)
+
+
+def test_a_part_of_a_sealed_segment_cannot_be_mapped_to_be_written(fd: int) -> None:
+    arena.seal_read_only(fd)
+    with pytest.raises(PermissionError, match="cannot be mapped"):
+        arena.map_together([Part(fd, 0, mmap.PAGESIZE, True)])
 
 
 def test_a_read_only_mapping_refuses_writes(fd: int) -> None:

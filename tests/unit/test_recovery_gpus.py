@@ -53,7 +53,7 @@ def test_kv_of_gpus_stays_after_the_death_of_a_process_and_goes_with_a_device(
     cluster = Cluster(plan, cast(Zygote, None))
     monkeypatch.setattr(cluster, "anchor_alive", lambda device: True)
     coordinator = Coordinator(cluster, split(axes, (0, 1, 2)), Policy(1, 30.0, 120.0, spare_ranks=False))
-    coordinator._held, coordinator._kv_valid = coordinator.configured, True
+    coordinator._held, coordinator._kv_valid = coordinator.cluster.plan.hold(coordinator.configured, None), True
     planned = coordinator._plan(Verdict("device" if lost else "process", 1, lost, "why"))
     assert planned.devices == tuple(device for device in (0, 1, 2) if device not in lost)
     assert coordinator._kv_valid is kept
