@@ -94,7 +94,7 @@ def test_a_lost_device_costs_its_bytes_but_no_token(shrinking, unbroken, paged, 
             assert 0.95 < taken / survivor["weight_bytes"] < 1.2, "old weights take memory besides the new ones"
     assert 0.9 * before["weight_bytes"] < record["reload_bytes"] < 1.1 * before["weight_bytes"]
     assert record["reload_bytes"] < model_bytes(paged)
-    assert record["copied_bytes"] < 0.05 * model_bytes(paged), "what stays was copied"
+    assert record["copied_bytes"] < 0.1 * model_bytes(paged), "what stays was copied"
     assert record["p2p_bytes"] < 0.1 * record["reload_bytes"], "more than the vocabulary's shifted rows"
     assert sum(d["weight_bytes"] for d in status["devices"]) >= model_bytes(paged) * 0.99
 
