@@ -34,10 +34,11 @@ from anchortp_sglang.planning.model_axes import ModelAxes, caveats, read_model_a
 from anchortp_sglang.planning.ownership import Ownership, split, validate
 from anchortp_sglang.planning.reconfiguration import rotating_split
 from anchortp_sglang.recovery import metrics, tracing, wire
-from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
+from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.coordinator import Coordinator, Policy
 from anchortp_sglang.recovery.generation import StartFailed
 from anchortp_sglang.recovery.hooks import install_coordinator
+from anchortp_sglang.recovery.server_plan import ServerPlan
 from anchortp_sglang.recovery.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
 from anchortp_sglang.refusals import UnsupportedError, check_server_args
 

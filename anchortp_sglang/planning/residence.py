@@ -70,7 +70,8 @@ class Residence:
             yield extent.segment, extent.offset + first - extent.start, min(stop, extent.stop) - first
 
     def _within(self, run: tuple[int, int]) -> Iterator[Extent]:
-        for extent in self.extents[bisect_right(self._starts, run[0]) - 1 :]:
+        for index in range(bisect_right(self._starts, run[0]) - 1, len(self.extents)):
+            extent = self.extents[index]
             if extent.start >= run[1]:
                 return
             yield extent

@@ -15,9 +15,7 @@ from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.cuda.detection import GpuDetection
-from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.planning.ownership import Ownership
-from anchortp_sglang.planning.residence import Holding
 from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
@@ -29,7 +27,7 @@ from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
-from anchortp_sglang.recovery.succession import Unrecoverable, evidence, kept_first, next_ownership
+from anchortp_sglang.recovery.succession import Succession, Unrecoverable
 from anchortp_sglang.recovery.throughput import WINDOW_S, Throughput
 from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
@@ -66,9 +64,7 @@ class Coordinator:
         self.generation: Generation | None = None
         self.kv_books: KVBooks | None = None
         """Of the last generation that was ready."""
-        self._held: Holding | None = None  # the complete weights that the anchors hold
-        self._kv_valid = False  # whether their ownership's KV and page table can be taken over
-        self._number = 0
+        self._succession = Succession(cluster, ownership, policy.min_devices)
         self._recovery: Recovery | None = None
         self._throughput = Throughput()
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
@@ -84,24 +80,14 @@ class Coordinator:
 
     def start_first(self) -> None:
         """Anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
-        weights = self.cluster.plan.hold(self.configured, None)
-        taken = self.cluster.take_over(weights)
-        if taken is not None:
-            self._number, self._held = taken + 1, weights
-        self.cluster.start_anchors(self.configured.devices)
-        self.cluster.fence(self._number, self.configured.devices)
-        self.cluster.allocate(self._number, weights)
-        start_log.step("anchors hold their memory")
-        self.generation = self.cluster.start_ranks(
-            self._number, weights, self._held, restore_prefixes=self._held is not None
-        )
+        self.generation = self._succession.first()
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
         """Until the first generation is ready; its ranks' infos. Raises StartFailed."""
         assert self.generation is not None
         wait_ready(self.generation, timeout_s)
         self._take_stock(self.generation)
-        self.cluster.settle(self.generation)
+        self.cluster.anchors.settle(self.generation)
         start_log.step("ranks are ready")
         return self.generation.infos
 
@@ -153,7 +139,7 @@ class Coordinator:
     def shut_down(self) -> None:
         """End every process and free all memory. Needs no event loop."""
         self.stop()
-        self.cluster.shut_down(self._number)
+        self.cluster.shut_down(self._succession.number)
 
     # ---- detection
 
@@ -248,13 +234,12 @@ class Coordinator:
         """Verdict, plan, fork, and wait until the new ranks are ready."""
         old, recovery, attempt = self.generation, self._recovery, self.state.attempt
         assert old is not None and recovery is not None
-        ownership = self._plan(self._judge(old, recovery))
-        self._number += 1
-        recovery.generation = self._number
+        ownership = self._succession.plan(self._judge(old, recovery).lost)
+        recovery.generation = self._succession.number
         recovery.stage("planned")
-        assert self._held is not None and self.ledger is not None
-        running = kept_first(self.cluster.plan, self._held.ownership, ownership, self.ledger.open_tokens())
-        new = await self._in_thread(self._fork_generation, ownership, running)
+        assert self.ledger is not None
+        running = self._succession.kept_first(ownership, self.ledger.open_tokens())
+        new = await self._in_thread(self._succession.fork, ownership, running)
         old.close()
         self.generation = new
         self._detection.take_up(new)
@@ -266,52 +251,27 @@ class Coordinator:
         try:
             await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
         except KVUnusable:
-            self._kv_valid = False
+            self._succession.kv_valid = False
             raise
         self._take_stock(new)
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
 
     def _judge(self, generation: Generation, recovery: Recovery) -> machine.Verdict:
-        assert self._held is not None
-        known = evidence(self.cluster, self._detection, self._gpus.errors, self._held.ownership, generation.ownership)
-        verdict = machine.judge(known, recovery.reason)
+        verdict = self._succession.judge(generation, self._detection, self._gpus.errors, recovery.reason)
         recovery.cause, recovery.device, recovery.reason = verdict.cause, verdict.device, verdict.reason
         log.info("anchortp: verdict: %s: %s", verdict.cause, verdict.reason)
         return verdict
 
-    def _plan(self, verdict: machine.Verdict) -> Ownership:
-        """The next ownership. Raises Unrecoverable."""
-        plan, held = self.cluster.plan, self._held
-        assert held is not None
-        if not self.cluster.anchor_alive(HOST_DEVICE):
-            self._kv_valid = False  # nobody knows what the slots hold
-        if plan.gpus and verdict.lost:
-            self._kv_valid = False  # KV does not move between GPUs
-        return next_ownership(plan, self.configured, held.ownership, verdict.lost, self.policy.min_devices)
-
-    def _fork_generation(self, ownership: Ownership, running: bytes) -> Generation:
-        cluster, held = self.cluster, self._held
-        assert held is not None
-        if not cluster.anchor_alive(HOST_DEVICE):
-            cluster.start_one_anchor(HOST_DEVICE, self._number)
-        cluster.fence(self._number, ownership.devices)
-        if not self._kv_valid:
-            cluster.release_kv(self._number, held.ownership)
-        weights = cluster.plan.hold(ownership, held)
-        cluster.allocate(self._number, weights)
-        return cluster.start_ranks(self._number, weights, held, self._kv_valid, running)
-
     def _take_stock(self, generation: Generation) -> None:
-        """All its ranks are ready: its weights are complete, its KV and page table are in use."""
-        self._held, self._kv_valid = generation.weights, True
-        self._detection.lanes[generation.number] = self.cluster.map_lanes(generation.number)
-        self.kv_books = self.cluster.open_kv_books(generation)
+        self._succession.take_stock(generation)
+        self._detection.lanes[generation.number] = self.cluster.anchors.map_lanes(generation.number)
+        self.kv_books = self.cluster.anchors.open_kv_books(generation)
 
     async def _settle(self, generation: Generation) -> None:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""
         try:
-            await self._in_thread(self.cluster.settle, generation)
+            await self._in_thread(self.cluster.anchors.settle, generation)
             await self._in_thread(self.cluster.kv_capacity, generation.ownership)  # before the status asks on this loop
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)

@@ -74,7 +74,7 @@ class Detection:
 
     def _watch_anchor(self, generation: Generation, device: int) -> None:
         assert self._deaths is not None
-        pidfd = self._cluster.anchors[device].pidfd
+        pidfd = self._cluster.anchors.processes[device].pidfd
         self._deaths.watch(pidfd, lambda: self._spawn(self._anchor_died(generation, device)))
 
     async def _anchor_died(self, generation: Generation, device: int) -> None:
@@ -84,7 +84,7 @@ class Detection:
             return
         loop = asyncio.get_running_loop()
         try:
-            segments = await loop.run_in_executor(None, restore_anchor, self._cluster, generation, device)
+            segments = await loop.run_in_executor(None, restore_anchor, self._cluster.anchors, generation, device)
         except Exception as error:
             log.error("anchortp: the anchor of device %s died and could not be restored: %s", device, error)
             self._on_fault(f"the anchor of device {device} died")

@@ -29,7 +29,7 @@ async def inject(coordinator: Coordinator, device: int, kind: Any) -> str:
         raise InjectionError(f"device {device} is not serving; these are: {generation.ownership.devices}")
     child = generation.ranks[generation.ownership.devices.index(device)]
     # Its own descriptor: the coordinator closes the child's once the rank is reaped.
-    rank_fd, anchor = os.dup(child.pidfd), coordinator.cluster.anchors[device]
+    rank_fd, anchor = os.dup(child.pidfd), coordinator.cluster.anchors.processes[device]
     try:
         if kind == "hang":
             signal.pidfd_send_signal(rank_fd, signal.SIGSTOP)

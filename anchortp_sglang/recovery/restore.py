@@ -7,44 +7,44 @@ import signal
 from typing import Any
 
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
-from anchortp_sglang.recovery.cluster import ANCHOR_TIMEOUT_S, Cluster
+from anchortp_sglang.recovery.anchors import ANCHOR_TIMEOUT_S, Anchors
 from anchortp_sglang.recovery.generation import Generation
 from anchortp_sglang.recovery.processes import died_within
 
 _SYS_PIDFD_GETFD = 438  # Linux 5.6, the same on all architectures
 
 
-def restore_anchor(cluster: Cluster, generation: Generation, device: int) -> list[str]:
+def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> list[str]:
     """Start the anchor of ``device`` anew and hand it its segments; their names.
 
     The rank need not cooperate: its descriptors are fetched with pidfd_getfd. Raises OSError, AnchorError; the new
     anchor has been ended then, lest an empty one passes for the old.
     """
-    cluster.start_one_anchor(device, generation.number)
+    anchors.start_one(device, generation.number)
     try:
-        return _hand_over(cluster, generation, device)
+        return _hand_over(anchors, generation, device)
     except BaseException:
-        anchor = cluster.anchors[device]
+        anchor = anchors.processes[device]
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(anchor.pidfd, signal.SIGKILL)
         died_within(anchor.pidfd, ANCHOR_TIMEOUT_S)
         raise
 
 
-def _hand_over(cluster: Cluster, generation: Generation, device: int) -> list[str]:
+def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[str]:
     rank = 0 if device == HOST_DEVICE else generation.ownership.devices.index(device)
     child, fds = generation.ranks[rank], generation.infos[rank]["fds"]
     restored = []
     for (owner, segment), (remote_fd, nbytes) in fds.items():
-        if owner == device and segment in cluster.segments_of(generation):
-            _give_back(cluster, generation.number, device, segment, _fetch(child.pidfd, remote_fd), nbytes)
+        if owner == device and segment in anchors.segments_of(generation):
+            _give_back(anchors, generation.number, device, segment, _fetch(child.pidfd, remote_fd), nbytes)
             restored.append(segment)
     return restored
 
 
-def _give_back(cluster: Cluster, generation: int, device: int, segment: str, fd: int, nbytes: int) -> None:
+def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd: int, nbytes: int) -> None:
     try:
-        cluster.client(device).adopt_handle(generation, segment, fd, nbytes, sealed=segment.startswith("weights-"))
+        anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed=segment.startswith("weights-"))
     finally:
         os.close(fd)
 

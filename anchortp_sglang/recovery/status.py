@@ -38,8 +38,8 @@ def state_name(coordinator: Coordinator) -> str:
 
 def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
     cluster, generation = coordinator.cluster, coordinator.generation
-    anchor = cluster.anchors.get(device)
-    alive = cluster.anchor_alive(device)
+    anchor = cluster.anchors.processes.get(device)
+    alive = cluster.anchors.alive(device)
     entry: dict[str, Any] = {
         "id": device,
         "state": "idle" if alive else "lost",

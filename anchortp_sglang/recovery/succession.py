@@ -1,53 +1,125 @@
-"""Who comes next after a fault: the verdict on each device, the next ownership, what its ranks should keep first."""
+"""Who comes next after a fault: the verdict on each device, the next ownership, and its generation."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from anchortp_sglang import start_log
+from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
 from anchortp_sglang.memory.namespaces import Key, namespace_seed
 from anchortp_sglang.planning.expert_load import spread_hot_experts
 from anchortp_sglang.planning.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.reconfiguration import reconfigure
-from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
+from anchortp_sglang.planning.residence import Holding
+from anchortp_sglang.recovery import machine
+from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
-from anchortp_sglang.recovery.machine import DeviceEvidence
+from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.server_plan import ServerPlan
 
 
 class Unrecoverable(RuntimeError):
     """No new generation is possible; the text says why."""
 
 
-def evidence(
-    cluster: Cluster, detection: Detection, gpu_errors: Mapping[int, str], held: Ownership, serving: Ownership
-) -> list[DeviceEvidence]:
-    """What is known of each device that holds weights. ``serving``: of the ranks that ``detection`` watched."""
-    died = {serving.devices[rank] for rank in detection.died}
-    hung = {serving.devices[rank] for rank in detection.hung}
-    return [
-        DeviceEvidence(
-            device=device,
-            anchor_alive=cluster.anchor_alive(device),
-            rank_died=device in died,
-            rank_hung=device in hung,
-            device_error=gpu_errors.get(device, ""),
-        )
-        for device in held.devices
-    ]
+class Succession:
+    """Which generation follows which. Its methods block, but for ``judge`` and ``plan``.
+
+    ``number``: of the generation that was made last. ``held``: the complete weights that the anchors hold.
+    ``kv_valid``: whether the KV and the page table of their ownership can be taken over.
+    """
+
+    def __init__(self, cluster: Cluster, configured: Ownership, min_devices: int) -> None:
+        self.number = 0
+        self.held: Holding | None = None
+        self.kv_valid = False
+        self._cluster = cluster
+        self._configured = configured
+        self._min_devices = min_devices
+
+    def first(self) -> Generation:
+        """Anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
+        anchors, devices = self._cluster.anchors, self._configured.devices
+        weights = self._cluster.plan.hold(self._configured, None)
+        taken = anchors.take_over(weights)
+        if taken is not None:
+            self.number, self.held, self.kv_valid = taken + 1, weights, True
+        anchors.start(devices)
+        anchors.fence(self.number, devices)
+        anchors.allocate(self.number, weights)
+        start_log.step("anchors hold their memory")
+        return self._cluster.start_ranks(self.number, weights, self.held, self.kv_valid)
+
+    def judge(
+        self, generation: Generation, detection: Detection, gpu_errors: Mapping[int, str], reason: str
+    ) -> machine.Verdict:
+        """What has failed. ``generation``: whose ranks ``detection`` watched."""
+        assert self.held is not None
+        serving = generation.ownership.devices
+        died, hung = ({serving[rank] for rank in ranks} for ranks in (detection.died, detection.hung))
+        evidence = [
+            machine.DeviceEvidence(
+                device=device,
+                anchor_alive=self._cluster.anchors.alive(device),
+                rank_died=device in died,
+                rank_hung=device in hung,
+                device_error=gpu_errors.get(device, ""),
+            )
+            for device in self.held.ownership.devices
+        ]
+        return machine.judge(evidence, reason)
+
+    def plan(self, lost: Collection[int]) -> Ownership:
+        """The next ownership, and the next number. Raises Unrecoverable."""
+        assert self.held is not None
+        plan, held = self._cluster.plan, self.held.ownership
+        if not self._cluster.anchors.alive(HOST_DEVICE):
+            self.kv_valid = False  # nobody knows what the slots hold
+        if plan.gpus and lost:
+            self.kv_valid = False  # KV does not move between GPUs
+        survivors = [device for device in held.devices if device not in lost]
+        if len(survivors) < self._min_devices:
+            raise Unrecoverable(
+                f"{len(survivors)} of {self._configured.tp_size} devices are left, "
+                f"--anchor-min-devices is {self._min_devices}"
+            )
+        ownership = _reconfigured(plan, held, survivors) if lost else held
+        self.number += 1
+        return ownership
+
+    def kept_first(self, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]) -> bytes:
+        """Chain hashes (uint64) of what open requests have, where there is less room for KV than before.
+
+        ``open_tokens``: of each request, int64[n], after its extra key and cache salt; not asked for where all fits.
+        """
+        assert self.held is not None
+        plan = self._cluster.plan
+        if plan.kv_of(ownership).slots >= plan.kv_of(self.held.ownership).slots:
+            return b""
+        hasher, root = RunHasher(), root_hash(plan.namespace)
+        return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)
+
+    def fork(self, ownership: Ownership, running: bytes) -> Generation:
+        """Segments and ranks of the planned generation. ``running``: from ``kept_first``."""
+        assert self.held is not None
+        anchors, plan = self._cluster.anchors, self._cluster.plan
+        if not anchors.alive(HOST_DEVICE):
+            anchors.start_one(HOST_DEVICE, self.number)
+        anchors.fence(self.number, ownership.devices)
+        if not self.kv_valid:
+            anchors.release_kv(self.number, self.held.ownership)
+        weights = plan.hold(ownership, self.held)
+        anchors.allocate(self.number, weights)
+        return self._cluster.start_ranks(self.number, weights, self.held, self.kv_valid, running)
+
+    def take_stock(self, generation: Generation) -> None:
+        """All its ranks are ready: its weights are complete, its KV and page table are in use."""
+        self.held, self.kv_valid = generation.weights, True
 
 
-def next_ownership(
-    plan: ServerPlan, configured: Ownership, held: Ownership, lost: Collection[int], min_devices: int
-) -> Ownership:
-    """Of what is left of ``held``. ``configured``: what the server started with. Raises Unrecoverable."""
-    survivors = [device for device in held.devices if device not in lost]
-    if len(survivors) < min_devices:
-        raise Unrecoverable(
-            f"{len(survivors)} of {configured.tp_size} devices are left, --anchor-min-devices is {min_devices}"
-        )
-    if not lost:
-        return held
+def _reconfigured(plan: ServerPlan, held: Ownership, survivors: Sequence[int]) -> Ownership:
     try:
         ownership = reconfigure(plan.model, held, survivors, plan.rotate_heads)
         if plan.expert_counts is not None:
@@ -56,16 +128,3 @@ def next_ownership(
         return ownership
     except InvalidOwnership as error:
         raise Unrecoverable(str(error)) from error
-
-
-def kept_first(
-    plan: ServerPlan, held: Ownership, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]
-) -> bytes:
-    """Chain hashes (uint64) of what open requests have, where there is less room for KV than before.
-
-    ``open_tokens``: of each request, int64[n], after its extra key and cache salt; not asked for where all fits.
-    """
-    if plan.kv_of(ownership).slots >= plan.kv_of(held).slots:
-        return b""
-    hasher, root = RunHasher(), root_hash(plan.namespace)
-    return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)

@@ -19,10 +19,11 @@ from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.kv_layout import KVPlan
 from anchortp_sglang.planning.ownership import split
 from anchortp_sglang.recovery import graphs, heartbeat
-from anchortp_sglang.recovery.cluster import Cluster, ServerPlan
-from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.graphs import GraphCapture
-from anchortp_sglang.recovery.machine import DeviceEvidence, Verdict, judge
+from anchortp_sglang.recovery.machine import DeviceEvidence, judge
+from anchortp_sglang.recovery.server_plan import ServerPlan
+from anchortp_sglang.recovery.succession import Succession
 from anchortp_sglang.recovery.zygote import Zygote
 
 SHARES = [GpuShare("GPU-a", 1), GpuShare("GPU-b", 1), GpuShare("GPU-a", 1)]
@@ -51,12 +52,12 @@ def test_kv_of_gpus_stays_after_the_death_of_a_process_and_goes_with_a_device(
         server_args=lambda tp_size: None, controller_pid=0, gpus=tuple(gpus),
     )  # fmt: skip
     cluster = Cluster(plan, cast(Zygote, None))
-    monkeypatch.setattr(cluster, "anchor_alive", lambda device: True)
-    coordinator = Coordinator(cluster, split(axes, (0, 1, 2)), Policy(1, 30.0, 120.0, spare_ranks=False))
-    coordinator._held, coordinator._kv_valid = coordinator.cluster.plan.hold(coordinator.configured, None), True
-    planned = coordinator._plan(Verdict("device" if lost else "process", 1, lost, "why"))
+    monkeypatch.setattr(cluster.anchors, "alive", lambda device: True)
+    succession = Succession(cluster, split(axes, (0, 1, 2)), min_devices=1)
+    succession.held, succession.kv_valid = plan.hold(split(axes, (0, 1, 2)), None), True
+    planned = succession.plan(lost)
     assert planned.devices == tuple(device for device in (0, 1, 2) if device not in lost)
-    assert coordinator._kv_valid is kept
+    assert succession.kv_valid is kept
 
 
 class TestDetection:

@@ -1,4 +1,4 @@
-"""What a device keeps stays in its pages, and they hold what the new shard wants there: byte by byte, loss after loss."""
+"""What a device keeps stays in its pages, and they hold what the new shard wants there, loss after loss."""
 
 from __future__ import annotations
 

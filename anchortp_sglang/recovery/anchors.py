@@ -1,0 +1,183 @@
+"""The anchors of a server, and the segments they hold for one generation after the other.
+
+Everything here blocks, with timeouts.
+"""
+
+import logging
+import mmap
+import os
+import signal
+from collections.abc import Callable, Sequence
+
+from anchortp_sglang.anchor.client import AnchorClient, AnchorError
+from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
+from anchortp_sglang.cpu.collectives import region_bytes
+from anchortp_sglang.elastic.attachment import (
+    HOST_DEVICE,
+    kv_segment,
+    lanes_segment,
+    mirror_segment,
+    page_table_segment,
+)
+from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.memory.page_table import PageTable
+from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.residence import Holding
+from anchortp_sglang.recovery import heartbeat
+from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.kv_books import KVBooks
+from anchortp_sglang.recovery.processes import died_within, is_dead
+from anchortp_sglang.recovery.server_plan import ServerPlan
+
+log = logging.getLogger(__name__)
+
+ANCHOR_TIMEOUT_S = 10.0
+
+
+class Anchors:
+    """``processes`` by device (HOST_DEVICE: the host anchor)."""
+
+    def __init__(self, plan: ServerPlan) -> None:
+        self.plan = plan
+        self.processes: dict[int, AnchorProcess] = {}
+        self._clients: dict[int, AnchorClient] = {}
+
+    def start(self, devices: Sequence[int]) -> None:
+        """Start the missing anchors of ``devices`` and the host anchor."""
+        for device in (HOST_DEVICE, *devices):
+            if device not in self.processes:
+                self.start_one(device)
+
+    def start_one(self, device: int, generation: int = 0) -> None:
+        """Start an anchor, or another one in place of a dead one, fenced at ``generation``."""
+        plan = self.plan
+        self.processes[device] = start_anchor(
+            plan.run_dir,
+            plan.run_id,
+            device,
+            plan.identity,
+            plan.controller_pid,
+            plan.linger_s,
+            ANCHOR_TIMEOUT_S,
+            generation,
+            plan.gpu(device),
+        )
+
+    def take_over(self, weights: Holding) -> int | None:
+        """Anchors that linger from a server that died: attach to them if they hold all of ``weights``.
+
+        Returns their generation; None if there is nothing to take over. Others are shut down.
+        """
+        found = {device: find_anchor(self.plan.run_dir, device) for device in self.plan.stale_anchors}
+        anchors = {device: anchor for device, anchor in found.items() if anchor is not None}
+        if not anchors:
+            return None
+        ownership = weights.ownership
+        generation = 1 + max(self.client(device).status().generation for device in anchors)
+        try:
+            for device in (HOST_DEVICE, *ownership.devices):
+                self.client(device).attach(generation, os.getpid(), self.plan.identity, self.plan.linger_s)
+            complete = all(self._holds(device, weights) for device in ownership.devices)
+        except AnchorError as error:
+            log.info("anchortp: lingering anchors cannot be taken over: %s", error)
+            complete = False
+        if complete and anchors.keys() == {HOST_DEVICE, *ownership.devices}:
+            log.info("anchortp: weights and KV of %d lingering anchors are taken over", len(anchors))
+            self.processes = anchors
+            return generation
+        for anchor in anchors.values():
+            signal.pidfd_send_signal(anchor.pidfd, signal.SIGTERM)
+            died_within(anchor.pidfd, ANCHOR_TIMEOUT_S)
+            os.close(anchor.pidfd)
+        return None
+
+    def _holds(self, device: int, weights: Holding) -> bool:
+        """Whether the weights lie complete on this device."""
+        sealed = {segment.name for segment in self.client(device).status().segments if segment.sealed}
+        return weights.shard_of(device).sizes.keys() <= sealed
+
+    def client(self, device: int) -> AnchorClient:
+        if device not in self._clients:
+            self._clients[device] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, ANCHOR_TIMEOUT_S)
+        return self._clients[device]
+
+    def alive(self, device: int) -> bool:
+        anchor = self.processes.get(device)
+        return anchor is not None and not is_dead(anchor.pidfd)
+
+    def fence(self, generation: int, devices: Sequence[int]) -> None:
+        """From now on the anchors refuse messages and attachments of older generations."""
+        for device in (HOST_DEVICE, *devices):
+            self.client(device).fence(generation)
+
+    def allocate(self, number: int, weights: Holding) -> None:
+        """Segments of a generation; those that exist already are kept as they are."""
+        plan, ownership = self.plan, weights.ownership
+        for index, (device, shard) in enumerate(zip(ownership.devices, weights.shards, strict=True)):
+            kv, client = plan.kv_layout(ownership, index), self.client(device)
+            client.allocate(number, shard.added, shard.added_bytes, lazy=False)
+            client.allocate(number, kv_segment(kv), kv.total_bytes, lazy=True)
+        host = self.client(HOST_DEVICE)
+        slots = plan.kv_of(ownership)
+        host.allocate(number, page_table_segment(ownership, slots), PageTable.nbytes(slots.rows), lazy=True)
+        mirror = plan.mirror_shape()
+        if plan.mirror is not None and mirror is not None:
+            host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
+        lanes = heartbeat.BYTES + region_bytes(ownership.tp_size)
+        host.allocate(number, lanes_segment(number), lanes, lazy=True)
+
+    def release_kv(self, number: int, ownership: Ownership) -> None:
+        """Free KV that no later generation can use, before its successor is allocated."""
+        for device in ownership.devices:
+            if self.alive(device):
+                self._release(device, number, keep=lambda name: not name.startswith("kv-"))
+
+    def settle(self, generation: Generation) -> None:
+        """Seal this generation's weights and free whatever belongs to no generation any more."""
+        keep = self.segments_of(generation)
+        for device, shard in zip(generation.ownership.devices, generation.weights.shards, strict=True):
+            self.client(device).seal(generation.number, shard.added)
+        for device in (HOST_DEVICE, *generation.ownership.devices):
+            self._release(device, generation.number, keep=keep.__contains__)
+
+    def segments_of(self, generation: Generation) -> frozenset[str]:
+        """Names of all segments that a generation uses, on whichever anchor."""
+        plan, ownership = self.plan, generation.ownership
+        names = {kv_segment(plan.kv_layout(ownership, rank)) for rank in range(ownership.tp_size)}
+        names |= {segment for shard in generation.weights.shards for segment in shard.sizes}
+        names |= {page_table_segment(ownership, plan.kv_of(ownership)), lanes_segment(generation.number)}
+        return frozenset(names if plan.mirror is None else names | {mirror_segment(plan.mirror)})
+
+    def map_lanes(self, number: int) -> mmap.mmap:
+        """A generation's counters and collectives, read only."""
+        return self._map_host(number, lanes_segment(number))
+
+    def open_kv_books(self, generation: Generation) -> KVBooks:
+        """What a generation's slots and the mirror hold, read only."""
+        plan, number = self.plan, generation.number
+        slots = plan.kv_of(generation.ownership)
+        table = self._map_host(number, page_table_segment(generation.ownership, slots))
+        mirror = None if plan.mirror is None else self._map_host(number, mirror_segment(plan.mirror))
+        return KVBooks(slots, plan.namespace, table, plan.mirror_shape(), mirror)
+
+    def _map_host(self, number: int, segment: str) -> mmap.mmap:
+        fd, nbytes, _ = self.client(HOST_DEVICE).open_handle(number, segment)
+        try:
+            return map_fd(fd, nbytes, writable=False)
+        finally:
+            os.close(fd)
+
+    def _release(self, device: int, number: int, keep: Callable[[str], bool]) -> None:
+        client = self.client(device)
+        for segment in client.status().segments:
+            if not keep(segment.name):
+                client.release(number, segment.name)
+
+    def shut_down(self, number: int) -> None:
+        """End them and free all memory."""
+        for device, anchor in self.processes.items():
+            if not is_dead(anchor.pidfd):
+                try:
+                    self.client(device).shutdown(number)
+                except Exception as error:
+                    log.warning("anchortp: anchor %s did not take the shutdown (%s)", device, error)
