@@ -66,7 +66,7 @@ def recovery(
         "tp_size": tp_size,
         "faults": _faults(faults),
         "seeds": seeds,
-        "load": _checked(lambda: Load(rate, 48, VOCAB_SIZE)),
+        "load": _checked(lambda: Load(rate, 24, VOCAB_SIZE)),
         "flags": _flags(slots),
         "sides": ("stock", "ours") if sides is Sides.BOTH else (sides.value,),
         "before_s": before_s,

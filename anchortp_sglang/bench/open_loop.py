@@ -44,6 +44,10 @@ class OpenLoop:
         self._ended.set()
         self._dispatcher.join()
 
+    def being_served(self) -> bool:
+        """Whether a client has got some of its tokens, and waits for at least as many again."""
+        return any(0 < len(history.output_ids) <= _wanted(history) // 2 for _, history in list(self.histories))
+
     def first_token_after(self, moment: float) -> float | None:
         """When (monotonic) a client first got a token after ``moment``."""
         times = [at for _, history in list(self.histories) for at, _ in history.arrivals[-200:] if at > moment]
@@ -58,3 +62,7 @@ class OpenLoop:
             self.histories.append((number, history))
             self._clients.append(client)
             client.start()
+
+
+def _wanted(history: History) -> int:
+    return 0 if history.done else int(history.request["sampling_params"]["max_new_tokens"])

@@ -33,8 +33,8 @@ _DEVICES = (1, 2, 0, 3)
 class Plan:
     """What is measured. ``seeds``: repetitions of each fault, with other arrivals and moments; durations in seconds.
 
-    The fault comes ``before_s`` after the first arrival, give or take a fifth; arrivals go on for ``after_s`` after
-    the first token that follows it.
+    The fault comes ``before_s`` after the first arrival, give or take a fifth, as soon as a client is being served;
+    arrivals go on for ``after_s`` after the first token that follows it.
     """
 
     model: Path
@@ -165,7 +165,11 @@ def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say
     with OpenLoop(side.server.url, requests, arrivals) as clients:
         say(f"clients arrive for {before_s:.0f} s")
         time.sleep(before_s)
-        comebacks = side.comebacks()
+        comebacks, limit = side.comebacks(), time.monotonic() + plan.outage_limit_s
+        while not clients.being_served():
+            if time.monotonic() > limit:
+                raise ServerFailed(f"{side.name}: no client was served for {plan.outage_limit_s:g} s")
+            time.sleep(0.005)
         fault_s = side.break_(fault, _DEVICES[number % len(_DEVICES)] % plan.tp_size)
         for out_s in _waiting(plan, side, clients, comebacks, fault_s):
             say(f"out for {out_s:.0f} s")

@@ -141,12 +141,12 @@ class Attachment:
         """The bytes of this rank's shard, read-only. Raises like ``map``."""
         at = self.assignment
         shard = at.weights.shards[at.rank]
-        return self._shard_tensor(shard, {name: self._keep(at.device, name).fd for name in shard.sizes}, "")[0]
+        return self._shard_tensor(shard, {name: self._keep(at.device, name).fd for name in shard.sizes}, False)[0]
 
     @contextmanager
-    def shard_briefly(self, device: int, shard: Residence, writable: str = "") -> Iterator[torch.Tensor]:
+    def shard_briefly(self, device: int, shard: Residence, writable: bool) -> Iterator[torch.Tensor]:
         """The bytes of a shard for the time of a block: when it has been left and the tensor is gone, nothing here
-        holds it. ``writable``: the segment that is to be filled."""
+        holds it. ``writable``: those that were added for it; what was there before must not be written to."""
         with ExitStack() as stack:
             fds = {}
             for name in shard.sizes:
@@ -159,9 +159,12 @@ class Attachment:
             unmap()
 
     def _shard_tensor(
-        self, shard: Residence, fds: dict[str, int], writable: str
+        self, shard: Residence, fds: dict[str, int], writable: bool
     ) -> tuple[torch.Tensor, Callable[[], None]]:
-        parts = [Part(fds[e.segment], e.offset, e.nbytes, e.segment == writable) for e in shard.extents]
+        parts = [
+            Part(fds[extent.segment], extent.offset, extent.nbytes, writable and extent.segment == shard.added)
+            for extent in shard.extents
+        ]
         return byte_tensor(parts, self.assignment.gpu)
 
     def _keep(self, device: int, segment: str) -> HandleGrant:

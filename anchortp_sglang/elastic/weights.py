@@ -93,7 +93,7 @@ class Filler(threading.Thread):
         shard = at.weights.shards[at.rank]
         moves = fill_moves(at.model, at.ownership, at.rank, before)
         with ExitStack() as stack:
-            memory = self.attachment.shard_briefly(at.device, shard, writable=shard.added)
+            memory = self.attachment.shard_briefly(at.device, shard, writable=True)
             target = _Shard(stack.enter_context(memory), layout)
             sources = {
                 device: self._previous(device, stack)
@@ -120,7 +120,7 @@ class Filler(threading.Thread):
         at = self.attachment.assignment
         assert at.previous is not None
         layout = shard_layout(at.model, at.previous.ownership, at.previous.ownership.devices.index(device))
-        memory = self.attachment.shard_briefly(device, at.previous.shard_of(device))
+        memory = self.attachment.shard_briefly(device, at.previous.shard_of(device), writable=False)
         return _Shard(stack.enter_context(memory), layout)
 
 

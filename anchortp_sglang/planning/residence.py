@@ -1,8 +1,8 @@
 """In which segments the bytes of a shard lie, page by page: what a device keeps stays where it is.
 
 A new ownership's shard is put together from pages of the old one, which stay in their segments, and a new segment for
-the rest. So a device needs memory for what it is given only, and nothing else is copied. Shards of which hardly any
-page would stay are made anew.
+the rest. So a device needs memory for what it is given only, and nothing else is copied. Shards of which too little
+would stay, or in too many pieces, are made anew.
 """
 
 import hashlib
@@ -18,6 +18,9 @@ from anchortp_sglang.planning.moves import fill_moves
 from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.planning.shards import PAGE_BYTES, shard_layout
 
+_MOST_PARAMS = 2048
+"""A process may have 65530 mappings (vm.max_map_count); a parameter, of which each expert has its own, takes up to six,
+for as long as it is filled twice."""
 _WORTH_KEEPING = 7 / 8
 """Of the bytes of a segment, that it is kept for; whatever else is in it stays in memory with them."""
 
@@ -113,9 +116,10 @@ def _segment_name(ownership: Ownership, before: Holding | None) -> str:
 
 def _shard(model: ModelAxes, ownership: Ownership, rank: int, before: Holding | None, segment: str) -> Residence:
     total_bytes = shard_layout(model, ownership, rank).total_bytes
-    if before is None or ownership.devices[rank] not in before.ownership.devices:
+    device = ownership.devices[rank]
+    if before is None or device not in before.ownership.devices or len(model.params) > _MOST_PARAMS:
         return Residence((Extent(0, total_bytes, segment, 0),), {segment: total_bytes}, segment)
-    old = before.shard_of(ownership.devices[rank])
+    old = before.shard_of(device)
     stays = _worth_keeping(_pages_that_stay(model, ownership, rank, before.ownership, old), old)
     extents, added_bytes, end = [], 0, 0
     for extent in (*stays, Extent(total_bytes, 0, "", 0)):

@@ -76,6 +76,18 @@ def test_the_first_token_after_a_moment_is_that_of_any_client(url):
         assert clients.first_token_after(moment) >= clients.began + 1.5
 
 
+def test_a_client_is_being_served_from_its_first_token_until_half_of_them(url):
+    seen = []
+    with OpenLoop(url, requests(1, tokens=40), iter([(0.2, 0)])) as clients:
+        while not (clients.histories and clients.histories[0][1].done):
+            seen.append(clients.being_served())
+            time.sleep(0.005)
+    assert seen[0] is False and seen[-1] is False
+    first, last = seen.index(True), len(seen) - 1 - seen[::-1].index(True)
+    assert all(seen[first : last + 1])
+    assert 0.2 < (last - first) / len(seen[first:]) < 0.8
+
+
 def test_a_broken_stream_is_a_failed_request_and_what_came_is_judged(url):
     with OpenLoop(url, requests(1, 13), iter([(0.0, 0), (0.0, 1), (0.1, 0)])) as clients:
         time.sleep(0.3)
