@@ -45,8 +45,12 @@ class OpenLoop:
         self._dispatcher.join()
 
     def being_served(self) -> bool:
-        """Whether a client has got some of its tokens, and waits for at least as many again."""
-        return any(0 < len(history.output_ids) <= _wanted(history) // 2 for _, history in list(self.histories))
+        """Whether a client has got a quarter of its tokens at least, and half of them at most."""
+        return any(
+            _wanted(history) <= 4 * len(history.output_ids) <= 2 * _wanted(history)
+            for _, history in list(self.histories)
+            if not history.done
+        )
 
     def first_token_after(self, moment: float) -> float | None:
         """When (monotonic) a client first got a token after ``moment``."""
@@ -65,4 +69,4 @@ class OpenLoop:
 
 
 def _wanted(history: History) -> int:
-    return 0 if history.done else int(history.request["sampling_params"]["max_new_tokens"])
+    return int(history.request["sampling_params"]["max_new_tokens"])

@@ -11,6 +11,7 @@ from faults import (
     assert_memory_is_gone,
     holders,
     is_gone,
+    kill,
     kill_rank,
     lose_device,
     memfds_of,
@@ -99,16 +100,26 @@ def test_a_lost_device_costs_its_bytes_but_no_token(shrinking, unbroken, paged, 
     assert sum(d["weight_bytes"] for d in status["devices"]) >= model_bytes(paged) * 0.99
 
 
-def test_a_rank_killed_on_the_last_device_costs_no_token(shrinking, unbroken):
+def test_what_stayed_in_old_segments_outlives_its_anchor_and_its_rank(shrinking, unbroken):
     expected = unbroken(REQUESTS)
-    assert shrinking.status()["tp_size"] == 1
+    (device,) = [each for each in shrinking.status()["devices"] if each["state"] == "serving"]
+    weights = weights_of(device["anchor_pid"])
+    assert len(weights) > 1, "the last device's shard lies in a single segment"
     with Streams(shrinking.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        kill(device["anchor_pid"])
+        anchor = until(lambda: shrinking.status()["devices"][device["id"]]["anchor_pid"], "no new anchor")
+        until(lambda: weights_of(anchor) == weights, "the new anchor did not take back all segments")
         streams.wait_tokens(30)
         recovered(shrinking, kill_rank(shrinking, 0), "process")
     assert_identical(expected, outcomes(streams.histories))
     record = shrinking.status()["recoveries"][-1]
     assert record["reload_bytes"] == 0
     assert record["tokens_reused"] > record["tokens_recomputed"]
+
+
+def weights_of(anchor_pid):
+    return {inode: name for inode, name in memfds_of(anchor_pid).items() if "weights-" in name}
 
 
 def test_sigint_after_all_that_leaves_nothing_behind(shrinking):
