@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 from anchortp_sglang.bench.streams import History, follow
 
+_STILL_TO_COME = 20
+"""Tokens; fewer may be on their way already."""
+
 
 class OpenLoop:
     """Sends ``requests[number]`` at each arrival from entering the block until ``stop``; leaving it waits for all.
@@ -45,9 +48,10 @@ class OpenLoop:
         self._dispatcher.join()
 
     def being_served(self) -> bool:
-        """Whether a client has got a quarter of its tokens at least, and half of them at most."""
+        """Whether a client is in the middle of its stream: a quarter of its tokens are there, many still to come."""
         return any(
-            _wanted(history) <= 4 * len(history.output_ids) <= 2 * _wanted(history)
+            len(history.output_ids) >= _wanted(history) / 4
+            and _wanted(history) - len(history.output_ids) >= _STILL_TO_COME
             for _, history in list(self.histories)
             if not history.done
         )

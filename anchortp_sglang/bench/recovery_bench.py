@@ -166,11 +166,13 @@ def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say
         say(f"clients arrive for {before_s:.0f} s")
         time.sleep(before_s)
         comebacks, limit = side.comebacks(), time.monotonic() + plan.outage_limit_s
+        fault_now = side.aim(fault, _DEVICES[number % len(_DEVICES)] % plan.tp_size)
         while not clients.being_served():
             if time.monotonic() > limit:
                 raise ServerFailed(f"{side.name}: no client was served for {plan.outage_limit_s:g} s")
             time.sleep(0.005)
-        fault_s = side.break_(fault, _DEVICES[number % len(_DEVICES)] % plan.tp_size)
+        fault_s = time.monotonic()
+        fault_now()
         for out_s in _waiting(plan, side, clients, comebacks, fault_s):
             say(f"out for {out_s:.0f} s")
         say(f"tokens again after {time.monotonic() - fault_s:.1f} s; clients arrive for {plan.after_s:.0f} s more")

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -35,8 +35,8 @@ class Side(Protocol):
         """Serve at the full width again, as before any fault."""
         ...
 
-    def break_(self, fault: Cause, device: int) -> float:
-        """Cause the fault; time.monotonic() just before it."""
+    def aim(self, fault: Cause, device: int) -> Callable[[], None]:
+        """What causes the fault, at once."""
         ...
 
     def comebacks(self) -> int:
@@ -55,7 +55,7 @@ class Ours:
 
     def __init__(self, model: Path, tp_size: int, flags: Sequence[str], hang_timeout_s: float, folder: Path) -> None:
         self._tp_size = tp_size
-        own = ("--anchor-allow-injection", "--anchor-hang-timeout", f"{hang_timeout_s:g}")
+        own = ("--anchor-hang-timeout", f"{hang_timeout_s:g}")
         env = {"TMPDIR": str(folder), "XDG_RUNTIME_DIR": str(folder)}
         self._make = lambda: Server(model, tp_size, *flags, *own, log=folder / "ours.log", env=env)
         self.server: Server = self._make()
@@ -70,14 +70,10 @@ class Ours:
             self.start()
         time.sleep(2.0)  # spare ranks are forked a second after a recovery
 
-    def break_(self, fault: Cause, device: int) -> float:
-        pid = self.server.status()["devices"][device]["rank_pid"]
-        now = time.monotonic()
-        if fault == "process":
-            os.kill(pid, signal.SIGKILL)
-        else:
-            self.server.inject(device, fault)
-        return now
+    def aim(self, fault: Cause, device: int) -> Callable[[], None]:
+        victim = self.server.status()["devices"][device]
+        pids = [victim["anchor_pid"], victim["rank_pid"]] if fault == "device" else [victim["rank_pid"]]
+        return lambda: _signal_all(pids, signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
 
     def comebacks(self) -> int:
         stages = [{stage["name"] for stage in recovery["stages"]} for recovery in self.server.status()["recoveries"]]
@@ -132,15 +128,13 @@ class Stock:
         if not self._serving.wait(_START_TIMEOUT_S):
             raise ServerFailed(f"stock was not restarted: {self.failed}\n{self.server.tail()}")
 
-    def break_(self, fault: Cause, device: int) -> float:
+    def aim(self, fault: Cause, device: int) -> Callable[[], None]:
         rank = self._rank(device)
-        now = time.monotonic()
-        if fault != "hang":
-            rank.kill()
-        else:
-            rank.suspend()
-            threading.Timer(self._hang_timeout_s, self.server.kill).start()
-        return now
+        return rank.kill if fault != "hang" else lambda: self._hang(rank)
+
+    def _hang(self, rank: psutil.Process) -> None:
+        rank.suspend()
+        threading.Timer(self._hang_timeout_s, self.server.kill).start()
 
     def comebacks(self) -> int:
         if self.failed is not None:
@@ -192,6 +186,11 @@ def _tree(pid: int) -> list[psutil.Process]:
         return [main, *main.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
 
 
 def _kill(process: psutil.Process) -> None:

@@ -76,7 +76,7 @@ def test_the_first_token_after_a_moment_is_that_of_any_client(url):
         assert clients.first_token_after(moment) >= clients.began + 1.5
 
 
-def test_a_client_is_being_served_from_a_quarter_of_its_tokens_until_half_of_them(url):
+def test_a_client_is_being_served_from_a_quarter_of_its_tokens_until_few_are_left(url):
     seen = []
     with OpenLoop(url, requests(1, tokens=40), iter([(0.2, 0)])) as clients:
         while not (clients.histories and clients.histories[0][1].done):
