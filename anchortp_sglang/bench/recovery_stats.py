@@ -113,11 +113,16 @@ def _time_to_peak(
 
 
 def first_token(streams: Sequence[Stream], fault_s: float) -> float | None:
-    """The end of the longest silence that the fault began; None if nothing came any more."""
+    """The end of the longest silence that the fault began while somebody waited; None if nothing came any more."""
     times = sorted({at for stream in streams for at, _ in stream.arrivals})
     later = [fault_s, *(at for at in times if at > fault_s)]
-    gaps = [(b - a, b) for a, b in pairwise(later) if a <= fault_s + _IN_FLIGHT_S]
-    return max(gaps)[1] if gaps else None
+    gaps = [(a, b) for a, b in pairwise(later) if a <= fault_s + _IN_FLIGHT_S]
+    waited = [(a, b) for a, b in gaps if any(_waits_after(stream, a) for stream in streams)]
+    return max(waited or gaps, key=lambda gap: gap[1] - gap[0])[1] if gaps else None
+
+
+def _waits_after(stream: Stream, moment: float) -> bool:
+    return stream.sent_s <= moment and (stream.error is not None or moment < stream.end_s)
 
 
 def pause(stream: Stream, fault_s: float, first_s: float | None) -> float:

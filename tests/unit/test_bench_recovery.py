@@ -52,6 +52,14 @@ def test_a_longer_lull_long_after_the_fault_is_not_the_interruption():
     assert first_token([stream(9.9, 10.1, 10.6, 10.7, *every(0.1, (10.8, 13.0)), 18.0)], 10.0) == 10.6
 
 
+def test_a_silence_in_which_nobody_waits_is_not_the_interruption():
+    paused, next_one = stream(9.9, 10.3, 10.4), stream(12.5, 12.6, sent=12.4)
+    assert first_token([paused, next_one], 10.0) == 10.3
+    broken = stream(9.9, 10.1, error="gone", expected=9)
+    assert first_token([broken, next_one], 10.0) == 12.5
+    assert first_token([stream(9.0, 9.9), next_one], 10.0) == 12.5
+
+
 def test_after_a_fault_that_ended_everything_there_is_no_tfs():
     dead = stream(9.0, 9.9, error="gone", expected=20)
     found = outcome([dead], 0.0, 10.0, 40.0)
