@@ -158,6 +158,25 @@ class Attachment:
         finally:
             unmap()
 
+    @contextmanager
+    def shard_writer(self, device: int, shard: Residence) -> Iterator[Callable[[int, memoryview], None]]:
+        """For the time of a block: what writes bytes at an offset of a shard in host memory, into what was added for
+        it. It goes past all mappings, as pages that are new to the kernel cost less so. Raises RuntimeError where the
+        shard is to stay as it is."""
+        fd = self._open(device, shard.added).fd
+
+        def write(start: int, data: memoryview) -> None:
+            for segment, offset, nbytes in shard.find(start, start + len(data)):
+                if segment != shard.added:
+                    raise RuntimeError(f"bytes {start} to {start + len(data)} of the shard are to stay as they are")
+                _write_all(fd, data[:nbytes], offset)
+                data = data[nbytes:]
+
+        try:
+            yield write
+        finally:
+            os.close(fd)
+
     def _shard_tensor(
         self, shard: Residence, fds: dict[str, int], writable: bool
     ) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -176,6 +195,12 @@ class Attachment:
         at = self.assignment
         client = AnchorClient(at.run_dir, at.run_id, device, _ANCHOR_TIMEOUT_S)
         return client.open_handle(at.generation, segment)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 _current: Attachment | None = None

@@ -26,7 +26,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from anchortp_sglang.elastic.attachment import Attachment, current
 from anchortp_sglang.elastic.checkpoint import Checkpoint
 from anchortp_sglang.elastic.config import building
-from anchortp_sglang.elastic.mover import mover_for
+from anchortp_sglang.elastic.mover import HostMover, Mover, gpu_mover
 from anchortp_sglang.elastic.skeleton import Skeleton, placeholders
 from anchortp_sglang.planning.layout import Move, Placed, ShardLayout, fill_moves, moved_bytes, shard_layout
 from anchortp_sglang.planning.residence import Residence
@@ -100,7 +100,7 @@ class Filler(threading.Thread):
                 for device in {move.device for move in moves if move.device is not None}
             }
             checkpoint = stack.enter_context(Checkpoint(at.checkpoint))
-            mover = stack.enter_context(mover_for(at.gpu))  # left first, when all has arrived
+            mover = stack.enter_context(self._mover(target, shard, stack))  # left first, when all has arrived
             for name, start, length in layout.padding:
                 mover.clear(target.views[name].narrow(target.placed[name].dim, start, length))
             for layer, of_layer in groupby(moves, key=lambda move: target.placed[move.param].layer):
@@ -115,6 +115,13 @@ class Filler(threading.Thread):
         log.info("anchortp: weights of rank %d: %d MiB stay; %s", at.rank, shard.kept_bytes >> 20, mover.moved)
         self.moved = moved_bytes(moves)
         self.moved["copy"] -= shard.kept_bytes
+
+    def _mover(self, target: "_Shard", shard: Residence, stack: ExitStack) -> Mover:
+        at = self.attachment.assignment
+        if at.gpu is not None:
+            return gpu_mover(at.gpu)
+        write = stack.enter_context(self.attachment.shard_writer(at.device, shard))
+        return HostMover(lambda part, data: write(part.data_ptr() - target.flat.data_ptr(), data))
 
     def _previous(self, device: int, stack: ExitStack) -> "_Shard":
         at = self.attachment.assignment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import numpy as np
@@ -19,10 +20,18 @@ Platform = tuple[str, Callable[[], Mover]]
 Shard = dict[str, torch.Tensor]
 
 
-@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def write(part: torch.Tensor, data: memoryview) -> None:
+    """What a mover for host memory is given: here past torch, in ranks past the mapping."""
+    assert part.is_contiguous() and part.nbytes == len(data)
+    ctypes.memmove(part.data_ptr(), bytes(data), len(data))
+
+
+@pytest.fixture(params=["host", "host, by writing", pytest.param("cuda", marks=pytest.mark.gpu)])
 def platform(request: pytest.FixtureRequest) -> Platform:
     if request.param == "host":
         return "cpu", HostMover
+    if request.param == "host, by writing":
+        return "cpu", lambda: HostMover(write)
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     from anchortp_sglang.cuda.mover import CudaMover
@@ -86,6 +95,27 @@ def test_what_is_larger_than_a_staging_buffer_arrives_whole(
         mover.load(into, source)
     assert torch.equal(into.cpu(), source)
     assert not wide.narrow(dim, 0, shape[dim]).any()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_matrix_that_is_kept_by_columns_arrives_whole(platform: Platform, stored: torch.dtype) -> None:
+    device, make = platform
+    wide = torch.arange(700 * 3000, dtype=torch.float32).remainder(251).to(stored).view(700, 3000)
+    into = torch.zeros(2000, 700, device=device).t()
+    with make() as mover:
+        mover.load(into, wide.narrow(1, 500, 2000))
+    assert torch.equal(into.cpu(), wide[:, 500:2500].float())
+    assert mover.moved.loaded_bytes == into.nbytes
+
+
+def test_whatever_can_be_written_past_the_mapping_is() -> None:
+    written = []
+    with HostMover(lambda part, data: written.append(len(data))) as mover:
+        mover.load(torch.zeros(700, 3000), torch.ones(700, 3000))
+        mover.load(torch.zeros(3000, 700).t(), torch.ones(700, 3000))
+        assert sum(written) == 2 * 700 * 3000 * 4 and max(written) <= 1 << 20
+        mover.load(torch.zeros(700, 3000)[:, :10], torch.ones(700, 10))  # in many small pieces: through the mapping
+    assert sum(written) == 2 * 700 * 3000 * 4
 
 
 def test_a_load_converts_what_is_stored_in_another_dtype(platform: Platform) -> None:
