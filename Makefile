@@ -6,7 +6,7 @@ VENV := $(shell PYTHON=$(PYTHON) tools/make_venv.sh --print)
 endif
 PY := $(VENV)/bin/python
 
-SOURCES = anchortp_sglang tests setup.py
+SOURCES = anchortp_sglang tests tools setup.py
 TESTS = $(wildcard tests/unit tests/engine tests/chaos)
 
 export PYTHONPATH := $(CURDIR)

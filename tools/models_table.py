@@ -7,14 +7,14 @@ What was compared comes from docs/models.json (tools/compare_models.py), everyth
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from table_page import publish
+
 from anchortp_sglang.planning.families import FAMILIES
 
-BEGIN, END = "<!-- models_table.py: begin -->", "<!-- models_table.py: end -->"
 RESULTS = Path(__file__).parent.parent / "docs" / "models.json"
 HEADINGS = (
     "architecture",
@@ -75,17 +75,5 @@ def _notes() -> Iterator[str]:
             yield f"- `{architecture}`: {caveat}. The server logs it at start."
 
 
-def main() -> None:
-    text = "\n".join(tables(json.loads(RESULTS.read_text())))
-    if len(sys.argv) < 2:
-        return print(text)
-    page = Path(sys.argv[1])
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        sys.exit(f"{page} lacks the marks {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    publish("models_table.py", tables(json.loads(RESULTS.read_text())))

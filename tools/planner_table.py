@@ -5,10 +5,11 @@ PYTHONPATH=. python tools/planner_table.py [docs/planner.md]
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from table_page import publish
 
 from anchortp_sglang.planning.catalog import read_plan_model
 from anchortp_sglang.planning.changes import Change
@@ -16,7 +17,6 @@ from anchortp_sglang.planning.machines import machine
 from anchortp_sglang.planning.scenario import Scenario, answer_all
 from anchortp_sglang.planning.what_if import WhatIf
 
-BEGIN, END = "<!-- planner_table.py: begin -->", "<!-- planner_table.py: end -->"
 CONFIGS = Path(__file__).parent.parent / "tests" / "unit" / "configs"
 MODELS = {
     "Mixtral-8x22B": "mixtral-8x22b",
@@ -92,17 +92,5 @@ def _gigabytes(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes else "0"
 
 
-def main() -> None:
-    text = "\n".join(table())
-    if len(sys.argv) < 2:
-        return print(text)
-    page = Path(sys.argv[1])
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        sys.exit(f"{page} lacks the marks {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    publish("planner_table.py", table())

@@ -58,7 +58,7 @@ def with_server(model, options, folder, faults, records, pauses, starts) -> None
                 request["sampling_params"]["max_new_tokens"] = options.tokens
             with Streams(server.url, requests) as streams:
                 streams.wait_tokens(min(30, options.tokens // 2))
-                generation, at = server.status()["generation"], time.monotonic()
+                generation = server.status()["generation"]
                 server.inject(device, kind)
                 server.wait_serving(generation + 1)
             assert all(history.error is None for history in streams.histories)

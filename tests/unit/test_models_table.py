@@ -1,25 +1,17 @@
 """The tables in docs/models.md are those of the kept results, and the results are complete and equal."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import compare_models
+import models_table
 import pytest
+from table_page import published
 
 from anchortp_sglang.bench.tiny_families import FAMILIES as TINY
 from anchortp_sglang.planning.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-compare_models, models_table = tool("compare_models"), tool("models_table")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +20,7 @@ def results():
 
 
 def test_the_documented_table_is_up_to_date(results):
-    page = (ROOT / "docs" / "models.md").read_text()
-    documented = page.partition(models_table.BEGIN)[2].partition(models_table.END)[0].strip()
+    documented = published("models_table.py", ROOT / "docs" / "models.md")
     assert documented == "\n".join(models_table.tables(results)), "run tools/models_table.py docs/models.md"
 
 
