@@ -11,15 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize
-from anchortp_sglang.plan_picture import PictureError, save
+from anchortp_sglang.plan_picture import PictureError, check, save
 
 app = typer.Typer(no_args_is_help=True, help="Measure recoveries, and what they cost when none is needed.")
 
@@ -73,20 +75,20 @@ def recovery(
         "after_s": after_s,
         "hang_timeout_s": hang_timeout_s,
     }
+    _check_files(record, plot)
     with _measuring(size) as (model, folder, say):
         plan = recovery_bench.Plan(model=model, **plan_of)
         results = recovery_bench.run(plan, folder, say)
     told, every = recovery_bench.summary(results), recovery_bench.details(plan, results)
     title = f"{size.value} model, TP={tp_size}, {len(plan.runs())} faults ({faults}), {rate:g} clients/s"
-    if record is not None:
-        record.write_text(json.dumps({"title": title, "report": told, "sides": every}, indent=1) + "\n")
-    if plot is not None:
-        _draw(recovery_view.picture(every, title), plot)
     if as_json:
         typer.echo(json.dumps(told, indent=2))
     else:
         Console().print(recovery_view.report_view(told, every, title))
-        _say_degraded(recovery_bench.degraded_itl(plan, results["ours"]) if "ours" in results else None, tp_size)
+    if record is not None:
+        record.write_text(json.dumps({"title": title, "report": told, "sides": every}, indent=1) + "\n")
+    if plot is not None:
+        _draw(recovery_view.picture(every, title), plot)
     ours = told.get("ours")
     raise typer.Exit(1 if ours and (ours["failed_requests"] or ours["wrong_tokens"]) else 0)
 
@@ -104,6 +106,7 @@ def overhead(
     """Compare throughput, first token and time between tokens with stock SGLang while nothing fails."""
     from anchortp_sglang.bench import overhead as bench
 
+    _check_files(record)
     with _measuring(size) as (model, folder, say):
         measured = bench.run(model, tp_size, _flags(slots), rounds, clients, VOCAB_SIZE, folder, say)
     found = bench.compare(measured)
@@ -144,17 +147,22 @@ def _flags(slots: int) -> tuple[str, ...]:
     return "--device", "cpu", "--dtype", "float32", "--max-total-tokens", str(slots)
 
 
-def _say_degraded(found: tuple[float, float] | None, tp_size: int) -> None:
-    if found is not None:
-        slower, ideal = found
-        left = f"with {tp_size - 1} of {tp_size} devices"
-        typer.echo(f"{left} tokens are {slower:.2f} times as far apart; ideal {ideal:.2f}")
-
-
 def _draw(picture: Any, path: Path) -> None:
     try:
         save(picture, path)
     except (PictureError, OSError) as error:
+        _fail(str(error))
+
+
+def _check_files(record: Path | None, plot: Path | None = None) -> None:
+    """Before anything is measured for them."""
+    for path in filter(None, (record, plot)):
+        if not path.parent.is_dir():
+            _fail(f"{path}: there is no folder {path.parent}")
+    try:
+        if plot is not None:
+            check(plot)
+    except PictureError as error:
         _fail(str(error))
 
 
@@ -166,7 +174,7 @@ def _measuring(size: ModelSize) -> Iterator[tuple[Path, Path, Any]]:
 
     folder = Path(tempfile.mkdtemp(prefix="anchortp-bench-"))
     console, began = Console(stderr=True, highlight=False), time.monotonic()
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with console.status("") as status:
 
@@ -178,14 +186,15 @@ def _measuring(size: ModelSize) -> Iterator[tuple[Path, Path, Any]]:
 
             say(f"writing a checkpoint of size {size.value}")
             yield make_model(folder / "model", size), folder, say
-    except ServerFailed as error:
+    except (ServerFailed, OSError, HTTPException, psutil.Error) as error:
         shutil.rmtree(folder / "model", ignore_errors=True)
-        _fail(f"{error}\nlogs: {folder}")
+        _fail(f"{error or type(error).__name__}\nlogs: {folder}")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     shutil.rmtree(folder, ignore_errors=True)
 
 

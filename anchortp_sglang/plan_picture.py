@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from xml.sax.saxutils import escape
@@ -53,14 +54,21 @@ class PictureError(ValueError):
 
 
 def save(picture: Picture, path: Path) -> None:
-    """Write ``path``, a .png or .svg. Raises PictureError for other names, OSError if it cannot be written."""
-    match path.suffix.lower():
-        case ".svg":
-            path.write_text(to_svg(picture), encoding="utf-8")
-        case ".png":
-            _save_png(picture, path)
-        case other:
-            raise PictureError(f"{path}: pictures are .png or .svg, not {other or 'without a suffix'}")
+    """Write ``path``, a .png or .svg. Raises like ``check``, and OSError if it cannot be written."""
+    check(path)
+    if path.suffix.lower() == ".svg":
+        path.write_text(to_svg(picture), encoding="utf-8")
+    else:
+        _save_png(picture, path)
+
+
+def check(path: Path) -> None:
+    """What can be known beforehand about ``save``. Raises PictureError."""
+    suffix = path.suffix.lower()
+    if suffix not in (".svg", ".png"):
+        raise PictureError(f"{path}: pictures are .png or .svg, not {suffix or 'without a suffix'}")
+    if suffix == ".png" and find_spec("PIL") is None:
+        raise PictureError(f"{path}: PNG needs the package pillow; install it, or name an .svg file")
 
 
 def to_svg(picture: Picture) -> str:
@@ -84,10 +92,8 @@ def to_svg(picture: Picture) -> str:
 
 
 def _save_png(picture: Picture, path: Path) -> None:
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise PictureError(f"{path}: PNG needs the package pillow; install it, or name an .svg file") from None
+    from PIL import Image, ImageDraw, ImageFont
+
     scale = 2  # sharp on dense screens
     image = Image.new("RGB", (picture.width * scale, picture.height * scale), BACKGROUND)
     draw = ImageDraw.Draw(image)

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from anchortp_sglang.timeline_rows import end_s, rows
+
 RECOVERIES_SHOWN = 5
 _COLOURS = {
     "serving": "green",
@@ -37,8 +39,8 @@ def status_view(status: Mapping[str, Any]) -> RenderableType:
 
 
 def timeline_view(recovery: Mapping[str, Any], width: int = 80) -> RenderableType:
-    """A Gantt chart, ``width`` columns wide: each stage from the end of the one before it, in seconds."""
-    stages = recovery.get("stages") or []
+    """A Gantt chart, ``width`` columns wide: each stage of the server and of each device, in seconds."""
+    drawn = rows(recovery)
     title = (
         f"generation {_cell(recovery.get('generation'))}, device {_cell(recovery.get('device'))}, "
         f"{_cell(recovery.get('cause'))} fault: {_cell(recovery.get('reason'))}"
@@ -49,16 +51,16 @@ def timeline_view(recovery: Mapping[str, Any], width: int = 80) -> RenderableTyp
     for heading in ("took", "at"):
         table.add_column(heading, justify="right", no_wrap=True)
     numbers = 2 * len("  999.999 s")
-    names = max((len(stage["name"]) for stage in stages), default=0)
+    names = max((len(f"  {each.stage}") for row in drawn for each in row.all_bars), default=0)
     bar_width = max(10, width - numbers - names - 2)
-    end_s = max((float(stage["at_s"]) for stage in stages), default=0.0)
-    before_s = 0.0
-    for stage in stages:
-        at_s = float(stage["at_s"])
-        drawn = bar(before_s, at_s, end_s, bar_width)
-        table.add_row(stage["name"], drawn, f"{at_s - before_s:.3f} s", f"{at_s:.3f} s")
-        before_s = at_s
-    return table
+    total_s = end_s(recovery)
+    for row in drawn:
+        table.add_row(Text(row.label, style="bold red" if row.lost else "bold"), Text(row.note, style="dim"))
+        for each in row.all_bars:
+            colour = "magenta" if each is row.moving else "cyan"
+            line = bar(each.start_s, each.end_s, total_s, bar_width, colour)
+            table.add_row(f"  {each.stage}", line, f"{each.took_s:.3f} s", f"{each.end_s:.3f} s")
+    return Group(table, Text(_outcome(recovery)))
 
 
 def bar(start_s: float, end_s: float, total_s: float, width: int, colour: str = "cyan") -> Text:
@@ -67,6 +69,15 @@ def bar(start_s: float, end_s: float, total_s: float, width: int, colour: str = 
     first = min(int(start_s * scale), width - 1)
     length = max(1, round(end_s * scale) - first)
     return Text(" " * first + "█" * length, style=colour)
+
+
+def _outcome(recovery: Mapping[str, Any]) -> str:
+    """What moved, what was replayed."""
+    reused, redone = _cell(recovery.get("tokens_reused")), _cell(recovery.get("tokens_recomputed"))
+    return (
+        f"weights: {_moved(recovery)}; KV slots: {_kv_slots(recovery.get('kv') or {})}; "
+        f"{_cell(recovery.get('requests_replayed'))} requests replayed, {reused} tokens reused, {redone} computed again"
+    )
 
 
 def _headline(status: Mapping[str, Any]) -> Text:

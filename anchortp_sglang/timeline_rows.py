@@ -1,6 +1,7 @@
 """A recovery as rows of bars: the server's own stages, and below them what each new rank did. Pure.
 
-The page (timeline_page.py) and the picture (timeline_plot.py) draw the same rows.
+The page (timeline_page.py), the picture (timeline_plot.py) and the terminal (status_view.py) draw the same rows; the
+metrics and spans of a recovery are made of them, too.
 """
 
 from __future__ import annotations
@@ -60,13 +61,27 @@ class Row:
     moving: Bar | None = None
     lost: bool = False
 
+    @property
+    def all_bars(self) -> tuple[Bar, ...]:
+        return self.bars if self.moving is None else tuple(sorted((*self.bars, self.moving), key=lambda bar: bar.end_s))
+
 
 def rows(recovery: Mapping[str, Any]) -> tuple[Row, ...]:
     """The server, then the devices in their order."""
     ranks = {rank["device"]: _rank_row(recovery, rank) for rank in recovery.get("ranks") or []}
-    if recovery.get("cause") == "device" and recovery.get("device", -1) not in ranks:
-        ranks[recovery["device"]] = Row(f"device {recovery['device']}", "lost", lost=True)
+    ranks |= {device: Row(f"device {device}", "lost", lost=True) for device in recovery.get("lost") or []}
     return (Row("server", bars=_server_bars(recovery)), *(ranks[device] for device in sorted(ranks)))
+
+
+def durations(recovery: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(stage, seconds): each of the server's, then each that ranks had, of the slowest one."""
+    server, *ranks = rows(recovery)
+    for bar in server.bars:
+        yield bar.stage, bar.took_s
+    for stage in RANK_STAGES:
+        took = [bar.took_s for row in ranks for bar in row.all_bars if bar.stage == stage]
+        if took:
+            yield stage, max(took)
 
 
 def end_s(recovery: Mapping[str, Any]) -> float:
@@ -90,9 +105,10 @@ def ticks(total_s: float, most: int = 6) -> list[float]:
 def headline(recovery: Mapping[str, Any]) -> str:
     """What happened, in a few words."""
     device, left = recovery.get("device", -1), len(recovery.get("ranks") or [])
+    lost = recovery.get("lost") or [device]
     width = f", on with TP={left}" if left else ""
     what = {
-        "device": f"device {device} lost",
+        "device": f"device{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} lost",
         "process": f"rank on device {device} died" if device >= 0 else "fault without a device to blame",
         "hang": f"rank on device {device} hung",
     }.get(str(recovery.get("cause")), "fault")

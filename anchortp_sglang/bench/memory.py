@@ -8,13 +8,18 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) +(.*)$")
 
 
 def total_bytes(pids: Sequence[int]) -> int:
-    """PSS of all processes, plus allocated pages of their memfds that no mapping accounts for."""
+    """PSS of all processes, plus allocated pages of their memfds that no mapping accounts for. Those that end
+    meanwhile do not count."""
     pss = 0
     mapped: dict[int, int] = {}
     allocated: dict[int, int] = {}
     for pid in pids:
-        pss += _read_smaps(pid, mapped)
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            pss += _read_smaps(pid, mapped)
+            fds = list(Path(f"/proc/{pid}/fd").iterdir())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        for fd in fds:
             try:
                 if str(fd.readlink()).startswith("/memfd:"):
                     facts = fd.stat()

@@ -99,6 +99,7 @@ def details(plan: Plan, results: dict[SideName, SideResult]) -> dict[str, Any]:
         name: {
             "start_s": round(result.start_s, 2),
             "memory_bytes": result.memory_bytes,
+            "degraded_itl": degraded_itl(plan, result),
             "runs": [
                 {"fault": fault, "seed": seed} | _told(each)
                 for (fault, seed), each in zip(plan.runs(), result.outcomes, strict=True)
@@ -109,7 +110,10 @@ def details(plan: Plan, results: dict[SideName, SideResult]) -> dict[str, Any]:
 
 
 def degraded_itl(plan: Plan, result: SideResult) -> tuple[float, float] | None:
-    """(slowdown of the tokens' median distance after a device loss, the ideal one); None if nothing tells it."""
+    """(slowdown of the tokens' median distance after a device loss, the ideal one); None if nothing tells it, as on
+    stock, which goes on at full width."""
+    if result.name == "stock":
+        return None
     pairs = [each.itl_s for (fault, _), each in zip(plan.runs(), result.outcomes, strict=True) if fault == "device"]
     slower = [after / before for before, after in pairs if before and after]
     return (median(slower), plan.tp_size / (plan.tp_size - 1)) if slower and plan.tp_size > 1 else None
@@ -215,7 +219,7 @@ def _wanted(request: dict[str, Any]) -> int:
 
 def _judge(recorded: Recorded, expected: dict[int, tuple[int, ...]]) -> Outcome:
     streams = [
-        Stream(h.sent_at, tuple(h.arrivals), tuple(h.output_ids), expected[number], h.error)
+        Stream(h.sent_at, h.ended_at, tuple(h.arrivals), tuple(h.output_ids), expected[number], h.error)
         for number, h in recorded.histories
     ]
     return outcome(streams, recorded.began_s, recorded.fault_s, recorded.ended_s)

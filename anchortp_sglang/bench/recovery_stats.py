@@ -21,22 +21,30 @@ _IN_FLIGHT_S = 1.5
 
 @dataclass(frozen=True)
 class Stream:
-    """``arrivals``: (second, tokens so far). ``expected``: the tokens of an unbroken run."""
+    """``arrivals``: (second, tokens so far). ``expected``: the tokens of an unbroken run. ``ended_s``: when the client
+    was through with it, well or with an error."""
 
     sent_s: float
+    ended_s: float
     arrivals: tuple[tuple[float, int], ...]
     tokens: tuple[int, ...]
     expected: tuple[int, ...]
     error: str | None
 
     @property
-    def end_s(self) -> float:
+    def last_s(self) -> float:
+        """When the last token came."""
         return self.arrivals[-1][0] if self.arrivals else self.sent_s
+
+    def waits(self, moment: float, fault_s: float) -> bool:
+        """Whether its user waits for a token then; after a fault that broke it also when it is over."""
+        broke = self.error is not None and self.ended_s >= fault_s
+        return self.sent_s <= moment and (broke or moment < self.last_s)
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Tokens that are not what an unbroken run gives, in streams that ended without an error."""
+    """Tokens that are not what an unbroken run gives; of streams that ended with an error, as far as those came."""
 
     lost: int = 0
     doubled: int = 0
@@ -88,8 +96,8 @@ def outcome(streams: Sequence[Stream], began_s: float, fault_s: float, ended_s: 
         pauses_s=tuple(pause(stream, fault_s, first_s) for stream in streams if _open_at(stream, fault_s)),
         requests=len(streams),
         failed=len(failed),
-        damage=sum((damage(s.tokens, s.expected) for s in streams if s.error is None), Damage()),
-        undelivered=sum(len(stream.expected) - len(stream.tokens) for stream in failed),
+        damage=sum((_damage_of(stream) for stream in streams), Damage()),
+        undelivered=sum(max(0, len(stream.expected) - len(stream.tokens)) for stream in failed),
         throughput_before=curve.rate(settled_s, fault_s),
         throughput_after=after,
         ttft_s=ttft,
@@ -115,14 +123,11 @@ def _time_to_peak(
 def first_token(streams: Sequence[Stream], fault_s: float) -> float | None:
     """The end of the longest silence that the fault began while somebody waited; None if nothing came any more."""
     times = sorted({at for stream in streams for at, _ in stream.arrivals})
-    later = [fault_s, *(at for at in times if at > fault_s)]
+    later = [fault_s, *(at for at in times if at > fault_s), math.inf]
     gaps = [(a, b) for a, b in pairwise(later) if a <= fault_s + _IN_FLIGHT_S]
-    waited = [(a, b) for a, b in gaps if any(_waits_after(stream, a) for stream in streams)]
-    return max(waited or gaps, key=lambda gap: gap[1] - gap[0])[1] if gaps else None
-
-
-def _waits_after(stream: Stream, moment: float) -> bool:
-    return stream.sent_s <= moment and (stream.error is not None or moment < stream.end_s)
+    waited = [(a, b) for a, b in gaps if any(stream.waits(a, fault_s) for stream in streams)]
+    _, end_s = max(waited, default=gaps[0], key=lambda gap: gap[1] - gap[0])
+    return None if math.isinf(end_s) else end_s
 
 
 def pause(stream: Stream, fault_s: float, first_s: float | None) -> float:
@@ -131,8 +136,13 @@ def pause(stream: Stream, fault_s: float, first_s: float | None) -> float:
     last_s = max((at for at in times if at <= fault_s), default=stream.sent_s)
     gaps = [b - a for a, b in pairwise([last_s, *(at for at in times if at > fault_s)])]
     if stream.error is not None:
-        gaps.append(math.inf if first_s is None else first_s - max(stream.end_s, last_s))
+        gaps.append(math.inf if first_s is None else first_s - max(stream.last_s, last_s))
     return max(gaps, default=0.0)
+
+
+def _damage_of(stream: Stream) -> Damage:
+    expected = stream.expected if stream.error is None else stream.expected[: len(stream.tokens)]
+    return damage(stream.tokens, expected)
 
 
 def damage(tokens: Sequence[int], expected: Sequence[int]) -> Damage:
@@ -180,20 +190,25 @@ def side_summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def ratios(ours: dict[str, Any], stock: dict[str, Any]) -> dict[str, float | None]:
-    """tfs, ttp: how many times longer stock takes (medians); throughput_before: ours over stock's."""
+    """tfs, ttp: how many times longer stock takes (medians), None if either never got there in half of its runs;
+    throughput_before: ours over stock's."""
     before = ours["throughput_before"], stock["throughput_before"]
     return {
-        "tfs": _times(stock["tfs_s"], ours["tfs_s"]),
-        "ttp": _times(stock["ttp_s"], ours["ttp_s"]),
+        "tfs": times(stock["tfs_s"], ours["tfs_s"]),
+        "ttp": times(stock["ttp_s"], ours["ttp_s"]),
         "throughput_before": _rounded(before[0] / before[1]) if before[0] and before[1] else None,
     }
 
 
-def _times(longer: Sequence[float | None], shorter: Sequence[float | None]) -> float | None:
-    known = [[value for value in values if value is not None] for values in (longer, shorter)]
-    if not all(known):
-        return None
-    return _rounded(median(known[0]) / max(median(known[1]), 0.1))  # TTP is told in steps of a tenth
+def times(stock: Sequence[float | None] | None, ours: Sequence[float | None] | None) -> float | None:
+    """How many times longer the median is on stock; TTP is told in steps of a tenth."""
+    theirs, own = middle(stock or ()), middle(ours or ())
+    return None if theirs is None or own is None or math.isinf(own) else _rounded(theirs / max(own, 0.1))
+
+
+def middle(values: Sequence[float | None]) -> float | None:
+    """The median, None of nothing. A value that is None was never reached: infinite."""
+    return median(math.inf if value is None else value for value in values) if values else None
 
 
 def _samples(streams: Sequence[Stream]) -> list[tuple[float, int]]:
@@ -206,9 +221,7 @@ def _samples(streams: Sequence[Stream]) -> list[tuple[float, int]]:
 
 
 def _open_at(stream: Stream, moment: float) -> bool:
-    finished = stream.error is None and stream.end_s <= moment
-    broke_before = stream.error is not None and stream.end_s < moment - _IN_FLIGHT_S
-    return stream.sent_s <= moment and not finished and not broke_before
+    return stream.sent_s <= moment < (stream.last_s if stream.error is None else stream.ended_s)
 
 
 def _ttft(streams: Sequence[Stream], start_s: float, end_s: float) -> float | None:

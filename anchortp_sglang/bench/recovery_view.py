@@ -1,6 +1,7 @@
 """What ``anchortp bench recovery`` shows: a table, and throughput over time as a picture."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isinf
 from statistics import mean, median
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from anchortp_sglang.bench.recovery_stats import middle, times
 from anchortp_sglang.plan_picture import Box, Label, Picture
 from anchortp_sglang.timeline_rows import ticks
 
@@ -38,12 +40,15 @@ def _lines(told: Told, details: Told, sides: Sequence[str]) -> Iterator[tuple[st
 
     ratios = told.get("ratios") or {}
     yield line("TFS: fault to first new token, median (all)", "tfs_s", _times(ratios.get("tfs")))
+    yield from _tfs_by_fault(details, sides)
     yield line("TTP: from there to full throughput, median (all)", "ttp_s", _times(ratios.get("ttp")))
     for key, name in (("p50", "median"), ("p99", "p99"), ("max", "longest")):
         yield f"pause of an open stream, {name}", [_seconds(told[side]["pause_s"][key]) for side in sides], ""
     failed = [f"{told[side]['failed_requests']} of {_sum(details, side, 'requests')}" for side in sides]
     yield "requests that failed", failed, ""
-    yield "tokens wrong (lost, doubled, changed)", [str(told[side]["wrong_tokens"]) for side in sides], ""
+    kinds = ("lost", "doubled", "changed")
+    wrong = [", ".join(str(_sum(details, side, kind)) for kind in kinds) for side in sides]
+    yield "wrong tokens: lost, doubled, changed", wrong, ""
     yield "tokens of failed requests never delivered", [str(_sum(details, side, "undelivered")) for side in sides], ""
     before = ratios.get("throughput_before")
     yield (
@@ -53,9 +58,22 @@ def _lines(told: Told, details: Told, sides: Sequence[str]) -> Iterator[tuple[st
     )
     yield "tokens/s after the recovery", [_number(told[side]["throughput_after"]) for side in sides], ""
     for key, name in (("ttft_s", "time to first token"), ("itl_s", "time between tokens")):
-        yield f"{name}, before → after", [_before_after(details[side]["runs"], key) for side in sides], ""
+        halves = [_before_after(details[side]["runs"], key) for side in sides]
+        yield f"{name}, before → after", [_milliseconds(*each) for each in halves], _before_ratio(halves)
     yield "start to serving", [_seconds(details[side]["start_s"]) for side in sides], ""
     yield "memory while serving", [decimal(details[side]["memory_bytes"]) for side in sides], ""
+    if any(details[side]["degraded_itl"] for side in sides):
+        slower = [_slower(details[side]["degraded_itl"]) for side in sides]
+        yield "time between tokens, a device less over all of them", slower, ""
+
+
+def _tfs_by_fault(details: Told, sides: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
+    """If there are several kinds."""
+    runs = {side: details[side]["runs"] for side in sides}
+    faults = list(dict.fromkeys(run["fault"] for run in runs[sides[0]]))
+    for fault in faults if len(faults) > 1 else ():
+        tfs = {side: [run["tfs_s"] for run in runs[side] if run["fault"] == fault] for side in sides}
+        yield f"  after {fault}", [_list(tfs[side]) for side in sides], _times(times(tfs.get("stock"), tfs.get("ours")))
 
 
 def _verdict(told: Told) -> Text:
@@ -110,16 +128,30 @@ def _mean_curve(runs: Sequence[Told]) -> dict[float, float]:
 
 
 def _list(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+    between = middle(values)
+    if between is None:
         return "-"
     every = f" ({', '.join('-' if v is None else f'{v:.2f}' for v in values)})" if len(values) > 1 else ""
-    return f"{median(known):.2f} s{every}"
+    return f"{'not in time' if isinf(between) else f'{between:.2f} s'}{every}"
 
 
-def _before_after(runs: Sequence[Told], key: str) -> str:
-    halves = [[run[key][half] for run in runs if run[key][half] is not None] for half in (0, 1)]
-    return " → ".join(f"{1000 * median(values):.0f} ms" if values else "-" for values in halves)
+def _before_after(runs: Sequence[Told], key: str) -> tuple[float | None, float | None]:
+    before, after = ([run[key][half] for run in runs if run[key][half] is not None] for half in (0, 1))
+    return middle(before), middle(after)
+
+
+def _milliseconds(before: float | None, after: float | None) -> str:
+    return " → ".join("-" if value is None else f"{1000 * value:.0f} ms" for value in (before, after))
+
+
+def _before_ratio(halves: Sequence[tuple[float | None, float | None]]) -> str:
+    """Ours over stock's, before the fault."""
+    before = [each[0] for each in halves]
+    return f"{before[0] / before[1]:.2f}×" if len(before) == 2 and before[0] and before[1] else ""
+
+
+def _slower(degraded: Sequence[float] | None) -> str:
+    return "" if degraded is None else f"{degraded[0]:.2f}× (ideal {degraded[1]:.2f}×)"
 
 
 def _sum(details: Told, side: str, key: str) -> int:

@@ -73,7 +73,7 @@ class Server:
         try:
             self._wait_healthy(began + timeout_s)
         except BaseException:
-            self.kill()
+            self.kill_all()
             raise
         return time.monotonic() - began
 
@@ -91,6 +91,16 @@ class Server:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+
+    def kill_all(self) -> None:
+        """SIGKILL the main process, and whatever it has started that does not notice: stock's ranks, while they still
+        import."""
+        self.kill()
+        if self._process is not None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)  # it leads its session
+            except ProcessLookupError:
+                pass
 
     def wait(self, timeout_s: float = _STOP_TIMEOUT_S) -> int:
         assert self._process is not None

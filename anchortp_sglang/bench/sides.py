@@ -40,7 +40,7 @@ class Side(Protocol):
         ...
 
     def comebacks(self) -> int:
-        """How often it has served again after a fault, since it was started or made ready."""
+        """Grows whenever it serves again after a fault."""
         ...
 
     def processes(self) -> list[psutil.Process]: ...
@@ -55,6 +55,7 @@ class Ours:
 
     def __init__(self, model: Path, tp_size: int, flags: Sequence[str], hang_timeout_s: float, folder: Path) -> None:
         self._tp_size = tp_size
+        self._folder = folder
         own = ("--anchor-hang-timeout", f"{hang_timeout_s:g}")
         env = {"TMPDIR": str(folder), "XDG_RUNTIME_DIR": str(folder)}
         self._make = lambda: Server(model, tp_size, *flags, *own, log=folder / "ours.log", env=env)
@@ -76,13 +77,14 @@ class Ours:
         return lambda: _signal_all(pids, signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
 
     def comebacks(self) -> int:
-        stages = [{stage["name"] for stage in recovery["stages"]} for recovery in self.server.status()["recoveries"]]
-        return sum("replayed" in names for names in stages)
+        recoveries = self.server.status()["recoveries"]  # the last ones only
+        served = [each["generation"] for each in recoveries if "replayed" in {s["name"] for s in each["stages"]}]
+        return max(served, default=0)
 
     def processes(self) -> list[psutil.Process]:
-        """The server's tree, and its anchors, which are none of its children."""
-        devices = self.server.status()["devices"]
-        anchors = [psutil.Process(d["anchor_pid"]) for d in devices if d["anchor_pid"] is not None]
+        """The server's tree, and its anchors (the host's, too), which are none of its children."""
+        run_dirs = f"--run-dir={self._folder}/"
+        anchors = [process for process in psutil.process_iter() if _has_argument(process, run_dirs)]
         return [*_tree(self.server.pid), *anchors]
 
     def stop(self) -> None:
@@ -115,6 +117,7 @@ class Stock:
         self._stopping = threading.Event()
         self._serving = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
+        self._end_of_hang: threading.Timer | None = None
         self._restarts = 0
         self.failed: str | None = None
 
@@ -134,7 +137,9 @@ class Stock:
 
     def _hang(self, rank: psutil.Process) -> None:
         rank.suspend()
-        threading.Timer(self._hang_timeout_s, self.server.kill).start()
+        self._end_of_hang = threading.Timer(self._hang_timeout_s, self.server.kill)
+        self._end_of_hang.daemon = True
+        self._end_of_hang.start()
 
     def comebacks(self) -> int:
         if self.failed is not None:
@@ -146,10 +151,12 @@ class Stock:
 
     def stop(self) -> None:
         self._stopping.set()
-        self.server.kill()
-        if self._supervisor.is_alive():
-            self._supervisor.join(_START_TIMEOUT_S)
-        self.server.kill()
+        if self._end_of_hang is not None:
+            self._end_of_hang.cancel()
+        while self._supervisor.is_alive():
+            self.server.kill_all()  # it may just be starting another one
+            self._supervisor.join(0.5)
+        self.server.kill_all()
 
     def _supervise(self) -> None:
         try:
@@ -164,7 +171,7 @@ class Stock:
                 self.server.start(_START_TIMEOUT_S)
                 self._restarts += 1
                 self._serving.set()
-        except ServerFailed as error:
+        except (ServerFailed, OSError) as error:
             self.failed = str(error)
 
     def _rank(self, number: int) -> psutil.Process:
@@ -186,6 +193,13 @@ def _tree(pid: int) -> list[psutil.Process]:
         return [main, *main.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _has_argument(process: psutil.Process, start: str) -> bool:
+    try:
+        return any(argument.startswith(start) for argument in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:

@@ -3,6 +3,7 @@
 import http.client
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ _READ_TIMEOUT_S = 300.0
 class History:
     """What one client saw. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens.
 
-    ``sent_at``: time.monotonic() before the request was sent.
+    ``sent_at``, ``ended_at``: time.monotonic() before the request was sent, and when no more can come.
     """
 
     request: dict[str, Any]
@@ -26,6 +27,7 @@ class History:
     text: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     sent_at: float = 0.0
+    ended_at: float = math.inf
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     error: str | None = None
     done: bool = False
@@ -47,6 +49,8 @@ class History:
         if "error" in message:
             self.error = str(message["error"])
             return
+        if message["output_ids"][: len(self.output_ids)] != self.output_ids:
+            self.error = f"tokens given before were taken back: {self.output_ids} became {message['output_ids']}"
         self.meta = message["meta_info"]
         if len(message["output_ids"]) > len(self.output_ids):
             self.arrivals.append((time.monotonic(), len(message["output_ids"])))
@@ -105,8 +109,11 @@ def follow(address: str, history: History) -> None:
                 history.take(json.loads(line[6:]))
         if history.error is None and history.finish_reason is None:  # http.client does not tell
             history.error = "the connection ended before the answer did"
+        elif history.error is None and history.finish_reason["type"] == "abort":
+            history.error = f"aborted: {history.finish_reason}"
     except (OSError, http.client.HTTPException, ValueError) as error:
         history.error = f"{type(error).__name__}: {error}"
     finally:
+        history.ended_at = time.monotonic()
         history.done = True
         connection.close()

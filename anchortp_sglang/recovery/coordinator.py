@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 _DETOKENIZER_TIMEOUT_S = 30.0
 _REFILL_DELAY_S = 1.0
+_POLL_S = 0.05
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
 """What a recovery step raises when something died meanwhile: it is planned again from what is left."""
@@ -173,8 +174,8 @@ class Coordinator:
             self._spawn(self._settle(self.generation))
             self._spawn(self._capture_graphs(self.generation))
             self._refill()
-            if not self._tm.rid_to_state:
-                self._finish()  # nobody waits for a token: the next one says nothing about this recovery
+            if self._recovery is not None:
+                self._spawn(self._finish_unless_awaited(self._recovery))
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 
@@ -260,6 +261,7 @@ class Coordinator:
     def _judge(self, generation: Generation, recovery: Recovery) -> machine.Verdict:
         verdict = self._succession.judge(generation, self._detection, self._gpus.errors, recovery.reason)
         recovery.cause, recovery.device, recovery.reason = verdict.cause, verdict.device, verdict.reason
+        recovery.lost = sorted({*recovery.lost, *verdict.lost})
         log.info("anchortp: verdict: %s: %s", verdict.cause, verdict.reason)
         return verdict
 
@@ -306,6 +308,13 @@ class Coordinator:
         recovery, self._recovery = self._recovery, None
         if recovery is not None:
             self.recoveries.finish(recovery)
+
+    async def _finish_unless_awaited(self, recovery: Recovery) -> None:
+        """Where nobody waits for a token (any more), the next one says nothing about this recovery."""
+        while self._recovery is recovery and self.state.phase is Phase.SERVING:
+            if not self._tm.rid_to_state:
+                return self._finish()
+            await asyncio.sleep(_POLL_S)
 
     async def _measure_peak(self, recovery: Recovery, first_token_at: float) -> None:
         """TTP, unless another fault comes before it can be told."""

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from anchortp_sglang.recovery.record import Recovery, Totals
+from anchortp_sglang.timeline_rows import durations
 
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _CAUSES = ("process", "device", "hang")
 _DEVICE_STATES = ("serving", "idle", "lost")
 _SERVER_STATES = ("starting", "serving", "degraded", "recovering", "down")
-_MOVED = ("reload", "p2p", "copy")
+_MOVED = ("reload", "p2p", "copy", "kv_copy", "kv_restore")
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TFS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 120.0)
 
@@ -47,7 +48,8 @@ class Metrics:
         self._failed = Counter("anchortp_recoveries_failed", "Recoveries that were given up.")
         self._moved = Counter(
             "anchortp_bytes_moved",
-            "Bytes of weights moved by recoveries: reload from the checkpoint, p2p between devices, copy within one.",
+            "Bytes moved by recoveries. Weights: reload from the checkpoint, p2p between devices, copy within one; "
+            "KV cache: kv_copy within a device, kv_restore from the mirror.",
             ["kind"],
         )
         self._replayed = Counter("anchortp_requests_replayed", "Open requests that went on after a fault.")
@@ -55,7 +57,7 @@ class Metrics:
         self._recomputed = Counter("anchortp_tokens_recomputed", "Tokens of replayed requests computed again.")
         self._stage = Histogram(
             "anchortp_recovery_stage_seconds",
-            "Duration of a stage of a recovery, from the end of the stage before it.",
+            "Duration of a stage of a recovery; of stages that each new rank has, that of the slowest.",
             ["stage"],
             buckets=_STAGE_BUCKETS,
         )
@@ -70,10 +72,8 @@ class Metrics:
 
     def observe(self, recovery: Recovery) -> None:
         """A recovery is over."""
-        before_s = 0.0
-        for name, at_s in sorted(recovery.stages, key=lambda stage: stage[1]):
-            self._stage.labels(name).observe(max(0.0, at_s - before_s))
-            before_s = at_s
+        for stage, took_s in durations(recovery.to_json()):
+            self._stage.labels(stage).observe(took_s)
         if recovery.tfs_s is not None:
             self._tfs.observe(recovery.tfs_s)
 

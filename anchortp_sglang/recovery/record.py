@@ -32,14 +32,15 @@ _KV_FIELDS = ("slots_kept", "slots_restored", "slots_dropped", "kept_bytes", "re
 class Recovery:
     """Times are seconds since ``began`` (monotonic). ``tfs_s``: to the first new token handed to a client.
 
-    ``ttp_s``: from then to the full throughput. ``ranks``: what each new rank stamped, as in the status.
-    ``finished``: a first token was handed out, nobody waits for one, or it was given up.
+    ``ttp_s``: from then to the full throughput. ``lost``: devices whose memory went. ``ranks``: what each new rank
+    stamped, as in the status. ``finished``: a first token was handed out, nobody waits for one, or it was given up.
     """
 
     began: float
     generation: int = 0
     cause: Cause = "process"
     device: int = -1
+    lost: list[int] = field(default_factory=list)
     reason: str = ""
     stages: list[tuple[str, float]] = field(default_factory=list)
     tfs_s: float | None = None
@@ -104,6 +105,7 @@ class Recovery:
             "generation": self.generation,
             "cause": self.cause,
             "device": self.device,
+            "lost": self.lost,
             "reason": self.reason,
             "stages": [{"name": name, "at_s": round(at, 4)} for name, at in sorted(self.stages, key=_at)],
             "ranks": self.ranks,
@@ -139,6 +141,7 @@ class Totals:
         reused, recomputed = recovery.token_counts()
         self.causes[recovery.cause] += 1
         self.bytes_moved.update(recovery.bytes_moved)
+        self.bytes_moved.update(kv_copy=recovery.kv["kept_bytes"], kv_restore=recovery.kv["restored_bytes"])
         self.failed += recovery.failed is not None
         self.requests_replayed += recovery.requests_replayed
         self.tokens_reused += reused

@@ -7,6 +7,7 @@ of its own from the provider that SGLang has set up, with a span for each stage 
 import time
 
 from anchortp_sglang.recovery.record import Recovery
+from anchortp_sglang.timeline_rows import end_s, rows
 
 TRACER = "anchortp"
 
@@ -22,6 +23,7 @@ def export(recovery: Recovery) -> None:
 def make_spans(recovery: Recovery, epoch_ns: int) -> None:
     """``epoch_ns``: wall clock minus monotonic clock, as spans are in Unix time."""
     from opentelemetry import trace
+    from opentelemetry.context import Context
 
     tracer = trace.get_tracer(TRACER)
     began_ns = epoch_ns + round(recovery.began * 1e9)
@@ -30,22 +32,18 @@ def make_spans(recovery: Recovery, epoch_ns: int) -> None:
         return began_ns + round(seconds * 1e9)
 
     told = recovery.to_json()
-    end_s = max((stage["at_s"] for stage in told["stages"]), default=0.0)
+    server, *ranks = rows(told)
     scalars = {f"anchortp.{key}": value for key, value in told.items() if isinstance(value, (str, int, float))}
-    whole = tracer.start_span("recovery", start_time=began_ns, attributes=scalars)
+    whole = tracer.start_span("recovery", Context(), start_time=began_ns, attributes=scalars)
     inside = trace.set_span_in_context(whole)
-    before_s = 0.0
-    for stage in told["stages"]:
-        tracer.start_span(stage["name"], inside, start_time=at(before_s)).end(at(stage["at_s"]))
-        before_s = stage["at_s"]
-    for rank in recovery.ranks:
-        attributes = {"anchortp.rank": rank["rank"], "anchortp.device": rank["device"]}
-        times = [stage["at_s"] for stage in rank["stages"]]
-        if times:
-            span = tracer.start_span(f"rank {rank['rank']}", inside, start_time=at(times[0]), attributes=attributes)
-            for stage in rank["stages"]:
-                span.add_event(stage["name"], timestamp=at(stage["at_s"]))
-            span.end(at(times[-1]))
+    for bar in server.bars:
+        tracer.start_span(bar.stage, inside, start_time=at(bar.start_s)).end(at(bar.end_s))
+    for row in ranks:
+        if row.bars:
+            span = tracer.start_span(row.label, inside, start_time=at(row.bars[0].start_s))
+            for bar in row.all_bars:
+                span.add_event(bar.stage, timestamp=at(bar.end_s))
+            span.end(at(row.all_bars[-1].end_s))
     if recovery.failed is not None:
         whole.set_status(trace.StatusCode.ERROR, recovery.failed)
-    whole.end(at(end_s))
+    whole.end(at(end_s(told)))

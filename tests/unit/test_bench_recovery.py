@@ -11,7 +11,7 @@ from rich.console import Console
 
 from anchortp_sglang.bench.load import Load
 from anchortp_sglang.bench.overhead import ORDER, Round, compare
-from anchortp_sglang.bench.recovery_bench import Plan
+from anchortp_sglang.bench.recovery_bench import Plan, SideResult, details
 from anchortp_sglang.bench.recovery_stats import (
     Damage,
     Stream,
@@ -30,11 +30,12 @@ from anchortp_sglang.plan_picture import to_svg
 TOKENS = st.lists(st.integers(0, 9), max_size=30)
 
 
-def stream(*times, error=None, sent=None, expected=None):
+def stream(*times, error=None, sent=None, expected=None, ended=None):
     tokens = tuple(range(len(times)))
     arrivals = tuple((at, n) for n, at in enumerate(times, 1))
     sent = times[0] - 0.1 if sent is None else sent
-    return Stream(sent, arrivals, tokens, tokens if expected is None else tuple(range(expected)), error)
+    ended = times[-1] + (0.5 if error else 0.0) if ended is None else ended
+    return Stream(sent, ended, arrivals, tokens, tokens if expected is None else tuple(range(expected)), error)
 
 
 def every(step, *spans):
@@ -60,6 +61,30 @@ def test_a_silence_in_which_nobody_waits_is_not_the_interruption():
     assert first_token([stream(9.0, 9.9), next_one], 10.0) == 12.5
 
 
+def test_who_was_refused_long_before_the_fault_does_not_wait():
+    gone = stream(1.0, 2.0, error="gone", ended=3.0)
+    assert first_token([gone, stream(9.9, 10.3, 10.4), stream(12.5, 12.6, sent=12.4)], 10.0) == 10.3
+
+
+def test_a_token_that_was_on_its_way_is_no_recovery_if_nothing_follows():
+    broken = stream(9.9, 10.05, error="gone", expected=9)
+    assert first_token([broken], 10.0) is None
+
+
+def test_a_request_that_waited_for_its_first_token_and_broke_has_a_pause():
+    waiting = Stream(5.0, 10.5, (), (), (1, 2), "gone")
+    later = stream(19.9, 20.0, 20.1)
+    assert outcome([waiting, later], 0.0, 10.0, 40.0).pauses_s == (pytest.approx(14.9),)
+    refused_before = Stream(5.0, 6.0, (), (), (1, 2), "refused")
+    assert outcome([refused_before, later], 0.0, 10.0, 40.0).pauses_s == ()
+
+
+def test_what_a_broken_stream_was_given_is_checked_too():
+    broken = Stream(9.0, 10.5, ((9.1, 3),), (0, 7, 2), (0, 1, 2, 3, 4), "gone")
+    found = outcome([broken], 0.0, 10.0, 40.0)
+    assert (found.damage, found.undelivered) == (Damage(changed=1), 2)
+
+
 def test_after_a_fault_that_ended_everything_there_is_no_tfs():
     dead = stream(9.0, 9.9, error="gone", expected=20)
     found = outcome([dead], 0.0, 10.0, 40.0)
@@ -74,7 +99,7 @@ def test_the_pause_is_the_longest_gap_of_a_stream_that_was_open_at_the_fault():
 
 def test_a_broken_streams_pause_lasts_until_somebody_is_served_again():
     assert pause(stream(9.0, 9.9, 10.1, error="gone"), 10.0, 60.0) == pytest.approx(49.9)
-    assert pause(Stream(9.5, (), (), (1,), "refused"), 10.0, 60.0) == pytest.approx(50.5)
+    assert pause(Stream(9.5, 12.0, (), (), (1,), "refused"), 10.0, 60.0) == pytest.approx(50.5)
 
 
 def test_streams_that_were_over_or_not_begun_have_no_pause():
@@ -101,7 +126,8 @@ def test_ttp_holds_throughput_against_what_the_clients_that_came_asked_for():
     def served(sent, tokens=20, delay=0.1, error=None):
         times = [sent + delay + 0.1 * n for n in range(tokens)]
         arrivals = tuple((at, n) for n, at in enumerate(times, 1))
-        return Stream(sent, arrivals, tuple(range(tokens)), tuple(range(20)), error)
+        ended = times[-1] if times else sent
+        return Stream(sent, ended, arrivals, tuple(range(tokens)), tuple(range(20)), error)
 
     before = [served(sent) for sent in every(0.5, (0.0, 9.0))]
     after = [served(sent) for sent in every(0.5, (11.0, 12.0), (20.0, 45.0))]
@@ -163,26 +189,29 @@ def test_ratios_of_a_side_without_figures_are_null():
     assert ratios(nothing, nothing) == {"tfs": None, "ttp": None, "throughput_before": None}
 
 
-def told(outcomes):
-    runs = [
-        {"tfs_s": o.tfs_s, "goodput": o.goodput, "requests": o.requests, "undelivered": o.undelivered}
-        | {"ttft_s": o.ttft_s, "itl_s": o.itl_s}
-        for o in outcomes
-    ]
-    return {"start_s": 12.0, "memory_bytes": 3 << 30, "runs": runs}
+def test_what_was_never_reached_is_worse_than_anything_that_was():
+    ours, stock = side_summary([]) | {"tfs_s": [0.5, 0.7, None]}, side_summary([]) | {"tfs_s": [7.0, None, 70.0]}
+    assert ratios(ours, stock)["tfs"] == 100.0
+    assert ratios(ours | {"tfs_s": [0.5, None, None]}, stock)["tfs"] is None
 
 
-def test_table_and_picture_show_both_sides():
+def told(plan, name, outcomes):
+    result = SideResult(name, 12.0, 3 << 30, outcomes)
+    return details(plan, {name: result})[name]
+
+
+def test_table_and_picture_show_both_sides(tmp_path):
     sides = {"ours": some_outcomes(3, 0.5), "stock": some_outcomes(3, 20.0)}
     summary = {name: side_summary(outcomes) for name, outcomes in sides.items()}
     summary["ratios"] = ratios(summary["ours"], summary["stock"])
-    details = {name: told(outcomes) for name, outcomes in sides.items()}
+    plan = Plan(tmp_path, 4, ("process", "device", "hang"), 1, Load(1.0, 4, 512), ())
+    every_figure = {name: told(plan, name, outcomes) for name, outcomes in sides.items()}
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(report_view(summary, details, "a title"))
+    console.print(report_view(summary, every_figure, "a title"))
     text = console.export_text()
-    for wanted in ("40× faster", "0.50 s", "20.00 s", "no request failed", "12.00 s"):
+    for wanted in ("40× faster", "0.50 s", "20.00 s", "no request failed", "12.00 s", "  after hang", "(ideal 1.33×)"):
         assert wanted in text
-    drawn = picture(details, "a title")
+    drawn = picture(every_figure, "a title")
     assert all(box.x + box.width <= drawn.width and box.y + box.height <= drawn.height for box in drawn.boxes)
     assert "first token 20.0 s after the fault" in to_svg(drawn)
 

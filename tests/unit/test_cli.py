@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from timeline_cases import LOSS
 from typer.testing import CliRunner
 
 from anchortp_sglang import doctor, status_view
@@ -141,6 +142,28 @@ def test_timeline_draws_the_last_recovery_in_order(server):
     assert starts == sorted(starts)
     assert "1.000 s" in bars[2]
     assert "1.100 s" in bars[2]
+
+
+def test_timeline_has_the_stages_of_each_device_and_what_moved(server):
+    server.answers["/anchortp/status"] = (200, {"recoveries": [LOSS]})
+    lines = [line.split() for line in run("timeline", "--url", server.url).output.splitlines()]
+    devices = [line[:2] + line[-1:] for line in lines if line[:1] == ["device"]]
+    assert devices == [["device", "0", "0"], ["device", "1", "1"], ["device", "2", "lost"], ["device", "3", "2"]]
+    assert sum(line[0] == "bytes_moved" for line in lines if line) == 3
+    assert "weights: 11.0 MiB read, 3.0 MiB copied" in run("timeline", "--url", server.url).output
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (("--plot", "curve.gif"), "pictures are .png or .svg, not .gif"),
+        (("--record", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
+    ],
+)
+def test_a_bench_whose_figures_have_nowhere_to_go_does_not_begin(arguments, told):
+    done = run("bench", "recovery", *arguments)
+    assert done.exit_code == 2 and told in done.stderr
+    assert "checkpoint" not in done.stderr
 
 
 def test_timeline_without_a_recovery_says_so(server):

@@ -23,11 +23,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for count in range(1, wanted + 1):
             time.sleep(TOKEN_S)
-            finish = {"type": "length"} if count == wanted else None
+            (prompt,) = body["input_ids"]
+            finish = {"type": "abort" if prompt == 14 else "length"} if count == wanted else None
             meta = {"finish_reason": finish, "completion_tokens": count}
-            message = {"output_ids": list(range(count)), "text": "x" * count, "meta_info": meta}
+            told = [count, *range(1, count)] if prompt == 15 else list(range(count))
+            message = {"output_ids": told, "text": "x" * count, "meta_info": meta}
             self.wfile.write(f"data: {json.dumps(message)}\n\n".encode())
-            if body["input_ids"] == [13] and count == 2:
+            if prompt == 13 and count == 2:
                 return  # dies in mid-stream
 
     def log_message(self, *args):
@@ -97,3 +99,12 @@ def test_a_broken_stream_is_a_failed_request_and_what_came_is_judged(url):
     assert len(found.pauses_s) == 2
     changed = _judge(recorded, {0: (0, 1, 9, 3, 4), 1: (0, 1, 2, 3, 4)})
     assert changed.damage.changed == 2
+
+
+@pytest.mark.parametrize("prompt, error", [(13, "the connection ended"), (14, "aborted"), (15, "were taken back")])
+def test_an_answer_that_is_none_is_an_error(url, prompt, error):
+    with OpenLoop(url, requests(prompt), iter([(0.0, 0), (9.0, 0)])) as clients:
+        wait_for(lambda: clients.histories and clients.histories[0][1].done)
+    ((_, history),) = clients.histories
+    assert error in history.error
+    assert history.sent_at < history.ended_at <= time.monotonic()

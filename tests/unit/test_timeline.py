@@ -9,7 +9,7 @@ from timeline_cases import GIVEN_UP, KILL, LOSS, STATUS, rank, recovery, stages
 from anchortp_sglang.plan_picture import to_svg
 from anchortp_sglang.timeline_page import SHOWN, main_part, page
 from anchortp_sglang.timeline_plot import picture
-from anchortp_sglang.timeline_rows import end_s, headline, rows, ticks
+from anchortp_sglang.timeline_rows import durations, end_s, headline, rows, ticks
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -50,6 +50,21 @@ def test_the_servers_stages_follow_one_another_and_ranks_have_rows_of_their_own(
     assert [row.label for row in devices] == ["device 0", "device 1", "device 2", "device 3"]
     assert [row.lost for row in devices] == [False, False, True, False]
     assert devices[3].note == "rank 2"
+
+
+def test_several_devices_lost_at_once_are_all_named():
+    both = LOSS | {"lost": [1, 2], "ranks": [rank(0, 0), rank(1, 3)]}
+    assert [row.lost for row in rows(both)] == [False, False, True, True, False]
+    assert headline(both).startswith("devices 1, 2 lost")
+
+
+def test_stages_of_ranks_last_as_long_as_those_of_the_slowest_and_bytes_do_not_shorten_the_next():
+    slow = [rank(0, 0, moved_bytes=1), rank(1, 1, moved_bytes=1)]
+    slow[1]["stages"][-1]["at_s"] += 1.0
+    took = dict(durations(recovery(1, "process", 1, slow)))
+    assert took["reaped"] == pytest.approx(0.06) and took["ready"] == pytest.approx(0.35)
+    assert took["bytes_moved"] == pytest.approx(0.08), "from attached on, beside the groups"
+    assert took["groups_ready"] == pytest.approx(0.15) and took["bound"] == pytest.approx(1.04)
 
 
 def test_bytes_move_beside_the_other_stages_only_where_there_were_some():

@@ -19,6 +19,7 @@ def recovery(generation, cause, device, ranks, **more):
         "generation": generation,
         "cause": cause,
         "device": device,
+        "lost": [device] if cause == "device" else [],
         "reason": f"the rank on device {device} died, its anchor lives",
         "stages": stages(**server | at),
         "ranks": ranks,
