@@ -71,7 +71,8 @@ let shown = null, heard = Date.now();
 async function look() {
   if (document.hidden) return;
   try {
-    const answer = await fetch(location.pathname + '?part=main', { cache: 'no-store', signal: AbortSignal.timeout(3000) });
+    const how = { cache: 'no-store', signal: AbortSignal.timeout(3000) };
+    const answer = await fetch(location.pathname + '?part=main', how);
     if (!answer.ok) throw new Error(answer.status);
     const text = await answer.text();
     heard = Date.now();

@@ -47,7 +47,7 @@ class Mover(AbstractContextManager["Mover"], Protocol):
         """From device memory, this device's or a peer's, which stays as it is until the end of the block."""
 
     def clear(self, into: torch.Tensor) -> None:
-        """Zeros, in memory that has never been written to."""
+        """Zeros, in memory that nothing else was ever written to."""
 
     def layer_done(self, layer: int | None) -> None:
         """All of a layer has been asked for: note when it is there."""

@@ -245,7 +245,7 @@ class MemfdArena:
         """
         facts = inspect_handle(fd)
         if name not in self._fds:
-            self._keep(name, os.dup(fd), lazy=False)
+            self._keep(name, os.dup(fd), lazy=True)  # it has been filled, or was lazy
         elif inspect_handle(self._fds[name]).inode != facts.inode:
             raise BadHandle(f"another segment is already held as {name!r}")
 

@@ -18,9 +18,11 @@ from anchortp_sglang.planning.moves import fill_moves
 from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.planning.shards import PAGE_BYTES, shard_layout
 
+_MOST_EXTENTS = 5000
+"""A process may have 65530 mappings (vm.max_map_count). A rank that fills its shard maps it twice, and the old ones of
+up to eight devices."""
 _MOST_PARAMS = 2048
-"""A process may have 65530 mappings (vm.max_map_count); a parameter, of which each expert has its own, takes up to six,
-for as long as it is filled twice."""
+"""A parameter, of which each expert has its own, takes several extents: of more it is not worth the time to see."""
 _WORTH_KEEPING = 7 / 8
 """Of the bytes of a segment, that it is kept for; whatever else is in it stays in memory with them."""
 
@@ -106,7 +108,8 @@ def hold(model: ModelAxes, ownership: Ownership, before: Holding | None = None) 
 
 
 def _segment_name(ownership: Ownership, before: Holding | None) -> str:
-    """Another one for whatever else the segment has to hold."""
+    """Of equal name are segments with the same bytes in the same places, so that one that was filled in part can be
+    filled again: it depends on the ownership, and on what was there before."""
     name = f"weights-{ownership.digest()}"
     if before is None:
         return name
@@ -117,8 +120,9 @@ def _segment_name(ownership: Ownership, before: Holding | None) -> str:
 def _shard(model: ModelAxes, ownership: Ownership, rank: int, before: Holding | None, segment: str) -> Residence:
     total_bytes = shard_layout(model, ownership, rank).total_bytes
     device = ownership.devices[rank]
+    whole = Residence((Extent(0, total_bytes, segment, 0),), {segment: total_bytes}, segment)
     if before is None or device not in before.ownership.devices or len(model.params) > _MOST_PARAMS:
-        return Residence((Extent(0, total_bytes, segment, 0),), {segment: total_bytes}, segment)
+        return whole
     old = before.shard_of(device)
     stays = _worth_keeping(_pages_that_stay(model, ownership, rank, before.ownership, old), old)
     extents, added_bytes, end = [], 0, 0
@@ -129,8 +133,11 @@ def _shard(model: ModelAxes, ownership: Ownership, rank: int, before: Holding | 
         if extent.nbytes:
             extents.append(extent)
         end = extent.stop
+    joined = tuple(_joined(extents))
+    if len(joined) > _MOST_EXTENTS:
+        return whole
     kept = {extent.segment: old.sizes[extent.segment] for extent in stays}
-    return Residence(tuple(_joined(extents)), kept | {segment: max(added_bytes, PAGE_BYTES)}, segment)
+    return Residence(joined, kept | {segment: max(added_bytes, PAGE_BYTES)}, segment)
 
 
 def _worth_keeping(stays: Iterable[Extent], old: Residence) -> list[Extent]:

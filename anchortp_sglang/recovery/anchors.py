@@ -7,7 +7,7 @@ import logging
 import mmap
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 
 from anchortp_sglang.anchor.client import AnchorClient, AnchorError
 from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
@@ -21,7 +21,6 @@ from anchortp_sglang.elastic.attachment import (
 )
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.memory.page_table import PageTable
-from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.planning.residence import Holding
 from anchortp_sglang.recovery import heartbeat
 from anchortp_sglang.recovery.generation import Generation
@@ -49,9 +48,13 @@ class Anchors:
                 self.start_one(device)
 
     def start_one(self, device: int, generation: int = 0) -> None:
-        """Start an anchor, or another one in place of a dead one, fenced at ``generation``."""
+        """Start an anchor, or an empty one in place of a dead one, fenced at ``generation``."""
+        self.replace(device, self.launch(device, generation))
+
+    def launch(self, device: int, generation: int) -> AnchorProcess:
+        """Start an anchor that is not yet one of these."""
         plan = self.plan
-        self.processes[device] = start_anchor(
+        return start_anchor(
             plan.run_dir,
             plan.run_id,
             device,
@@ -62,6 +65,13 @@ class Anchors:
             generation,
             plan.gpu(device),
         )
+
+    def replace(self, device: int, anchor: AnchorProcess) -> None:
+        """``anchor`` is the device's from now on; the one before is dead."""
+        before = self.processes.get(device)
+        self.processes[device] = anchor
+        if before is not None:
+            os.close(before.pidfd)
 
     def take_over(self, weights: Holding) -> int | None:
         """Anchors that linger from a server that died: attach to them if they hold all of ``weights``.
@@ -126,27 +136,51 @@ class Anchors:
         lanes = heartbeat.BYTES + region_bytes(ownership.tp_size)
         host.allocate(number, lanes_segment(number), lanes, lazy=True)
 
-    def release_kv(self, number: int, ownership: Ownership) -> None:
-        """Free KV that no later generation can use, before its successor is allocated."""
-        for device in ownership.devices:
-            if self.alive(device):
-                self._release(device, number, keep=lambda name: not name.startswith("kv-"))
+    def make_room(self, number: int, held: Holding, weights: Holding, kv_valid: bool) -> None:
+        """Before generation ``number`` is allocated: free what neither it nor ``held`` needs, as of an attempt that was
+        broken off, and unless ``kv_valid`` also the KV and the page table of ``held``.
+
+        Raises AnchorError if a device lacks weights that are to stay where they are.
+        """
+        old, new = self.segments_of(number, held), self.segments_of(number, weights)
+        page_tables = {page_table_segment(each, self.plan.kv_of(each)) for each in (held.ownership, weights.ownership)}
+        for device in (HOST_DEVICE, *weights.ownership.devices):
+            keep = old[device] | new[device]
+            if not kv_valid:
+                keep -= page_tables if device == HOST_DEVICE else {name for name in keep if name.startswith("kv-")}
+            there = self._release(device, number, keep)
+            if device != HOST_DEVICE and not held.shard_of(device).sizes.keys() <= there:
+                raise AnchorError(f"the anchor of device {device} holds less than it did")
 
     def settle(self, generation: Generation) -> None:
-        """Seal this generation's weights and free whatever belongs to no generation any more."""
-        keep = self.segments_of(generation)
-        for device, shard in zip(generation.ownership.devices, generation.weights.shards, strict=True):
-            self.client(device).seal(generation.number, shard.added)
-        for device in (HOST_DEVICE, *generation.ownership.devices):
-            self._release(device, generation.number, keep=keep.__contains__)
+        """Seal this generation's weights and free whatever belongs to no generation any more.
 
-    def segments_of(self, generation: Generation) -> frozenset[str]:
-        """Names of all segments that a generation uses, on whichever anchor."""
-        plan, ownership = self.plan, generation.ownership
-        names = {kv_segment(plan.kv_layout(ownership, rank)) for rank in range(ownership.tp_size)}
-        names |= {segment for shard in generation.weights.shards for segment in shard.sizes}
-        names |= {page_table_segment(ownership, plan.kv_of(ownership)), lanes_segment(generation.number)}
-        return frozenset(names if plan.mirror is None else names | {mirror_segment(plan.mirror)})
+        Raises AnchorError after the last device, if one of them failed.
+        """
+        failed: AnchorError | None = None
+        keep = self.segments_of(generation.number, generation.weights)
+        for device in (HOST_DEVICE, *generation.ownership.devices):
+            try:
+                if device != HOST_DEVICE:
+                    for segment in generation.weights.shard_of(device).sizes:
+                        self.client(device).seal(generation.number, segment)
+                self._release(device, generation.number, keep[device])
+            except AnchorError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    def segments_of(self, number: int, weights: Holding) -> dict[int, set[str]]:
+        """Names of all segments that a generation uses, by the device of their anchor."""
+        plan, ownership = self.plan, weights.ownership
+        names = {
+            device: {kv_segment(plan.kv_layout(ownership, rank)), *weights.shards[rank].sizes}
+            for rank, device in enumerate(ownership.devices)
+        }
+        names[HOST_DEVICE] = {page_table_segment(ownership, plan.kv_of(ownership)), lanes_segment(number)}
+        if plan.mirror is not None:
+            names[HOST_DEVICE].add(mirror_segment(plan.mirror))
+        return names
 
     def map_lanes(self, number: int) -> mmap.mmap:
         """A generation's counters and collectives, read only."""
@@ -167,11 +201,13 @@ class Anchors:
         finally:
             os.close(fd)
 
-    def _release(self, device: int, number: int, keep: Callable[[str], bool]) -> None:
+    def _release(self, device: int, number: int, keep: Collection[str]) -> set[str]:
+        """Free all others; the names of those that are left."""
         client = self.client(device)
-        for segment in client.status().segments:
-            if not keep(segment.name):
-                client.release(number, segment.name)
+        there = {segment.name for segment in client.status().segments}
+        for name in there.difference(keep):
+            client.release(number, name)
+        return there.intersection(keep)
 
     def shut_down(self, number: int) -> None:
         """End them and free all memory."""

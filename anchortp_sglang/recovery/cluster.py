@@ -13,7 +13,7 @@ from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.planning.residence import Holding
 from anchortp_sglang.recovery import detokenizer, rank
 from anchortp_sglang.recovery.anchors import Anchors
-from anchortp_sglang.recovery.generation import Generation, StartFailed
+from anchortp_sglang.recovery.generation import Generation, StartFailed, wait_dead
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.server_plan import ServerPlan
 from anchortp_sglang.recovery.spares import Spares
@@ -120,7 +120,12 @@ class Cluster:
                 generation.ranks.append(child)
                 child.start(rank.run, rank.RankSpec(assignment, server_args, self.port_args, self._store.port))
         except BaseException:
+            for child in spares:
+                child.kill()
+                child.close()
             generation.kill()
+            wait_dead(generation)
+            generation.close()
             raise
         return generation
 

@@ -75,6 +75,7 @@ class Coordinator:
         self._send: Callable[[Any], None] = lambda message: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fence_line: FenceLine | None = None
+        self._forking: asyncio.Future[Generation] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- the first generation (no event loop yet)
@@ -218,6 +219,8 @@ class Coordinator:
 
     async def _fence(self) -> Event:
         """Reap the killed ranks, then drain what rank 0 still said."""
+        if self._forking is not None:
+            await asyncio.wait([self._forking])  # of an attempt that is given up: its ranks are killed, too
         generation, recovery = self.generation, self._recovery
         assert generation is not None and recovery is not None
         await asyncio.gather(self._in_thread(wait_dead, generation), self._gpus.probe())
@@ -240,7 +243,8 @@ class Coordinator:
         recovery.stage("planned")
         assert self.ledger is not None
         running = self._succession.kept_first(ownership, self.ledger.open_tokens())
-        new = await self._in_thread(self._succession.fork, ownership, running)
+        self._forking = asyncio.ensure_future(self._in_thread(self._succession.fork, ownership, running))
+        new = await self._forking
         old.close()
         self.generation = new
         self._detection.take_up(new)

@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.generation import Generation
@@ -82,16 +83,22 @@ class Detection:
         await asyncio.sleep(_ANCHOR_GRACE_S)
         if self._serving() is not generation:
             return
-        loop = asyncio.get_running_loop()
+        loop, anchors = asyncio.get_running_loop(), self._cluster.anchors
         try:
-            segments = await loop.run_in_executor(None, restore_anchor, self._cluster.anchors, generation, device)
+            segments = await loop.run_in_executor(None, restore_anchor, anchors, generation, device)
         except Exception as error:
             log.error("anchortp: the anchor of device %s died and could not be restored: %s", device, error)
-            self._on_fault(f"the anchor of device {device} died")
+            if self._serving() is generation:  # else that is known by now
+                self._on_fault(f"the anchor of device {device} died")
             return
         log.warning("anchortp: the anchor of device %s died; a new one took back %s", device, ", ".join(segments))
-        if self._serving() is generation:
-            self._watch_anchor(generation, device)
+        if self._serving() is not generation:
+            return
+        self._watch_anchor(generation, device)
+        try:
+            await loop.run_in_executor(None, anchors.settle, generation)  # it may have died before that was done
+        except AnchorError as error:
+            log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 
     async def _watch_for_hangs(self) -> None:
         while True:

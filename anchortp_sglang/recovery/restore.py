@@ -18,33 +18,39 @@ def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> lis
     """Start the anchor of ``device`` anew and hand it its segments; their names.
 
     The rank need not cooperate: its descriptors are fetched with pidfd_getfd. Raises OSError, AnchorError; the new
-    anchor has been ended then, lest an empty one passes for the old.
+    anchor has been ended then. Until it has everything it is none of ``anchors``: an empty one must not pass for the
+    old.
     """
-    anchors.start_one(device, generation.number)
+    anchor = anchors.launch(device, generation.number)
     try:
-        return _hand_over(anchors, generation, device)
+        restored = _hand_over(anchors, generation, device)
     except BaseException:
-        anchor = anchors.processes[device]
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(anchor.pidfd, signal.SIGKILL)
         died_within(anchor.pidfd, ANCHOR_TIMEOUT_S)
+        os.close(anchor.pidfd)
         raise
+    anchors.replace(device, anchor)
+    return restored
 
 
 def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[str]:
     rank = 0 if device == HOST_DEVICE else generation.ownership.devices.index(device)
     child, fds = generation.ranks[rank], generation.infos[rank]["fds"]
+    wanted = anchors.segments_of(generation.number, generation.weights)[device]
     restored = []
     for (owner, segment), (remote_fd, nbytes) in fds.items():
-        if owner == device and segment in anchors.segments_of(generation):
+        if owner == device and segment in wanted:
             _give_back(anchors, generation.number, device, segment, _fetch(child.pidfd, remote_fd), nbytes)
             restored.append(segment)
     return restored
 
 
 def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd: int, nbytes: int) -> None:
+    # A memfd tells by itself whether it has been sealed; on a GPU no handle does.
+    sealed = bool(anchors.plan.gpus) and segment.startswith("weights-")
     try:
-        anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed=segment.startswith("weights-"))
+        anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed)
     finally:
         os.close(fd)
 

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-from anchortp_sglang.planning.layout import shard_layout
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.machine import Phase
 
@@ -57,6 +56,6 @@ def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
         "state": "serving",
         "rank": rank,
         "rank_pid": generation.ranks[rank].pid,
-        "weight_bytes": shard_layout(plan.model, ownership, rank).total_bytes,
+        "weight_bytes": sum(generation.weights.shards[rank].sizes.values()),
         "kv_bytes": plan.kv_layout(ownership, rank).total_bytes,
     }

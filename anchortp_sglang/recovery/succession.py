@@ -1,11 +1,13 @@
 """Who comes next after a fault: the verdict on each device, the next ownership, and its generation."""
 
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anchortp_sglang import start_log
+from anchortp_sglang.anchor.client import AnchorRefused
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.memory.chain_hash import RunHasher, root_hash
 from anchortp_sglang.memory.namespaces import Key, namespace_seed
@@ -18,6 +20,8 @@ from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.generation import Generation
 from anchortp_sglang.recovery.server_plan import ServerPlan
+
+_NO_MEMORY_PAUSE_S = 0.5
 
 
 class Unrecoverable(RuntimeError):
@@ -108,10 +112,14 @@ class Succession:
         if not anchors.alive(HOST_DEVICE):
             anchors.start_one(HOST_DEVICE, self.number)
         anchors.fence(self.number, ownership.devices)
-        if not self.kv_valid:
-            anchors.release_kv(self.number, self.held.ownership)
         weights = plan.hold(ownership, self.held)
-        anchors.allocate(self.number, weights)
+        anchors.make_room(self.number, self.held, weights, self.kv_valid)
+        try:
+            anchors.allocate(self.number, weights)
+        except AnchorRefused as refusal:
+            if refusal.code == "no_memory":
+                time.sleep(_NO_MEMORY_PAUSE_S)  # it will be asked for again, until the deadline
+            raise
         return self._cluster.start_ranks(self.number, weights, self.held, self.kv_valid, running)
 
     def take_stock(self, generation: Generation) -> None:

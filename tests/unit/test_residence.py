@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning_cases import Tensors, checkpoint, materialize, model
 
+from anchortp_sglang.planning import residence
 from anchortp_sglang.planning.layout import fill_moves, moved_bytes, shard_layout
 from anchortp_sglang.planning.model_axes import ModelAxes
 from anchortp_sglang.planning.ownership import Ownership, split
@@ -105,6 +106,16 @@ def test_shards_of_too_many_pieces_to_be_mapped_are_made_anew() -> None:
         after = reconfigure(axes, before, (0, 1, 3))
         kept.append([shard.kept_bytes for shard in hold(axes, after, hold(axes, before)).shards])
     assert min(kept[0]) > 0 and max(kept[1]) == 0
+
+
+def test_a_shard_that_has_fallen_into_too_many_pieces_is_made_anew(monkeypatch) -> None:
+    axes = model((8, 4), hidden_size=1024, head_dim=16, intermediate_size=1040)
+    before = split(axes, (0, 1, 2, 3))
+    after, held = reconfigure(axes, before, (0, 1, 3)), hold(axes, before)
+    most = max(len(shard.extents) for shard in hold(axes, after, held).shards)
+    monkeypatch.setattr(residence, "_MOST_EXTENTS", most - 1)
+    made = hold(axes, after, held).shards
+    assert min(shard.kept_bytes for shard in made) == 0 < max(len(shard.extents) for shard in made) < most
 
 
 def test_the_same_ownership_stays_where_it_is() -> None:
