@@ -106,6 +106,9 @@ def picture(details: Told, title: str) -> Picture:
             tip = f"{rate:.0f} tokens/s {at:g} s after the fault"
             x, width = _LEFT + (at - start) * scale, max(1.0, 0.5 * scale - 0.5)
             boxes.append(Box(x, base - height, width, height, _COLOURS[name], tip))
+        measured = max(curve, default=end) + 0.5
+        if measured < end - 5.0:  # a side that was out for longer was watched for longer
+            labels.append(Label(_LEFT + (measured - start) * scale + 6, base - 12, "watched until here", colour=_FAINT))
         boxes.append(Box(_LEFT - start * scale - 1, base - _PANEL, 2, _PANEL, _FAULT))
         for at in ticks(end, 12):
             labels.append(Label(_LEFT + (at - start) * scale, base + 12, f"{at:g} s", "middle", _FAINT))

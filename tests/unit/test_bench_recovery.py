@@ -214,6 +214,10 @@ def test_table_and_picture_show_both_sides(tmp_path):
     drawn = picture(every_figure, "a title")
     assert all(box.x + box.width <= drawn.width and box.y + box.height <= drawn.height for box in drawn.boxes)
     assert "first token 20.0 s after the fault" in to_svg(drawn)
+    assert "watched until here" not in to_svg(drawn)
+    for run in every_figure["ours"]["runs"]:
+        run["goodput"] = run["goodput"][:40]
+    assert to_svg(picture(every_figure, "a title")).count("watched until here") == 1
 
 
 def test_arrivals_are_poisson_and_the_same_for_a_seed():
