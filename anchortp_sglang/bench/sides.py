@@ -100,6 +100,7 @@ class Stock:
     """
 
     name: SideName = "stock"
+    _module = "sglang.launch_server"
 
     def __init__(self, model: Path, tp_size: int, flags: Sequence[str], hang_timeout_s: float, folder: Path) -> None:
         defaults = cpu_defaults({}, os.environ, tp_size, sorted(os.sched_getaffinity(0)))
@@ -109,9 +110,7 @@ class Stock:
         paths = [str(folder / "stand-in"), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         env = defaults.env | {"PYTHONPATH": ":".join(filter(None, paths)), "TMPDIR": str(folder)}
         arguments = (*flags, *as_arguments({k: v for k, v in defaults.flags.items() if k != "device"}))
-        self.server: Server = Server(
-            model, tp_size, *arguments, log=folder / "stock.log", module="sglang.launch_server", env=env
-        )
+        self.server: Server = Server(model, tp_size, *arguments, log=folder / "stock.log", module=self._module, env=env)
         self._tp_size = tp_size
         self._hang_timeout_s = hang_timeout_s
         self._stopping = threading.Event()
