@@ -57,7 +57,7 @@ def run_checks(run_dir: str | None = None) -> Iterator[Check]:
                 name,
                 "FAIL",
                 f"{type(error).__name__}: {error}",
-                "needs Linux 5.3 or newer and a pinned install",
+                "needs Linux 5.6 or newer and a pinned install",
             )
 
 
@@ -101,8 +101,14 @@ def check_memfd() -> Check:
 
 
 def check_pidfd() -> Check:
-    os.close(os.pidfd_open(os.getpid()))
-    return Check("pidfd", "PASS", "a process's death can be waited for")
+    from anchortp_sglang.recovery.processes import fetch_descriptor
+
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        os.close(fetch_descriptor(pidfd, pidfd))
+    finally:
+        os.close(pidfd)
+    return Check("pidfd", "PASS", "a process's death can be waited for, and its descriptors be taken over")
 
 
 def check_handle_passing() -> Check:

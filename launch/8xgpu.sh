@@ -17,18 +17,21 @@ flags=(
   --device cuda
   --anchor-experimental-cuda
   --tp-size 8
-  # Leave room on each GPU: survivors take over the weights of a lost one.
+  # Of each GPU's memory, for weights and KV; what survivors take over is planned inside of it, down
+  # to --anchor-min-devices. The rest is for contexts, activations and graphs.
   --mem-fraction-static 0.80
   # Five GPUs are the least on which this model with its KV cache is worth serving; below that,
-  # open requests end with an error and /health says 503, so that a load balancer turns away.
+  # open requests end with an error and /health says 503, so that a load balancer turns away. KV
+  # slots are as many as fit at every width down to that, the weights of a lost GPU beside old ones.
   --anchor-min-devices 5
   # If the server process itself dies, its weights stay on the GPUs this long for the next one.
   --anchor-linger 120
-  # A rank stuck in a collective is replaced after this time. Longer than your longest step.
+  # A rank stuck in a collective is replaced after this time. Longer than your longest step, and than
+  # compiling kernels at first use takes.
   --anchor-hang-timeout 30
   # A recovery that takes longer ends the open requests with an error: clients can retry elsewhere.
   --anchor-recovery-deadline 60
-  # Sockets. Mode 0700, owned by the user who runs the server; one server per directory.
+  # Sockets. Mode 0700, owned by the user who runs the server.
   --anchor-run-dir /run/anchortp
 )
 exec "${PYTHON:-python3}" -m anchortp_sglang.launch_server "${flags[@]}" "$@"

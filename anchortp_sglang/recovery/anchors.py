@@ -191,8 +191,9 @@ class Anchors:
         plan, number = self.plan, generation.number
         slots = plan.kv_of(generation.ownership)
         table = self._map_host(number, page_table_segment(generation.ownership, slots))
-        mirror = None if plan.mirror is None else self._map_host(number, mirror_segment(plan.mirror))
-        return KVBooks(slots, plan.namespace, table, plan.mirror_shape(), mirror)
+        mirror = plan.mirror if generation.ownership.tp_size > 1 else None  # a single rank writes to none
+        memory = None if mirror is None else self._map_host(number, mirror_segment(mirror))
+        return KVBooks(slots, plan.namespace, table, plan.mirror_shape(), memory)
 
     def _map_host(self, number: int, segment: str) -> mmap.mmap:
         fd, nbytes, _ = self.client(HOST_DEVICE).open_handle(number, segment)

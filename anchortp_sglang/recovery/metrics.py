@@ -49,7 +49,7 @@ class Metrics:
         self._moved = Counter(
             "anchortp_bytes_moved",
             "Bytes moved by recoveries. Weights: reload from the checkpoint, p2p between devices, copy within one; "
-            "KV cache: kv_copy within a device, kv_restore from the mirror.",
+            "KV cache: kv_copy from devices' old segments, kv_restore from the mirror.",
             ["kind"],
         )
         self._replayed = Counter("anchortp_requests_replayed", "Open requests that went on after a fault.")

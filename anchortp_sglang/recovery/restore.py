@@ -1,17 +1,13 @@
 """A dead anchor on a healthy device: its memory is still held by the device's rank; a new anchor takes it back."""
 
 import contextlib
-import ctypes
 import os
 import signal
-from typing import Any
 
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.recovery.anchors import ANCHOR_TIMEOUT_S, Anchors
 from anchortp_sglang.recovery.generation import Generation
-from anchortp_sglang.recovery.processes import died_within
-
-_SYS_PIDFD_GETFD = 438  # Linux 5.6, the same on all architectures
+from anchortp_sglang.recovery.processes import died_within, fetch_descriptor
 
 
 def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> list[str]:
@@ -41,7 +37,7 @@ def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[st
     restored = []
     for (owner, segment), (remote_fd, nbytes) in fds.items():
         if owner == device and segment in wanted:
-            _give_back(anchors, generation.number, device, segment, _fetch(child.pidfd, remote_fd), nbytes)
+            _give_back(anchors, generation.number, device, segment, fetch_descriptor(child.pidfd, remote_fd), nbytes)
             restored.append(segment)
     return restored
 
@@ -53,12 +49,3 @@ def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd:
         anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed)
     finally:
         os.close(fd)
-
-
-def _fetch(pidfd: int, remote_fd: int) -> int:
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    fd = int(libc.syscall(_SYS_PIDFD_GETFD, pidfd, remote_fd, 0))
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"pidfd_getfd: {os.strerror(number)}")
-    return fd
