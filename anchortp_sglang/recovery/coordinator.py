@@ -18,6 +18,7 @@ from anchortp_sglang.cuda.detection import GpuDetection
 from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
+from anchortp_sglang.recovery.course import Course
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
 from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, wait_dead, wait_ready
@@ -28,7 +29,6 @@ from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
 from anchortp_sglang.recovery.succession import Succession, Unrecoverable
-from anchortp_sglang.recovery.throughput import WINDOW_S, Throughput
 from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
 
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 _DETOKENIZER_TIMEOUT_S = 30.0
 _REFILL_DELAY_S = 1.0
-_POLL_S = 0.05
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
 """What a recovery step raises when something died meanwhile: it is planned again from what is left."""
@@ -66,8 +65,9 @@ class Coordinator:
         self.kv_books: KVBooks | None = None
         """Of the last generation that was ready."""
         self._succession = Succession(cluster, ownership, policy.min_devices)
-        self._recovery: Recovery | None = None
-        self._throughput = Throughput()
+        self._course = Course(
+            self.recoveries, lambda: self._serving() is not None, lambda: bool(self._tm.rid_to_state), self._spawn
+        )
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
         self._gpus = GpuDetection(cluster.plan.gpus, self._fault)
         self._graphs = GraphCapture(cluster.plan.graph_batch_sizes, self._serving, self._graphs_captured)
@@ -111,14 +111,7 @@ class Coordinator:
 
     def on_tokens(self, tokens: int) -> None:
         """New tokens go to clients."""
-        self._throughput.note(tokens, time.monotonic())
-        recovery, generation = self._recovery, self.generation
-        if recovery is None or self.state.phase is not Phase.SERVING or generation is None:
-            return
-        recovery.stage("first_token")
-        recovery.tfs_s = recovery.stages[-1][1]
-        self._finish()
-        self._spawn(self._measure_peak(recovery, time.monotonic()))
+        self._course.on_tokens(tokens)
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
         """A batch contradicts what clients have: nothing of this generation can be trusted."""
@@ -175,8 +168,7 @@ class Coordinator:
             self._spawn(self._settle(self.generation))
             self._spawn(self._capture_graphs(self.generation))
             self._refill()
-            if self._recovery is not None:
-                self._spawn(self._finish_unless_awaited(self._recovery))
+            self._course.resumed()
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 
@@ -185,12 +177,12 @@ class Coordinator:
         self.ledger.outage = True
         self._graphs.on_fault()
         if before.phase is Phase.SERVING:
-            self._finish()  # if no token has come since the last one
-            self._recovery = self.recoveries.begin()
+            self._course.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
-        assert self._recovery is not None
-        self._recovery.reason = reason
-        self._recovery.stage("detected")
+        recovery = self._course.recovery
+        assert recovery is not None
+        recovery.reason = reason
+        recovery.stage("detected")
         self._detection.died.update(self.generation.dead())
         self.generation.kill()
 
@@ -221,7 +213,7 @@ class Coordinator:
         """Reap the killed ranks, then drain what rank 0 still said."""
         if self._forking is not None:
             await asyncio.wait([self._forking])  # of an attempt that is given up: its ranks are killed, too
-        generation, recovery = self.generation, self._recovery
+        generation, recovery = self.generation, self._course.recovery
         assert generation is not None and recovery is not None
         await asyncio.gather(self._in_thread(wait_dead, generation), self._gpus.probe())
         recovery.stage("reaped")
@@ -236,7 +228,7 @@ class Coordinator:
 
     async def _start(self) -> Event:
         """Verdict, plan, fork, and wait until the new ranks are ready."""
-        old, recovery, attempt = self.generation, self._recovery, self.state.attempt
+        old, recovery, attempt = self.generation, self._course.recovery, self.state.attempt
         assert old is not None and recovery is not None
         ownership = self._succession.plan(self._judge(old, recovery).lost)
         recovery.generation = self._succession.number
@@ -289,7 +281,7 @@ class Coordinator:
         await self._graphs.capture(generation, idle, lambda sizes: self._send(CaptureGraphs(batch_sizes=sizes)))
 
     async def _replay(self) -> Event:
-        generation, recovery = self.generation, self._recovery
+        generation, recovery = self.generation, self._course.recovery
         assert generation is not None and recovery is not None and self.ledger is not None
         self._tm.max_req_input_len = generation.infos[0]["max_req_input_len"]
         recovery.requests_replayed = self.ledger.replay(generation.number)
@@ -302,29 +294,11 @@ class Coordinator:
         if self.generation is not None:
             self.generation.kill()
         ended = self.ledger.give_up(f"The server cannot recover: {reason}")
-        if self._recovery is not None:
-            self._recovery.failed = reason
-            self._recovery.stage("gave_up")
-            self._finish()
+        if self._course.recovery is not None:
+            self._course.recovery.failed = reason
+            self._course.recovery.stage("gave_up")
+            self._course.finish()
         log.error("anchortp: down: %s; %d open requests ended with an error", reason, ended)
-
-    def _finish(self) -> None:
-        recovery, self._recovery = self._recovery, None
-        if recovery is not None:
-            self.recoveries.finish(recovery)
-
-    async def _finish_unless_awaited(self, recovery: Recovery) -> None:
-        """Where nobody waits for a token (any more), the next one says nothing about this recovery."""
-        while self._recovery is recovery and self.state.phase is Phase.SERVING:
-            if not self._tm.rid_to_state:
-                return self._finish()
-            await asyncio.sleep(_POLL_S)
-
-    async def _measure_peak(self, recovery: Recovery, first_token_at: float) -> None:
-        """TTP, unless another fault comes before it can be told."""
-        await asyncio.sleep(2 * WINDOW_S)
-        if self.state.phase is Phase.SERVING and self.recoveries.last() is recovery:
-            recovery.ttp_s = self._throughput.time_to_peak(first_token_at)
 
     def _refill(self) -> None:
         if self.policy.spare_ranks:

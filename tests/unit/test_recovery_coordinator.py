@@ -1,0 +1,147 @@
+"""What the coordinator does at the same time, and what not: with a real event loop and real processes for ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from planning_cases import model
+
+from anchortp_sglang.planning.ownership import split
+from anchortp_sglang.planning.residence import Holding, hold
+from anchortp_sglang.recovery import coordinator as module
+from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.machine import Phase, Verdict
+from anchortp_sglang.recovery.processes import process_state
+from anchortp_sglang.recovery.zygote import Child
+
+AXES = model()
+OWNERSHIP = split(AXES, (0, 1))
+
+
+class Pipe:
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def sleeping_generation(number: int, weights: Holding) -> Generation:
+    """Its ranks run until they are killed."""
+    processes = [subprocess.Popen(["sleep", "600"]) for _ in OWNERSHIP.devices]
+    return Generation(number, weights, [Child(p.pid, os.pidfd_open(p.pid), Pipe()) for p in processes])
+
+
+def runs(child: Child) -> bool:
+    return process_state(child.pid) not in (None, "Z")
+
+
+class SlowSuccession:
+    """Forks take until ``go``; when each began and ended is written down."""
+
+    def __init__(self) -> None:
+        self.number, self.weights = 0, hold(AXES, OWNERSHIP)
+        self.begun = threading.Semaphore(0)
+        self.go = threading.Event()
+        self.spans: list[tuple[float, float]] = []
+        self.made: list[Generation] = []
+
+    def judge(self, *evidence: object) -> Verdict:
+        return Verdict("process", 0, (), "a test")
+
+    def plan(self, lost: object) -> object:
+        self.number += 1
+        return OWNERSHIP
+
+    def kept_first(self, *tokens: object) -> bytes:
+        return b""
+
+    def fork(self, ownership: object, running: bytes) -> Generation:
+        began, number = time.monotonic(), self.number
+        self.begun.release()
+        assert self.go.wait(10)
+        self.made.append(sleeping_generation(number, self.weights))
+        self.spans.append((began, time.monotonic()))
+        return self.made[-1]
+
+    def take_stock(self, generation: Generation) -> None:
+        pass
+
+
+@pytest.fixture
+def succession(monkeypatch: pytest.MonkeyPatch) -> SlowSuccession:
+    slow = SlowSuccession()
+    monkeypatch.setattr(module, "Succession", lambda *about: slow)
+    monkeypatch.setattr(module, "wait_ready", report)
+    return slow
+
+
+def report(generation: Generation, timeout_s: float) -> None:
+    """What ranks say when they are ready."""
+    nothing_yet = {"stamps": {}, "moved_bytes": {}, "rebuilt": {}, "max_req_input_len": 9}
+    generation.infos = [{"rank": n, "device": n} | nothing_yet for n in range(len(generation.ranks))]
+
+
+def cluster() -> SimpleNamespace:
+    here = os.pidfd_open(os.getpid())
+    anchors = SimpleNamespace(
+        settle=lambda generation: None, map_lanes=lambda number: None, open_kv_books=lambda generation: None,
+        processes=dict.fromkeys((-1, 0, 1), SimpleNamespace(pidfd=here)),
+    )  # fmt: skip
+    return SimpleNamespace(
+        plan=SimpleNamespace(gpus=(), graph_batch_sizes=()), anchors=anchors, detokenizer=SimpleNamespace(pidfd=here),
+        kv_capacity=lambda ownership: None,
+    )  # fmt: skip
+
+
+async def prepared(succession: SlowSuccession) -> Coordinator:
+    """A coordinator that serves."""
+    made = Coordinator(cluster(), OWNERSHIP, Policy(1, 30.0, 60.0, spare_ranks=False))
+    made.generation = sleeping_generation(0, succession.weights)
+    made._tm = SimpleNamespace(rid_to_state={"a": 1}, gracefully_exit=False)
+    made._loop = asyncio.get_running_loop()
+    made._fence_line = SimpleNamespace(drain=nothing)
+    made.ledger = SimpleNamespace(outage=False, open_tokens=list, replay=lambda number: 1)
+    made._detection.begin(made._loop)
+    return made
+
+
+async def nothing(*about: object) -> None:
+    pass
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_a_fault_while_ranks_are_forked_waits_for_that_fork_and_ends_what_it_made(succession: SlowSuccession) -> None:
+    async def scenario() -> None:
+        coordinator = await prepared(succession)
+        coordinator._fault("the first")
+        await until(lambda: succession.begun.acquire(blocking=False))
+        coordinator._fault("the second, meanwhile")
+        await asyncio.sleep(0.2)
+        assert coordinator.state.attempt == 2
+        assert not succession.begun.acquire(blocking=False), "a second fork began beside the first"
+        succession.go.set()
+        await until(lambda: coordinator.state.phase is Phase.SERVING)
+        (_, first_ended), (second_began, _) = succession.spans
+        assert second_began >= first_ended
+        abandoned, current = succession.made
+        assert (abandoned.number, current.number) == (1, 2)
+        assert not any(runs(child) for child in abandoned.ranks)
+        assert all(child.pipe.closed for child in abandoned.ranks), "its descriptors are kept"
+        assert all(runs(child) for child in current.ranks)
+        assert coordinator.generation is current
+        coordinator.stop()
+        current.kill()
+
+    asyncio.run(scenario())
