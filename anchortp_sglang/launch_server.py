@@ -69,6 +69,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         start_log.step("HTTP is about to listen")
         http_server._global_state.tokenizer_manager.auto_create_handle_loop()
 
+    runtime.coordinator.on_failed_start = lambda reason: _end_start(runtime, reason)
     http_server.app.add_middleware(
         AnchorMiddleware,
         coordinator=runtime.coordinator,
@@ -77,6 +78,13 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         metrics=_metrics(server_args, runtime),
     )
     http_server.launch_server(server_args)
+
+
+def _end_start(runtime: Any, reason: str) -> None:
+    """End a server whose ranks cannot serve its own first request; stock's end at their first error."""
+    print(f"anchortp: the server did not start: {reason}", file=sys.stderr, flush=True)
+    runtime.close()
+    os._exit(1)
 
 
 def _metrics(server_args: Any, runtime: Any) -> Any:

@@ -164,6 +164,12 @@ HOOKS: tuple[Hook, ...] = (
         "a resumed request starts where its last delivered token was",
     ),
     Hook(
+        _SCHEDULER + "_add_request_to_queue",
+        "before",
+        rank.before_add_request_to_queue,
+        "input logprobs that a client has are not computed again",
+    ),
+    Hook(
         _SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
         "after",
         rank.after_penalizers,

@@ -99,6 +99,8 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
 
     Raises ValueError subclasses with a text for the operator; nothing is left behind then.
     """
+    from sglang.srt.plugins import load_plugins
+
     from anchortp_sglang.plugin import install_all
 
     raw = msgspec.structs.asdict(server_args)
@@ -140,6 +142,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
     log.info("anchortp: KV mirror: %s", mirror_said)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
+    load_plugins()  # the operator's own, for all processes: SGLang loads them in each, after the fork
     wire.register()
     start_log.step("hooks are installed")
     if view.enable_metrics:

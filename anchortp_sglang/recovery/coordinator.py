@@ -7,8 +7,9 @@ waiting for ranks) runs in a worker thread.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anchortp_sglang import start_log
@@ -21,13 +22,15 @@ from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.course import Course
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
-from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, wait_dead, wait_ready
+from anchortp_sglang.recovery.crash import evidence
+from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, last_words, wait_dead, wait_ready
 from anchortp_sglang.recovery.graphs import GraphCapture
 from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
+from anchortp_sglang.recovery.stall import StallWatch
 from anchortp_sglang.recovery.succession import Succession, Unrecoverable
 from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
@@ -36,6 +39,9 @@ log = logging.getLogger(__name__)
 
 _DETOKENIZER_TIMEOUT_S = 30.0
 _REFILL_DELAY_S = 1.0
+_STALL_S = 2.0
+_RETRY_S = 10.0
+_LONGEST_RETRY_S = 300.0
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
 """What a recovery step raises when something died meanwhile: it is planned again from what is left."""
@@ -72,11 +78,16 @@ class Coordinator:
         self._gpus = GpuDetection(cluster.plan.gpus, self._fault)
         self._graphs = GraphCapture(cluster.plan.graph_batch_sizes, self._serving, self._graphs_captured)
         self._tm: Any = None
-        self._send: Callable[[Any], None] = lambda message: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fence_line: FenceLine | None = None
         self._forking: asyncio.Future[Generation] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._final = False  # whether what is given up could work later
+        self._retry_s = _RETRY_S
+        self.requests_ended: Counter[str] = Counter()
+        """Open requests that the server has ended: unservable, fruitless, or given_up."""
+        self.on_failed_start: Callable[[str], None] | None = None
+        """Called when ranks cannot serve the first request, SGLang's own."""
 
     # ---- the first generation (no event loop yet)
 
@@ -95,23 +106,24 @@ class Coordinator:
 
     # ---- on TokenizerManager's loop
 
-    def attach(self, tokenizer_manager: Any, send: Callable[[Any], None]) -> None:
+    def attach(self, tokenizer_manager: Any) -> None:
         """Take over TokenizerManager's traffic and watch the processes; call on its running loop."""
         assert self.generation is not None
         self._tm, self._loop = tokenizer_manager, tokenizer_manager.event_loop
         self._fence_line = FenceLine(tokenizer_manager, self.cluster.port_args.detokenizer_ipc_name)
-        self.ledger = Ledger(tokenizer_manager, send)
+        self.ledger = Ledger(tokenizer_manager, tokenizer_manager.send_to_scheduler.send)
         self.ledger.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)
         self._detection.watch(self.generation)
         self._spawn(self._gpus.watch())
-        self._send = send
         self._spawn(self._capture_graphs(self.generation))
         self._refill()
 
     def on_tokens(self, tokens: int) -> None:
         """New tokens go to clients."""
         self._course.on_tokens(tokens)
+        if self.state.fruitless:
+            self._advance(Event(EventKind.TOKENS, "clients are served"))
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
         """A batch contradicts what clients have: nothing of this generation can be trusted."""
@@ -144,6 +156,8 @@ class Coordinator:
     def _fault(self, reason: str) -> None:
         if self._tm.gracefully_exit and not self._tm.rid_to_state:
             self.stop()  # SGLang has asked its schedulers to leave
+        if not self._tm.rid_to_state:
+            self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
         self._advance(Event(EventKind.FAULT, reason))
 
     # ---- the machine's shell
@@ -169,6 +183,7 @@ class Coordinator:
             self._spawn(self._capture_graphs(self.generation))
             self._refill()
             self._course.resumed()
+            self._retry_s = _RETRY_S
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 
@@ -176,7 +191,8 @@ class Coordinator:
         assert self.ledger is not None and self.generation is not None
         self.ledger.outage = True
         self._graphs.on_fault()
-        if before.phase is Phase.SERVING:
+        if before.phase in (Phase.SERVING, Phase.DOWN):
+            self._final = False
             self._course.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
         recovery = self._course.recovery
@@ -184,7 +200,27 @@ class Coordinator:
         recovery.reason = reason
         recovery.stage("detected")
         self._detection.died.update(self.generation.dead())
+        if before.phase is Phase.SERVING:
+            self._find_culprits(reason)
         self.generation.kill()
+
+    def _find_culprits(self, reason: str) -> None:
+        """End requests that ranks cannot serve; and all, if no recovery gets anybody a token any more."""
+        assert self.ledger is not None and self.generation is not None and self._course.recovery is not None
+        found = evidence(last_words(self.generation, self._detection.died), self._detection.hung_since, reason)
+        if found.kind == "exception":
+            log.error("anchortp: ranks failed with %s", found.text)
+            self._course.recovery.reason = found.text
+        for rid, why in self.ledger.struck(found).items():
+            log.error("anchortp: %s: %s", rid, why)
+            self.requests_ended["unservable"] += 1
+            if self._tm.server_status.value == "Starting" and self.on_failed_start is not None:
+                self.on_failed_start(why)
+        if machine.budget_is_spent(self.state, time.monotonic(), self.policy.deadline_s):
+            why = f"{self.state.fruitless} recoveries in a row got nobody a token; the last fault: {found.text}"
+            self.requests_ended["fruitless"] += (ended := self.ledger.end_open(why))
+            log.error("anchortp: %s; %d open requests ended with an error", why, ended)
+            self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
 
     def _carry_out(self, work: Awaitable[Event]) -> None:
         attempt = self.state.attempt
@@ -193,12 +229,14 @@ class Coordinator:
             try:
                 event = await work
             except _ANOTHER_FAULT as error:
-                event = Event(EventKind.ABORTED, f"{type(error).__name__}: {error}")
+                event = Event(EventKind.ABORTED, f"{type(error).__name__}: {error}", failure=getattr(error, "own", ""))
             except Exception as error:
                 if not isinstance(error, Unrecoverable):
                     log.exception("anchortp: a recovery step failed")
+                elif self.state.attempt == attempt:
+                    self._final = True
                 event = Event(EventKind.FAILED, str(error))
-            self._advance(Event(event.kind, event.reason, attempt))
+            self._advance(replace(event, attempt=attempt))
 
         self._spawn(report())
 
@@ -230,6 +268,7 @@ class Coordinator:
         """Verdict, plan, fork, and wait until the new ranks are ready."""
         old, recovery, attempt = self.generation, self._course.recovery, self.state.attempt
         assert old is not None and recovery is not None
+        await asyncio.sleep(machine.back_off_s(self.state))
         ownership = self._succession.plan(self._judge(old, recovery).lost)
         recovery.generation = self._succession.number
         recovery.stage("planned")
@@ -246,7 +285,8 @@ class Coordinator:
             raise Unrecoverable("abandoned")
         assert self.state.deadline_at is not None
         try:
-            await self._in_thread(wait_ready, new, self.state.deadline_at - time.monotonic())
+            left_s = self.state.deadline_at - time.monotonic()
+            await self._in_thread(wait_ready, new, left_s, StallWatch(_STALL_S))
         except KVUnusable:
             self._succession.kv_valid = False
             raise
@@ -278,7 +318,7 @@ class Coordinator:
         def idle() -> bool:
             return not self._tm.rid_to_state
 
-        await self._graphs.capture(generation, idle, lambda sizes: self._send(CaptureGraphs(batch_sizes=sizes)))
+        await self._graphs.capture(generation, idle, lambda sizes: self.ledger.send(CaptureGraphs(batch_sizes=sizes)))
 
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._course.recovery
@@ -293,12 +333,20 @@ class Coordinator:
         assert self.ledger is not None
         if self.generation is not None:
             self.generation.kill()
-        ended = self.ledger.give_up(f"The server cannot recover: {reason}")
+        self.requests_ended["given_up"] += (ended := self.ledger.give_up(f"The server cannot recover: {reason}"))
         if self._course.recovery is not None:
             self._course.recovery.failed = reason
             self._course.recovery.stage("gave_up")
             self._course.finish()
         log.error("anchortp: down: %s; %d open requests ended with an error", reason, ended)
+        if not self._final:
+            self._spawn(self._retry_later())
+
+    async def _retry_later(self) -> None:
+        """Try again what may work by now, more and more seldom."""
+        delay_s, self._retry_s = self._retry_s, min(2 * self._retry_s, _LONGEST_RETRY_S)
+        await asyncio.sleep(delay_s)
+        self._advance(Event(EventKind.RETRY, f"trying again after {delay_s:g} s"))
 
     def _refill(self) -> None:
         if self.policy.spare_ranks:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import mmap
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -35,6 +36,8 @@ class Detection:
     ) -> None:
         self.died: set[int] = set()
         self.hung: set[int] = set()
+        self.hung_since: float | None = None
+        """When the ranks of the current generation last made progress (monotonic), if they hang."""
         self.lanes: dict[int, mmap.mmap] = {}
         """The counters of the current generation, by its number."""
         self._cluster = cluster
@@ -66,7 +69,7 @@ class Detection:
 
     def take_up(self, generation: Generation) -> None:
         """A new generation is the current one."""
-        self.died, self.hung = set(), set()
+        self.died, self.hung, self.hung_since = set(), set(), None
         self.lanes.clear()  # in place: the watch for hangs holds on to it
 
     def _rank_died(self, generation: Generation, index: int) -> None:
@@ -103,4 +106,5 @@ class Detection:
     async def _watch_for_hangs(self) -> None:
         while True:
             self.hung = hung_ranks(await watch_for_hang(self._hang, self._serving, self.lanes))
+            self.hung_since = time.monotonic() - self._hang.timeout_s
             self._on_fault(f"no rank made progress for {self._hang.timeout_s:g} s")

@@ -75,8 +75,7 @@ def after_auto_create_handle_loop(result: None, tokenizer_manager: Any) -> None:
     """AFTER TokenizerManager.auto_create_handle_loop: its event loop is known from here on."""
     mine = coordinator()
     if mine.ledger is None:
-        send = type(tokenizer_manager)._dispatch_to_scheduler.__wrapped__
-        mine.attach(tokenizer_manager, lambda message: send(tokenizer_manager, message))
+        mine.attach(tokenizer_manager)
 
 
 def around_dispatch(original: Callable[..., None], tokenizer_manager: Any, message: Any) -> None:

@@ -4,24 +4,21 @@ Lives beside TokenizerManager (TM), on its event loop. In an outage nothing is s
 are held back in order and follow the replays, else an abort could overtake its request.
 """
 
-import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sglang.srt.managers.communicator import FanOutCommunicator
-from sglang.srt.managers.io_struct import (
-    AbortReq,
-    FlushCacheReqInput,
-    GetInternalStateReq,
-    TokenizedGenerateReqInput,
-)
+from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 
 from anchortp_sglang.memory.namespaces import Key
-from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed, resume_of
+from anchortp_sglang.recovery.isolation import Evidence, Isolation
+from anchortp_sglang.recovery.records import Record, encode, records_of
+from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed
 
 log = logging.getLogger(__name__)
 
@@ -39,37 +36,56 @@ class TokenCountMismatch(AssertionError):
     """A batch would have left a gap in, or doubled, a client's tokens."""
 
 
-@dataclass
-class Record:
-    """A dispatched request as it was sent, and the cached_tokens last reported to its client."""
-
-    request: TokenizedGenerateReqInput
-    cached_tokens: int = 0
-
-
 class Ledger:
-    """Requests between TM and the scheduler. ``send``: TM's own way to the scheduler, unhooked."""
+    """Requests between TM and the scheduler. ``send``: takes an encoded message to the scheduler.
 
-    def __init__(self, tokenizer_manager: Any, send: Callable[[Any], None]) -> None:
+    ``isolation``: decides which open requests go to a new generation, and when.
+    """
+
+    def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any]) -> None:
         self._tm = tokenizer_manager
         self._send = send
         self._records: dict[str, Record] = {}
-        self._held: list[Any] = []
-        self._control: dict[type, Any] = {}  # the last message of each repeatable kind
+        self._held: list[tuple[type, bytes]] = []
+        """Control messages of an outage; requests wait in ``isolation``."""
+        self._control: dict[type, bytes] = {}  # the last message of each repeatable kind
+        self._wake: Any = None
+        self.isolation = Isolation()
         self.outage = True  # until the first generation is ready
         self.refusal: str | None = None
         """Why nothing is served any more; set by ``give_up``."""
 
     def dispatch(self, message: Any) -> None:
-        """TM wants to send ``message``."""
-        if not self.outage:
-            self._remember(message)
-            self._send(message)
-        elif isinstance(message, AbortReq):
-            self._abort(message)
+        """Take a message that TM wants to send to the scheduler."""
+        if isinstance(message, AbortReq):
+            return self._abort(message)
+        encoded = encode(message)
+        requests = records_of(message, encoded)
+        self._records |= requests
+        if not requests:
+            self._dispatch_control(type(message), encoded)
+        elif not self.outage:
+            admitted = {rid for rid in requests if self.isolation.admit(rid, time.monotonic())}
+            self._begin(requests, admitted, encoded)
+        if len(self._records) > 2 * len(self._tm.rid_to_state) + _STALE_RECORDS:
+            self.forget_finished()
+
+    def _dispatch_control(self, kind: type, encoded: bytes) -> None:
+        if kind in _REPEATABLE.values():
+            self._control[kind] = encoded
+        if self.outage:
+            self._held.append((kind, encoded))
         else:
-            # A copy: TM puts unpicklable time_stats back into the same object once it is dispatched.
-            self._held.append(copy.copy(message))
+            self._send(encoded)
+
+    def _begin(self, requests: dict[str, Record], admitted: Collection[str], encoded: bytes) -> None:
+        for rid in admitted:
+            requests[rid].begun = True
+        if len(admitted) == len(requests):
+            return self._send(encoded)
+        for rid in admitted:
+            self._send(requests[rid].alone())
+        self._release()
 
     def delivered(self, output: Any) -> int:
         """Check a batch for gaps and doubles before TM takes it; how many new tokens it carries.
@@ -79,7 +95,7 @@ class Ledger:
         counts, ids = getattr(output, "completion_tokens", None), getattr(output, "output_ids", None)
         if counts is None or ids is None:
             return 0
-        fresh = 0
+        fresh, now = 0, time.monotonic()
         for rid, count, new, cached in zip(output.rids, counts, ids, output.cached_tokens, strict=True):
             state, record = self._tm.rid_to_state.get(rid), self._records.get(rid)
             if state is None or record is None:
@@ -90,47 +106,83 @@ class Ledger:
                 )
             record.cached_tokens = cached
             fresh += len(new)
+            self.isolation.progressed(rid, len(new), now)
         return fresh
 
     def forget(self, rids: Sequence[str]) -> None:
-        """Drop those of these requests that TM is done with."""
+        """Drop those of these requests that TM is done with, and release what waited for them."""
         for rid in rids:
             if rid not in self._tm.rid_to_state:
-                self._records.pop(rid, None)
+                self._forget(rid)
+        self._release()
 
     def forget_finished(self) -> None:
         """Drop the records of all requests that TM is done with (an abort is answered without a batch)."""
         open_requests = self._tm.rid_to_state
         for rid in [rid for rid in self._records if rid not in open_requests]:
-            del self._records[rid]
+            self._forget(rid)
+
+    def _forget(self, rid: str) -> None:
+        self._records.pop(rid, None)
+        self.isolation.close(rid)
+
+    # ---- from one generation to the next
+
+    def struck(self, evidence: Evidence) -> dict[str, str]:
+        """Judge a fault of the generation that serves, and end requests that ranks cannot serve: rid -> reason."""
+        self.outage = True
+        self.forget_finished()
+        named = evidence.rids.intersection(self._records)
+        ended = self.isolation.struck(replace(evidence, rids=named), time.monotonic())
+        for rid, reason in ended.items():
+            self._forget(rid)
+            self._finish(rid, reason, status_code=500)
+        return ended
 
     def replay(self, generation: int) -> int:
-        """Open the new generation's gate, resume what is open, then send what was held back, in order.
+        """Open the new generation's gate, send what was held back, and resume what is open in the order of isolation.
 
-        Returns how many were resumed.
+        Returns how many requests go on.
         """
         self.forget_finished()
-        self._send(GenerationStart(generation=generation))
+        self.outage, self.refusal = False, None
+        self.send(GenerationStart(generation=generation))
         self._repeat_control()
-        resumed = 0
-        for rid, record in list(self._records.items()):
-            if self._tm.rid_to_state[rid].abort_sent:
-                self._drop(rid)  # the abort died with the scheduler
-                continue
-            delivered = list(self._tm.rid_to_state[rid].output_ids)
-            self._send(resume_of(record.request, delivered, record.cached_tokens))
-            resumed += 1
-        self.outage = False
+        for rid in [rid for rid in self._records if self._tm.rid_to_state[rid].abort_sent]:
+            self._drop(rid)  # the abort died with the scheduler
+        states = self._tm.rid_to_state
+        resumed = sum(record.begun for record in self._records.values())
+        self.isolation.replay([(rid, bool(states[rid].output_ids)) for rid in self._records], time.monotonic())
+        self._release()
         held, self._held = self._held, []
-        for message in held:
-            self.dispatch(message)
+        for _, message in held:
+            self._send(message)
         return resumed
+
+    def send(self, message: Any) -> None:
+        """Send a message of our own to the scheduler."""
+        self._send(encode(message))
+
+    def _release(self) -> None:
+        """Send what may go to the ranks by now."""
+        if self.outage or not self.isolation.waiting:
+            return
+        now = time.monotonic()
+        for rid in self.isolation.release(now):
+            record = self._records[rid]
+            delivered = list(self._tm.rid_to_state[rid].output_ids)
+            self._send(record.resume(delivered) if record.begun else record.alone())
+            record.begun = True
+        if self._wake is not None:
+            self._wake.cancel()
+        at = self.isolation.wake_at(now)
+        self._wake = None if at is None else self._tm.event_loop.call_later(at - now, self._release)
 
     def open_tokens(self) -> Iterator[tuple[Key, NDArray[np.int64]]]:
         """Prompt and delivered tokens of each open request, after its extra key and cache salt."""
         self.forget_finished()
         for rid, record in self._records.items():
-            request, delivered = record.request, self._tm.rid_to_state[rid].output_ids
+            request, delivered = record.request(), self._tm.rid_to_state[rid].output_ids
             tokens = np.array([*request.input_ids, *delivered], np.int64)
             yield (request.extra_key, request.cache_salt or None), tokens
 
@@ -141,37 +193,33 @@ class Ledger:
         for rid, record in self._records.items():
             state = self._tm.rid_to_state[rid]
             if state.output_ids:
-                context = list(record.request.input_ids[-CONTEXT_TOKENS:])
+                request = record.request()
+                context = list(request.input_ids[-CONTEXT_TOKENS:])
                 message.rids.append(rid)
                 message.decode_ids.append([*context, *state.output_ids])
                 message.context_tokens.append(len(context))
                 message.sent_chars.append(len(state.get_text()))
-                message.skip_special.append(record.request.sampling_params.skip_special_tokens)
-                message.space_special.append(record.request.sampling_params.spaces_between_special_tokens)
+                message.skip_special.append(request.sampling_params.skip_special_tokens)
+                message.space_special.append(request.sampling_params.spaces_between_special_tokens)
         return message
 
-    def give_up(self, reason: str) -> int:
-        """End every open request with a clear error; returns how many."""
-        self.refusal = reason
-        self._held.clear()
+    def end_open(self, reason: str) -> int:
+        """End every open request with a clear error; returns how many. New ones are taken as before."""
         rids = list(self._tm.rid_to_state)
         for rid in rids:
+            self._forget(rid)
             self._finish(rid, reason, status_code=503)
-        self._records.clear()
         return len(rids)
 
-    def _remember(self, message: Any) -> None:
-        if type(message) in _REPEATABLE.values():
-            self._control[type(message)] = message
-        for request in getattr(message, "batch", None) or [message]:
-            if isinstance(request, TokenizedGenerateReqInput):
-                self._records[request.rid] = Record(copy.copy(request))
-        if len(self._records) > 2 * len(self._tm.rid_to_state) + _STALE_RECORDS:
-            self.forget_finished()
+    def give_up(self, reason: str) -> int:
+        """End every open request with a clear error, and refuse new ones until a replay; returns how many ended."""
+        self.refusal = reason
+        self._held.clear()
+        return self.end_open(reason)
 
     def _repeat_control(self) -> None:
         """Ask again what the dead scheduler did not answer; what must not be asked twice fails instead of hanging."""
-        held = {type(message) for message in self._held}
+        held = {kind for kind, _ in self._held}
         for name, call in list(vars(self._tm).items()):
             waits = isinstance(call, FanOutCommunicator) and call._result_event is not None
             if not waits or call._result_event.is_set():
@@ -185,18 +233,22 @@ class Ledger:
                 call._result_event.set()
 
     def _abort(self, message: AbortReq) -> None:
-        """The scheduler would have answered; it is dead (``Scheduler.abort_request`` matches by prefix)."""
-        rids = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
-        for rid in rids:
+        """End what is not with the ranks; tell them of the rest (``Scheduler.abort_request`` matches by prefix)."""
+        matching = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
+        here = set(self._records if self.outage else self.isolation.waiting).intersection(matching)
+        for rid in here:
             self._drop(rid)
+        if not self.outage:
+            self._send(encode(message))
+            self._release()
 
     def _drop(self, rid: str) -> None:
-        self._records.pop(rid, None)
-        self._held = [held for held in self._held if getattr(held, "rid", None) != rid]
+        self._forget(rid)
         self._finish(rid, "Aborted while the server was recovering", status_code=None)
 
     def _finish(self, rid: str, text: str, status_code: int | None) -> None:
         reason: dict[str, Any] = {"type": "abort", "message": text}
         if status_code is not None:
-            reason |= {"status_code": status_code, "err_type": "ServiceUnavailable"}
+            err_type = "InternalServerError" if status_code == 500 else "ServiceUnavailable"
+            reason |= {"status_code": status_code, "err_type": err_type}
         self._tm._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))

@@ -30,6 +30,8 @@ class EventKind(StrEnum):
     REPLAYED = "replayed"
     FAILED = "failed"
     DEADLINE = "deadline"
+    TOKENS = "tokens"  # a client was handed new tokens, or nobody waits for any
+    RETRY = "retry"  # what failed may work by now
     STOP = "stop"
 
 
@@ -44,20 +46,34 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """``attempt``: the attempt it reports on; None for what comes from outside (faults, deadline, stop)."""
+    """``attempt``: the attempt it reports on; None for what comes from outside (faults, deadline, stop).
+
+    ``failure``: what a start failed of by itself, alike if it fails in the same way again; empty if it was cut off.
+    """
 
     kind: EventKind
     reason: str
     attempt: int | None = None
+    failure: str = ""
 
 
 @dataclass(frozen=True)
 class State:
-    """``attempt`` counts fences; ``deadline_at``: monotonic seconds, only while recovering."""
+    """``attempt`` counts fences; ``deadline_at``: monotonic seconds, only while recovering.
+
+    ``fruitless``: faults of serving generations since a client was last handed a token; the first of them was at
+    ``fruitless_since``. ``failure``: of the last start that failed by itself, ``failures`` times in a row.
+    ``given_up``: open requests have ended with an error, and new ones are refused until a generation serves.
+    """
 
     phase: Phase = Phase.SERVING
     attempt: int = 0
     deadline_at: float | None = None
+    fruitless: int = 0
+    fruitless_since: float = 0.0
+    failure: str = ""
+    failures: int = 0
+    given_up: bool = False
 
 
 _RECOVERING = (Phase.FENCING, Phase.STARTING, Phase.REPLAYING)
@@ -72,24 +88,66 @@ TRANSITIONS: dict[tuple[Phase, EventKind], tuple[Phase, Action]] = {
     (Phase.STARTING, EventKind.STARTED): (Phase.REPLAYING, Action.REPLAY),
     (Phase.REPLAYING, EventKind.FAULT): (Phase.FENCING, Action.FENCE),
     (Phase.REPLAYING, EventKind.REPLAYED): (Phase.SERVING, Action.RESUME),
+    (Phase.DOWN, EventKind.RETRY): (Phase.FENCING, Action.FENCE),
     **{(phase, EventKind.FAILED): (Phase.DOWN, Action.GIVE_UP) for phase in _RECOVERING},
     **{(phase, EventKind.DEADLINE): (Phase.DOWN, Action.GIVE_UP) for phase in _RECOVERING},
     **{(phase, EventKind.STOP): (Phase.STOPPED, Action.NOTHING) for phase in Phase},
 }
 
 
+SAME_FAILURES = 3
+"""Starts that fail in the same way, after which a recovery is given up before its deadline."""
+
+FREE_FAULTS = 3
+BACK_OFF_S = 0.25
+LONGEST_BACK_OFF_S = 2.0
+FEWEST_FRUITLESS = 8
+"""Fewer faults without a token in between never end the open requests, however long they take."""
+
+
 def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[State, Action, str]:
     """The next state, what to do, and why. An event without a row in the table changes nothing."""
     if event.attempt is not None and event.attempt != state.attempt:
         return state, Action.NOTHING, f"{event.kind} of abandoned attempt {event.attempt} ignored"
-    row = TRANSITIONS.get((state.phase, event.kind))
+    if event.kind is EventKind.TOKENS:
+        return replace(state, fruitless=0), Action.NOTHING, event.reason
+    kind, reason, state = _repeated(state, event)
+    row = TRANSITIONS.get((state.phase, kind))
     if row is None:
-        return state, Action.NOTHING, f"{event.kind} has no effect while {state.phase}"
+        return state, Action.NOTHING, f"{kind} has no effect while {state.phase}"
     phase, action = row
+    if state.phase is Phase.SERVING and action is Action.FENCE:
+        since = state.fruitless_since if state.fruitless else now
+        state = replace(state, fruitless=state.fruitless + 1, fruitless_since=since)
     attempt = state.attempt + (action is Action.FENCE)
     # A second fault does not extend the time that clients were promised.
     deadline_at = (state.deadline_at or now + deadline_s) if phase in _RECOVERING else None
-    return replace(state, phase=phase, attempt=attempt, deadline_at=deadline_at), action, event.reason
+    given_up = action is Action.GIVE_UP or (state.given_up and action is not Action.RESUME)
+    return replace(state, phase=phase, attempt=attempt, deadline_at=deadline_at, given_up=given_up), action, reason
+
+
+def _repeated(state: State, event: Event) -> tuple[EventKind, str, State]:
+    """A start that fails in the same way again and again will go on to do so."""
+    if event.kind is EventKind.STARTED:
+        return event.kind, event.reason, replace(state, failure="", failures=0)
+    if not event.failure:
+        return event.kind, event.reason, state
+    failures = state.failures + 1 if event.failure == state.failure else 1
+    if failures < SAME_FAILURES:
+        return event.kind, event.reason, replace(state, failure=event.failure, failures=failures)
+    reason = f"{failures} starts in a row failed in the same way: {event.reason}"
+    return EventKind.FAILED, reason, replace(state, failure="", failures=0)
+
+
+def back_off_s(state: State) -> float:
+    """How long to wait before the next start: nothing at first, longer while no recovery gets anybody a token."""
+    beyond = state.fruitless - FREE_FAULTS
+    return min(BACK_OFF_S * 2.0 ** (beyond - 1), LONGEST_BACK_OFF_S) if beyond > 0 else 0.0
+
+
+def budget_is_spent(state: State, now: float, deadline_s: float) -> bool:
+    """Whether faults have kept every client from a token for as long as one recovery may take."""
+    return state.fruitless >= FEWEST_FRUITLESS and now - state.fruitless_since > deadline_s
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import select
+from dataclasses import dataclass
 from typing import Any
 
 _SYS_PIDFD_GETFD = 438  # Linux 5.6, the same on all architectures
@@ -29,10 +30,25 @@ def fetch_descriptor(pidfd: int, remote_fd: int) -> int:
     return fd
 
 
-def process_state(pid: int) -> str | None:
-    """State letter of /proc/<pid>/stat ("T": stopped); None when there is no such process."""
+@dataclass(frozen=True)
+class Usage:
+    """A moment in a process's life. ``state``: letter of /proc/<pid>/stat. ``ticks``: CPU time of all its threads."""
+
+    state: str
+    ticks: int
+
+
+def usage(pid: int) -> Usage | None:
+    """Read what a process does; None when there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0]
+            fields = stat.read().rpartition(")")[2].split()
     except FileNotFoundError:
         return None
+    return Usage(fields[0], int(fields[11]) + int(fields[12]))  # utime, stime
+
+
+def process_state(pid: int) -> str | None:
+    """State letter of a process ("T": stopped); None when there is no such process."""
+    now = usage(pid)
+    return None if now is None else now.state

@@ -16,6 +16,7 @@ from anchortp_sglang.elastic.attachment import HOST_DEVICE, Assignment, attach, 
 from anchortp_sglang.elastic.kv_restore import RestorationFailed
 from anchortp_sglang.memory.cuda_driver import device_by_uuid
 from anchortp_sglang.recovery import heartbeat
+from anchortp_sglang.recovery.crash import describe
 from anchortp_sglang.recovery.spares import rendezvous
 from anchortp_sglang.recovery.stamps import Stamps
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Resume
@@ -34,7 +35,10 @@ class RankSpec:
 
 
 def run(spec: RankSpec, pipe: Connection) -> None:
-    """Be one rank until killed. Sends ("ready", info), ("unrestored", text) or ("failed", text) to main."""
+    """Be one rank until killed.
+
+    Sends ("ready", info), ("unrestored", text) or ("failed", text) to main; after "ready" a Crash, if it comes to that.
+    """
     stamps = Stamps()
     try:
         scheduler, info = _start(spec, stamps)
@@ -44,7 +48,11 @@ def run(spec: RankSpec, pipe: Connection) -> None:
         pipe.send((kind, f"{type(error).__name__}: {error}"))
         return
     pipe.send(("ready", info | {"stamps": stamps.taken}))
-    scheduler.run_event_loop()
+    try:
+        scheduler.run_event_loop()
+    except BaseException as error:
+        pipe.send(("crashed", describe(error)))
+        raise
 
 
 def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
@@ -127,6 +135,16 @@ def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: 
         if received.delivered:
             _seed(req, received)
     return req
+
+
+def before_add_request_to_queue(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE Scheduler._add_request_to_queue: a client that has tokens has the input's logprobs, too.
+
+    From where logprobs are wanted no kept KV is used (``Req._compute_max_prefix_len``), so that start is set behind all
+    there is. handle_generate_request sets it after the request is made, and takes none behind the prompt.
+    """
+    if getattr(req, "anchortp_resumed_at", None) and req.return_logprob and req.output_ids:
+        req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)
 
 
 def _seed(req: Any, received: Resume) -> None:

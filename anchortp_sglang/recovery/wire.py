@@ -58,9 +58,3 @@ CONTEXT_TOKENS = 5
 def register() -> None:
     """Make the types known to SGLang's msgpack codec, in every process that sends or receives them."""
     hook_custom_types(Resume, GenerationStart, CaptureGraphs, Fence, Reseed)
-
-
-def resume_of(request: Any, delivered: list[int], cached_tokens: int) -> Resume:
-    """The resume message of a recorded TokenizedGenerateReqInput."""
-    fields = {name: getattr(request, name) for name in TokenizedGenerateReqInput.__struct_fields__}
-    return Resume(**fields, delivered=delivered, cached_tokens=cached_tokens)

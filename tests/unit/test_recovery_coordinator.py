@@ -28,6 +28,9 @@ OWNERSHIP = split(AXES, (0, 1))
 class Pipe:
     closed = False
 
+    def poll(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.closed = True
 
@@ -82,7 +85,7 @@ def succession(monkeypatch: pytest.MonkeyPatch) -> SlowSuccession:
     return slow
 
 
-def report(generation: Generation, timeout_s: float) -> None:
+def report(generation: Generation, timeout_s: float, stall: object) -> None:
     """What ranks say when they are ready."""
     nothing_yet = {"stamps": {}, "moved_bytes": {}, "rebuilt": {}, "max_req_input_len": 9}
     generation.infos = [{"rank": n, "device": n} | nothing_yet for n in range(len(generation.ranks))]
@@ -107,7 +110,9 @@ async def prepared(succession: SlowSuccession) -> Coordinator:
     made._tm = SimpleNamespace(rid_to_state={"a": 1}, gracefully_exit=False)
     made._loop = asyncio.get_running_loop()
     made._fence_line = SimpleNamespace(drain=nothing)
-    made.ledger = SimpleNamespace(outage=False, open_tokens=list, replay=lambda number: 1)
+    made.ledger = SimpleNamespace(
+        outage=False, open_tokens=list, replay=lambda number: 1, struck=lambda evidence: {}, end_open=lambda reason: 0
+    )
     made._detection.begin(made._loop)
     return made
 

@@ -13,6 +13,8 @@ from anchortp_sglang.recovery.machine import (
     EventKind,
     Phase,
     State,
+    back_off_s,
+    budget_is_spent,
     judge,
     step,
 )
@@ -67,11 +69,22 @@ def test_a_recovery_that_fails_or_is_late_gives_up(phase, kind):
     assert state.phase is Phase.DOWN and action is Action.GIVE_UP and state.deadline_at is None
 
 
-@pytest.mark.parametrize("kind", list(EventKind))
-def test_nothing_but_the_operator_leads_out_of_down(kind):
-    state, action, _ = step(State(Phase.DOWN, 1), Event(kind, "whatever"), 0.0, DEADLINE_S)
+@pytest.mark.parametrize("kind", [kind for kind in EventKind if kind is not EventKind.RETRY])
+def test_nothing_but_the_operator_and_another_try_lead_out_of_down(kind):
+    state, action, _ = step(State(Phase.DOWN, 1, given_up=True), Event(kind, "whatever"), 0.0, DEADLINE_S)
     assert state.phase is (Phase.STOPPED if kind is EventKind.STOP else Phase.DOWN)
     assert action is Action.NOTHING
+
+
+def test_another_try_after_giving_up_serves_again_only_when_it_has_come_through():
+    state, _ = advance(State(), EventKind.FAULT, EventKind.FAILED)
+    assert state.phase is Phase.DOWN and state.given_up
+    state, actions = advance(state, EventKind.RETRY, now=500.0)
+    assert actions == [Action.FENCE] and state.given_up and state.deadline_at == 510.0
+    state, _ = advance(state, EventKind.FENCED, EventKind.STARTED)
+    assert state.given_up
+    state, actions = advance(state, EventKind.REPLAYED)
+    assert state.phase is Phase.SERVING and actions == [Action.RESUME] and not state.given_up
 
 
 def test_every_phase_and_event_is_safe_and_only_the_table_acts():
@@ -83,6 +96,62 @@ def test_every_phase_and_event_is_safe_and_only_the_table_acts():
             assert (after.phase, action) == TRANSITIONS[phase, kind]
         else:
             assert after == before and action is Action.NOTHING
+
+
+def fail_start(state, failure, now=100.0):
+    """A start that ranks break off with words of their own, and the fence of the next one."""
+    state, action, reason = step(state, Event(EventKind.ABORTED, failure, state.attempt, failure), now, DEADLINE_S)
+    if state.phase is Phase.FENCING:
+        state, _ = advance(state, EventKind.FENCED)
+    return state, action, reason
+
+
+def test_a_start_that_fails_three_times_in_the_same_way_is_given_up_with_that_reason():
+    state, _ = advance(State(), EventKind.FAULT, EventKind.FENCED)
+    for expected in (Action.FENCE, Action.FENCE, Action.GIVE_UP):
+        state, action, reason = fail_start(state, "no such kernel")
+        assert action is expected
+    assert "3 starts in a row" in reason and "no such kernel" in reason
+
+
+@pytest.mark.parametrize("failures", [["a", "b", "a", "b", "a"], ["", "", "", "", ""], ["a", "a", "", "b", "a"]])
+def test_starts_that_fail_in_different_ways_or_are_cut_off_are_tried_until_the_deadline(failures):
+    state, _ = advance(State(), EventKind.FAULT, EventKind.FENCED)
+    for failure in failures:
+        state, action, _ = fail_start(state, failure)
+        assert action is Action.FENCE
+
+
+def recover(state, now):
+    """A fault of a generation that serves, and its whole recovery."""
+    return advance(state, EventKind.FAULT, EventKind.FENCED, EventKind.STARTED, EventKind.REPLAYED, now=now)[0]
+
+
+def test_recoveries_that_get_nobody_a_token_back_off_and_a_token_ends_that():
+    state, waits = State(), []
+    for _ in range(8):
+        state = recover(state, now=100.0)
+        waits.append(back_off_s(state))
+    assert waits == [0.0, 0.0, 0.0, 0.25, 0.5, 1.0, 2.0, 2.0]
+    state, _ = advance(state, EventKind.TOKENS)
+    assert back_off_s(recover(state, now=200.0)) == 0.0
+
+
+def test_the_budget_is_spent_when_many_recoveries_in_a_row_have_taken_longer_than_one_may():
+    state = recover(recover(State(), now=100.0), now=200.0)
+    assert not budget_is_spent(state, 200.0, DEADLINE_S), "two faults are no loop, however far apart"
+    for count in range(20):
+        state = recover(state, now=200.0 + count)
+    assert budget_is_spent(state, 220.0, DEADLINE_S)
+    assert not budget_is_spent(advance(state, EventKind.TOKENS)[0], 220.0, DEADLINE_S)
+
+
+def test_twenty_quick_kills_are_within_the_budget():
+    state, now = State(), 0.0
+    for _ in range(20):
+        state = recover(state, now)
+        now += 0.5 + back_off_s(state)
+    assert not budget_is_spent(state, now, deadline_s=120.0)
 
 
 def device(number, *, anchor=True, died=False, hung=False):

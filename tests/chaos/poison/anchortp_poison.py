@@ -1,0 +1,41 @@
+"""Requests that no check can foresee: a plugin of SGLang's that makes ranks fail when they compute certain tokens.
+
+For servers under test: this folder goes on their PYTHONPATH. Every prompt that begins with one of the pairs below is
+poison; what it does, it does in the forward pass of each rank.
+"""
+
+import os
+import signal
+import time
+
+MARK = 7
+RAISE, DIE, HANG, RAISE_LATER, RAISE_SOMEWHERE = (MARK, 1), (MARK, 2), (MARK, 3), (MARK, 4), (MARK, 5)
+"""Raise; be killed by a signal; stand still; raise in a decode step; raise where the code has no single request."""
+
+
+def load() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = "sglang.srt.managers.scheduler.Scheduler.run_batch"
+    HookRegistry.register(target, before_run_batch, HookType.BEFORE)
+
+
+def before_run_batch(scheduler, batch, *args, **kwargs) -> None:
+    for request in batch.reqs:
+        _act(tuple(request.origin_input_ids[:2]), batch.forward_mode.is_decode(), request)
+
+
+def _act(mark, decoding, request) -> None:
+    if mark == RAISE or (mark == RAISE_LATER and decoding):
+        raise RuntimeError("poisoned")
+    if mark == DIE:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if mark == HANG:
+        time.sleep(3600)
+    if mark == RAISE_SOMEWHERE:
+        del request
+        _fail()
+
+
+def _fail() -> None:
+    raise RuntimeError("poisoned somewhere")
