@@ -271,7 +271,11 @@ class World:
         self._checked = self._generation
         waiting = self.isolation.waiting
         running = {rid for rid, request in self.open.items() if request.with_ranks_of == self._generation}
-        if len(waiting) != len(set(waiting)) or running.intersection(waiting) or {*waiting, *running} != self.open.keys():
+        if (
+            len(waiting) != len(set(waiting))
+            or running.intersection(waiting)
+            or {*waiting, *running} != self.open.keys()
+        ):
             self._fail(f"open: {list(self.open)}, with the ranks: {running}, waiting: {waiting}")
 
     def _fail(self, what: str) -> None:

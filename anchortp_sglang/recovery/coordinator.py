@@ -20,9 +20,9 @@ from anchortp_sglang.planning.ownership import Ownership
 from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.course import Course
+from anchortp_sglang.recovery.crash import evidence
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
-from anchortp_sglang.recovery.crash import evidence
 from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, last_words, wait_dead, wait_ready
 from anchortp_sglang.recovery.graphs import GraphCapture
 from anchortp_sglang.recovery.kv_books import KVBooks

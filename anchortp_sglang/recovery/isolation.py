@@ -23,7 +23,7 @@ PATIENCE_S = 0.5
 TRIAL_S = 2.0
 """How long suspects wait for the proof of others. Where one is tried alone, new requests wait for its proof."""
 QUARANTINE_LIMIT_S = 10.0
-CONTROL_S = (0.0, 1.0, 2.0, 4.0)
+CONTROL_S = (0.0, 1.0, 2.0, 4.0, 8.0)
 """How long the ranks must survive without a request, by how often it was convicted, before it is tried again; and half
 as long again as they last took to die with it, else faults that come at regular intervals could convict it."""
 CONTROL_LIMIT_S = 30.0

@@ -13,7 +13,6 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput, msgpack_dec
 
 from anchortp_sglang.recovery.wire import Resume
 
-
 _PICKLED = envs.SGLANG_USE_PICKLE_IPC.get()
 
 

@@ -6,6 +6,9 @@ from typing import Any
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.machine import Phase
 
+ENDED = ("unservable", "fruitless", "given_up")
+"""Why the server ends open requests: ranks fail with them; no recovery got anybody a token; there is no recovery."""
+
 
 def status(coordinator: Coordinator) -> dict[str, Any]:
     generation = coordinator.generation
@@ -18,13 +21,16 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "kv": None if coordinator.kv_books is None else coordinator.kv_books.to_json(),
         "kv_capacity": asdict(coordinator.cluster.kv_capacity(ownership)),
         "recoveries": coordinator.recoveries.to_json(),
+        "fruitless_faults": coordinator.state.fruitless,
+        "suspects": 0 if coordinator.ledger is None else coordinator.ledger.isolation.suspects,
+        "requests_ended": {how: coordinator.requests_ended[how] for how in ENDED},
     }
 
 
 def state_name(coordinator: Coordinator) -> str:
     """starting, serving, degraded (fewer devices than configured), recovering or down."""
     phase = coordinator.state.phase
-    if phase in (Phase.DOWN, Phase.STOPPED):
+    if phase in (Phase.DOWN, Phase.STOPPED) or coordinator.state.given_up:
         return "down"
     if phase is not Phase.SERVING:
         return "recovering"

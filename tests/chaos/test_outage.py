@@ -4,6 +4,7 @@ import http.client
 import json
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from faults import kill_rank, recovered
@@ -52,6 +53,31 @@ def test_requests_that_arrive_in_an_outage_are_served_in_their_order(server, unb
     first_tokens = [history.arrivals[0][0] for history in histories]
     assert first_tokens == sorted(first_tokens)
     assert min(first_tokens) > fault.dead_at
+
+
+BATCHES = {
+    "texts": lambda requests: {"text": ["hello world", "once upon a time"]},
+    "input_ids": lambda requests: {"input_ids": [request["input_ids"] for request in requests]},
+    "n": lambda requests: {"input_ids": requests[0]["input_ids"], "n": 2},
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_batches_that_arrive_in_an_outage_are_answered(server, unbroken, kind):
+    body = BATCHES[kind](ARRIVING) | {"sampling_params": {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}}
+    body["sampling_params"] |= {"n": n} if (n := body.pop("n", None)) else {}
+    expected = [answer["output_ids"] for answer in server.post("/generate", body)]
+    running = unbroken(RUNNING)
+    with Streams(server.url, RUNNING) as streams, ThreadPoolExecutor() as pool:
+        streams.wait_tokens(10)
+        fault = outage(server)
+        posted = pool.submit(server.post, "/generate", body)
+        until(lambda: server.status(), "no status")
+        assert is_recovering(server), "the outage was over before the batch had arrived"
+        record = recovered(server, fault, "process")
+        assert [answer["output_ids"] for answer in posted.result(60)] == expected
+    assert record["requests_replayed"] == len(RUNNING)
+    assert_identical(running, outcomes(streams.histories))
 
 
 def test_an_abort_in_an_outage_ends_its_request_and_no_other(server, unbroken):

@@ -60,7 +60,7 @@ class Server:
 def test_a_request_that_kills_ranks_by_a_signal_is_ended_and_the_others_go_on(count):
     server = Server([f"good{n}" for n in range(count)], ["bad"])
     server.run(most=20)
-    assert list(server.ended) == ["bad"] and "4 times" in server.ended["bad"]
+    assert list(server.ended) == ["bad"] and "5 times" in server.ended["bad"]
     assert all(server.got[rid] >= PROOF_TOKENS for rid in server.open)
 
 

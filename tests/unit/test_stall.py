@@ -7,7 +7,7 @@ from anchortp_sglang.recovery.stall import StallWatch
 def watch(looks, limit_s=2.0):
     """Whether any look found the ranks stalled; ``looks``: (seconds, usage of each rank)."""
     stall = StallWatch(limit_s)
-    return any([stall.stalled(ranks, at) for at, ranks in looks])
+    return any(stall.stalled(ranks, at) for at, ranks in looks)
 
 
 def every(step_s, count, ranks):
