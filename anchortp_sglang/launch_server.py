@@ -69,7 +69,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         start_log.step("HTTP is about to listen")
         http_server._global_state.tokenizer_manager.auto_create_handle_loop()
 
-    runtime.coordinator.on_failed_start = lambda reason: _end_start(runtime, reason)
+    runtime.coordinator.culprits.on_failed_start = lambda reason: _end_start(runtime, reason)
     http_server.app.add_middleware(
         AnchorMiddleware,
         coordinator=runtime.coordinator,

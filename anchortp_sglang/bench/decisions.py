@@ -1,9 +1,9 @@
 """Seeded schedules of faults against the coordinator's pure decisions: the state machine and the isolation of requests.
 
-The world is simulated, the decisions are the server's own. A schedule has requests that arrive and leave, some of which
-make ranks fail; faults from outside at any moment; steps of recoveries that take long, fail or are cut off. Checked are:
-there is never more than one generation, a recovery ends by its deadline, no open request is forgotten, none that ranks can
-serve is ended for what others did, those that they cannot serve are ended, and in the end all are answered.
+The world is simulated, the decisions are the server's own. A schedule has requests that arrive and leave, some of
+which make ranks fail; faults from outside at any moment; steps of recoveries that take long, fail or are cut off.
+Checked are: there is never more than one generation, a recovery ends by its deadline, no open request is forgotten,
+none that ranks can serve is ended for what others did, those that they cannot are ended, and in the end all are answered.
 """
 
 import heapq
@@ -22,6 +22,7 @@ from anchortp_sglang.recovery.machine import (
     State,
     back_off_s,
     budget_is_spent,
+    retry_after_s,
     step,
 )
 
@@ -78,7 +79,6 @@ class World:
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._generation: int | None = 0  # the one whose ranks live
-        self._retry_s = 10.0
         self._quiet_from = 0.0  # the last fault from outside
         self._checked: int | None = 0  # the last generation whose replay has been checked
         self.log: list[str] = []
@@ -203,7 +203,6 @@ class World:
         elif action is Action.REPLAY:
             self._in(0.001, self._guarded(self._replay))
         elif action is Action.RESUME:
-            self._retry_s = 10.0
             self._release()
         elif action is Action.GIVE_UP:
             self._give_up()
@@ -262,8 +261,7 @@ class World:
         self._generation = None
         for rid in list(self.open):
             self._close(rid, "given_up")
-        self._in(self._retry_s, lambda: self._advance(Event(EventKind.RETRY, "again")))
-        self._retry_s = min(2 * self._retry_s, 300.0)
+        self._in(retry_after_s(self.state), lambda: self._advance(Event(EventKind.RETRY, "again")))
 
     # ---- what must hold
 

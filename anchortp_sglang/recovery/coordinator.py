@@ -7,7 +7,6 @@ waiting for ranks) runs in a worker thread.
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from anchortp_sglang.recovery import heartbeat, machine
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.course import Course
 from anchortp_sglang.recovery.crash import evidence
+from anchortp_sglang.recovery.culprits import Culprits
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
 from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, last_words, wait_dead, wait_ready
@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 _DETOKENIZER_TIMEOUT_S = 30.0
 _REFILL_DELAY_S = 1.0
 _STALL_S = 2.0
-_RETRY_S = 10.0
-_LONGEST_RETRY_S = 300.0
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
 """What a recovery step raises when something died meanwhile: it is planned again from what is left."""
@@ -66,6 +64,7 @@ class Coordinator:
         self.policy = policy
         self.state = machine.State()
         self.recoveries = Recoveries()
+        self.culprits = Culprits(policy.deadline_s)
         self.ledger: Ledger | None = None
         self.generation: Generation | None = None
         self.kv_books: KVBooks | None = None
@@ -82,12 +81,6 @@ class Coordinator:
         self._fence_line: FenceLine | None = None
         self._forking: asyncio.Future[Generation] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._final = False  # whether what is given up could work later
-        self._retry_s = _RETRY_S
-        self.requests_ended: Counter[str] = Counter()
-        """Open requests that the server has ended: unservable, fruitless, or given_up."""
-        self.on_failed_start: Callable[[str], None] | None = None
-        """Called when ranks cannot serve the first request, SGLang's own."""
 
     # ---- the first generation (no event loop yet)
 
@@ -183,7 +176,6 @@ class Coordinator:
             self._spawn(self._capture_graphs(self.generation))
             self._refill()
             self._course.resumed()
-            self._retry_s = _RETRY_S
         elif action is Action.GIVE_UP:
             self._give_up(reason)
 
@@ -192,7 +184,6 @@ class Coordinator:
         self.ledger.outage = True
         self._graphs.on_fault()
         if before.phase in (Phase.SERVING, Phase.DOWN):
-            self._final = False
             self._course.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
         recovery = self._course.recovery
@@ -208,18 +199,9 @@ class Coordinator:
         """End requests that ranks cannot serve; and all, if no recovery gets anybody a token any more."""
         assert self.ledger is not None and self.generation is not None and self._course.recovery is not None
         found = evidence(last_words(self.generation, self._detection.died), self._detection.hung_since, reason)
-        if found.kind == "exception":
-            log.error("anchortp: ranks failed with %s", found.text)
-            self._course.recovery.reason = found.text
-        for rid, why in self.ledger.struck(found).items():
-            log.error("anchortp: %s: %s", rid, why)
-            self.requests_ended["unservable"] += 1
-            if self._tm.server_status.value == "Starting" and self.on_failed_start is not None:
-                self.on_failed_start(why)
-        if machine.budget_is_spent(self.state, time.monotonic(), self.policy.deadline_s):
-            why = f"{self.state.fruitless} recoveries in a row got nobody a token; the last fault: {found.text}"
-            self.requests_ended["fruitless"] += (ended := self.ledger.end_open(why))
-            log.error("anchortp: %s; %d open requests ended with an error", why, ended)
+        self._course.recovery.reason = found.text
+        starting = self._tm.server_status.value == "Starting"
+        if self.culprits.judge(found, self.ledger, self.state, time.monotonic(), starting):
             self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
 
     def _carry_out(self, work: Awaitable[Event]) -> None:
@@ -233,9 +215,7 @@ class Coordinator:
             except Exception as error:
                 if not isinstance(error, Unrecoverable):
                     log.exception("anchortp: a recovery step failed")
-                elif self.state.attempt == attempt:
-                    self._final = True
-                event = Event(EventKind.FAILED, str(error))
+                event = Event(EventKind.FAILED, str(error), final=isinstance(error, Unrecoverable))
             self._advance(replace(event, attempt=attempt))
 
         self._spawn(report())
@@ -318,7 +298,11 @@ class Coordinator:
         def idle() -> bool:
             return not self._tm.rid_to_state
 
-        await self._graphs.capture(generation, idle, lambda sizes: self.ledger.send(CaptureGraphs(batch_sizes=sizes)))
+        def send(sizes: list[int]) -> None:
+            assert self.ledger is not None
+            self.ledger.send(CaptureGraphs(batch_sizes=sizes))
+
+        await self._graphs.capture(generation, idle, send)
 
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._course.recovery
@@ -333,18 +317,17 @@ class Coordinator:
         assert self.ledger is not None
         if self.generation is not None:
             self.generation.kill()
-        self.requests_ended["given_up"] += (ended := self.ledger.give_up(f"The server cannot recover: {reason}"))
+        ended = self.ledger.give_up(f"The server cannot recover: {reason}")
+        self.culprits.ended["given_up"] += ended
         if self._course.recovery is not None:
             self._course.recovery.failed = reason
             self._course.recovery.stage("gave_up")
             self._course.finish()
         log.error("anchortp: down: %s; %d open requests ended with an error", reason, ended)
-        if not self._final:
-            self._spawn(self._retry_later())
+        if not self.state.final:
+            self._spawn(self._retry_later(machine.retry_after_s(self.state)))
 
-    async def _retry_later(self) -> None:
-        """Try again what may work by now, more and more seldom."""
-        delay_s, self._retry_s = self._retry_s, min(2 * self._retry_s, _LONGEST_RETRY_S)
+    async def _retry_later(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         self._advance(Event(EventKind.RETRY, f"trying again after {delay_s:g} s"))
 

@@ -1,4 +1,4 @@
-"""Which open requests go to a new generation, and when: a request that ranks keep dying with is tried apart from others.
+"""Which open requests go to a new generation, and when: what ranks keep dying with is tried apart from the others.
 
 A replay is a hypothesis. What was with the ranks in two faults in a row, and got next to nothing out of them, is a
 suspect: it waits until the others go on, and is then tried in groups that halve with each further fault, until one is
@@ -144,7 +144,7 @@ class Isolation:
         self._acquit_proven(now)
         present = {rid: case for rid, case in self._cases.items() if _may_be_cause(case, evidence)}
         named = evidence.rids.intersection(self._cases) | self._renamed(evidence, now)
-        for rid, case in present.items():
+        for case in present.values():
             case.strikes += 1
             case.died_after_s = max(case.died_after_s, now - (case.sent_at or now))
         for rid in named:

@@ -49,12 +49,14 @@ class Event:
     """``attempt``: the attempt it reports on; None for what comes from outside (faults, deadline, stop).
 
     ``failure``: what a start failed of by itself, alike if it fails in the same way again; empty if it was cut off.
+    ``final``: whether what failed cannot work later either.
     """
 
     kind: EventKind
     reason: str
     attempt: int | None = None
     failure: str = ""
+    final: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class State:
 
     ``fruitless``: faults of serving generations since a client was last handed a token; the first of them was at
     ``fruitless_since``. ``failure``: of the last start that failed by itself, ``failures`` times in a row.
-    ``given_up``: open requests have ended with an error, and new ones are refused until a generation serves.
+    ``given_ups``: how often in a row open requests were ended and new ones refused; until a generation serves.
+    ``final``: whether it will not be tried again.
     """
 
     phase: Phase = Phase.SERVING
@@ -73,7 +76,13 @@ class State:
     fruitless_since: float = 0.0
     failure: str = ""
     failures: int = 0
-    given_up: bool = False
+    given_ups: int = 0
+    final: bool = False
+
+    @property
+    def given_up(self) -> bool:
+        """Whether new requests are refused, be it that another try is under way."""
+        return self.given_ups > 0
 
 
 _RECOVERING = (Phase.FENCING, Phase.STARTING, Phase.REPLAYING)
@@ -101,6 +110,8 @@ SAME_FAILURES = 3
 FREE_FAULTS = 3
 BACK_OFF_S = 0.25
 LONGEST_BACK_OFF_S = 2.0
+RETRY_S = 10.0
+LONGEST_RETRY_S = 300.0
 FEWEST_FRUITLESS = 8
 """Fewer faults without a token in between never end the open requests, however long they take."""
 
@@ -122,8 +133,10 @@ def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[Sta
     attempt = state.attempt + (action is Action.FENCE)
     # A second fault does not extend the time that clients were promised.
     deadline_at = (state.deadline_at or now + deadline_s) if phase in _RECOVERING else None
-    given_up = action is Action.GIVE_UP or (state.given_up and action is not Action.RESUME)
-    return replace(state, phase=phase, attempt=attempt, deadline_at=deadline_at, given_up=given_up), action, reason
+    given_ups = 0 if action is Action.RESUME else state.given_ups + (action is Action.GIVE_UP)
+    final = action is Action.GIVE_UP and event.final
+    after = replace(state, phase=phase, attempt=attempt, deadline_at=deadline_at, given_ups=given_ups, final=final)
+    return after, action, reason
 
 
 def _repeated(state: State, event: Event) -> tuple[EventKind, str, State]:
@@ -143,6 +156,11 @@ def back_off_s(state: State) -> float:
     """How long to wait before the next start: nothing at first, longer while no recovery gets anybody a token."""
     beyond = state.fruitless - FREE_FAULTS
     return min(BACK_OFF_S * 2.0 ** (beyond - 1), LONGEST_BACK_OFF_S) if beyond > 0 else 0.0
+
+
+def retry_after_s(state: State) -> float:
+    """How long a server that has given up waits before it tries again."""
+    return min(RETRY_S * 2.0 ** (state.given_ups - 1), LONGEST_RETRY_S)
 
 
 def budget_is_spent(state: State, now: float, deadline_s: float) -> bool:

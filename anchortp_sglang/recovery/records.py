@@ -1,7 +1,7 @@
 """Messages of TokenizerManager as values: encoded when they are dispatched, as SGLang would send them.
 
-TokenizerManager goes on with the objects that it dispatches (it puts unpicklable time stats back into them), so a message
-that is kept for later must not share anything with them.
+TokenizerManager goes on with the objects that it dispatches (it puts unpicklable time stats back into them), so a
+message that is kept for later must not share anything with them.
 """
 
 import pickle

@@ -7,7 +7,7 @@ from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.machine import Phase
 
 ENDED = ("unservable", "fruitless", "given_up")
-"""Why the server ends open requests: ranks fail with them; no recovery got anybody a token; there is no recovery."""
+"""Why the server ends open requests (``Culprits.ended``)."""
 
 
 def status(coordinator: Coordinator) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "recoveries": coordinator.recoveries.to_json(),
         "fruitless_faults": coordinator.state.fruitless,
         "suspects": 0 if coordinator.ledger is None else coordinator.ledger.isolation.suspects,
-        "requests_ended": {how: coordinator.requests_ended[how] for how in ENDED},
+        "requests_ended": {how: coordinator.culprits.ended[how] for how in ENDED},
     }
 
 

@@ -1,6 +1,5 @@
 """Our messages on SGLang's own ZeroMQ sockets."""
 
-
 from sglang.srt.managers.io_struct import BaseReq, TokenizedGenerateReqInput, hook_custom_types
 
 

@@ -1,4 +1,4 @@
-"""Ten thousand seeded schedules of faults against the coordinator's decisions (``anchortp bench decisions`` for more)."""
+"""Ten thousand seeded schedules of faults against the coordinator's decisions (more: ``anchortp bench decisions``)."""
 
 import pytest
 

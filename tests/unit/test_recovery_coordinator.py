@@ -107,7 +107,7 @@ async def prepared(succession: SlowSuccession) -> Coordinator:
     """A coordinator that serves."""
     made = Coordinator(cluster(), OWNERSHIP, Policy(1, 30.0, 60.0, spare_ranks=False))
     made.generation = sleeping_generation(0, succession.weights)
-    made._tm = SimpleNamespace(rid_to_state={"a": 1}, gracefully_exit=False)
+    made._tm = SimpleNamespace(rid_to_state={"a": 1}, gracefully_exit=False, server_status=SimpleNamespace(value="Up"))
     made._loop = asyncio.get_running_loop()
     made._fence_line = SimpleNamespace(drain=nothing)
     made.ledger = SimpleNamespace(

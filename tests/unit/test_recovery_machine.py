@@ -16,6 +16,7 @@ from anchortp_sglang.recovery.machine import (
     back_off_s,
     budget_is_spent,
     judge,
+    retry_after_s,
     step,
 )
 
@@ -71,14 +72,14 @@ def test_a_recovery_that_fails_or_is_late_gives_up(phase, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in EventKind if kind is not EventKind.RETRY])
 def test_nothing_but_the_operator_and_another_try_lead_out_of_down(kind):
-    state, action, _ = step(State(Phase.DOWN, 1, given_up=True), Event(kind, "whatever"), 0.0, DEADLINE_S)
+    state, action, _ = step(State(Phase.DOWN, 1, given_ups=1), Event(kind, "whatever"), 0.0, DEADLINE_S)
     assert state.phase is (Phase.STOPPED if kind is EventKind.STOP else Phase.DOWN)
     assert action is Action.NOTHING
 
 
 def test_another_try_after_giving_up_serves_again_only_when_it_has_come_through():
     state, _ = advance(State(), EventKind.FAULT, EventKind.FAILED)
-    assert state.phase is Phase.DOWN and state.given_up
+    assert state.phase is Phase.DOWN and state.given_up and retry_after_s(state) == 10.0
     state, actions = advance(state, EventKind.RETRY, now=500.0)
     assert actions == [Action.FENCE] and state.given_up and state.deadline_at == 510.0
     state, _ = advance(state, EventKind.FENCED, EventKind.STARTED)
