@@ -3,7 +3,8 @@
 The world is simulated, the decisions are the server's own. A schedule has requests that arrive and leave, some of
 which make ranks fail; faults from outside at any moment; steps of recoveries that take long, fail or are cut off.
 Checked are: there is never more than one generation, a recovery ends by its deadline, no open request is forgotten,
-none that ranks can serve is ended for what others did, those that they cannot are ended, and in the end all are answered.
+none that ranks can serve is ended for what others did, those that they cannot are ended, and in the end all are
+answered.
 """
 
 import heapq
