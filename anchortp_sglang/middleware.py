@@ -64,7 +64,7 @@ class AnchorMiddleware:
             await _respond(send, 503 if down else 200, {"status": "down" if down else "recovering"})
         elif path in _GENERATE and phase is Phase.DOWN and self._coordinator.ledger is not None:
             await _respond(send, 503, {"error": {"message": self._coordinator.ledger.refusal, "code": 503}})
-        elif (refusal := check_route(path)) is not None:
+        elif (refusal := check_route(path, scope.get("root_path", ""))) is not None:
             await _respond(send, 400, {"error": {"message": refusal, "code": 400}})
         elif path == "/anchortp/status" and scope["method"] == "GET":
             await _respond(send, 200, status(self._coordinator))

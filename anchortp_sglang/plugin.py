@@ -10,7 +10,7 @@ from anchortp_sglang.cpu import hooks as cpu
 from anchortp_sglang.cuda import collectives, graphs
 from anchortp_sglang.elastic import config, experts, head_norms, kv_pool, prefixes, weights
 from anchortp_sglang.hooking import Hook
-from anchortp_sglang.recovery import detokenizer, rank
+from anchortp_sglang.recovery import admission, detokenizer, rank
 from anchortp_sglang.recovery import hooks as main
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 _SRT = "sglang.srt."
 _ENGINE = _SRT + "entrypoints.engine."
 _HTTP = _SRT + "entrypoints.http_server."
-_OPENAI = _SRT + "entrypoints.openai."
 _TM = _SRT + "managers.tokenizer_manager."
 _TM_CLASS = _TM + "TokenizerManager."
 _DETOKENIZER = _SRT + "managers.detokenizer_manager.DetokenizerManager."
@@ -237,25 +236,19 @@ HOOKS: tuple[Hook, ...] = (
         main.around_handle_batch_output,
         "a batch that would double or skip a token is stopped before it reaches a client",
     ),
-    # Admission: what could not be continued after a fault is refused with a 400.
-    Hook(_TM_CLASS + "generate_request", "before", main.before_generate_request, "every request passes here"),
+    # Admission: what could not be continued after a fault, or would end a rank, is refused with a 400.
+    Hook(_TM_CLASS + "generate_request", "before", admission.before_generate_request, "every request passes here"),
+    Hook(
+        _TM_CLASS + "_create_tokenized_object",
+        "around",
+        admission.around_create_tokenized_object,
+        "every request passes here too, with its token ids: what would end a rank is refused",
+    ),
     Hook(
         _HTTP + "serve_generate_request",
         "around",
-        main.around_serve_generate_request,
+        admission.around_serve_generate_request,
         "a stream's status is sent before its generator runs",
-    ),
-    Hook(
-        _OPENAI + "serving_chat.OpenAIServingChat._handle_streaming_request",
-        "before",
-        main.before_handle_streaming_request,
-        "the same for chat streams",
-    ),
-    Hook(
-        _OPENAI + "serving_completions.OpenAIServingCompletion._handle_streaming_request",
-        "before",
-        main.before_handle_streaming_request,
-        "the same for completion streams",
     ),
     Hook(
         _SRT + "utils.hf_transformers.tokenizer.get_tokenizer",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchortp_sglang.unsupported_flags import ENVIRONMENT, FLAG_OF_FIELD, FLAG_RULES, FlagRule
-from anchortp_sglang.unsupported_requests import REQUEST_FIELDS, ROUTES, SAMPLING_KEYS
+from anchortp_sglang.unsupported_requests import REQUEST_FIELDS, ROUTES, SAMPLING_KEYS, SERVED_MESSAGES
 
 # SGLang spells "off" differently from flag to flag.
 _OFF_WORDS = ("", "{}", "null", "none", "off")
@@ -74,10 +74,26 @@ def check_generate_request(obj: Any) -> str | None:
     return _check_sampling_params(getattr(obj, "sampling_params", None))
 
 
-def check_route(path: str) -> str | None:
-    """Why a call of SGLang's admin route ``path`` is refused, or None."""
-    why = ROUTES.get(path.rstrip("/"))
+def check_custom_labels(labels: Mapping[str, str] | None, known: Iterable[str]) -> str | None:
+    """Why metrics could not have the labels, or None: prometheus_client raises in TokenizerManager's loop."""
+    unknown = sorted(set(labels or ()) - set(known))
+    if not unknown:
+        return None
+    return f"custom_labels has {', '.join(unknown)}; allow it with --tokenizer-metrics-allowed-custom-labels"
+
+
+def check_route(path: str, root_path: str = "") -> str | None:
+    """Why a call of SGLang's route ``path``, which may begin with the server's ``root_path``, is refused, or None."""
+    route = path.removeprefix(root_path).rstrip("/")
+    why = ROUTES.get("/dumper/{method}" if route.startswith("/dumper/") else route)
     return None if why is None else f"{path} is refused by anchortp-sglang: {why}."
+
+
+def check_message(kind: str) -> str | None:
+    """Why TokenizerManager may not send a message of this class to the ranks, or None."""
+    if kind in SERVED_MESSAGES:
+        return None
+    return f"{kind} is refused by anchortp-sglang: a recovery could not honour what it asks of the ranks."
 
 
 def is_off(value: Any) -> bool:

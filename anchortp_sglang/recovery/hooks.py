@@ -8,7 +8,7 @@ from typing import Any
 
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.ledger import TokenCountMismatch
-from anchortp_sglang.refusals import check_generate_request
+from anchortp_sglang.refusals import check_message
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +80,19 @@ def after_auto_create_handle_loop(result: None, tokenizer_manager: Any) -> None:
 
 def around_dispatch(original: Callable[..., None], tokenizer_manager: Any, message: Any) -> None:
     """AROUND TokenizerManager._dispatch_to_scheduler: recorded, or held back in an outage."""
-    ledger = coordinator().ledger
-    assert ledger is not None
-    ledger.dispatch(message)
+    _dispatch(message)
 
 
 async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager: Any, message: Any) -> None:
     """AROUND TokenizerManager._async_dispatch_to_scheduler (control messages)."""
+    _dispatch(message)
+
+
+def _dispatch(message: Any) -> None:
+    """Raises ValueError for what no route asks, but an Engine's method may (``SERVED_MESSAGES``)."""
+    refusal = check_message(type(message).__name__)
+    if refusal is not None:
+        raise ValueError(refusal)
     ledger = coordinator().ledger
     assert ledger is not None
     ledger.dispatch(message)
@@ -108,34 +114,3 @@ async def around_handle_batch_output(original: Callable[..., Any], tokenizer_man
     mine.ledger.forget(output.rids)
     if fresh:
         mine.on_tokens(fresh)
-
-
-class NotResumable(ValueError):
-    """A request that could not be continued after a fault; SGLang answers ValueErrors with 400."""
-
-
-def before_generate_request(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
-    """BEFORE TokenizerManager.generate_request: every way in passes here; streams are checked earlier too."""
-    _admit(obj)
-
-
-async def around_serve_generate_request(original: Callable[..., Any], obj: Any, request: Any) -> Any:
-    """AROUND http_server.serve_generate_request: a stream's status is sent before its generator runs."""
-    from sglang.srt.entrypoints.http_server import _create_error_response
-
-    try:
-        _admit(obj)
-    except NotResumable as error:
-        return _create_error_response(error)
-    return await original(obj, request)
-
-
-def before_handle_streaming_request(serving: Any, adapted_request: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE OpenAIServingChat/Completion._handle_streaming_request; handle_request turns it into a 400."""
-    _admit(adapted_request)
-
-
-def _admit(obj: Any) -> None:
-    reason = check_generate_request(obj)
-    if reason is not None:
-        raise NotResumable(reason)

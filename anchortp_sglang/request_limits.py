@@ -1,0 +1,159 @@
+"""Bounds that a request must keep so that no rank fails on it, as pure functions.
+
+SGLang 0.5.23 judges a request in ``SamplingParams.verify`` and ``TokenizerManager._validate_one_request``. What passes,
+the scheduler indexes, casts and samples without looking again; an exception there ends the rank, and the request would
+be replayed and end the next one. The bounds here are those in between. They look at a request as it would go to the
+ranks (a ``TokenizedGenerateReqInput``: token ids, normalized SamplingParams), so every way in is judged alike.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FLOAT32_MAX = 3.4028234663852886e38
+INT32_MAX = 2**31 - 1
+MAX_PARALLEL_SAMPLES = 16384
+"""Largest ``n``: main itself expands it into requests, before anything else looks at it."""
+
+_LOGIT_MAX = 1e6
+"""No model's logit is larger; what is added to and divides logits must leave it finite."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server can take. ``end_token_ids``: those that min_new_tokens suppresses in every request."""
+
+    vocab_size: int
+    end_token_ids: frozenset[int] = frozenset()
+
+
+def judge(request: Any, limits: Limits) -> str | None:
+    """Why ranks would fail on the request, or None: the field, its value and the bound."""
+    sampling = request.sampling_params
+    return (
+        _prompt(request.input_ids, limits)
+        or _logprobs(request, limits)
+        or _number("temperature", sampling.temperature, 0, FLOAT32_MAX)
+        or _number("top_k", sampling.top_k, 1, INT32_MAX)
+        or _logit_bias(sampling)
+        or _overflow(sampling)
+        or _stop_token_ids(sampling, limits)
+        or _no_token_left(sampling, limits)
+        or _stop_regex(sampling.stop_regex_strs)
+    )
+
+
+def without_what_has_no_effect(request: Any, limits: Limits) -> Any:
+    """The request, its fields cleared that do nothing for itself, but fail the batch that it runs in.
+
+    A batch takes the largest ``top_logprobs_num`` of all its requests, and suppresses all of their stop tokens as
+    soon as one of them asks for min_new_tokens.
+    """
+    sampling = request.sampling_params
+    if not request.return_logprob:
+        request.top_logprobs_num = 0
+    if sampling.stop_token_ids:
+        known = {token for token in sampling.stop_token_ids if 0 <= token < limits.vocab_size}
+        sampling.stop_token_ids = known or None
+    return request
+
+
+def judge_as_received(sampling_params: Any, is_batch: bool) -> str | None:
+    """Why main itself could not go on, or None: it computes with these before ``SamplingParams.verify`` has seen them.
+
+    ``sampling_params``: a mapping, a list of them, or None.
+    """
+    for one in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+        if not isinstance(one, Mapping):
+            continue
+        n, tokens = one.get("n", 1), one.get("max_new_tokens")
+        if not isinstance(n, int) or n > MAX_PARALLEL_SAMPLES or (n < 1 and is_batch):
+            return f"n is {shown(n)}; it must be an integer from 1 to {MAX_PARALLEL_SAMPLES}"
+        if not isinstance(tokens, int | None):
+            return f"max_new_tokens is {shown(tokens)}; it must be an integer"
+    return None
+
+
+def _number(name: str, value: float, low: float, high: float) -> str | None:
+    return None if low <= value <= high else f"{name} is {shown(value)}; it must be from {low} to {high:g}"
+
+
+def _prompt(input_ids: Any, limits: Limits) -> str | None:
+    if not input_ids:
+        return "text, prompt or input_ids is empty: a prompt must have at least one token"
+    for token in (min(input_ids), max(input_ids)):
+        if not 0 <= token < limits.vocab_size:
+            return f"input_ids has the token {token}; {_in_vocabulary(limits)}"
+    return None
+
+
+def _logprobs(request: Any, limits: Limits) -> str | None:
+    if not request.return_logprob:
+        return None
+    count, start, length = request.top_logprobs_num, request.logprob_start_len, len(request.input_ids)
+    if not 0 <= count <= limits.vocab_size:
+        asked = "top_logprobs_num (logprobs or top_logprobs in OpenAI's API)"
+        return f"{asked} is {count}; it must be from 0 to {limits.vocab_size}, the size of the vocabulary"
+    if not -1 <= start <= length:
+        return f"logprob_start_len is {start}; it must be from -1 to {length}, the tokens of the prompt"
+    return None
+
+
+def _logit_bias(sampling: Any) -> str | None:
+    for token, bias in (sampling.logit_bias or {}).items():
+        if math.isnan(bias) or bias > FLOAT32_MAX or -math.inf < bias < -FLOAT32_MAX:
+            return f"logit_bias of token {token} is {bias}; it must be a float32, or -inf"
+    return None
+
+
+def _overflow(sampling: Any) -> str | None:
+    """Two infinite logits make every probability NaN, and sampling raises for all requests of the batch."""
+    bias = max(0.0, *(sampling.logit_bias or {}).values(), 0.0)
+    scale = min(1.0, sampling.temperature) * min(1.0, sampling.repetition_penalty)
+    if bias + _LOGIT_MAX <= FLOAT32_MAX * scale:
+        return None
+    name, value = ("logit_bias", bias) if bias > _LOGIT_MAX else ("repetition_penalty", sampling.repetition_penalty)
+    return (
+        f"{name} is {value}: with temperature {sampling.temperature} and repetition_penalty "
+        f"{sampling.repetition_penalty} logits would exceed {FLOAT32_MAX:g}, the largest float32"
+    )
+
+
+def _stop_token_ids(sampling: Any, limits: Limits) -> str | None:
+    if sampling.min_new_tokens > 0:  # else they are only compared with, and an unknown one never matches
+        for token in sampling.stop_token_ids or ():
+            if not 0 <= token < limits.vocab_size:
+                return f"stop_token_ids has the token {token}; with min_new_tokens {_in_vocabulary(limits)}"
+    return None
+
+
+def _no_token_left(sampling: Any, limits: Limits) -> str | None:
+    lowest = (_LOGIT_MAX - FLOAT32_MAX * min(1.0, sampling.temperature)) / 2  # penalties may double it, to -inf
+    banned = {int(token) for token, bias in (sampling.logit_bias or {}).items() if bias <= lowest}
+    if sampling.min_new_tokens > 0:
+        banned |= limits.end_token_ids | (sampling.stop_token_ids or set())
+    if sum(0 <= token < limits.vocab_size for token in banned) < limits.vocab_size:
+        return None
+    return "logit_bias, or stop_token_ids with min_new_tokens, forbids every token of the vocabulary"
+
+
+def _stop_regex(patterns: Iterable[str] | None) -> str | None:
+    for pattern in patterns or ():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"stop_regex {pattern!r} is not a regular expression: {error}"
+    return None
+
+
+def _in_vocabulary(limits: Limits) -> str:
+    return f"tokens must be from 0 to {limits.vocab_size - 1}, the vocabulary's last"
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
