@@ -5,6 +5,7 @@ from typing import Any
 
 from anchortp_sglang import platform
 from anchortp_sglang.options import from_kwargs
+from anchortp_sglang.refusals import check_message
 
 MAX_TP_SIZE = 8
 
@@ -37,6 +38,10 @@ class Engine(_StockEngine):
         except BaseException:
             self.shutdown()
             raise
+
+    def collective_rpc(self, method: str, **kwargs: Any) -> None:
+        """Raise ValueError: such calls go past TokenizerManager, straight to a rank, and an error ends it."""
+        raise ValueError(check_message("RpcReqInput"))
 
     def shutdown(self) -> None:
         """End all processes and free their memory; may be called twice."""

@@ -64,6 +64,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     from sglang.srt.entrypoints import http_server
 
     from anchortp_sglang.middleware import AnchorMiddleware
+    from anchortp_sglang.recovery.admission import NotAdmitted, answer_not_admitted
 
     def start_loop() -> None:
         start_log.step("HTTP is about to listen")
@@ -77,6 +78,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         allow_injection=options.allow_injection,
         metrics=_metrics(server_args, runtime),
     )
+    http_server.app.add_exception_handler(NotAdmitted, answer_not_admitted)
     http_server.launch_server(server_args)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,6 @@ def judge(request: Any, limits: Limits) -> str | None:
         or _overflow(sampling)
         or _stop_token_ids(sampling, limits)
         or _no_token_left(sampling, limits)
-        or _stop_regex(sampling.stop_regex_strs)
     )
 
 
@@ -63,7 +62,7 @@ def without_what_has_no_effect(request: Any, limits: Limits) -> Any:
 
 
 def judge_as_received(sampling_params: Any, is_batch: bool) -> str | None:
-    """Why main itself could not go on, or None: it computes with these before ``SamplingParams.verify`` has seen them.
+    """Why SGLang would raise something else than ValueError, its 400, or expand a request without end, or None.
 
     ``sampling_params``: a mapping, a list of them, or None.
     """
@@ -75,11 +74,22 @@ def judge_as_received(sampling_params: Any, is_batch: bool) -> str | None:
             return f"n is {shown(n)}; it must be an integer from 1 to {MAX_PARALLEL_SAMPLES}"
         if not isinstance(tokens, int | None):
             return f"max_new_tokens is {shown(tokens)}; it must be an integer"
+        if (reason := _stop_regex(one.get("stop_regex"))) is not None:
+            return reason
+    return None
+
+
+def _stop_regex(patterns: Any) -> str | None:
+    for pattern in patterns if isinstance(patterns, list) else [patterns]:
+        try:
+            re.compile(pattern or "")
+        except (re.error, RecursionError, OverflowError, TypeError) as error:
+            return f"stop_regex {shown(pattern)} is not a regular expression: {error}"
     return None
 
 
 def _number(name: str, value: float, low: float, high: float) -> str | None:
-    return None if low <= value <= high else f"{name} is {shown(value)}; it must be from {low} to {high:g}"
+    return None if low <= value <= high else f"{name} is {shown(value)}; it must be from {low} to {high}"
 
 
 def _prompt(input_ids: Any, limits: Limits) -> str | None:
@@ -119,7 +129,7 @@ def _overflow(sampling: Any) -> str | None:
     name, value = ("logit_bias", bias) if bias > _LOGIT_MAX else ("repetition_penalty", sampling.repetition_penalty)
     return (
         f"{name} is {value}: with temperature {sampling.temperature} and repetition_penalty "
-        f"{sampling.repetition_penalty} logits would exceed {FLOAT32_MAX:g}, the largest float32"
+        f"{sampling.repetition_penalty} logits would exceed {FLOAT32_MAX}, the largest float32"
     )
 
 
@@ -139,15 +149,6 @@ def _no_token_left(sampling: Any, limits: Limits) -> str | None:
     if sum(0 <= token < limits.vocab_size for token in banned) < limits.vocab_size:
         return None
     return "logit_bias, or stop_token_ids with min_new_tokens, forbids every token of the vocabulary"
-
-
-def _stop_regex(patterns: Iterable[str] | None) -> str | None:
-    for pattern in patterns or ():
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            return f"stop_regex {pattern!r} is not a regular expression: {error}"
-    return None
 
 
 def _in_vocabulary(limits: Limits) -> str:

@@ -51,7 +51,7 @@ _MEMORY = "weights and KV live in the anchors and stay there"
 _FORGOTTEN = "new ranks would not know of it after a fault"
 _ONE_GENERATION = "what ranks record ends with them at the next fault, and a bad argument would end them at once"
 _SHARDS = "ranks may hold unequal shards of a weight, and a bad argument would end them"
-_FEATURE = "it is for a feature that the server was refused at its start"
+_FEATURE = "it belongs to a feature that a server cannot be started with"
 ROUTES = {
     "/update_weights_from_disk": _WEIGHTS,
     "/update_weights_from_tensor": _WEIGHTS,

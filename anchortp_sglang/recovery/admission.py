@@ -5,7 +5,6 @@ SGLang answers a ValueError with 400, on every way in: /generate, the other APIs
 
 import copy
 import json
-import re
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
@@ -23,8 +22,7 @@ class NotAdmitted(ValueError):
 
 def before_generate_request(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     """BEFORE TokenizerManager.generate_request: every request passes here, as it was received."""
-    is_batch = isinstance(getattr(obj, "text", None), list) or isinstance((obj.input_ids or [0])[0], list)
-    reason = check_generate_request(obj) or request_limits.judge_as_received(obj.sampling_params, is_batch)
+    reason = check_generate_request(obj) or request_limits.judge_as_received(obj.sampling_params, _is_batch(obj))
     if reason is None and tokenizer_manager.enable_metrics:
         reason = check_custom_labels(getattr(obj, "custom_labels", None), tokenizer_manager.metrics_collector.labels)
     if reason is not None:
@@ -35,11 +33,11 @@ def around_create_tokenized_object(
     original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND TokenizerManager._create_tokenized_object: and here once more, alone and tokenized."""
-    if obj.sampling_params.get("is_normalized"):
+    if isinstance(obj.sampling_params, Mapping) and obj.sampling_params.get("is_normalized"):
         raise NotAdmitted("is_normalized is set by the server; send the request without it")
     try:
         request = original(tokenizer_manager, obj, *args, **kwargs)
-    except (TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise NotAdmitted(_why_unreadable(obj.sampling_params) or f"sampling_params: {error}") from error
     reason = _misread(request) or request_limits.judge(request, _limits(tokenizer_manager))
     if reason is not None:
@@ -64,6 +62,20 @@ async def around_serve_generate_request(original: Callable[..., Any], obj: Any, 
         return ORJSONResponse({"error": refusal}, status_code=refusal["code"])
     response.body_iterator = _joined(first, chunks)
     return response
+
+
+def answer_not_admitted(request: Any, error: Exception) -> Any:
+    """The 400 for those of SGLang's routes that have none of their own for a ValueError (/api/generate, /api/chat)."""
+    from fastapi.responses import ORJSONResponse
+
+    return ORJSONResponse({"error": {"message": str(error)}}, status_code=400)
+
+
+def _is_batch(obj: Any) -> bool:
+    """As ``GenerateReqInput._determine_batch_size`` will say."""
+    return isinstance(obj.text, list) or (
+        isinstance(obj.input_ids, list) and any(isinstance(one, list) for one in obj.input_ids[:1])
+    )
 
 
 async def _joined(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:

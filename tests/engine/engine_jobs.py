@@ -161,10 +161,42 @@ def generate_through_a_kill(model, prompt, max_new_tokens, victim, **arguments):
         if killed is None and len(ids) >= 10:
             killed = coordinator.generation.ranks[victim].pid
             os.kill(killed, signal.SIGKILL)
+    refused = refused_calls(engine)
     found = status(coordinator)
     engine.shutdown()
     engine.shutdown()
-    return {"unbroken": unbroken, "ids": ids, "status": found, "killed": killed}
+    return {"unbroken": unbroken, "ids": ids, "status": found, "killed": killed, "refused": refused}
+
+
+def refused_calls(engine):
+    """The text of the ValueError of each call that would reach ranks, or what it returned. Twice: the first leaves
+    nothing that the second waits for."""
+    calls = {
+        "CheckWeights": lambda: engine.loop.run_until_complete(
+            engine.tokenizer_manager.check_weights(_check_weights())
+        ),
+        "GetWeightsByName": lambda: engine.get_weights_by_name("model.norm.weight"),
+        "Profile": engine.start_profile,
+        "ExpertDistribution": engine.start_expert_distribution_record,
+        "UpdateWeightFromDisk": lambda: engine.update_weights_from_disk("nowhere"),
+        "Rpc": lambda: engine.save_remote_model(url="nowhere"),
+        "OpenSession": lambda: engine.open_session(capacity_of_str_len=9),
+        "top_k": lambda: engine.generate("a", {"top_k": 2**31}),
+    }
+    return {name: [_told(call), _told(call)] for name, call in calls.items()}
+
+
+def _check_weights():
+    from sglang.srt.managers.io_struct import CheckWeightsReqInput
+
+    return CheckWeightsReqInput(action="reset_tensors")
+
+
+def _told(call):
+    try:
+        return repr(call())
+    except ValueError as error:
+        return f"refused: {error}"
 
 
 def generate_with_threads(model, prompt, max_new_tokens):

@@ -40,6 +40,8 @@ def test_a_stream_goes_on_through_the_death_of_a_rank(forge, checkpoint, places,
     done = job.wait()
     assert done.code == 0, done.output[-4000:]
     assert_recovered(done.value, tp_size=3)
+    for name, told in done.value["refused"].items():
+        assert all(text.startswith("refused: ") and name in text for text in told), (name, told)
     assert leftovers.wait_gone(job.pid, run_base) == {}
 
 
