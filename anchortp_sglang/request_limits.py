@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 FLOAT32_MAX = 3.4028234663852886e38
 INT32_MAX = 2**31 - 1
 MAX_PARALLEL_SAMPLES = 16384
@@ -95,7 +97,8 @@ def _number(name: str, value: float, low: float, high: float) -> str | None:
 def _prompt(input_ids: Any, limits: Limits) -> str | None:
     if not input_ids:
         return "text, prompt or input_ids is empty: a prompt must have at least one token"
-    for token in (min(input_ids), max(input_ids)):
+    tokens = np.asarray(input_ids, np.int64)  # a view of the array that SGLang makes, however long
+    for token in (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < limits.vocab_size:
             return f"input_ids has the token {token}; {_in_vocabulary(limits)}"
     return None

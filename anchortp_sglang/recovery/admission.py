@@ -39,10 +39,11 @@ def around_create_tokenized_object(
         request = original(tokenizer_manager, obj, *args, **kwargs)
     except (TypeError, AttributeError, OverflowError) as error:
         raise NotAdmitted(_why_unreadable(obj.sampling_params) or f"sampling_params: {error}") from error
-    reason = _misread(request) or request_limits.judge(request, _limits(tokenizer_manager))
+    limits = _limits(tokenizer_manager)
+    reason = _misread(request) or request_limits.judge(request, limits)
     if reason is not None:
         raise NotAdmitted(reason)
-    return request_limits.without_what_has_no_effect(request, _limits(tokenizer_manager))
+    return request_limits.without_what_has_no_effect(request, limits)
 
 
 async def around_serve_generate_request(original: Callable[..., Any], obj: Any, request: Any) -> Any:

@@ -83,7 +83,7 @@ DEADLY_ELSEWHERE = {
     "/v1/completions": (
         COMPLETION,
         [
-            ("prompt", {"prompt": ""}),
+            ("Prompt", {"prompt": ""}),
             ("prompt", {"prompt": ["a", ""]}),
             ("input_ids", {"prompt": [1, 999999]}),
             ("logprobs", {"logprobs": 100000}),

@@ -21,7 +21,7 @@ from anchortp_sglang.request_limits import (
 VOCAB, EOS = 64, 2
 LIMITS = Limits(VOCAB, frozenset({EOS}))
 TOKENS = st.integers(0, VOCAB - 1)
-STRANGERS = st.integers(max_value=-1) | st.integers(min_value=VOCAB)
+STRANGERS = st.integers(-(2**63), -1) | st.integers(VOCAB, 2**63 - 1)
 
 
 def sampling(**changed):
