@@ -82,6 +82,18 @@ def test_without_a_group_spares_meet_in_the_generations_own():
     assert out == "(2, 'joined now') (2, 'joined now')\n"
 
 
+def test_neither_store_nor_group_listens_but_on_loopback():
+    out = run("""
+        import psutil
+        os.environ["GLOO_SOCKET_IFNAME"] = "some-other"
+        zygote = fork_zygote()
+        spares, children = prepared(2)
+        for pid in (os.getpid(), children[0].pid, children[1].pid):
+            print({c.laddr.ip for c in psutil.Process(pid).net_connections("tcp") if c.status == "LISTEN"})
+    """)
+    assert out == "{'127.0.0.1'}\n" * 3
+
+
 def test_a_second_call_forks_nothing_unless_a_spare_has_died():
     out = run("""
         spares, children = prepared(2)
