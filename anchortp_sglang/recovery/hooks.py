@@ -8,6 +8,7 @@ from typing import Any
 
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.ledger import TokenCountMismatch
+from anchortp_sglang.recovery.restore import log_ways
 from anchortp_sglang.refusals import check_generate_request
 
 log = logging.getLogger(__name__)
@@ -38,12 +39,17 @@ def launch_scheduler_processes(
     mine = coordinator()
     mine.cluster.take_ports(port_args)
     mine.start_first()
-    infos: list[dict[str, Any]] = []
-    assert mine.generation is not None
+    generation, infos = mine.generation, list[dict[str, Any]]()
+    assert generation is not None
+
+    def wait_for_ready() -> None:
+        infos.extend(mine.wait_first(_FIRST_START_TIMEOUT_S))
+        log_ways(generation)
+
     return SchedulerInitResult(
         scheduler_infos=infos,
-        all_child_pids=[child.pid for child in mine.generation.ranks],
-        wait_for_ready=lambda: infos.extend(mine.wait_first(_FIRST_START_TIMEOUT_S)),
+        all_child_pids=[child.pid for child in generation.ranks],
+        wait_for_ready=wait_for_ready,
         block_until_scheduler_exits=lambda: None,
     ), None
 

@@ -1,19 +1,23 @@
 """A dead anchor on a healthy device: its memory is still held by the device's rank; a new anchor takes it back."""
 
 import contextlib
+import logging
 import os
 import signal
 
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.recovery.anchors import ANCHOR_TIMEOUT_S, Anchors
 from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.handover import ask, fetch
 from anchortp_sglang.recovery.processes import died_within, fetch_descriptor
+
+log = logging.getLogger(__name__)
 
 
 def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> list[str]:
     """Start the anchor of ``device`` anew and hand it its segments; their names.
 
-    The rank need not cooperate: its descriptors are fetched with pidfd_getfd. Raises OSError, AnchorError; the new
+    Where the kernel lets its descriptors be fetched, the rank need not cooperate. Raises OSError, AnchorError; the new
     anchor has been ended then. Until it has everything it is none of ``anchors``: an empty one must not pass for the
     old.
     """
@@ -37,7 +41,7 @@ def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[st
     restored = []
     for (owner, segment), (remote_fd, nbytes) in fds.items():
         if owner == device and segment in wanted:
-            _give_back(anchors, generation.number, device, segment, fetch_descriptor(child.pidfd, remote_fd), nbytes)
+            _give_back(anchors, generation.number, device, segment, fetch(child, remote_fd), nbytes)
             restored.append(segment)
     return restored
 
@@ -49,3 +53,25 @@ def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd:
         anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed)
     finally:
         os.close(fd)
+
+
+def log_ways(generation: Generation) -> None:
+    """Try how a rank's descriptors can be fetched here, and log it unless it is the kernel's way."""
+    child, (number, _) = generation.ranks[0], next(iter(generation.infos[0]["fds"].values()))
+    try:
+        os.close(fetch_descriptor(child.pidfd, number))
+    except OSError as refused:
+        try:
+            os.close(ask(child.pipe, number))
+        except OSError as error:
+            log.warning(
+                "anchortp: %s, and ranks do not hand descriptors over (%s): the death of an anchor alone loses its "
+                "device; see anchortp doctor",
+                refused.strerror,
+                error,
+            )
+        else:
+            log.info(
+                "anchortp: %s: when an anchor dies alone, its rank is asked for the memory; it must not hang then",
+                refused.strerror,
+            )
