@@ -6,6 +6,7 @@ keeps no descriptor: outside a move, memory is held by its anchor and its rank a
 """
 
 import errno
+import logging
 import os
 import select
 import socket
@@ -15,8 +16,11 @@ import time
 from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 
+from anchortp_sglang.recovery.generation import Generation
 from anchortp_sglang.recovery.processes import fetch_descriptor
 from anchortp_sglang.recovery.zygote import Child
+
+log = logging.getLogger(__name__)
 
 _NUMBER = struct.Struct("i")
 """A request is a descriptor's number in the rank; the answer is the same number, with the descriptor."""
@@ -83,3 +87,25 @@ def _readable(sock: socket.socket, timeout_s: float) -> bool:
     poller = select.poll()
     poller.register(sock, select.POLLIN)
     return bool(poller.poll(max(0.0, timeout_s) * 1000))
+
+
+def log_ways(generation: Generation) -> None:
+    """Try how a rank's descriptors can be fetched here, and log it unless it is the kernel's way."""
+    child, (number, _) = generation.ranks[0], next(iter(generation.infos[0]["fds"].values()))
+    try:
+        os.close(fetch_descriptor(child.pidfd, number))
+    except OSError as refused:
+        try:
+            os.close(ask(child.pipe, number))
+        except OSError as error:
+            log.warning(
+                "anchortp: %s, and ranks do not hand descriptors over (%s): the death of an anchor alone loses its "
+                "device; see anchortp doctor",
+                refused.strerror,
+                error,
+            )
+        else:
+            log.info(
+                "anchortp: %s: when an anchor dies alone, its rank is asked for the memory; it must not hang then",
+                refused.strerror,
+            )

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.handover import log_ways
 from anchortp_sglang.recovery.ledger import TokenCountMismatch
-from anchortp_sglang.recovery.restore import log_ways
 from anchortp_sglang.refusals import check_generate_request
 
 log = logging.getLogger(__name__)

@@ -1,17 +1,14 @@
 """A dead anchor on a healthy device: its memory is still held by the device's rank; a new anchor takes it back."""
 
 import contextlib
-import logging
 import os
 import signal
 
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.recovery.anchors import ANCHOR_TIMEOUT_S, Anchors
 from anchortp_sglang.recovery.generation import Generation
-from anchortp_sglang.recovery.handover import ask, fetch
-from anchortp_sglang.recovery.processes import died_within, fetch_descriptor
-
-log = logging.getLogger(__name__)
+from anchortp_sglang.recovery.handover import fetch
+from anchortp_sglang.recovery.processes import died_within
 
 
 def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> list[str]:
@@ -53,25 +50,3 @@ def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd:
         anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed)
     finally:
         os.close(fd)
-
-
-def log_ways(generation: Generation) -> None:
-    """Try how a rank's descriptors can be fetched here, and log it unless it is the kernel's way."""
-    child, (number, _) = generation.ranks[0], next(iter(generation.infos[0]["fds"].values()))
-    try:
-        os.close(fetch_descriptor(child.pidfd, number))
-    except OSError as refused:
-        try:
-            os.close(ask(child.pipe, number))
-        except OSError as error:
-            log.warning(
-                "anchortp: %s, and ranks do not hand descriptors over (%s): the death of an anchor alone loses its "
-                "device; see anchortp doctor",
-                refused.strerror,
-                error,
-            )
-        else:
-            log.info(
-                "anchortp: %s: when an anchor dies alone, its rank is asked for the memory; it must not hang then",
-                refused.strerror,
-            )

@@ -108,3 +108,20 @@ def test_two_threads_may_ask_one_rank():
         print(set(answers[one]), set(answers[two]))
     """)
     assert lines == ["{'one'} {'two'}"]
+
+
+def test_a_start_says_which_way_is_left():
+    lines = run("""
+        import logging
+        from types import SimpleNamespace
+        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, stream=os.fdopen(1, "w"))
+        generation = SimpleNamespace(ranks=[child], infos=[{"fds": {(0, "weights"): (one, 3)}}])
+        handover.log_ways(generation)
+        forbid()
+        handover.log_ways(generation)
+        stop()
+        handover.log_ways(generation)
+    """)
+    second, none = [line for line in lines if "anchortp: " in line]
+    assert second.startswith("INFO") and "its rank is asked" in second
+    assert none.startswith("WARNING") and "the death of an anchor alone loses its device" in none
