@@ -145,5 +145,5 @@ def _shared_maps(pid: int) -> Iterator[tuple[str, str]]:
             path = fields[5]
             if path.startswith("/memfd:"):
                 yield "memfd", path.removeprefix("/memfd:").removesuffix(" (deleted)")
-            else:
+            elif path.startswith("/"):  # else it is shared with the kernel alone
                 yield "file", path
