@@ -1,18 +1,17 @@
 """A rank's descriptors of its memory, fetched by main when their anchor has died: by the kernel, or from the rank.
 
 The kernel's way (pidfd_getfd) needs nothing of the rank, but Docker's default seccomp profile and yama forbid it. Then
-a thread of the rank answers on the pipe that it was forked with, a socket pair that no other process can reach. Main
-keeps no descriptor: outside a move, memory is held by its anchor and its rank alone.
+a thread of the rank answers what comes on the pipe that it was forked with, a socket pair that no other process can
+reach. Main keeps no descriptor: outside a move, memory is held by its anchor and its rank alone.
 """
 
+import contextlib
 import errno
 import logging
 import os
-import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 
@@ -23,17 +22,16 @@ from anchortp_sglang.recovery.zygote import Child
 log = logging.getLogger(__name__)
 
 _NUMBER = struct.Struct("i")
-"""A request is a descriptor's number in the rank; the answer is the same number, with the descriptor."""
+"""A request: a descriptor's number in the rank. With it comes a socket for the answer, which is the descriptor, or the
+socket's end; so an answer that comes too late meets nobody, and what ranks say on the pipe is left alone."""
 
-_READ_BYTES = 64 * _NUMBER.size
+_READ_BYTES = 4096
 _ANSWER_TIMEOUT_S = 2.0
 _FORBIDDEN = {errno.EPERM, errno.EACCES, errno.ENOSYS}
 
-_asking = threading.Lock()
-
 
 def answer_on(pipe: Connection, descriptors: Callable[[], Collection[int]]) -> None:
-    """In a rank that has nothing more to say on its pipe: hand out those of ``descriptors()``, and no others.
+    """In a rank to which main has nothing more to say: hand out those of ``descriptors()``, and no others.
 
     A blocked thread, whatever the rank's own is at, unless the process is stopped or keeps Python's lock.
     """
@@ -42,12 +40,16 @@ def answer_on(pipe: Connection, descriptors: Callable[[], Collection[int]]) -> N
 
 
 def _answer(sock: socket.socket, descriptors: Callable[[], Collection[int]]) -> None:
-    """What main never says is dropped, unanswered."""
-    while requests := sock.recv(_READ_BYTES):
-        whole = len(requests) % _NUMBER.size == 0
-        for (number,) in _NUMBER.iter_unpack(requests) if whole else ():
-            if number in descriptors():
-                socket.send_fds(sock, [_NUMBER.pack(number)], [number])
+    while True:
+        received, fds, _, _ = socket.recv_fds(sock, _READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        if not received:
+            return  # main is gone
+        request = received[-_NUMBER.size :]  # a read ends with what a descriptor came with
+        for fd in fds:
+            with contextlib.suppress(OSError, struct.error), socket.socket(fileno=fd) as answer:
+                (number,) = _NUMBER.unpack(request)
+                if number in descriptors():
+                    socket.send_fds(answer, [request], [number])
 
 
 def fetch(child: Child, number: int, timeout_s: float = _ANSWER_TIMEOUT_S) -> int:
@@ -68,25 +70,15 @@ def fetch(child: Child, number: int, timeout_s: float = _ANSWER_TIMEOUT_S) -> in
 
 def ask(pipe: Connection, number: int, timeout_s: float = _ANSWER_TIMEOUT_S) -> int:
     """A duplicate of descriptor ``number`` of the rank at the other end. Raises OSError."""
-    # The threads of two dead anchors may ask the same rank: 0 has the host anchor's memory as well.
-    with _asking, socket.socket(fileno=os.dup(pipe.fileno())) as sock:
-        sock.send(_NUMBER.pack(number), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        deadline = time.monotonic() + timeout_s
-        while _readable(sock, deadline - time.monotonic()):
-            answer, fds, _, _ = socket.recv_fds(sock, _NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
-            if fds and answer == _NUMBER.pack(number):
-                return fds[0]
-            for late in fds:  # of a question that was given up
-                os.close(late)
-            if not answer:
-                raise OSError(errno.EPIPE, "it is dead")
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {timeout_s:g} s")
-
-
-def _readable(sock: socket.socket, timeout_s: float) -> bool:
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(max(0.0, timeout_s) * 1000))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs, socket.socket(fileno=os.dup(pipe.fileno())) as sock:
+            socket.send_fds(sock, [_NUMBER.pack(number)], [theirs.fileno()])
+        ours.settimeout(timeout_s)
+        _, fds, _, _ = socket.recv_fds(ours, _NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise OSError(errno.EBADF, f"it is dead, or {number} is no descriptor of its memory")
+    return fds[0]
 
 
 def log_ways(generation: Generation) -> None:
