@@ -4,6 +4,7 @@ Everything here blocks, with timeouts; the coordinator calls it from a worker th
 """
 
 import logging
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ class Cluster:
             plan = self.plan
             self._capacities[ownership] = kv_capacity(plan.model, plan.kv_of(ownership), ownership, plan.rotate_heads)
         return self._capacities[ownership]
+
+    def take_ports(self, port_args: Any) -> None:
+        """SGLang's sockets (PortArgs.init_new), moved out of the temporary folder to where nobody else can reach them.
+
+        They take pickles (io_struct.sock_recv): whoever connects to one runs code in this server.
+        """
+        for stale in self.plan.run_dir.glob("zmq-*"):  # of a server that died
+            stale.unlink()
+        for name in [field for field in vars(port_args) if field.endswith("_ipc_name") and getattr(port_args, field)]:
+            Path(getattr(port_args, name).removeprefix("ipc://")).unlink(missing_ok=True)
+            setattr(port_args, name, f"ipc://{self.plan.run_dir}/zmq-{secrets.token_hex(4)}")
+        self.port_args = port_args
 
     # ---- detokenizer
 
@@ -138,10 +151,6 @@ class Cluster:
             self._reserve.kill()
         self._remove_load_file()
         self.anchors.shut_down(number)
-        # PortArgs.init_new makes files for its sockets; who bound them has been killed, SGLang leaves them behind.
-        names = [name for name in dir(self.port_args) if name.endswith("_ipc_name")]
-        for endpoint in filter(None, (getattr(self.port_args, name) for name in names)):
-            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def _remove_load_file(self) -> None:
         """ShmLoadSnapshotWriter (managers/load_snapshot.py) makes it in /dev/shm, and nobody removes it."""

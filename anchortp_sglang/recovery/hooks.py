@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.handover import log_ways
 from anchortp_sglang.recovery.ledger import TokenCountMismatch
 from anchortp_sglang.refusals import check_message
 
@@ -36,14 +37,19 @@ def launch_scheduler_processes(
     from sglang.srt.entrypoints.engine import SchedulerInitResult
 
     mine = coordinator()
-    mine.cluster.port_args = port_args
+    mine.cluster.take_ports(port_args)
     mine.start_first()
-    infos: list[dict[str, Any]] = []
-    assert mine.generation is not None
+    generation, infos = mine.generation, list[dict[str, Any]]()
+    assert generation is not None
+
+    def wait_for_ready() -> None:
+        infos.extend(mine.wait_first(_FIRST_START_TIMEOUT_S))
+        log_ways(generation)
+
     return SchedulerInitResult(
         scheduler_infos=infos,
-        all_child_pids=[child.pid for child in mine.generation.ranks],
-        wait_for_ready=lambda: infos.extend(mine.wait_first(_FIRST_START_TIMEOUT_S)),
+        all_child_pids=[child.pid for child in generation.ranks],
+        wait_for_ready=wait_for_ready,
         block_until_scheduler_exits=lambda: None,
     ), None
 

@@ -15,7 +15,7 @@ from anchortp_sglang.elastic import prefixes, weights
 from anchortp_sglang.elastic.attachment import HOST_DEVICE, Assignment, attach, current, lanes_segment
 from anchortp_sglang.elastic.kv_restore import RestorationFailed
 from anchortp_sglang.memory.cuda_driver import device_by_uuid
-from anchortp_sglang.recovery import heartbeat
+from anchortp_sglang.recovery import handover, heartbeat
 from anchortp_sglang.recovery.crash import describe
 from anchortp_sglang.recovery.spares import rendezvous
 from anchortp_sglang.recovery.stamps import Stamps
@@ -48,6 +48,7 @@ def run(spec: RankSpec, pipe: Connection) -> None:
         pipe.send((kind, f"{type(error).__name__}: {error}"))
         return
     pipe.send(("ready", info | {"stamps": stamps.taken}))
+    handover.answer_on(pipe, lambda: [fd for fd, _ in info["fds"].values()])
     try:
         scheduler.run_event_loop()
     except BaseException as error:

@@ -7,13 +7,14 @@ import signal
 from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.recovery.anchors import ANCHOR_TIMEOUT_S, Anchors
 from anchortp_sglang.recovery.generation import Generation
-from anchortp_sglang.recovery.processes import died_within, fetch_descriptor
+from anchortp_sglang.recovery.handover import fetch
+from anchortp_sglang.recovery.processes import died_within
 
 
 def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> list[str]:
     """Start the anchor of ``device`` anew and hand it its segments; their names.
 
-    The rank need not cooperate: its descriptors are fetched with pidfd_getfd. Raises OSError, AnchorError; the new
+    Where the kernel lets its descriptors be fetched, the rank need not cooperate. Raises OSError, AnchorError; the new
     anchor has been ended then. Until it has everything it is none of ``anchors``: an empty one must not pass for the
     old.
     """
@@ -37,7 +38,7 @@ def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[st
     restored = []
     for (owner, segment), (remote_fd, nbytes) in fds.items():
         if owner == device and segment in wanted:
-            _give_back(anchors, generation.number, device, segment, fetch_descriptor(child.pidfd, remote_fd), nbytes)
+            _give_back(anchors, generation.number, device, segment, fetch(child, remote_fd), nbytes)
             restored.append(segment)
     return restored
 

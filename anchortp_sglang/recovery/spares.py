@@ -6,6 +6,7 @@ their group and join the others in a new one.
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,8 +29,14 @@ _joined_port: int | None = None
 
 
 def make_store() -> dist.TCPStore:
-    """A generation's rendezvous, served by main, so that no rank has to listen first."""
-    return dist.TCPStore(_STORE_HOST, 0, is_master=True, wait_for_workers=False)
+    """A generation's rendezvous, served by main, so that no rank has to listen first.
+
+    On loopback only: a store that makes its own socket listens on all interfaces, and none asks who a client is.
+    """
+    with socket.create_server((_STORE_HOST, 0), backlog=socket.SOMAXCONN) as listener:
+        port = listener.getsockname()[1]
+        fd = listener.detach()  # the store closes it
+    return dist.TCPStore(_STORE_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
 def _join(spec: SpareSpec) -> None:
     """The group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
     global _joined_port
+    _stay_on_loopback()
     timeout: dict[str, Any] = {} if spec.timeout_s is None else {"timeout": timedelta(seconds=spec.timeout_s)}
     store = dist.TCPStore(_STORE_HOST, spec.store_port, is_master=False, wait_for_workers=False, **timeout)
     dist.init_process_group("gloo", store=store, rank=spec.rank, world_size=spec.world_size, **timeout)
@@ -119,6 +127,13 @@ def rendezvous(store_port: int) -> None:
     """
     if dist.is_initialized() and _joined_port != store_port:
         dist.destroy_process_group()
+    _stay_on_loopback()
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _STORE_HOST, str(store_port)
     os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{_STORE_HOST}:{store_port}"
+
+
+def _stay_on_loopback() -> None:
+    """Gloo and NCCL listen in every rank, by default where the host's name leads to. All ranks are on this host."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["NCCL_SOCKET_IFNAME"] = "=lo"

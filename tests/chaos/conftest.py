@@ -12,6 +12,7 @@ from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
 
 ARGUMENTS = ("--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--anchor-allow-injection")
 HANG_TIMEOUT_S = 4
+LAUNCHER = "anchortp_sglang.launch_server"
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +25,10 @@ def launch(checkpoint, tmp_path_factory):
     """launch(tp_size, *more_arguments): a context with a started Server; ``server.place`` is its Place."""
 
     @contextlib.contextmanager
-    def launch(tp_size, *arguments, model=checkpoint, env=None):
+    def launch(tp_size, *arguments, model=checkpoint, env=None, module=LAUNCHER):
         place = Place(tmp_path_factory.mktemp("server") / "log")
-        server = Server(model, tp_size, *ARGUMENTS, *arguments, log=place.log, env=place.env | (env or {}))
+        env = place.env | (env or {})
+        server = Server(model, tp_size, *ARGUMENTS, *arguments, log=place.log, module=module, env=env)
         server.place = place
         try:
             with server:

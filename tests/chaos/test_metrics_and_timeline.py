@@ -1,4 +1,4 @@
-"""What a recovery leaves on /metrics and on the page, on a real server."""
+"""What a server has open, and what a recovery leaves on /metrics and on the page."""
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ import browser
 import pytest
 from faults import kill_rank, lose_device, recovered
 from histories import prompt, request, until
+from openings import disagreements, documented, openings
 
 from anchortp_sglang.bench.streams import Streams
 
@@ -48,6 +49,16 @@ def test_every_new_rank_reports_its_stages_in_order(observed):
         at = {stage["name"]: stage["at_s"] for stage in rank["stages"]}
         assert at.keys() == RANK_STAGES | {"kv_kept", "prefixes_rebuilt"}
         assert planned <= at["attached"] <= at["groups_ready"] <= at["weights_bound"] <= at["bound"] <= record["tfs_s"]
+
+
+def test_what_it_has_open_is_what_the_docs_list_and_as_private(observed):
+    """After a recovery, with the next one's ranks forked ahead."""
+    rows = documented(ROOT / "docs/operations.md")
+    assert len(rows) > 5
+    until(
+        lambda: not disagreements(rows, openings(observed)),
+        lambda: "\n".join(disagreements(rows, openings(observed))),
+    )
 
 
 def test_the_metrics_tell_of_it_once_and_by_the_conventions(observed):

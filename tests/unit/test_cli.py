@@ -7,6 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import interpreter
 import pytest
 from timeline_cases import LOSS
 from typer.testing import CliRunner
@@ -258,6 +259,24 @@ def test_doctor_passes_here_and_fails_on_a_broken_check(monkeypatch):
     done = run("doctor")
     assert done.exit_code == 1
     assert "Function not implemented" in done.output
+
+
+def test_doctor_says_what_it_means_that_descriptors_cannot_be_taken():
+    out = interpreter.run(
+        """
+        from anchortp_sglang import doctor
+        from no_pidfd_getfd import forbid
+        """,
+        """
+        forbid()
+        print(doctor.check_pidfd())
+        doctor.check_handle_passing = lambda: doctor.Check("handle passing", "FAIL", "")
+        print(doctor.check_pidfd())
+        """,
+    )
+    second_way, none = out.splitlines()
+    assert "level='WARN'" in second_way and "is handed over by its rank instead" in second_way
+    assert "level='FAIL'" in none and "pidfd_getfd: Operation not permitted" in none
 
 
 def test_doctor_tries_the_run_directory_and_leaves_nothing_in_it(tmp_path):

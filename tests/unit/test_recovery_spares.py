@@ -82,6 +82,42 @@ def test_without_a_group_spares_meet_in_the_generations_own():
     assert out == "(2, 'joined now') (2, 'joined now')\n"
 
 
+def test_neither_store_nor_group_listens_but_on_loopback():
+    out = run("""
+        import psutil
+        os.environ["GLOO_SOCKET_IFNAME"] = "some-other"
+        zygote = fork_zygote()
+        spares, children = prepared(2)
+        for pid in (os.getpid(), children[0].pid, children[1].pid):
+            print({c.laddr.ip for c in psutil.Process(pid).net_connections("tcp") if c.status == "LISTEN"})
+    """)
+    assert out == "{'127.0.0.1'}\n" * 3
+
+
+def test_garbage_on_the_sockets_of_store_and_group_disturbs_nobody():
+    out = run("""
+        import psutil, socket
+        spares, children = prepared(2)
+        listeners = [
+            connection.laddr
+            for pid in (os.getpid(), children[0].pid, children[1].pid)
+            for connection in psutil.Process(pid).net_connections("tcp") if connection.status == "LISTEN"
+        ]
+        assert len(listeners) == 3
+        for garbage in (b"", b"x", b"GET / HTTP/1.1\\r\\n\\r\\n", bytes(64), b"\\xff" * 64, os.urandom(99_999)):
+            for address in listeners:
+                with socket.create_connection(address) as sock:
+                    try:
+                        sock.sendall(garbage)
+                    except OSError:
+                        pass  # hung up on
+        silent = [socket.create_connection(address) for address in listeners]
+        ranks, store = spares.take(2)
+        print(*sums(ranks, store))
+    """)
+    assert out == "(2, 'joined before') (2, 'joined before')\n"
+
+
 def test_a_second_call_forks_nothing_unless_a_spare_has_died():
     out = run("""
         spares, children = prepared(2)
