@@ -133,6 +133,11 @@ class PageTable:
         return int(np.count_nonzero(self._hash)) - 1  # the root has one too
 
     @property
+    def parents(self) -> Ids:
+        """int64[slots], the live array: the slot of the token before, or a root; do not write."""
+        return self._parent
+
+    @property
     def last_use(self) -> Ids:
         """int64[slots], the live array: the step at which a slot was committed; do not write."""
         return self._last_use
@@ -180,6 +185,17 @@ class PageTable:
         """Forget slots (int64[n]) just freed, before anybody can have them anew; padding is ignored."""
         ids = self._checked(slots)
         _apply([(self._hash, ids[ids != ROOT], UNKNOWN)])
+
+    def move_below(self, slots: ArrayLike, parents: ArrayLike) -> None:
+        """Hang entries on other slots (int64[n] each) that hold the same chain as their parents do.
+
+        A kill between two of them is harmless, as a slot has one intact parent or the other. An entry stays where it is
+        if its hash does not follow from the new parent.
+        """
+        ids, above = self._checked(slots), self._checked(parents)
+        follows = child_hashes(self._hash[above], self._token[ids]) == self._hash[ids]
+        follows &= self._hash[above] != UNKNOWN
+        _apply([(self._parent, ids[follows], above[follows])])
 
     def commit_run(self, slots: ArrayLike, tokens: ArrayLike, parent_slot: int) -> bool:
         """Record an extend of one request: the KV of ``tokens`` is completely in ``slots``; int64[n] each.
@@ -241,10 +257,6 @@ class PageTable:
         """``commit_tokens`` of one request."""
         self.commit_tokens([(slot, token, parent)])
 
-    def verified(self) -> Mask:
-        """bool[slots]: the slots whose whole chain, up to the root, is intact. Slot 0 never is."""
-        return self.entries().verified()
-
     def chains(self) -> list[Chain]:
         """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
 
@@ -255,7 +267,7 @@ class PageTable:
 
     def kept_slots(self) -> Ids:
         """int64[n], ascending: the slots of all intact chains."""
-        return np.flatnonzero(self.verified())
+        return np.flatnonzero(self.entries().verified())
 
     def _create_stores(self) -> list[Store]:
         # The magic goes first and comes back last: a table torn by a kill here is refused by attach.

@@ -76,7 +76,8 @@ class Recovery:
         rebuilt = [info["rebuilt"] for info in infos if "kept" in info["rebuilt"]]
         if rebuilt:  # all ranks keep the same slots
             self.kv["slots_kept"] = rebuilt[0]["kept"]
-            self.kv["slots_dropped"] = rebuilt[0]["verified"] - rebuilt[0]["kept"]
+            self.kv["slots_dropped"] = sum(rebuilt[0]["dropped"].values())
+            self.kv["dropped"] = {reason: n for reason, n in rebuilt[0]["dropped"].items() if n}
             self.kv["slots_restored"] = max(each["restored"] for each in rebuilt)
         self.stage("ready")
 

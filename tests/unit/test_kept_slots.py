@@ -30,7 +30,7 @@ def test_all_is_kept_under_its_number_where_there_is_room():
     table = table_of(12, ([2, 5, 3], [7, 8, 9], 0), ([9], [1], 5))
     result = kept(table, 12)
     assert renumbered(result) == {2: 2, 3: 3, 5: 5, 9: 9}
-    assert result.verified == 4
+    assert set(result.dropped.values()) == {0}
     assert [(c.slots.tolist(), c.tokens.tolist(), c.shared) for c in result.chains()] == [
         ([2, 5, 3], [7, 8, 9], 0),
         ([2, 5, 9], [7, 8, 1], 2),
@@ -43,7 +43,7 @@ def test_what_hangs_on_a_slot_whose_kv_is_lost_is_lost_too():
     usable[5] = False
     result = kept(table, 12, usable=usable)
     assert result.slots.tolist() == [2, 6, 7]
-    assert result.verified == 5
+    assert result.dropped["lost_with_device"] == 2
 
 
 def test_a_table_filled_with_what_is_kept_rebuilds_the_same_forest():
