@@ -41,7 +41,7 @@ from anchortp_sglang.memory.namespaces import (
     first_parent,
     namespaces_used,
 )
-from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask
+from anchortp_sglang.memory.prefix_forest import ROOT, Chain
 
 __all__ = ["Chain", "PageTable", "PageTableMismatch"]
 
@@ -112,11 +112,6 @@ class PageTable:
     def slots(self) -> int:
         """How many slots there are, the padding slot included."""
         return self._slots
-
-    @property
-    def seed(self) -> int:
-        """The root's hash, which stands for the namespace."""
-        return self._seed
 
     @property
     def step(self) -> int:
@@ -252,10 +247,6 @@ class PageTable:
                 found.append((slot, token, parent, child_hash(above, token)))
         if found:
             _enter(self._plain, header[_STEP] + 1, found)
-
-    def commit_token(self, slot: int, token: int, parent: int) -> None:
-        """``commit_tokens`` of one request."""
-        self.commit_tokens([(slot, token, parent)])
 
     def chains(self) -> list[Chain]:
         """All intact chains, one for each leaf, oldest first; the same list for the same arrays.

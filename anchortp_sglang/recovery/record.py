@@ -48,7 +48,7 @@ class Recovery:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     bytes_moved: dict[str, int] = field(default_factory=dict)
-    kv: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_KV_FIELDS, 0))
+    kv: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_KV_FIELDS, 0) | {"dropped": {}})
     requests_replayed: int = 0
     tokens: Callable[[], tuple[int, int] | None] = lambda: None
     """(reused, recomputed) so far; asked until the generation is replaced."""

@@ -22,7 +22,7 @@ from anchortp_sglang.memory.kept_slots import Kept, keep
 from anchortp_sglang.memory.page_table import PageTable
 
 MODEL = b"model"
-ROWS_OF_REQUESTS = 12
+MOST_RUNNING = 8
 LONGEST = 96
 
 Content = tuple[Any, ...]
@@ -82,7 +82,7 @@ class Server:
             if page_size == 1
             else PagedTokenToKVPoolAllocator(slots, page_size, *rest)
         )
-        self.requests_rows = ReqToTokenPool(ROWS_OF_REQUESTS, LONGEST, "cpu", False)
+        self.requests_rows = ReqToTokenPool(MOST_RUNNING + 1, LONGEST, "cpu", False)
         self.tree: Any = UnifiedRadixCache(
             CacheInitParams(
                 disable=False,
@@ -134,7 +134,7 @@ class Server:
             self.chunked.init_next_round_input()
             left = self._extend(self.chunked, budget)
             batch, budget = ([self.chunked], left) if left is not None else ([], 0)
-        while waiting and budget and len(batch) < 4:
+        while waiting and budget and len(batch) < 4 and len(batch) + len(self.running) < MOST_RUNNING:
             req = waiting[0]
             req.init_next_round_input(self.tree)
             req.lock = self.tree.lock(req.last_node)

@@ -157,7 +157,7 @@ class KVLife(RuleBasedStateMachine):
                 continue
             token = rng.randrange(3)
             self.write_kv(slot, (*self.content[last], token))
-            self.at.table.commit_token(slot, token, last)
+            self.at.table.commit_tokens([(slot, token, last)])
             sequence.append(slot)
 
     @rule(seed=seeds)
@@ -232,7 +232,7 @@ class KVLife(RuleBasedStateMachine):
             self.sequences.remove(sequence)
         elif again:
             self.write_kv(slot, content)
-            self.at.table.commit_token(slot, content[-1], sequence[-1])
+            self.at.table.commit_tokens([(slot, content[-1], sequence[-1])])
             sequence.append(slot)
         writer.sign(batch)
 

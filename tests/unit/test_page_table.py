@@ -110,7 +110,7 @@ def test_a_step_committed_token_by_token_is_the_same() -> None:
         table.commit_run([4, 6], [4, 5], 0)
     in_arrays.commit_step(*step)
     for slot, token, parent in zip(*step, strict=True):
-        in_integers.commit_token(slot, token, parent)
+        in_integers.commit_tokens([(slot, token, parent)])
     assert described(in_integers) == described(in_arrays)
     assert in_integers._hash.tolist() == in_arrays._hash.tolist()
 
@@ -124,7 +124,7 @@ def test_ids_out_of_range_are_refused_and_nothing_is_written(slot: int, parent: 
     with pytest.raises(ValueError, match="not all within"):
         table.commit_step([slot], [1], [parent])
     with pytest.raises(ValueError, match="not both within"):
-        table.commit_token(slot, 1, parent)
+        table.commit_tokens([(slot, 1, parent)])
     assert bytes(buffer) == before
 
 
@@ -187,7 +187,7 @@ def test_a_kill_while_a_token_is_replaced_leaves_the_old_or_the_new_or_nothing(
     table, buffer = new_table()
     table.commit_run([1, 2, 3], [1, 2, 3], 0)
     stop_after(monkeypatch, n_stores)
-    table.commit_token(3, 9, 1)
+    table.commit_tokens([(3, 9, 1)])
     old, new, nothing = [([1, 2, 3], [1, 2, 3], 0)], [([1, 2], [1, 2], 0), ([1, 3], [1, 9], 1)], [([1, 2], [1, 2], 0)]
     assert described(attached(buffer)) == (old if n_stores < 2 else nothing if n_stores < 6 else new)
 
@@ -245,5 +245,5 @@ def test_a_kill_while_entries_are_committed_again_loses_nothing(n_stores: int, m
     stop_after(monkeypatch, n_stores)
     table.commit_run([2, 3], [2, 3], 1)
     table.commit_step([2], [2], [1])
-    table.commit_token(2, 2, 1)
+    table.commit_tokens([(2, 2, 1)])
     assert described(attached(buffer)) == [([1, 2, 3, 4], [1, 2, 3, 4], 0)]

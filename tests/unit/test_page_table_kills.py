@@ -171,7 +171,7 @@ class ServerLife(RuleBasedStateMachine):
         if not one_by_one:
             return self.table.commit_step(np.array(slots), np.array(tokens), np.array(parents))
         for slot, token, parent in zip(slots, tokens, parents, strict=True):
-            self.table.commit_token(slot, token, parent)
+            self.table.commit_tokens([(slot, token, parent)])
 
     def write_kv(self, rng: random.Random, slots: list[int], contents: list[Content]) -> None:
         """The KV is written in any order; whoever looks in between must not take any of it for whole."""
