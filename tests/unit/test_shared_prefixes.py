@@ -19,7 +19,8 @@ from anchortp_sglang.elastic import prefixes
 from anchortp_sglang.memory.page_table import PageTable
 
 SLOTS = 96
-KEYS = [(None, None), (None, None), (None, None), ("tenant", None), ("tenant", "salt")]
+PLAIN = (None, None)
+KEYS = [PLAIN, PLAIN, PLAIN, ("tenant", None), ("tenant", "salt")]
 
 seeds = st.integers(0, 1 << 32)
 kills = st.none() | st.integers(0, 60)
@@ -29,6 +30,34 @@ kills = st.none() | st.integers(0, 60)
 def _hooked():
     with hooked_memory():
         yield
+
+
+@pytest.mark.parametrize(("page_size", "core"), [(1, "rust"), (4, "python")])
+def test_a_request_that_is_moved_to_the_slots_of_another_is_kept_whole_at_every_store(page_size, core):
+    """The second is computed beside the first, but only a chunk of it, which the tree takes at the next step."""
+    common, whole, kill = [1] * 8, False, -1
+    while not whole:
+        kill += 1
+        server = Server(SLOTS, page_size, core)
+        buffer = bytearray(PageTable.nbytes(server.rows))
+        server.start_empty(buffer)
+        first = new_request("first", [*common, 2, 2, 2, 2, 2], PLAIN, 9)
+        second = new_request("second", [*common, *[0] * 20], PLAIN, 9)
+        assert server.prefill([first, second], 13 + 16) == []
+        assert server.chunked is second and len(server.promised) == (13 + 8 if page_size == 1 else 3 + 2)
+        try:
+            with killed_after(kill):
+                server.prefill([], 40)
+            server.check()
+            whole = True
+        except Killed:
+            promised = server.promised
+            successor = Server(SLOTS, page_size, core)
+            kept = successor.take_over(buffer, server.written)
+            assert promised <= {server.written[slot] for slot in kept.slots.tolist()}
+            prefixes.start_writing()
+            successor.check()
+    assert kill > len(common), "the first of these stores forget its own slots"
 
 
 class SharedPrefixes(RuleBasedStateMachine):
