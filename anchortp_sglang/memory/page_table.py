@@ -2,12 +2,13 @@
 
 Four arrays over the slots (chain hash, token, parent slot, step of last use) behind a small header. Rank 0
 alone writes; the next generation reads, once all old ranks are dead. There is no journal: an entry counts if
-its hash follows from its own token and its parent's hash, up to the root, and is dropped otherwise. Two rules
+its hash follows from its own token and its parent's hash, up to the root, and is dropped otherwise. Three rules
 make that safe:
 
 - a slot is invalidated when it is freed, hence before any rank can write other KV to it;
 - a slot is committed once its KV is written completely, while its request still owns it; within a commit the
-  hash is stored last, and any older hash is cleared first.
+  hash is stored last, and any older hash is cleared first;
+- where two slots hold equal chains and one is freed, what follows it is moved below the other one first.
 
 Slot 0 is SGLang's padding slot: it never holds an entry; as a parent it means "first token of a sequence". Sequences
 with an extra key or cache salt have roots of their own (``namespaces.py``), as negative parents.
