@@ -52,6 +52,13 @@ class Entries:
             roots[place] = namespace_seed(self.seed, key)
         return verified_slots(self.hashes, self.tokens, self.parents, self.seed, roots)
 
+    def intact_chains(self) -> list[Chain]:
+        """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
+
+        Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
+        """
+        return self.chains(self.verified())
+
     def chains(self, mask: Mask) -> list[Chain]:
         """The chains that the slots of ``mask`` (verified, closed under ancestors) form, least recently used first."""
         return chains_of(mask, self.tokens, self.above, self.last_use)
@@ -124,21 +131,25 @@ def _without_copies(mask: Mask, old: Entries, page_size: int) -> tuple[Mask, Ent
     """
     pages = np.flatnonzero(mask[page_size - 1 :: page_size])
     ends = old.hashes[page_size - 1 :: page_size][pages]
-    _, first, which = np.unique(ends, return_index=True, return_inverse=True)
-    if len(first) == len(ends):
+    in_order = np.sort(ends)
+    if not (in_order[1:] == in_order[:-1]).any():
         return mask, old
+    pages = pages[np.argsort(ends, kind="stable")]
+    is_first = np.append(True, in_order[1:] != in_order[:-1])
     first_page = np.arange(len(mask) // page_size)
-    first_page[pages] = pages[first[which]]
+    first_page[pages] = pages[is_first][np.cumsum(is_first) - 1]
     slots = np.arange(len(mask))
     first_slot = first_page[slots // page_size] * page_size + slots % page_size
     below = np.flatnonzero(mask & (old.parents > ROOT))
     parents = old.parents.copy()
     parents[below] = first_slot[parents[below]]
+    merged = replace(old, parents=parents)
+    alone = mask & (first_slot == slots)
     # Equal hashes say that chains are equal; equal tokens after equal parents prove it, from the roots down.
     proven = (old.tokens == old.tokens[first_slot]) & (parents == parents[first_slot])
-    merged = replace(old, parents=parents)
-    alone = closed(mask & proven, old.above) & (first_slot == slots)
-    return closed(alone, merged.above), merged
+    if proven[mask].all():
+        return alone, merged
+    return closed(alone & closed(mask & proven, old.above), merged.above), merged
 
 
 def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:

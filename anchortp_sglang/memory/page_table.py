@@ -249,14 +249,6 @@ class PageTable:
         if found:
             _enter(self._plain, header[_STEP] + 1, found)
 
-    def chains(self) -> list[Chain]:
-        """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
-
-        Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
-        """
-        entries = self.entries()
-        return entries.chains(entries.verified())
-
     def kept_slots(self) -> Ids:
         """int64[n], ascending: the slots of all intact chains."""
         return np.flatnonzero(self.entries().verified())

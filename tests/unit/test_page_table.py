@@ -29,13 +29,13 @@ def attached(buffer: bytearray, slots: int = SLOTS) -> PageTable:
 
 
 def described(table: PageTable) -> list[tuple[list[int], list[int], int]]:
-    return [(chain.slots.tolist(), chain.tokens.tolist(), chain.shared) for chain in table.chains()]
+    return [(chain.slots.tolist(), chain.tokens.tolist(), chain.shared) for chain in table.entries().intact_chains()]
 
 
 def test_an_empty_table_has_no_chains() -> None:
     table, _ = new_table()
     assert not table.kept_slots().size
-    assert table.chains() == []
+    assert table.entries().intact_chains() == []
 
 
 def test_chains_come_oldest_first_and_name_what_they_share() -> None:
@@ -49,7 +49,7 @@ def test_chains_come_oldest_first_and_name_what_they_share() -> None:
         ([10, 11, 12, 13, 14], [1, 2, 3, 4, 5], 0),
         ([10, 11, 20, 21, 22], [1, 2, 7, 8, 9], 2),
     ]
-    stamps = [chain.last_use for chain in table.chains()]
+    stamps = [chain.last_use for chain in table.entries().intact_chains()]
     assert stamps == sorted(stamps)
     assert attached(buffer).kept_slots().tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 30]
 
@@ -176,7 +176,7 @@ def test_a_decode_step_costs_microseconds() -> None:
         table.commit_run([parent], [parent], 0)
     fresh = iter(np.arange(33, 33 + 32 * 100).reshape(100, 32))
     rounds = timeit.repeat(lambda: table.commit_step(next(fresh), parents, parents), number=10, repeat=10)
-    assert len(table.chains()) == 32 * 100
+    assert len(table.entries().intact_chains()) == 32 * 100
     assert min(rounds) / 10 < 200e-6
 
 
