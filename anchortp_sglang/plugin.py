@@ -113,6 +113,12 @@ HOOKS: tuple[Hook, ...] = (
         "what a freed slot held is forgotten in the page table",
     ),
     Hook(
+        _MEMORY + "unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
+        "around",
+        prefixes.around_checkpoint_into_tree,
+        "what follows tokens that another request has computed too keeps its place in the page table",
+    ),
+    Hook(
         _SRT + "models.gemma3_causal.Gemma3TextScaledWordEmbedding.forward",
         "after",
         prefixes.after_whole_embedding,

@@ -32,9 +32,13 @@ _mirroring: Mirroring | None = None
 _allocator: Any = None
 """Of the slots of ``_next``, when they are kept ones."""
 
+_freed: list[np.ndarray] | None = None
+"""Slots to be forgotten when the request that has lost them to the tree has been moved to the tree's; else None."""
+
 rebuilt: dict[str, Any] = {}
-"""What the rebuild at start found, for the report with "ready": slots to keep (``verified``), ``kept`` and
-``restored`` (lost heads read back), bytes moved, seconds, and the ``digest`` that must be the same on all ranks."""
+"""What the rebuild at start found, for the report with "ready": how many slots were ``kept``, ``dropped`` (by the
+reason) and ``restored`` (lost heads read back), bytes moved, seconds, and the ``digest`` that must be the same on all
+ranks."""
 
 
 def open_table(attachment: Attachment) -> None:
@@ -70,7 +74,7 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
     which rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
     """
     if _table is not None and allocator.free_group is None and slots.numel():
-        _table.invalidate(slots.cpu().numpy())
+        _forget(_table, slots.cpu().numpy())
 
 
 def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -87,7 +91,40 @@ def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
     """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: the same with pages of several slots."""
     if _table is not None:
         for pages in page_ids:
-            _table.invalidate(_slots_of_pages(pages, allocator.page_size))
+            _forget(_table, _slots_of_pages(pages, allocator.page_size))
+
+
+def _forget(table: PageTable, slots: np.ndarray) -> None:
+    if _freed is None:
+        table.invalidate(slots)
+    else:
+        _freed.append(slots)
+
+
+def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: int, **kwargs: Any) -> Any:
+    """AROUND UnifiedRadixCache.checkpoint_into_tree: tokens that the tree has from another request go on in its slots.
+
+    The request's own slots of these tokens are freed. What comes after them is hung on the tree's slots first, so that
+    its chain is intact at every instant.
+    """
+    global _freed
+    if _table is None or not req.kv.holds_kv:
+        return original(tree, req, up_to=up_to, **kwargs)
+    row = tree.req_to_token_pool.req_to_token[req.kv.req_pool_idx, req.kv.cache_protected_len : up_to]
+    before = row.cpu().numpy().copy()
+    _freed = []
+    try:
+        result = original(tree, req, up_to=up_to, **kwargs)
+        after = row.cpu().numpy()
+        replaced = before != after
+        last = np.flatnonzero(replaced[:-1] & ~replaced[1:])
+        if last.size:
+            _table.move_below(after[last + 1], after[last])
+    finally:
+        freed, _freed = _freed, None
+        for slots in freed:
+            _table.invalidate(slots)
+    return result
 
 
 def _slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
@@ -164,8 +201,8 @@ def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
     free = hashlib.blake2b(_free_slots().tobytes(), digest_size=8).hexdigest()
     ended = time.monotonic()
     rebuilt.update(
-        verified=kept.verified,
         kept=len(kept.slots) if reusable else 0,
+        dropped=kept.dropped | ({} if reusable else {"no_prefix_cache": len(kept.slots)}),
         seconds=ended - started,
         at=ended,
         digest=f"{kept.digest()}-{free}",
@@ -189,7 +226,12 @@ def start_writing() -> None:
     global _table, _next
     if _next is None:
         return
-    if _allocator is not None:
+    if _restoration is not None and _allocator is not None:
+        # Before what they hung on is forgotten: where two slots had equal chains, one is kept.
+        kept = _restoration.kept()
+        parents = kept.entries.parents[kept.numbers]
+        moved = _next.parents[kept.numbers] != parents
+        _next.move_below(kept.numbers[moved], parents[moved])
         _next.invalidate(_free_slots())
     _table, _next = _next, None
     if _mirroring is not None:

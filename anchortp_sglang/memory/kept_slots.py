@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from anchortp_sglang.memory.namespaces import MOST_NAMESPACES, PLAIN, Key, names
 from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask, chains_of, closed, newest_use, verified_slots
 
 __all__ = ["Entries", "Kept", "keep", "most_wanted"]
+
+
+Reason = Literal["broken_chain", "lost_with_device", "incomplete_page", "no_room"]
+"""Why a slot is not kept. What is above it is at least as good: that its parent is dropped is no reason of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +52,13 @@ class Entries:
             roots[place] = namespace_seed(self.seed, key)
         return verified_slots(self.hashes, self.tokens, self.parents, self.seed, roots)
 
+    def intact_chains(self) -> list[Chain]:
+        """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
+
+        Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
+        """
+        return self.chains(self.verified())
+
     def chains(self, mask: Mask) -> list[Chain]:
         """The chains that the slots of ``mask`` (verified, closed under ancestors) form, least recently used first."""
         return chains_of(mask, self.tokens, self.above, self.last_use)
@@ -61,13 +73,13 @@ class Entries:
 class Kept:
     """``slots`` (int64[n], ascending) of the old generation are ``numbers`` (int64[n]) in the new one.
 
-    ``entries``: of the new page table. ``verified``: how many slots there were to keep.
+    ``entries``: of the new page table. ``dropped``: how many other slots had an entry, by the reason.
     """
 
     slots: Ids
     numbers: Ids
     entries: Entries
-    verified: int
+    dropped: dict[Reason, int]
 
     def chains(self) -> list[Chain]:
         """All kept chains in their new slots, least recently used first."""
@@ -87,20 +99,57 @@ class Kept:
 def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: Hashes | None = None) -> Kept:
     """Choose from ``old``, of which only ``usable`` slots (bool[slots]; None: all) have their KV, for ``rows`` rows.
 
-    If fewer rows than before leave no room for all, running requests come first, in the order in which ``running`` has
-    the chain hashes of their tokens, then what was used last; chains are cut at their ends. With fewer rows the slots
-    get new numbers without gaps, in their old order; else they keep theirs.
+    Of slots with equal chains one is kept, and the others' children hang on it. If fewer rows than before leave no room
+    for all, running requests come first, in the order in which ``running`` has the chain hashes of their tokens, then
+    what was used last; chains are cut at their ends. With fewer rows the slots get new numbers without gaps, in their
+    old order; else they keep theirs.
     """
-    verified = old.verified()
-    mask = verified if usable is None else closed(verified & usable, old.above)
-    if page_size > 1:
-        mask = _whole_pages(mask, old.above, page_size)
+    dropped: dict[Reason, int] = {}
+
+    def drop(before: Mask, after: Mask, reason: Reason) -> Mask:
+        dropped[reason] = int(np.count_nonzero(before)) - int(np.count_nonzero(after))
+        return after
+
+    known = old.hashes != UNKNOWN
+    known[ROOT] = False
+    mask = drop(known, old.verified(), "broken_chain")
+    mask = drop(mask, mask if usable is None else closed(mask & usable, old.above), "lost_with_device")
+    mask = drop(mask, mask if page_size == 1 else _whole_pages(mask, old.above, page_size), "incomplete_page")
+    mask, old = _without_copies(mask, old, page_size)
     before = len(old.hashes)
-    if rows < before:
-        mask = most_wanted(old, mask, rows - page_size, page_size, running)
+    fits = rows >= before
+    mask = drop(mask, mask if fits else most_wanted(old, mask, rows - page_size, page_size, running), "no_room")
     slots = np.flatnonzero(mask)
-    numbers = slots if rows >= before else _dense(slots, page_size)
-    return Kept(slots, numbers, _renumbered(old, slots, numbers, rows), int(np.count_nonzero(verified)))
+    numbers = slots if fits else _dense(slots, page_size)
+    return Kept(slots, numbers, _renumbered(old, slots, numbers, rows), dropped)
+
+
+def _without_copies(mask: Mask, old: Entries, page_size: int) -> tuple[Mask, Entries]:
+    """The first of all pages of ``mask`` that hold equal chains, and entries that have its slots as parents.
+
+    Requests that computed the same prefix at the same time have slots of their own until the prefix tree frees them.
+    """
+    pages = np.flatnonzero(mask[page_size - 1 :: page_size])
+    ends = old.hashes[page_size - 1 :: page_size][pages]
+    in_order = np.sort(ends)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return mask, old
+    pages = pages[np.argsort(ends, kind="stable")]
+    is_first = np.append(True, in_order[1:] != in_order[:-1])
+    first_page = np.arange(len(mask) // page_size)
+    first_page[pages] = pages[is_first][np.cumsum(is_first) - 1]
+    slots = np.arange(len(mask))
+    first_slot = first_page[slots // page_size] * page_size + slots % page_size
+    below = np.flatnonzero(mask & (old.parents > ROOT))
+    parents = old.parents.copy()
+    parents[below] = first_slot[parents[below]]
+    merged = replace(old, parents=parents)
+    alone = mask & (first_slot == slots)
+    # Equal hashes say that chains are equal; equal tokens after equal parents prove it, from the roots down.
+    proven = (old.tokens == old.tokens[first_slot]) & (parents == parents[first_slot])
+    if proven[mask].all():
+        return alone, merged
+    return closed(alone & closed(mask & proven, old.above), merged.above), merged
 
 
 def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:

@@ -2,12 +2,13 @@
 
 Four arrays over the slots (chain hash, token, parent slot, step of last use) behind a small header. Rank 0
 alone writes; the next generation reads, once all old ranks are dead. There is no journal: an entry counts if
-its hash follows from its own token and its parent's hash, up to the root, and is dropped otherwise. Two rules
+its hash follows from its own token and its parent's hash, up to the root, and is dropped otherwise. Three rules
 make that safe:
 
 - a slot is invalidated when it is freed, hence before any rank can write other KV to it;
 - a slot is committed once its KV is written completely, while its request still owns it; within a commit the
-  hash is stored last, and any older hash is cleared first.
+  hash is stored last, and any older hash is cleared first;
+- where two slots hold equal chains and one is freed, what follows it is moved below the other one first.
 
 Slot 0 is SGLang's padding slot: it never holds an entry; as a parent it means "first token of a sequence". Sequences
 with an extra key or cache salt have roots of their own (``namespaces.py``), as negative parents.
@@ -41,7 +42,7 @@ from anchortp_sglang.memory.namespaces import (
     first_parent,
     namespaces_used,
 )
-from anchortp_sglang.memory.prefix_forest import ROOT, Chain, Mask
+from anchortp_sglang.memory.prefix_forest import ROOT, Chain
 
 __all__ = ["Chain", "PageTable", "PageTableMismatch"]
 
@@ -114,11 +115,6 @@ class PageTable:
         return self._slots
 
     @property
-    def seed(self) -> int:
-        """The root's hash, which stands for the namespace."""
-        return self._seed
-
-    @property
     def step(self) -> int:
         """Grows with each commit."""
         return int(self._header[_STEP])
@@ -131,6 +127,11 @@ class PageTable:
     def used(self) -> int:
         """How many slots have an entry now."""
         return int(np.count_nonzero(self._hash)) - 1  # the root has one too
+
+    @property
+    def parents(self) -> Ids:
+        """int64[slots], the live array: the slot of the token before, or a root; do not write."""
+        return self._parent
 
     @property
     def last_use(self) -> Ids:
@@ -180,6 +181,17 @@ class PageTable:
         """Forget slots (int64[n]) just freed, before anybody can have them anew; padding is ignored."""
         ids = self._checked(slots)
         _apply([(self._hash, ids[ids != ROOT], UNKNOWN)])
+
+    def move_below(self, slots: ArrayLike, parents: ArrayLike) -> None:
+        """Hang entries on other slots (int64[n] each) that hold the same chain as their parents do.
+
+        A kill between two of them is harmless, as a slot has one intact parent or the other. An entry stays where it is
+        if its hash does not follow from the new parent.
+        """
+        ids, above = self._checked(slots), self._checked(parents)
+        follows = child_hashes(self._hash[above], self._token[ids]) == self._hash[ids]
+        follows &= self._hash[above] != UNKNOWN
+        _apply([(self._parent, ids[follows], above[follows])])
 
     def commit_run(self, slots: ArrayLike, tokens: ArrayLike, parent_slot: int) -> bool:
         """Record an extend of one request: the KV of ``tokens`` is completely in ``slots``; int64[n] each.
@@ -237,25 +249,9 @@ class PageTable:
         if found:
             _enter(self._plain, header[_STEP] + 1, found)
 
-    def commit_token(self, slot: int, token: int, parent: int) -> None:
-        """``commit_tokens`` of one request."""
-        self.commit_tokens([(slot, token, parent)])
-
-    def verified(self) -> Mask:
-        """bool[slots]: the slots whose whole chain, up to the root, is intact. Slot 0 never is."""
-        return self.entries().verified()
-
-    def chains(self) -> list[Chain]:
-        """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
-
-        Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
-        """
-        entries = self.entries()
-        return entries.chains(entries.verified())
-
     def kept_slots(self) -> Ids:
         """int64[n], ascending: the slots of all intact chains."""
-        return np.flatnonzero(self.verified())
+        return np.flatnonzero(self.entries().verified())
 
     def _create_stores(self) -> list[Store]:
         # The magic goes first and comes back last: a table torn by a kill here is refused by attach.

@@ -48,7 +48,7 @@ class Recovery:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     bytes_moved: dict[str, int] = field(default_factory=dict)
-    kv: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_KV_FIELDS, 0))
+    kv: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_KV_FIELDS, 0) | {"dropped": {}})
     requests_replayed: int = 0
     tokens: Callable[[], tuple[int, int] | None] = lambda: None
     """(reused, recomputed) so far; asked until the generation is replaced."""
@@ -76,7 +76,8 @@ class Recovery:
         rebuilt = [info["rebuilt"] for info in infos if "kept" in info["rebuilt"]]
         if rebuilt:  # all ranks keep the same slots
             self.kv["slots_kept"] = rebuilt[0]["kept"]
-            self.kv["slots_dropped"] = rebuilt[0]["verified"] - rebuilt[0]["kept"]
+            self.kv["slots_dropped"] = sum(rebuilt[0]["dropped"].values())
+            self.kv["dropped"] = {reason: n for reason, n in rebuilt[0]["dropped"].items() if n}
             self.kv["slots_restored"] = max(each["restored"] for each in rebuilt)
         self.stage("ready")
 

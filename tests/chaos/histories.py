@@ -60,10 +60,16 @@ def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(VOCABULARY), k=length)
 
 
-def request(input_ids: list[int], tokens: int, **sampling: Any) -> dict[str, Any]:
+def request(input_ids: list[Any], tokens: int, **sampling: Any) -> dict[str, Any]:
     """A greedy /generate request that stops after ``tokens`` tokens, unless ``sampling`` says otherwise."""
     params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True} | sampling
     return {"input_ids": input_ids, "sampling_params": params}
+
+
+def ask_at_once(server: Server, prompts: Sequence[list[int]], tokens: int) -> list[dict[str, Any]]:
+    """The answers to ``prompts``, sent as one batch without streaming."""
+    answers: Any = server.post("/generate", request(list(prompts), tokens))
+    return list(answers)
 
 
 class Unbroken:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from faults import kill_rank, lose_device, memfds_of, recovered
-from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
+from histories import Unbroken, ask_at_once, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.bench.streams import Streams
 
@@ -60,6 +60,7 @@ def assert_nothing_was_computed_twice(server, record, steps):
     kv = record["kv"]
     assert kv["slots_restored"] == kv["slots_kept"] > len(CACHED)
     assert record["tokens_recomputed"] <= steps * len(RUNNING)
+    assert set(kv["dropped"]) <= {"lost_with_device"}
     assert record["tokens_reused"] >= 0.96 * (record["tokens_reused"] + record["tokens_recomputed"])
     # All but the last token of a prompt that is known whole is found.
     assert ask(server, CACHED) == len(CACHED) - 1
@@ -86,6 +87,7 @@ def test_kv_that_was_restored_survives_a_process_too(shrinking, unbroken):
     record = shrinking.status()["recoveries"][-1]
     assert record["kv"]["slots_kept"] > len(CACHED)
     assert record["kv"]["slots_restored"] == record["kv"]["kept_bytes"] == record["kv"]["restored_bytes"] == 0
+    assert record["kv"]["slots_dropped"] == 0
     assert record["tokens_recomputed"] <= len(RUNNING)
     assert ask(shrinking, CACHED) == len(CACHED) - 1
 
@@ -163,6 +165,9 @@ def test_without_a_mirror_lost_kv_is_computed_again(launch):
         assert ask(server, CACHED) == len(SYSTEM)
 
 
+TOGETHER = [[*SYSTEM, *prompt(200 + n, 20 + 11 * n)] for n in range(6)]
+"""Computed in one batch, each in slots of its own."""
+
 PYTHON_TREE = {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
 VARIANTS = [
     pytest.param(("--page-size", "16"), PYTHON_TREE, 8, id="pages of 16, the tree in Python"),
@@ -177,7 +182,7 @@ def test_other_pools_and_trees_lose_no_kv_either(launch, arguments, env, equal):
     page = int(arguments[arguments.index("--page-size") + 1]) if "--page-size" in arguments else 1
     with launch(3, *arguments, env=STRICT | env) as server:
         expected = Unbroken(server)(RUNNING)
-        ask(server, CACHED)
+        ask_at_once(server, TOGETHER, 4)
         with Streams(server.url, RUNNING) as streams:
             streams.wait_tokens(30)
             recovered(server, kill_rank(server, 0), "process")
@@ -193,4 +198,7 @@ def test_other_pools_and_trees_lose_no_kv_either(launch, arguments, env, equal):
         assert after_loss["tokens_recomputed"] <= len(RUNNING) * (page + 7)
         assert after_loss["kv"]["slots_restored"] > len(CACHED) // page * page
         assert after_loss["kv"]["slots_restored"] % page == 0
-        assert ask(server, CACHED) == (len(CACHED) - 1) // page * page
+        assert set(after_kill["kv"]["dropped"]) <= {"incomplete_page"}
+        assert set(after_loss["kv"]["dropped"]) <= {"incomplete_page", "lost_with_device"}
+        cached = [answer["meta_info"]["cached_tokens"] for answer in ask_at_once(server, TOGETHER, 1)]
+        assert cached == [(len(ids) - 1) // page * page for ids in TOGETHER]

@@ -30,7 +30,7 @@ def test_all_is_kept_under_its_number_where_there_is_room():
     table = table_of(12, ([2, 5, 3], [7, 8, 9], 0), ([9], [1], 5))
     result = kept(table, 12)
     assert renumbered(result) == {2: 2, 3: 3, 5: 5, 9: 9}
-    assert result.verified == 4
+    assert set(result.dropped.values()) == {0}
     assert [(c.slots.tolist(), c.tokens.tolist(), c.shared) for c in result.chains()] == [
         ([2, 5, 3], [7, 8, 9], 0),
         ([2, 5, 9], [7, 8, 1], 2),
@@ -43,7 +43,7 @@ def test_what_hangs_on_a_slot_whose_kv_is_lost_is_lost_too():
     usable[5] = False
     result = kept(table, 12, usable=usable)
     assert result.slots.tolist() == [2, 6, 7]
-    assert result.verified == 5
+    assert result.dropped["lost_with_device"] == 2
 
 
 def test_a_table_filled_with_what_is_kept_rebuilds_the_same_forest():
@@ -110,3 +110,39 @@ def test_one_digest_means_the_same_slots_and_numbers(rows):
     assert kept(one, rows).digest() == kept(one, rows).digest()
     if rows > 2:
         assert kept(one, rows).digest() != kept(other, rows).digest()
+
+
+def test_of_equal_chains_one_is_kept_and_what_hangs_on_the_others_hangs_on_it():
+    table = table_of(20, ([4, 5, 6], [1, 2, 3], 0), ([2, 3, 7], [1, 2, 9], 0), ([8], [3], 3), ([9, 10], [5, 5], 6))
+    result = kept(table, 20)
+    assert result.slots.tolist() == [2, 3, 6, 7, 9, 10]
+    assert sorted(c.tokens.tolist() for c in result.chains()) == [[1, 2, 3, 5, 5], [1, 2, 9]]
+    assert result.entries.parents[[6, 7]].tolist() == [3, 3]
+    assert set(result.dropped.values()) == {0}, "no content is lost"
+
+
+def test_of_pages_that_hold_equal_chains_one_is_kept_and_of_those_that_begin_alike_both():
+    table = table_of(32, (range(4, 12), [1, 2, 3, 4, 5, 6, 7, 8], 0), (range(16, 24), [1, 2, 3, 4, 5, 6, 0, 0], 0))
+    result = kept(table, 32, page_size=4)
+    assert result.slots.tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]
+    assert result.entries.parents[[8, 20]].tolist() == [7, 7]
+
+
+def token_of(mixed):
+    """The token of which ``chain_hash.mix`` makes this."""
+    x, mask = int(mixed), (1 << 64) - 1
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        unshifted = x
+        for _ in range(64 // shift):
+            unshifted = x ^ unshifted >> shift
+        x = unshifted * pow(factor, -1, 1 << 64) & mask
+    return int(np.uint64(x ^ 0x9E3779B97F4A7C15).astype(np.int64))
+
+
+def test_chains_that_only_have_the_same_hash_are_not_taken_for_equal():
+    table = table_of(20, ([2, 3], [1, 2], 0), ([4], [7], 0))
+    forged = token_of((int(table.hashes[3]) - int(table.hashes[4]) * 6364136223846793005) % (1 << 64))
+    assert table.commit_run([5, 6], [forged, 8], 4) and table.commit_run([7], [9], 3)
+    assert table.hashes[5] == table.hashes[3]
+    result = kept(table, 20)
+    assert sorted(c.tokens.tolist() for c in result.chains()) == [[1, 2, 9], [7]]

@@ -203,7 +203,7 @@ def test_copies_beside_a_server_that_reuses_its_slots_never_count_if_torn():
             token = value % 250
             rig.table.invalidate([slot])
             rig.write(slot, token)
-            rig.table.commit_token(slot, token, 0)
+            rig.table.commit_tokens([(slot, token, 0)])
             values[int(rig.table.hashes[slot])] = token
 
     server = threading.Thread(target=serve)

@@ -26,7 +26,7 @@ def test_equal_tokens_of_two_namespaces_are_two_chains_and_come_back_with_their_
     table, buffer = new_table()
     for first, key in ((1, PLAIN), (5, TENANT), (9, SALTED)):
         assert table.commit_run([first, first + 1], [7, 8], table.root_of(key))
-        table.commit_token(first + 2, 9, first + 1)
+        table.commit_tokens([(first + 2, 9, first + 1)])
     assert len({int(table.hashes[slot]) for slot in (3, 7, 11)}) == 3
     expected = {
         PLAIN: ([1, 2, 3], [7, 8, 9]),

@@ -29,13 +29,13 @@ def attached(buffer: bytearray, slots: int = SLOTS) -> PageTable:
 
 
 def described(table: PageTable) -> list[tuple[list[int], list[int], int]]:
-    return [(chain.slots.tolist(), chain.tokens.tolist(), chain.shared) for chain in table.chains()]
+    return [(chain.slots.tolist(), chain.tokens.tolist(), chain.shared) for chain in table.entries().intact_chains()]
 
 
 def test_an_empty_table_has_no_chains() -> None:
     table, _ = new_table()
-    assert not table.verified().any()
-    assert table.chains() == []
+    assert not table.kept_slots().size
+    assert table.entries().intact_chains() == []
 
 
 def test_chains_come_oldest_first_and_name_what_they_share() -> None:
@@ -49,7 +49,7 @@ def test_chains_come_oldest_first_and_name_what_they_share() -> None:
         ([10, 11, 12, 13, 14], [1, 2, 3, 4, 5], 0),
         ([10, 11, 20, 21, 22], [1, 2, 7, 8, 9], 2),
     ]
-    stamps = [chain.last_use for chain in table.chains()]
+    stamps = [chain.last_use for chain in table.entries().intact_chains()]
     assert stamps == sorted(stamps)
     assert attached(buffer).kept_slots().tolist() == [10, 11, 12, 13, 14, 20, 21, 22, 30]
 
@@ -110,7 +110,7 @@ def test_a_step_committed_token_by_token_is_the_same() -> None:
         table.commit_run([4, 6], [4, 5], 0)
     in_arrays.commit_step(*step)
     for slot, token, parent in zip(*step, strict=True):
-        in_integers.commit_token(slot, token, parent)
+        in_integers.commit_tokens([(slot, token, parent)])
     assert described(in_integers) == described(in_arrays)
     assert in_integers._hash.tolist() == in_arrays._hash.tolist()
 
@@ -124,7 +124,7 @@ def test_ids_out_of_range_are_refused_and_nothing_is_written(slot: int, parent: 
     with pytest.raises(ValueError, match="not all within"):
         table.commit_step([slot], [1], [parent])
     with pytest.raises(ValueError, match="not both within"):
-        table.commit_token(slot, 1, parent)
+        table.commit_tokens([(slot, 1, parent)])
     assert bytes(buffer) == before
 
 
@@ -176,7 +176,7 @@ def test_a_decode_step_costs_microseconds() -> None:
         table.commit_run([parent], [parent], 0)
     fresh = iter(np.arange(33, 33 + 32 * 100).reshape(100, 32))
     rounds = timeit.repeat(lambda: table.commit_step(next(fresh), parents, parents), number=10, repeat=10)
-    assert len(table.chains()) == 32 * 100
+    assert len(table.entries().intact_chains()) == 32 * 100
     assert min(rounds) / 10 < 200e-6
 
 
@@ -187,7 +187,7 @@ def test_a_kill_while_a_token_is_replaced_leaves_the_old_or_the_new_or_nothing(
     table, buffer = new_table()
     table.commit_run([1, 2, 3], [1, 2, 3], 0)
     stop_after(monkeypatch, n_stores)
-    table.commit_token(3, 9, 1)
+    table.commit_tokens([(3, 9, 1)])
     old, new, nothing = [([1, 2, 3], [1, 2, 3], 0)], [([1, 2], [1, 2], 0), ([1, 3], [1, 9], 1)], [([1, 2], [1, 2], 0)]
     assert described(attached(buffer)) == (old if n_stores < 2 else nothing if n_stores < 6 else new)
 
@@ -245,5 +245,5 @@ def test_a_kill_while_entries_are_committed_again_loses_nothing(n_stores: int, m
     stop_after(monkeypatch, n_stores)
     table.commit_run([2, 3], [2, 3], 1)
     table.commit_step([2], [2], [1])
-    table.commit_token(2, 2, 1)
+    table.commit_tokens([(2, 2, 1)])
     assert described(attached(buffer)) == [([1, 2, 3, 4], [1, 2, 3, 4], 0)]

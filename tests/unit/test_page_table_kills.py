@@ -171,7 +171,7 @@ class ServerLife(RuleBasedStateMachine):
         if not one_by_one:
             return self.table.commit_step(np.array(slots), np.array(tokens), np.array(parents))
         for slot, token, parent in zip(slots, tokens, parents, strict=True):
-            self.table.commit_token(slot, token, parent)
+            self.table.commit_tokens([(slot, token, parent)])
 
     def write_kv(self, rng: random.Random, slots: list[int], contents: list[Content]) -> None:
         """The KV is written in any order; whoever looks in between must not take any of it for whole."""
@@ -205,7 +205,7 @@ class ServerLife(RuleBasedStateMachine):
         assert intact(self.entries) <= found <= intact(self.entries | (possible or {}))
         self.check_chains()
         self.entries = {s: e for s, e in (self.entries | (possible or {})).items() if s in found}
-        self.sequences = [chain.slots.tolist() for chain in self.table.chains()]
+        self.sequences = [chain.slots.tolist() for chain in self.table.entries().intact_chains()]
         # The next rank 0 does so before it writes, else what a kill left of an entry could verify again one day.
         self.table.invalidate(np.array(sorted(set(range(1, SLOTS)) - self.used_slots()), np.int64))
 
@@ -218,13 +218,13 @@ class ServerLife(RuleBasedStateMachine):
         self.check_chains()
 
     def check_against_kv(self, table: PageTable) -> None:
-        for chain in table.chains():
+        for chain in table.entries().intact_chains():
             tokens = tuple(chain.tokens.tolist())
             for i, slot in enumerate(chain.slots.tolist()):
                 assert self.kv[slot] == tokens[: i + 1]
 
     def check_chains(self) -> None:
-        chains, seen = self.table.chains(), set[int]()
+        chains, seen = self.table.entries().intact_chains(), set[int]()
         for chain in chains:
             slots = chain.slots.tolist()
             assert seen.issuperset(slots[: chain.shared])

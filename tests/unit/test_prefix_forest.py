@@ -24,7 +24,7 @@ def test_a_big_forest_is_rebuilt_as_it_was_committed() -> None:
     table.commit_run(prefix, prefix % 97, 0)
     for own in rest.reshape(requests, length):
         table.commit_run(own, own % 101, int(prefix[-1]))
-    chains = table.chains()
+    chains = table.entries().intact_chains()
     assert [chain.shared for chain in chains] == [0] + [len(prefix)] * (requests - 1)
     for chain, own in zip(chains, rest.reshape(requests, length), strict=True):
         assert np.array_equal(chain.slots, np.concatenate((prefix, own)))
@@ -39,8 +39,8 @@ def test_random_bytes_verify_as_nothing(seed: int) -> None:
     for array in (table._hash, table._token, table._last_use):
         array.view(np.uint8)[:] = rng.integers(0, 256, array.nbytes, np.uint8)
     table._parent[:] = rng.integers(-3, slots + 3, slots)
-    assert not table.verified().any()
-    assert table.chains() == []
+    assert not table.kept_slots().size
+    assert table.entries().intact_chains() == []
 
 
 @pytest.mark.parametrize("field", ["_hash", "_token", "_parent"])
@@ -68,4 +68,4 @@ def test_a_cycle_whose_hashes_agree_is_dropped() -> None:
     assert child_hashes(table._hash[[2, 1]], table._token[[1, 2]]).tolist() == [hash_1, hash_2]
     table.commit_step([3], [7], [2])
     table.commit_run([4], [4], 0)
-    assert [chain.slots.tolist() for chain in table.chains()] == [[4]]
+    assert [chain.slots.tolist() for chain in table.entries().intact_chains()] == [[4]]

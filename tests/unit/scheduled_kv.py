@@ -1,0 +1,308 @@
+"""SGLang's own allocator, prefix tree and request rows, driven as its scheduler drives them, beside our page table.
+
+Nothing computes: a forward pass is what a slot's KV was computed from, written down in ``written``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anchortp_sglang import plugin
+from anchortp_sglang.elastic import prefixes
+from anchortp_sglang.memory.kept_slots import Kept, keep
+from anchortp_sglang.memory.page_table import PageTable
+
+MODEL = b"model"
+MOST_RUNNING = 8
+LONGEST = 96
+
+Content = tuple[Any, ...]
+"""A namespace, then all tokens up to one."""
+
+
+@contextmanager
+def hooked_memory() -> Iterator[None]:
+    """Our hooks into SGLang's memory, from the table of hooks, and the configuration that it reads."""
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    runtime_context.publish(
+        ServerArgs(model_path="none", device="cpu"),
+        role="scheduler",
+        ranks=runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for hook in plugin.HOOKS:
+            if hook.function.__module__ == prefixes.__name__ and ".mem_cache." in hook.target:
+                module, owner, name = hook.target.rsplit(".", 2)
+                if owner[0].isupper():
+                    of = getattr(importlib.import_module(module), owner)
+                    patch.setattr(of, name, _wrapped(hook, getattr(of, name)))
+        for name in ("_table", "_next", "_allocator", "_restoration", "_mirroring", "_freed"):
+            patch.setattr(prefixes, name, None)
+        yield
+
+
+def _wrapped(hook: plugin.Hook, original: Any) -> Any:
+    def before(*args: Any, **kwargs: Any) -> Any:
+        hook.function(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        return hook.function(original, *args, **kwargs)
+
+    return {"before": before, "around": around}[hook.kind]
+
+
+class Server:
+    """One generation: its memory, its requests, and (``prefixes._table``) its page table in ``buffer``."""
+
+    def __init__(self, slots: int, page_size: int, core: str) -> None:
+        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+        from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        self.page_size = page_size
+        self.rows = slots + page_size
+        rest: tuple[Any, ...] = (torch.float32, "cpu", None, False)
+        self.allocator: Any = (
+            TokenToKVPoolAllocator(slots, *rest)
+            if page_size == 1
+            else PagedTokenToKVPoolAllocator(slots, page_size, *rest)
+        )
+        self.requests_rows = ReqToTokenPool(MOST_RUNNING + 1, LONGEST, "cpu", False)
+        self.tree: Any = UnifiedRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=self.requests_rows,
+                token_to_kv_pool_allocator=self.allocator,
+                page_size=page_size,
+                tree_components=(ComponentType.FULL,),
+                tree_core_backend=core,
+            )
+        )
+        self.running: list[Any] = []
+        self.chunked: Any = None
+        self.written: dict[int, Content] = {}
+        self.committed_len: dict[str, int] = {}
+        self.promised: set[Content] = set()
+        """What a kill at this instant must not cost: chains up to the ends of whole pages."""
+
+    # --- a generation begins
+
+    def start_empty(self, buffer: bytearray) -> None:
+        prefixes._table = PageTable.create(buffer, self.rows, MODEL)
+
+    def take_over(self, buffer: bytearray, written: dict[int, Content]) -> Kept:
+        """What a new rank does before it is ready; rank 0 has yet to ``prefixes.start_writing``."""
+        prefixes._table, prefixes._freed = None, None
+        table = PageTable.attach(buffer, self.rows, MODEL)
+        kept = keep(table.entries(), None, self.rows, self.page_size)
+        result = SimpleNamespace(token_to_kv_pool_allocator=self.allocator, tree_cache=self.tree)
+        prefixes._insert(kept, result)
+        prefixes._next, prefixes._allocator = table, self.allocator
+        prefixes._restoration = SimpleNamespace(kept=lambda: kept)
+        self.written = {slot: written[slot] for slot in kept.slots.tolist()}
+        self.promised = self._committed()
+        return kept
+
+    # --- batches
+
+    def prefill(self, requests: Sequence[Any], budget: int) -> list[Any]:
+        """One batch of new or retracted requests, after what is left of a chunked one; those that found no room.
+
+        ``budget``: how many tokens it may compute; the last request that gets any may be cut into chunks.
+        """
+        from sglang.srt.mem_cache.common import checkpoint_kv_cache
+
+        waiting, batch = list(requests), []
+        if self.chunked is not None:
+            if self.chunked.extend_end > self.chunked.prefix_len:
+                checkpoint_kv_cache(self.chunked, self.tree)  # as stash_chunked_request does
+            self.chunked.init_next_round_input()
+            left = self._extend(self.chunked, budget)
+            batch, budget = ([self.chunked], left) if left is not None else ([], 0)
+        while waiting and budget and len(batch) < 4 and len(batch) + len(self.running) < MOST_RUNNING:
+            req = waiting[0]
+            req.init_next_round_input(self.tree)
+            req.lock = self.tree.lock(req.last_node)
+            left = self._extend(req, budget)
+            if left is None:
+                self.tree.unlock(req.lock)
+                req.lock = None
+                break
+            batch.append(waiting.pop(0))
+            budget = left
+        if batch:
+            self._finish_prefill(batch)
+        return waiting
+
+    def _extend(self, req: Any, budget: int) -> int | None:
+        """Take slots for a prefill, or for a chunk of whole pages; what is left of the budget, None if nothing fits."""
+        start, whole = req.prefix_len, len(req.full_untruncated_fill_ids) - req.prefix_len
+        n = whole if whole <= budget else budget // self.page_size * self.page_size
+        if n == 0 or not self._make_room(n + self.page_size):
+            return None
+        if req.kv.holds_kv:
+            prefix = self.requests_rows.req_to_token[req.kv.req_pool_idx, :start].long()
+        else:
+            prefix = self.tree.prefix_device_indices(req)[:start]
+        end = start + n
+        if self.page_size == 1:
+            slots = self.allocator.alloc(n)
+        else:
+            ends = [torch.tensor([each], dtype=torch.int64) for each in (start, end)]
+            last = prefix[-1:] if start else torch.tensor([-1])
+            slots = self.allocator.alloc_extend(ends[0], ends[0], ends[1], ends[1], last, n)
+        self.requests_rows.alloc([req])
+        row = req.kv.req_pool_idx
+        self.requests_rows.write((row, slice(0, start)), prefix.to(torch.int32))
+        self.requests_rows.write((row, slice(start, end)), slots.to(torch.int32))
+        req.extend_end = req.kv.kv_allocated_len = req.kv.kv_committed_len = end
+        return budget - n if n == whole else 0
+
+    def _finish_prefill(self, batch: list[Any]) -> None:
+        from sglang.srt.mem_cache.common import checkpoint_kv_cache
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        for req in batch:
+            self._compute(req, req.prefix_len, req.extend_end)
+        self._commit(
+            reqs=batch,
+            forward_mode=ForwardMode.EXTEND,
+            prefix_lens=[req.prefix_len for req in batch],
+            extend_lens=[req.extend_end - req.prefix_len for req in batch],
+        )
+        self.chunked = None
+        self.allocator.free_group_begin()
+        for req in batch:
+            if req.extend_end < len(req.full_untruncated_fill_ids):
+                self.chunked = req
+                continue
+            self._sample(req)
+            self.running.append(req)
+            if not self._end_if_done(req):
+                checkpoint_kv_cache(req, self.tree)
+        self.allocator.free_group_end()
+
+    def decode(self) -> None:
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        batch = list(self.running)
+        if not batch or not self._make_room(len(batch) * self.page_size):
+            return
+        lens = torch.tensor([req.seqlen for req in batch])
+        rows = torch.tensor([req.kv.req_pool_idx for req in batch])
+        if self.page_size == 1:
+            slots = self.allocator.alloc(len(batch))
+        else:
+            slots = self.allocator.alloc_decode(lens, lens, self.requests_rows.req_to_token[rows, lens - 2].long())
+        self.requests_rows.write((rows, lens - 1), slots.to(torch.int32))
+        for req in batch:
+            req.kv.kv_allocated_len = req.kv.kv_committed_len = req.seqlen
+            self._compute(req, req.seqlen - 1, req.seqlen)
+        self._commit(reqs=batch, forward_mode=ForwardMode.DECODE, seq_lens=lens, req_pool_indices=rows)
+        self.allocator.free_group_begin()
+        for req in batch:
+            self._sample(req)
+            self._end_if_done(req)
+        self.allocator.free_group_end()
+
+    def retract(self, req: Any) -> None:
+        """A running request gives up its slots; it is to be prefilled again."""
+        from sglang.srt.mem_cache.common import release_kv_cache
+
+        self.running.remove(req)
+        self.promised = self._committed()
+        release_kv_cache(req, self.tree, checkpoint=False)
+        req.reset_for_retract()
+
+    def evict(self, tokens: int) -> None:
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        self.promised = self._committed(cached=False)
+        self.tree.evict(EvictParams(num_tokens=tokens))
+        self.promised = self._committed()
+
+    def _make_room(self, tokens: int) -> bool:
+        if (missing := tokens - self.allocator.available_size()) > 0:
+            self.evict(missing)
+        return bool(self.allocator.available_size() >= tokens)
+
+    def _commit(self, reqs: list[Any], **batch: Any) -> None:
+        scheduler = SimpleNamespace(req_to_token_pool=self.requests_rows)
+        prefixes.before_process_batch_result(scheduler, SimpleNamespace(reqs=reqs, **batch))
+        self.committed_len |= {req.rid: req.kv.kv_committed_len for req in reqs}
+        self.promised = self._committed(reqs)
+
+    def _compute(self, req: Any, start: int, end: int) -> None:
+        tokens = (*req.origin_input_ids, *req.output_ids)
+        for at in range(start, end):
+            slot = int(self.requests_rows.req_to_token[req.kv.req_pool_idx, at])
+            self.written[slot] = ((req.extra_key, req.cache_salt), *tokens[: at + 1])
+
+    def _sample(self, req: Any) -> None:
+        # Of few tokens, and the same for the same input: requests with equal prompts stay equal.
+        req.output_ids.append(sum((*req.origin_input_ids, *req.output_ids)) % 3)
+
+    def _end_if_done(self, req: Any) -> bool:
+        from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+        from sglang.srt.mem_cache.common import release_kv_cache
+
+        most = req.sampling_params.max_new_tokens
+        if len(req.output_ids) < most:
+            return False
+        req.finished_reason = FINISH_LENGTH(most)
+        release_kv_cache(req, self.tree, checkpoint=True)
+        self.running.remove(req)
+        return True
+
+    # --- what is where
+
+    def _free(self) -> set[int]:
+        return set(prefixes._slots_of_pages(self.allocator.get_all_free_pages(), self.page_size).tolist())
+
+    def _committed(self, batch: Sequence[Any] = (), cached: bool = True) -> set[Content]:
+        """Of what is running (or in ``batch``), computed in chunks so far, or cached."""
+        slots = set(self.tree.all_values_flatten().tolist()) if cached else set()
+        for req in (*self.running, *batch, *([self.chunked] if self.chunked is not None else [])):
+            row = self.requests_rows.req_to_token[req.kv.req_pool_idx]
+            slots |= set(row[: self.committed_len[req.rid]].tolist())
+        contents = (self.written[slot] for slot in slots)
+        return {content for content in contents if (len(content) - 1) % self.page_size == 0}
+
+    def check(self) -> None:
+        """Allocator, tree and table agree."""
+        table = prefixes._table
+        assert table is not None
+        entries = table.entries()
+        known = set(np.flatnonzero(entries.hashes).tolist()) - {0}
+        free = self._free()
+        assert known.isdisjoint(free), "a free slot has an entry"
+        assert known == set(np.flatnonzero(entries.verified()).tolist()), "an entry has lost its parent"
+        assert known >= set(self.tree.all_values_flatten().tolist()), "what the tree holds is not known"
+        for slot in known:
+            above = entries.parents[slot]
+            content = self.written[slot]
+            assert entries.tokens[slot] == content[-1]
+            assert above <= 0 or self.written[int(above)] == content[:-1]
+
+
+def new_request(name: str, tokens: Sequence[int], key: tuple[str | None, str | None], outputs: int) -> Any:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    sampling = SamplingParams(max_new_tokens=outputs)
+    return Req(name, "", array("q", tokens), sampling, extra_key=key[0], cache_salt=key[1])
