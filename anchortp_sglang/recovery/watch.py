@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anchortp_sglang.recovery import heartbeat
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from anchortp_sglang.recovery.generation import Generation
 
 _HANG_POLL_S = 0.5
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class DeathWatch:
@@ -48,21 +52,69 @@ class DeathWatch:
 _ALONE_FACTOR = 10
 """A single rank has no all-reduce to show progress within a step: it gets that much more time."""
 
+_MOST_PATIENCE = 8
+
+
+@dataclass(frozen=True)
+class Running:
+    """What the kernel says about a rank. ``wants_cpu``: it computes, or waits for a CPU. ``cpu_s``: used so far."""
+
+    wants_cpu: bool
+    cpu_s: float
+
+
+class OwnTime:
+    """Seconds that a generation could have used: the clock by which it hangs.
+
+    Where main itself could not run (a stopped container, a suspended machine), nobody could, so a gap between two looks
+    counts as ``most_s`` at most. Where ranks compute but get little CPU (a throttled container), what they got counts:
+    a stopped rank and those that wait for it want none, so that their time runs on.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._now = 0.0
+        self._looked_at: float | None = None
+        self._used: dict[int, float] = {}
+
+    def advance(self, wall: float, ranks: Mapping[int, Running]) -> float:
+        """The time now, at ``wall`` (monotonic seconds). ``ranks``: by pid."""
+        passed = 0.0 if self._looked_at is None else min(wall - self._looked_at, self._most_s)
+        got = [r.cpu_s - self._used[pid] for pid, r in ranks.items() if r.wants_cpu and pid in self._used]
+        self._now += min(passed, max(got)) if got else passed
+        self._looked_at, self._used = wall, {pid: r.cpu_s for pid, r in ranks.items()}
+        return self._now
+
 
 class HangWatch:
-    """Whether a generation's counters stand still for too long. Fed with what it sees and when: no clock of its own."""
+    """Whether a generation's counters stand still for too long. Fed with what it sees and when: no clock of its own.
+
+    What is taken for a hang may be a step that takes long, and comes again after the recovery: so each time it waits
+    twice as long, until counters have moved on for as long as that without a pause above the timeout.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.poll_s = min(_HANG_POLL_S, timeout_s / 4)
+        self.time = OwnTime(2 * self.poll_s)
         self._seen: tuple[int, tuple[int, ...]] | None = None
         self._since = 0.0
+        self._patience = 1
+        self._steady_since = 0.0
 
     def hung(self, generation: int, beats: tuple[int, ...], now: float) -> bool:
         """True if no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers too."""
+        timeout_s = self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
+        if self._seen is None or self._seen[0] != generation or now - self._since > timeout_s:
+            self._steady_since = now
         if self._seen != (generation, beats):
+            if now - self._steady_since > timeout_s * self._patience:
+                self._patience = 1
             self._seen, self._since = (generation, beats), now
-        return now - self._since > self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
+        if now - self._since <= timeout_s * self._patience:
+            return False
+        self._patience = min(2 * self._patience, _MOST_PATIENCE)
+        return True
 
     def reset(self) -> None:
         self._seen = None
@@ -79,9 +131,20 @@ async def watch_for_hang(
             watch.reset()
             continue
         beats = heartbeat.read_beats(lanes[generation.number], generation.ownership.tp_size)
-        if watch.hung(generation.number, beats, time.monotonic()):
+        now = watch.time.advance(time.monotonic(), running(child.pid for child in generation.ranks))
+        if watch.hung(generation.number, beats, now):
             watch.reset()
             return generation
+
+
+def running(pids: Iterable[int]) -> dict[int, Running]:
+    """Of those that live."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()  # from the state on; proc(5)
+            found[pid] = Running(fields[0] == "R", (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
+    return found
 
 
 def hung_ranks(generation: Generation) -> set[int]:

@@ -12,7 +12,7 @@ PRELUDE = """
 
     def prepared(world_size, joining=True):
         spares = Spares()
-        spares.prepare(zygote, world_size, joining, None)
+        spares.prepare(zygote.fork, world_size, joining, None)
         deadline = time.monotonic() + 60
         while not all(child.pipe.poll() for child in spares._children) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -66,7 +66,7 @@ def test_a_wider_generation_or_one_with_a_dead_spare_is_filled_up_with_others():
 def test_spares_that_are_not_ready_are_not_waited_for():
     out = run("""
         spares = Spares()
-        spares.prepare(zygote, 2, True, None)
+        spares.prepare(zygote.fork, 2, True, None)
         print(len(spares.take(2)[0]), len(spares.take(2)[0]))
     """)
     assert out == "0 0\n"
@@ -85,11 +85,11 @@ def test_without_a_group_spares_meet_in_the_generations_own():
 def test_a_second_call_forks_nothing_unless_a_spare_has_died():
     out = run("""
         spares, children = prepared(2)
-        spares.prepare(zygote, 2, True, None)
+        spares.prepare(zygote.fork, 2, True, None)
         print(spares._children == children)
         children[0].kill()
         assert died_within(children[0].pidfd, 5)
-        spares.prepare(zygote, 2, True, None)
+        spares.prepare(zygote.fork, 2, True, None)
         print(any(child in children for child in spares._children), len(spares._children))
     """)
     assert out.split() == ["True", "False", "2"]
