@@ -1,6 +1,10 @@
 """When no recovery is possible, every client is told why, and the server stays up to say so."""
 
+import contextlib
 import json
+import os
+import signal
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -53,5 +57,16 @@ def test_below_the_least_devices_clients_get_a_reason_and_the_server_says_503(la
             code, message = refusal(server, path, body)
             assert code == 503 and "--anchor-min-devices is 2" in message
         assert server.health() == 503 and server.status()["state"] == "down"
-        server.stop()
+        hanging = threading.Thread(target=hang, args=(server,), daemon=True)
+        hanging.start()
+        time.sleep(1)
+        assert hanging.is_alive(), "nothing hangs that the end could wait for"
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.wait(10) == 0
         remains.assert_gone()
+
+
+def hang(server):
+    """A call that the ranks would answer."""
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(f"{server.url}/flush_cache?timeout=90", timeout=90)

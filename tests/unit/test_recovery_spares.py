@@ -93,3 +93,30 @@ def test_a_second_call_forks_nothing_unless_a_spare_has_died():
         print(any(child in children for child in spares._children), len(spares._children))
     """)
     assert out.split() == ["True", "False", "2"]
+
+
+def test_a_stopped_spare_is_found_at_once_and_the_others_leave_its_group():
+    out = run("""
+        import signal
+        spares, children = prepared(3)
+        stopped = os.pidfd_open(children[1].pid)
+        os.kill(children[1].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        ranks, store = spares.take(3)
+        assert time.monotonic() - began < 1.5
+        assert ranks == [children[0], children[2]] and died_within(stopped, 5)
+        print(*sums([*ranks, zygote.fork()], store))
+    """)
+    assert out == "(3, 'joined now') (3, 'joined now') (3, 'joined now')\n"
+
+
+def test_a_stopped_spare_can_be_let_go_on():
+    out = run("""
+        import signal
+        spares, children = prepared(2)
+        os.kill(children[1].pid, signal.SIGSTOP)
+        while open(f"/proc/{children[1].pid}/stat").read().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
+        print(spares.resume(), spares.resume(), spares.take(2)[0] == children)
+    """)
+    assert out.split() == ["1", "0", "True"]
