@@ -39,12 +39,18 @@ class Reaper:
         self._seen: set[int] = set()
 
     def reap(self) -> None:
-        children = psutil.Process().children()
-        zombies = {child.pid for child in children if _is_zombie(child)}
+        zombies = {child.pid for child in psutil.Process().children() if _is_zombie(child)} if _any_dead() else set()
         for pid in zombies & self._seen:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         self._seen = zombies
+
+
+def _any_dead() -> bool:
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
 
 
 def _is_zombie(process: psutil.Process) -> bool:
