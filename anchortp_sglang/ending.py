@@ -43,6 +43,12 @@ def end_at_once_on_signals() -> None:
         signal.signal(number, _on_start_signal)
 
 
+def ignore_signals() -> None:
+    """While everything is being put away, which must not be begun a second time."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def end_by(number: int) -> NoReturn:
     """Put everything away and end as a process does that this signal has killed."""
     _say(f"{signal.Signals(number).name}: ending at once")
@@ -105,8 +111,7 @@ class _Draining:
 
 
 def _clean_up() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     for put_away in reversed(_put_away):
         try:
             put_away()

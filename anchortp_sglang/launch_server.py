@@ -56,6 +56,7 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequenc
         print(f"anchortp: the server did not start: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
+        ending.ignore_signals()
         runtime.close()
         from sglang.srt.utils import kill_process_tree
 

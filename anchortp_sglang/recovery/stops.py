@@ -11,11 +11,11 @@ from anchortp_sglang.recovery.processes import process_state
 
 def resume(pid: int, pidfd: int) -> bool:
     """Let a stopped process (state T) go on; whether it was stopped. One that a debugger holds (t) is left alone."""
-    if process_state(pid) != "T":
-        return False
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
-    return True
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        if process_state(pid) == "T":
+            signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+            return True
+    return False
 
 
 def end(pidfd: int) -> None:

@@ -24,7 +24,9 @@ class Zygotes:
         self._current = zygote
         self._reserve = reserve
         self._aside: list[Zygote] = []
-        self._lock = threading.Lock()  # guards the three; never held while a zygote is asked
+        self._lock = (
+            threading.RLock()
+        )  # guards the three; never held while a zygote is asked; ``kill`` may interrupt us
 
     def fork(self) -> Child:
         """Fork one child. A zygote that is dead or silent is replaced by the one in reserve, that one by a new one, for
