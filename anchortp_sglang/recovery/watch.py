@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from anchortp_sglang.recovery import heartbeat
-from anchortp_sglang.recovery.processes import process_state
+from anchortp_sglang.recovery.processes import Usage, process_state, usage
 
 if TYPE_CHECKING:
     from anchortp_sglang.recovery.generation import Generation
@@ -55,14 +53,6 @@ _ALONE_FACTOR = 10
 _MOST_PATIENCE = 8
 
 
-@dataclass(frozen=True)
-class Running:
-    """What the kernel says about a rank. ``wants_cpu``: it computes, or waits for a CPU. ``cpu_s``: used so far."""
-
-    wants_cpu: bool
-    cpu_s: float
-
-
 class OwnTime:
     """Seconds that a generation could have used: the clock by which it hangs.
 
@@ -75,14 +65,14 @@ class OwnTime:
         self._most_s = most_s
         self._now = 0.0
         self._looked_at: float | None = None
-        self._used: dict[int, float] = {}
+        self._used: dict[int, int] = {}
 
-    def advance(self, wall: float, ranks: Mapping[int, Running]) -> float:
-        """The time now, at ``wall`` (monotonic seconds). ``ranks``: by pid."""
+    def advance(self, wall: float, ranks: Mapping[int, Usage]) -> float:
+        """The time now, at ``wall`` (monotonic seconds). ``ranks``: by pid, those that live."""
         passed = 0.0 if self._looked_at is None else min(wall - self._looked_at, self._most_s)
-        got = [r.cpu_s - self._used[pid] for pid, r in ranks.items() if r.wants_cpu and pid in self._used]
-        self._now += min(passed, max(got)) if got else passed
-        self._looked_at, self._used = wall, {pid: r.cpu_s for pid, r in ranks.items()}
+        got = [r.ticks - self._used[pid] for pid, r in ranks.items() if r.state == "R" and pid in self._used]
+        self._now += min(passed, max(got) / _TICKS_PER_S) if got else passed
+        self._looked_at, self._used = wall, {pid: r.ticks for pid, r in ranks.items()}
         return self._now
 
 
@@ -101,6 +91,8 @@ class HangWatch:
         self._since = 0.0
         self._patience = 1
         self._steady_since = 0.0
+        self.waited_s = timeout_s
+        """Before the last hang was called one."""
 
     def hung(self, generation: int, beats: tuple[int, ...], now: float) -> bool:
         """True if no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers too."""
@@ -113,7 +105,7 @@ class HangWatch:
             self._seen, self._since = (generation, beats), now
         if now - self._since <= timeout_s * self._patience:
             return False
-        self._patience = min(2 * self._patience, _MOST_PATIENCE)
+        self.waited_s, self._patience = timeout_s * self._patience, min(2 * self._patience, _MOST_PATIENCE)
         return True
 
     def reset(self) -> None:
@@ -131,20 +123,11 @@ async def watch_for_hang(
             watch.reset()
             continue
         beats = heartbeat.read_beats(lanes[generation.number], generation.ownership.tp_size)
-        now = watch.time.advance(time.monotonic(), running(child.pid for child in generation.ranks))
+        seen = {child.pid: usage(child.pid) for child in generation.ranks}
+        now = watch.time.advance(time.monotonic(), {pid: used for pid, used in seen.items() if used is not None})
         if watch.hung(generation.number, beats, now):
             watch.reset()
             return generation
-
-
-def running(pids: Iterable[int]) -> dict[int, Running]:
-    """Of those that live."""
-    found = {}
-    for pid in pids:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()  # from the state on; proc(5)
-            found[pid] = Running(fields[0] == "R", (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
-    return found
 
 
 def hung_ranks(generation: Generation) -> set[int]:

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 
-from anchortp_sglang.recovery.watch import HangWatch, OwnTime, Running, running
+from anchortp_sglang.recovery.processes import Usage, usage
+from anchortp_sglang.recovery.watch import HangWatch, OwnTime
 
 
 def test_counters_that_move_are_never_hung():
@@ -65,7 +66,7 @@ def test_a_pause_above_the_timeout_is_no_steady_progress():
     assert [watch.hung(2, (5, 5), now) for now in (20.9, 21.1)] == [False, True]
 
 
-IDLE = {1: Running(False, 5.0), 2: Running(False, 7.0)}
+IDLE = {1: Usage("S", 500), 2: Usage("S", 700)}
 
 
 def advanced(time, looks):
@@ -84,15 +85,15 @@ def test_time_in_which_main_itself_did_not_run_does_not_count():
 
 
 def test_of_ranks_that_compute_with_little_cpu_only_what_they_got_counts():
-    def starved(cpu_s):
-        return {1: Running(False, 5.0), 2: Running(True, cpu_s), 3: Running(True, cpu_s / 2)}
+    def starved(ticks):
+        return {1: Usage("S", 500), 2: Usage("R", ticks), 3: Usage("R", ticks // 2)}
 
-    looks = [(10.0, starved(1.0)), (10.5, starved(1.02)), (11.0, starved(1.04))]
+    looks = [(10.0, starved(100)), (10.5, starved(102)), (11.0, starved(104))]
     assert advanced(OwnTime(most_s=1.0), looks) == [0.0, 0.02, 0.02]
 
 
 def test_a_rank_that_computes_for_ever_is_hung_all_the_same():
-    looks = [(10.0 + 0.5 * n, {1: Running(True, 0.5 * n), 2: Running(False, 1.0)}) for n in range(3)]
+    looks = [(10.0 + 0.5 * n, {1: Usage("R", 50 * n), 2: Usage("S", 100)}) for n in range(3)]
     assert advanced(OwnTime(most_s=1.0), looks) == [0.0, 0.5, 0.5]
 
 
@@ -101,17 +102,16 @@ def test_what_the_kernel_says_of_a_busy_and_of_a_stopped_process():
     idle = subprocess.Popen(["sleep", "60"])
     try:
         deadline = time.monotonic() + 20
-        while running([busy.pid])[busy.pid].cpu_s < 0.2 and time.monotonic() < deadline:
+        while usage(busy.pid).ticks < 20 and time.monotonic() < deadline:
             time.sleep(0.05)
-        seen = running([busy.pid, idle.pid])
-        assert seen[busy.pid].wants_cpu and seen[busy.pid].cpu_s >= 0.2
-        assert not seen[idle.pid].wants_cpu
+        assert usage(busy.pid).state == "R" and usage(busy.pid).ticks >= 20
+        assert usage(idle.pid).state == "S"
         os.kill(busy.pid, signal.SIGSTOP)
-        while running([busy.pid])[busy.pid].wants_cpu and time.monotonic() < deadline:
+        while usage(busy.pid).state != "T" and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not running([busy.pid])[busy.pid].wants_cpu
+        assert usage(busy.pid).state == "T"
     finally:
         for process in (busy, idle):
             process.kill()
             process.wait()
-    assert running([busy.pid]) == {}
+    assert usage(busy.pid) is None
