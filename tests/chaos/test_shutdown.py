@@ -80,7 +80,8 @@ def test_as_pid_1_it_reaps_orphans_drains_on_sigterm_and_ends_on_the_second(laun
         with Streams(server.url, ENDLESS) as streams:
             streams.wait_tokens(5)
             generation = server.status()["generation"]
-            kill(next(p.pid for p in main.children(recursive=True) if "anchor.server" in " ".join(p.cmdline())))
+            kill(next(p.pid for p in main.children() if "--device=1" in p.cmdline()))
+            until(lambda: server.status()["devices"][1]["anchor_pid"], "no new anchor")
             kill(child_named(server, "sglang::detokenizer"))
             server.wait_serving(generation + 1)
             remains.note(server)
