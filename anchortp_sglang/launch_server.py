@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from anchortp_sglang import early, platform, preload, start_log
+from anchortp_sglang import early, ending, platform, preload, start_log
 from anchortp_sglang.cuda.probe import GpuFacts
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 
@@ -16,6 +16,7 @@ log = logging.getLogger("anchortp_sglang")
 
 def main(argv: Sequence[str]) -> None:
     """Serve until stopped. Refuses with a message on stderr and exit code 2."""
+    ending.end_at_once_on_signals()
     try:
         options, rest = split_argv(argv)
         given = platform.given_flags(rest)
@@ -48,12 +49,14 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequenc
         runtime = startup.start(server_args, options, serves_http=True, gpus=gpus)
     except startup.REFUSALS as error:
         _refuse(error)
+    ending.on_end(runtime.close)
     try:
         _run_http_server(server_args, runtime, options)
     except startup.START_FAILURES as error:
         print(f"anchortp: the server did not start: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
+        ending.ignore_signals()
         runtime.close()
         from sglang.srt.utils import kill_process_tree
 
@@ -68,7 +71,9 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
 
     def start_loop() -> None:
         start_log.step("HTTP is about to listen")
-        http_server._global_state.tokenizer_manager.auto_create_handle_loop()
+        tokenizer_manager = http_server._global_state.tokenizer_manager
+        tokenizer_manager.auto_create_handle_loop()
+        ending.drain_on_signals(tokenizer_manager.event_loop, tokenizer_manager, runtime.coordinator)
 
     runtime.coordinator.culprits.on_failed_start = lambda reason: _end_start(runtime, reason)
     http_server.app.add_middleware(

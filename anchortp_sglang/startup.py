@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from anchortp_sglang import start_log
+from anchortp_sglang import ending, start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.cuda.plan import EAGER_START, check_gpu_plan, graph_batch_sizes, plan_gpu_kv
@@ -158,6 +158,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
         if reserve is not None:
             reserve.kill()
         raise
+    ending.on_end(lambda: remove_run_dir(run_dir) if run_dir.path.exists() else None)
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,

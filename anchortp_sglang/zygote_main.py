@@ -12,7 +12,7 @@ def main(control_fd: int) -> None:
     started it ends (prctl(2)), which may be long before.
     """
     from anchortp_sglang import platform
-    from anchortp_sglang.recovery.zygote import serve, unfit_to_fork
+    from anchortp_sglang.recovery.zygote import announce, serve, unfit_to_fork
 
     platform.install_stand_ins()
     from anchortp_sglang import plugin, preload  # these import SGLang, which needs the stand-ins
@@ -26,7 +26,9 @@ def main(control_fd: int) -> None:
         sys.exit(f"anchortp: the zygote cannot fork: {reason}")
     gc.collect()
     gc.freeze()
-    serve(socket.socket(fileno=control_fd))
+    control = socket.socket(fileno=control_fd)
+    announce(control)
+    serve(control)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from anchortp_sglang.planning.residence import Holding, Residence
 
 HOST_DEVICE = -1
 
-_ANCHOR_TIMEOUT_S = 10.0
+_ANCHOR_TIMEOUT_S = 4.0  # it has answered main a moment ago, and a handle takes it microseconds
 
 
 @dataclass(frozen=True)

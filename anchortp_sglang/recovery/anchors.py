@@ -3,13 +3,14 @@
 Everything here blocks, with timeouts.
 """
 
+import contextlib
 import logging
 import mmap
 import os
 import signal
 from collections.abc import Collection, Sequence
 
-from anchortp_sglang.anchor.client import AnchorClient, AnchorError
+from anchortp_sglang.anchor.client import AnchorClient, AnchorError, AnchorTimeout
 from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
 from anchortp_sglang.cpu.collectives import region_bytes
 from anchortp_sglang.elastic.attachment import (
@@ -26,11 +27,15 @@ from anchortp_sglang.recovery import heartbeat
 from anchortp_sglang.recovery.generation import Generation
 from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.processes import died_within, is_dead
+from anchortp_sglang.recovery.rescue import replace_silent
 from anchortp_sglang.recovery.server_plan import ServerPlan
+from anchortp_sglang.recovery.stops import end, resume
 
 log = logging.getLogger(__name__)
 
 ANCHOR_TIMEOUT_S = 10.0
+_FENCE_TIMEOUT_S = 2.0  # nothing is to be done for it
+_END_TIMEOUT_S = 3.0
 
 
 class Anchors:
@@ -39,7 +44,7 @@ class Anchors:
     def __init__(self, plan: ServerPlan) -> None:
         self.plan = plan
         self.processes: dict[int, AnchorProcess] = {}
-        self._clients: dict[int, AnchorClient] = {}
+        self._clients: dict[tuple[int, float], AnchorClient] = {}
 
     def start(self, devices: Sequence[int]) -> None:
         """Start the missing anchors of ``devices`` and the host anchor."""
@@ -82,9 +87,11 @@ class Anchors:
         anchors = {device: anchor for device, anchor in found.items() if anchor is not None}
         if not anchors:
             return None
-        ownership = weights.ownership
-        generation = 1 + max(self.client(device).status().generation for device in anchors)
+        ownership, generation = weights.ownership, 0
         try:
+            for anchor in anchors.values():
+                resume(anchor.pid, anchor.pidfd)
+            generation = 1 + max(self.client(device).status().generation for device in anchors)
             for device in (HOST_DEVICE, *ownership.devices):
                 self.client(device).attach(generation, os.getpid(), self.plan.identity, self.plan.linger_s)
             complete = all(self._holds(device, weights) for device in ownership.devices)
@@ -96,8 +103,7 @@ class Anchors:
             self.processes = anchors
             return generation
         for anchor in anchors.values():
-            signal.pidfd_send_signal(anchor.pidfd, signal.SIGTERM)
-            died_within(anchor.pidfd, ANCHOR_TIMEOUT_S)
+            _terminate(anchor)
             os.close(anchor.pidfd)
         return None
 
@@ -106,19 +112,26 @@ class Anchors:
         sealed = {segment.name for segment in self.client(device).status().segments if segment.sealed}
         return weights.shard_of(device).sizes.keys() <= sealed
 
-    def client(self, device: int) -> AnchorClient:
-        if device not in self._clients:
-            self._clients[device] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, ANCHOR_TIMEOUT_S)
-        return self._clients[device]
+    def client(self, device: int, timeout_s: float = ANCHOR_TIMEOUT_S) -> AnchorClient:
+        """``timeout_s``: of each call."""
+        key = device, timeout_s
+        if key not in self._clients:
+            self._clients[key] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, timeout_s)
+        return self._clients[key]
 
     def alive(self, device: int) -> bool:
         anchor = self.processes.get(device)
         return anchor is not None and not is_dead(anchor.pidfd)
 
     def fence(self, generation: int, devices: Sequence[int]) -> None:
-        """From now on the anchors refuse messages and attachments of older generations."""
+        """From now on the anchors refuse messages and attachments of older generations. One that does not answer is
+        replaced, with what it holds; all that follows may then rely on answers."""
         for device in (HOST_DEVICE, *devices):
-            self.client(device).fence(generation)
+            try:
+                self.client(device, _FENCE_TIMEOUT_S).fence(generation)
+            except AnchorTimeout as error:
+                log.warning("anchortp: %s: its memory goes to a new one", error)
+                replace_silent(self, device, generation)
 
     def allocate(self, number: int, weights: Holding) -> None:
         """Segments of a generation; those that exist already are kept as they are."""
@@ -211,10 +224,21 @@ class Anchors:
         return there.intersection(keep)
 
     def shut_down(self, number: int) -> None:
-        """End them and free all memory."""
+        """End them and free all memory. Those that do not answer are killed."""
         for device, anchor in self.processes.items():
+            resume(anchor.pid, anchor.pidfd)
             if not is_dead(anchor.pidfd):
                 try:
-                    self.client(device).shutdown(number)
+                    self.client(device, _END_TIMEOUT_S).shutdown(number)
                 except Exception as error:
                     log.warning("anchortp: anchor %s did not take the shutdown (%s)", device, error)
+                    _terminate(anchor)
+
+
+def _terminate(anchor: AnchorProcess) -> None:
+    """SIGTERM, then SIGKILL."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(anchor.pidfd, signal.SIGTERM)
+    if not died_within(anchor.pidfd, _END_TIMEOUT_S):
+        end(anchor.pidfd)
+        died_within(anchor.pidfd, _END_TIMEOUT_S)

@@ -15,22 +15,26 @@ from anchortp_sglang.planning.residence import Holding
 from anchortp_sglang.recovery import detokenizer, rank
 from anchortp_sglang.recovery.anchors import Anchors
 from anchortp_sglang.recovery.generation import Generation, StartFailed, wait_dead
-from anchortp_sglang.recovery.processes import is_dead
+from anchortp_sglang.recovery.processes import died_within
 from anchortp_sglang.recovery.server_plan import ServerPlan
 from anchortp_sglang.recovery.spares import Spares
-from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError, spawn_zygote
+from anchortp_sglang.recovery.stops import Reaper, resume
+from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError
+from anchortp_sglang.recovery.zygotes import Zygotes
 
 log = logging.getLogger(__name__)
 
+_DETOKENIZER_TIMEOUT_S = 10.0
+_DEATH_TIMEOUT_S = 5.0
+
 
 class Cluster:
-    """Anchors, the zygote and its spare children."""
+    """Anchors, zygotes, their spare children and the detokenizer."""
 
     def __init__(self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None) -> None:
         self.plan = plan
-        self.zygote = zygote
-        self._reserve = reserve
-        self._reserve_spent = False
+        self._zygotes = Zygotes(zygote, reserve)
+        self._reaper = Reaper()
         self.anchors = Anchors(plan)
         self._capacities: dict[Ownership, KVCapacity] = {}
         self._spares = Spares()
@@ -62,40 +66,57 @@ class Cluster:
 
     def start_detokenizer(self, server_args: Any) -> None:
         self._detokenizer_args = server_args
-        self.detokenizer = self.fork()
+        self.detokenizer = self._zygotes.fork()
         self.detokenizer.start(detokenizer.run, detokenizer.DetokenizerSpec(server_args, self.port_args))
 
-    def restart_detokenizer(self, timeout_s: float) -> None:
-        """In place of a dead one. Raises StartFailed."""
+    def end_detokenizer(self) -> None:
+        """One that does not answer: its death is noticed like any other."""
         assert self.detokenizer is not None
-        self.detokenizer.close()
+        log.warning("anchortp: the detokenizer (pid %d) does not answer; it is killed", self.detokenizer.pid)
+        self.detokenizer.kill()
+
+    def restart_detokenizer(self) -> None:
+        """In place of a dead or killed one. Raises StartFailed, ZygoteError; the next call tries another."""
+        old = self.detokenizer
+        assert old is not None
+        if not died_within(old.pidfd, _DEATH_TIMEOUT_S):
+            raise StartFailed(f"the detokenizer (pid {old.pid}) has been killed, but is not dead yet")
         self.start_detokenizer(self._detokenizer_args)
-        if not self.detokenizer.pipe.poll(timeout_s):
-            raise StartFailed("the detokenizer did not start in time")
+        old.close()
+        assert self.detokenizer is not None
+        if not _is_ready(self.detokenizer):
+            self.detokenizer.kill()
+            raise StartFailed(f"the detokenizer did not start in {_DETOKENIZER_TIMEOUT_S:g} s")
+
+    # ---- what stands still
+
+    def resume_stopped(self) -> None:
+        """Let all but the ranks go on that somebody stopped (SIGSTOP): in the worst case their memory is needed."""
+        found = [(f"zygote {zygote.pid}", resume(zygote.pid, zygote.pidfd)) for zygote in self._zygotes.all()]
+        found += [(f"anchor {a.pid}", resume(a.pid, a.pidfd)) for a in list(self.anchors.processes.values())]
+        if self.detokenizer is not None:
+            found += [("detokenizer", resume(self.detokenizer.pid, self.detokenizer.pidfd))]
+        found += [("spare ranks", self._spares.resume() > 0)]
+        for name, was_stopped in found:
+            if was_stopped:
+                log.warning("anchortp: %s was stopped, and goes on now", name)
 
     # ---- ranks
 
-    def fork(self) -> Child:
-        """Of the zygote; a dead one is replaced by the one in reserve, or by a spawned one."""
-        try:
-            return self.zygote.fork()
-        except ZygoteError as error:
-            reserve, self._reserve, self._reserve_spent = self._reserve, None, True
-            if reserve is not None and not is_dead(reserve.pidfd):
-                log.warning("anchortp: %s; the one in reserve takes over", error)
-                self.zygote = reserve
-            else:
-                log.warning("anchortp: %s; starting another one, which imports SGLang anew", error)
-                self.zygote = spawn_zygote()
-            return self.zygote.fork()
-
-    def prepare_next(self, tp_size: int) -> None:
-        """What the next recovery would otherwise wait for: spare children, configurations."""
+    def prepare_next(self, tp_size: int, spare_ranks: bool) -> None:
+        """What the next recovery would otherwise wait for: spare children, configurations, a zygote in reserve. Called
+        again and again, as helpers die or stop unnoticed."""
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
-        self._spares.prepare(self.zygote, tp_size, not self.plan.gpus, self.plan.server_args(tp_size).dist_timeout)
-        if self._reserve_spent:
-            self._reserve, self._reserve_spent = spawn_zygote(), False  # it imports SGLang in the background
+        self.resume_stopped()
+        self._reaper.reap()
+        try:
+            self._zygotes.renew()
+            if spare_ranks:
+                timeout_s = self.plan.server_args(tp_size).dist_timeout
+                self._spares.prepare(self._zygotes.fork, tp_size, not self.plan.gpus, timeout_s)
+        except (ZygoteError, OSError) as error:
+            log.warning("anchortp: no spare ranks for now: %s", error)
 
     def start_ranks(
         self,
@@ -129,7 +150,7 @@ class Cluster:
                     running=running,
                     gpu=plan.gpu(device),
                 )
-                child = spares.pop(0) if spares else self.fork()
+                child = spares.pop(0) if spares else self._zygotes.fork()
                 generation.ranks.append(child)
                 child.start(rank.run, rank.RankSpec(assignment, server_args, self.port_args, self._store.port))
         except BaseException:
@@ -146,9 +167,7 @@ class Cluster:
 
     def shut_down(self, number: int) -> None:
         """End ranks, zygote and anchors; free all memory."""
-        self.zygote.kill()
-        if self._reserve is not None:
-            self._reserve.kill()
+        self._zygotes.kill()
         self._remove_load_file()
         self.anchors.shut_down(number)
 
@@ -158,3 +177,11 @@ class Cluster:
 
         if self.port_args is not None:
             Path(shm_path_for(self.port_args.instance_id)).unlink(missing_ok=True)
+
+
+def _is_ready(child: Child) -> bool:
+    """Whether it says so in time; one that dies does not."""
+    try:
+        return child.pipe.poll(_DETOKENIZER_TIMEOUT_S) and child.pipe.recv()[0] == "ready"
+    except (EOFError, OSError):
+        return False

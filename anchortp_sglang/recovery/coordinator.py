@@ -28,7 +28,6 @@ from anchortp_sglang.recovery.graphs import GraphCapture
 from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
-from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.record import Recoveries, Recovery
 from anchortp_sglang.recovery.stall import StallWatch
 from anchortp_sglang.recovery.succession import Succession, Unrecoverable
@@ -37,8 +36,8 @@ from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
 
-_DETOKENIZER_TIMEOUT_S = 30.0
 _REFILL_DELAY_S = 1.0
+_REFILL_EVERY_S = 5.0
 _STALL_S = 2.0
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
@@ -108,6 +107,7 @@ class Coordinator:
         self.ledger.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)
         self._detection.watch(self.generation)
+        self._spawn(self._fence_line.watch(self.cluster, lambda: self._serving() is not None))
         self._spawn(self._gpus.watch())
         self._spawn(self._capture_graphs(self.generation))
         self._refill()
@@ -236,11 +236,7 @@ class Coordinator:
         await asyncio.gather(self._in_thread(wait_dead, generation), self._gpus.probe())
         recovery.stage("reaped")
         assert self._fence_line is not None and self.ledger is not None
-        detokenizer = self.cluster.detokenizer
-        if detokenizer is None or is_dead(detokenizer.pidfd):
-            await self._in_thread(self.cluster.restart_detokenizer, _DETOKENIZER_TIMEOUT_S)
-            self._fence_line.send(self.ledger.reseed())
-        await self._fence_line.drain(generation.number)
+        await self._fence_line.drain(generation.number, self.cluster, self.ledger)
         recovery.stage("fenced")
         return Event(EventKind.FENCED, "the old generation is dead and drained")
 
@@ -332,15 +328,15 @@ class Coordinator:
         self._advance(Event(EventKind.RETRY, f"trying again after {delay_s:g} s"))
 
     def _refill(self) -> None:
-        if self.policy.spare_ranks:
-            self._spawn(self._refill_later())
+        self._spawn(self._refill_later())
 
     async def _refill_later(self) -> None:
-        """Fork the next ranks ahead, once this recovery's first tokens are out."""
+        """Fork the next ranks ahead, once this recovery's first tokens are out; look after all helpers from then on."""
+        generation = self.generation
         await asyncio.sleep(_REFILL_DELAY_S)
-        generation = self._serving()
-        if generation is not None:
-            await self._in_thread(self.cluster.prepare_next, generation.ownership.tp_size)
+        while generation is not None and self._serving() is generation:
+            await self._in_thread(self.cluster.prepare_next, generation.ownership.tp_size, self.policy.spare_ranks)
+            await asyncio.sleep(_REFILL_EVERY_S)
 
     # ---- plumbing
 

@@ -106,5 +106,5 @@ class Detection:
     async def _watch_for_hangs(self) -> None:
         while True:
             self.hung = hung_ranks(await watch_for_hang(self._hang, self._serving, self.lanes))
-            self.hung_since = time.monotonic() - self._hang.timeout_s
-            self._on_fault(f"no rank made progress for {self._hang.timeout_s:g} s")
+            self.hung_since = time.monotonic() - self._hang.waited_s
+            self._on_fault(f"no rank made progress for {self._hang.waited_s:g} s")

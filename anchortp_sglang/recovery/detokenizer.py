@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from anchortp_sglang.recovery.wire import Fence, Reseed
+from anchortp_sglang.recovery.wire import Fence, Ping, Reseed
 
 _OTHER_PEERS_TIMEOUT_S = 1.0
 
@@ -46,10 +46,14 @@ def after_init_ipc_channels(result: None, manager: Any, *args: Any, **kwargs: An
 
 
 def after_init_request_dispatcher(result: None, manager: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER DetokenizerManager.init_request_dispatcher: handle fences and reseeds."""
+    """AFTER DetokenizerManager.init_request_dispatcher: handle fences, pings and reseeds."""
     from sglang.utils import TypeBasedDispatcher
 
-    ours = [(Fence, lambda fence: _answer(manager, fence)), (Reseed, lambda reseed: _reseed(manager, reseed))]
+    ours = [
+        (Fence, lambda fence: _answer(manager, fence)),
+        (Ping, lambda ping: ping),
+        (Reseed, lambda reseed: _reseed(manager, reseed)),
+    ]
     manager._request_dispatcher += TypeBasedDispatcher(ours)
 
 

@@ -1,13 +1,25 @@
-"""The fence between generations, as main sees it: nothing an old rank 0 said arrives after it."""
+"""The fence between generations, as main sees it: nothing an old rank 0 said arrives after it.
+
+On the same way, pings tell whether the detokenizer still answers while clients wait for tokens.
+"""
 
 import asyncio
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 
-from anchortp_sglang.recovery.wire import Fence
+from anchortp_sglang.recovery.cluster import Cluster
+from anchortp_sglang.recovery.ledger import Ledger
+from anchortp_sglang.recovery.processes import is_dead
+from anchortp_sglang.recovery.wire import Fence, Ping
 
-_TIMEOUT_S = 10.0
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 3.0
+_PING_EVERY_S = 1.0
+_UNANSWERED = 5
 
 
 class FenceLine:
@@ -16,24 +28,64 @@ class FenceLine:
     def __init__(self, tokenizer_manager: Any, detokenizer_endpoint: str) -> None:
         from sglang.utils import TypeBasedDispatcher
 
-        tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(Fence, self._arrived)])
+        ours = [(Fence, self._arrived), (Ping, self._answered)]
+        tokenizer_manager._result_dispatcher += TypeBasedDispatcher(ours)
+        self._tm = tokenizer_manager
         self._push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._push.connect(detokenizer_endpoint)
         self._generation = -1
         self._seen: asyncio.Future[Fence] | None = None
+        self._pings = 0
+        self._answers = 0
 
-    def send(self, message: Any) -> None:
+    async def drain(self, generation: int, cluster: Cluster, ledger: Ledger) -> None:
+        """Until all that ``generation``'s dead rank 0 has sent is with TokenizerManager. A detokenizer that is dead or
+        does not answer is replaced; what it had not passed on is computed again. Raises StartFailed, TimeoutError."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, cluster.resume_stopped)
+        assert cluster.detokenizer is not None
+        if not is_dead(cluster.detokenizer.pidfd):
+            try:
+                return await self._fence(generation)
+            except TimeoutError:
+                cluster.end_detokenizer()
+        await loop.run_in_executor(None, cluster.restart_detokenizer)
+        self._send(ledger.reseed())
+        await self._fence(generation)
+
+    async def watch(self, cluster: Cluster, serving: Callable[[], bool]) -> None:
+        """Ping while ``serving`` and clients wait for tokens. A detokenizer that leaves one unanswered may be stopped,
+        and is let go on; one that leaves a number of them is killed. Pings are counted, not seconds: while main itself
+        does not run, nothing is asked."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_PING_EVERY_S)
+            if not serving() or not self._tm.rid_to_state:
+                self._answers = self._pings
+                continue
+            if self._pings - self._answers == _UNANSWERED:
+                self._answers = self._pings
+                cluster.end_detokenizer()
+                continue
+            if self._pings > self._answers:
+                await loop.run_in_executor(None, cluster.resume_stopped)
+            self._pings += 1
+            self._send(Ping(number=self._pings))
+
+    async def _fence(self, generation: int) -> None:
+        self._generation, self._seen = generation, asyncio.get_running_loop().create_future()
+        self._send(Fence(generation=generation))
+        await asyncio.wait_for(self._seen, _TIMEOUT_S)
+
+    def _send(self, message: Any) -> None:
         """To the detokenizer."""
         from sglang.srt.managers.io_struct import sock_send
 
         sock_send(self._push, message)
 
-    async def drain(self, generation: int) -> Fence:
-        """Until all that ``generation``'s dead rank 0 has sent is with TokenizerManager. Raises TimeoutError."""
-        self._generation, self._seen = generation, asyncio.get_running_loop().create_future()
-        self.send(Fence(generation=generation))
-        return await asyncio.wait_for(self._seen, _TIMEOUT_S)
-
     def _arrived(self, fence: Fence) -> None:
         if self._seen is not None and not self._seen.done() and fence.generation == self._generation:
             self._seen.set_result(fence)
+
+    def _answered(self, ping: Ping) -> None:
+        self._answers = max(self._answers, ping.number)

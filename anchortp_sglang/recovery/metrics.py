@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from anchortp_sglang import ending
 from anchortp_sglang.recovery.record import Recovery, Totals
 from anchortp_sglang.timeline_rows import durations
 
@@ -32,6 +33,7 @@ def prepare_folder() -> None:
     """
     if _FOLDER_VARIABLE not in os.environ:
         folder = os.environ[_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="anchortp-metrics-")
+        ending.on_end(lambda: shutil.rmtree(folder, ignore_errors=True))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave by os._exit
 
 

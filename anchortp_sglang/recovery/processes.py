@@ -43,7 +43,7 @@ def usage(pid: int) -> Usage | None:
     try:
         with open(f"/proc/{pid}/stat") as stat:
             fields = stat.read().rpartition(")")[2].split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return Usage(fields[0], int(fields[11]) + int(fields[12]))  # utime, stime
 

@@ -8,7 +8,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -17,12 +18,15 @@ from typing import Any
 import torch.distributed as dist
 
 from anchortp_sglang.recovery.processes import is_dead
+from anchortp_sglang.recovery.stops import resume
 from anchortp_sglang.recovery.warmup import warm_up
-from anchortp_sglang.recovery.zygote import Child, Zygote
+from anchortp_sglang.recovery.zygote import Child
 
 log = logging.getLogger(__name__)
 
 _STORE_HOST = "127.0.0.1"
+_ANSWER_TIMEOUT_S = 1.0
+_ARE_YOU_THERE = "are you there"
 
 _joined_port: int | None = None
 """Of the store where this process has met its group, if it was a spare."""
@@ -57,7 +61,7 @@ class Spares:
         self._children: list[Child] = []
         self._store: dist.TCPStore | None = None
 
-    def prepare(self, zygote: Zygote, world_size: int, joining: bool, timeout_s: float | None) -> None:
+    def prepare(self, fork: Callable[[], Child], world_size: int, joining: bool, timeout_s: float | None) -> None:
         """Fork them for ``world_size`` ranks, unless that has been done. Not ``joining``: they meet in no group."""
         with self._lock:
             if len(self._children) == world_size and not any(is_dead(child.pidfd) for child in self._children):
@@ -66,21 +70,33 @@ class Spares:
             self._children = []
             self._store = make_store() if joining else None
             for rank in range(world_size):
-                child = zygote.fork()
+                child = fork()
                 self._children.append(child)
                 spec = self._store and SpareSpec(rank, world_size, self._store.port, timeout_s)
                 child.start(stand_by, spec)
 
     def take(self, world_size: int) -> tuple[list[Child], dist.TCPStore]:
-        """At most ``world_size`` spares in rank order, and the store of the generation that they will be part of."""
+        """At most ``world_size`` spares in rank order, and the store of the generation that they will be part of.
+
+        If one has died or does not answer, the group that it has joined is of no use, and the others join anew.
+        """
         with self._lock:
             children, self._children = self._children, []
             store, self._store = self._store, None
-        ready = [child for child in children if _stands_by(child)]
+        ready = _answering([child for child in children if _stands_by(child)])
         if store is None or not len(ready) == len(children) == world_size:
             store = make_store()
         _end(child for child in children if child not in ready[:world_size])
         return ready[:world_size], store
+
+    def resume(self) -> int:
+        """Let those go on that somebody stopped; how many. None while they are being forked or taken."""
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            return sum(resume(child.pid, child.pidfd) for child in self._children)
+        finally:
+            self._lock.release()
 
 
 def _end(children: Iterable[Child]) -> None:
@@ -97,6 +113,28 @@ def _stands_by(child: Child) -> bool:
         return False
 
 
+def _answering(children: Sequence[Child]) -> list[Child]:
+    """Those that answer at once. They do nothing else: one that does not is stopped, or stuck."""
+    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+    asked = [child for child in children if _told(child, _ARE_YOU_THERE)]
+    return [child for child in asked if _answered(child, deadline - time.monotonic())]
+
+
+def _told(child: Child, message: str) -> bool:
+    try:
+        child.pipe.send(message)
+        return True
+    except OSError:
+        return False
+
+
+def _answered(child: Child, timeout_s: float) -> bool:
+    try:
+        return child.pipe.poll(max(0.0, timeout_s)) and child.pipe.recv() is None
+    except (EOFError, OSError):
+        return False
+
+
 def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
     """A spare's life until main says what to be, or closes the pipe. Sends None when it is ready to be told."""
     try:
@@ -106,7 +144,9 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
     if spec is not None:
         _join(spec)
     pipe.send(None)
-    target, argument = pipe.recv()
+    while (order := pipe.recv()) == _ARE_YOU_THERE:
+        pipe.send(None)
+    target, argument = order
     target(argument, pipe)
 
 

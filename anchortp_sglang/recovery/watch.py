@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from anchortp_sglang.recovery import heartbeat
-from anchortp_sglang.recovery.processes import process_state
+from anchortp_sglang.recovery.processes import Usage, process_state, usage
 
 if TYPE_CHECKING:
     from anchortp_sglang.recovery.generation import Generation
 
 _HANG_POLL_S = 0.5
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class DeathWatch:
@@ -48,21 +50,63 @@ class DeathWatch:
 _ALONE_FACTOR = 10
 """A single rank has no all-reduce to show progress within a step: it gets that much more time."""
 
+_MOST_PATIENCE = 8
+
+
+class OwnTime:
+    """Seconds that a generation could have used: the clock by which it hangs.
+
+    Where main itself could not run (a stopped container, a suspended machine), nobody could, so a gap between two looks
+    counts as ``most_s`` at most. Where ranks compute but get little CPU (a throttled container), what they got counts:
+    a stopped rank and those that wait for it want none, so that their time runs on.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._now = 0.0
+        self._looked_at: float | None = None
+        self._used: dict[int, int] = {}
+
+    def advance(self, wall: float, ranks: Mapping[int, Usage]) -> float:
+        """The time now, at ``wall`` (monotonic seconds). ``ranks``: by pid, those that live."""
+        passed = 0.0 if self._looked_at is None else min(wall - self._looked_at, self._most_s)
+        got = [r.ticks - self._used[pid] for pid, r in ranks.items() if r.state == "R" and pid in self._used]
+        self._now += min(passed, max(got) / _TICKS_PER_S) if got else passed
+        self._looked_at, self._used = wall, {pid: r.ticks for pid, r in ranks.items()}
+        return self._now
+
 
 class HangWatch:
-    """Whether a generation's counters stand still for too long. Fed with what it sees and when: no clock of its own."""
+    """Whether a generation's counters stand still for too long. Fed with what it sees and when: no clock of its own.
+
+    What is taken for a hang may be a step that takes long, and comes again after the recovery: so each time it waits
+    twice as long, until counters have moved on for as long as that without a pause above the timeout.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.poll_s = min(_HANG_POLL_S, timeout_s / 4)
+        self.time = OwnTime(2 * self.poll_s)
         self._seen: tuple[int, tuple[int, ...]] | None = None
         self._since = 0.0
+        self._patience = 1
+        self._steady_since = 0.0
+        self.waited_s = timeout_s
+        """Before the last hang was called one."""
 
     def hung(self, generation: int, beats: tuple[int, ...], now: float) -> bool:
         """True if no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers too."""
+        timeout_s = self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
+        if self._seen is None or self._seen[0] != generation or now - self._since > timeout_s:
+            self._steady_since = now
         if self._seen != (generation, beats):
+            if now - self._steady_since > timeout_s * self._patience:
+                self._patience = 1
             self._seen, self._since = (generation, beats), now
-        return now - self._since > self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
+        if now - self._since <= timeout_s * self._patience:
+            return False
+        self.waited_s, self._patience = timeout_s * self._patience, min(2 * self._patience, _MOST_PATIENCE)
+        return True
 
     def reset(self) -> None:
         self._seen = None
@@ -79,7 +123,9 @@ async def watch_for_hang(
             watch.reset()
             continue
         beats = heartbeat.read_beats(lanes[generation.number], generation.ownership.tp_size)
-        if watch.hung(generation.number, beats, time.monotonic()):
+        seen = {child.pid: usage(child.pid) for child in generation.ranks}
+        now = watch.time.advance(time.monotonic(), {pid: used for pid, used in seen.items() if used is not None})
+        if watch.hung(generation.number, beats, now):
             watch.reset()
             return generation
 

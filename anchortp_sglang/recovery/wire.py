@@ -33,6 +33,12 @@ class Fence(BaseReq, kw_only=True):
     waited_s: float = 0.0
 
 
+class Ping(BaseReq, kw_only=True):
+    """main -> detokenizer -> TokenizerManager: whether the detokenizer answers."""
+
+    number: int
+
+
 class Reseed(BaseReq, kw_only=True):
     """main -> a new detokenizer: how far its predecessor had come with each request that delivered tokens.
 
@@ -55,4 +61,4 @@ CONTEXT_TOKENS = 5
 
 def register() -> None:
     """Make the types known to SGLang's msgpack codec, in every process that sends or receives them."""
-    hook_custom_types(Resume, GenerationStart, CaptureGraphs, Fence, Reseed)
+    hook_custom_types(Resume, GenerationStart, CaptureGraphs, Fence, Ping, Reseed)

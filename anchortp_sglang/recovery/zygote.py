@@ -11,9 +11,11 @@ import os
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +23,17 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+from anchortp_sglang.anchor.pids import wait_readable
+from anchortp_sglang.recovery.processes import is_dead
+
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 64
-_FORK_TIMEOUT_S = 20.0
+_ANSWER_TIMEOUT_S = 2.0
 _SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
+_SEND_TIMEOUT_S = 2
+_FORK, _PING = b"fork", b"ping"
 _CUDA_ERROR_NOT_INITIALIZED = 3
 _DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
 """What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
@@ -48,7 +55,11 @@ class Child:
     pipe: Connection
 
     def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
-        self.pipe.send((target, argument))
+        """Raises ZygoteError if it does not read what it is told (a stopped process, once the pipe is full)."""
+        try:
+            self.pipe.send((target, argument))
+        except BlockingIOError as error:
+            raise ZygoteError(f"process {self.pid} does not read what it is told") from error
 
     def kill(self) -> None:
         try:
@@ -62,31 +73,70 @@ class Child:
         os.close(self.pidfd)
 
 
-class Zygote:
-    """Main's end. ``fork`` may be called from any thread."""
+def _limit_sends(pipe: Connection) -> None:
+    """A send that makes no progress for so long raises BlockingIOError: a stopped child does not empty its pipe."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
 
-    def __init__(self, pid: int, control: socket.socket, timeout_s: float = _FORK_TIMEOUT_S) -> None:
+
+class Zygote:
+    """Main's end. ``fork`` and ``answers`` may be called from any thread.
+
+    ``first_timeout_s``: for the first answer of one that imports SGLang first, and then says so; None of others.
+    """
+
+    def __init__(self, pid: int, control: socket.socket, first_timeout_s: float | None = None) -> None:
         self.pid = pid
-        self._timeout_s = timeout_s
         self.pidfd = os.pidfd_open(pid)
+        self._first_timeout_s = first_timeout_s
+        self._made_at = time.monotonic()
         self._control = control
         self._lock = threading.Lock()
+        self._owed = 0 if first_timeout_s is None else 1  # answers to come: such a one says by itself that it is ready
 
     def fork(self) -> Child:
         """Fork one child. Raises ZygoteError."""
         ours, theirs = Pipe()
         try:
-            with self._lock:
-                self._control.settimeout(self._timeout_s)
-                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-                answer, fds, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
-        except OSError as error:
-            raise ZygoteError(f"the zygote (pid {self.pid}) does not answer: {error}") from error
+            answer, fds = self._ask(_FORK, [theirs.fileno()])
+            if not fds:
+                raise ZygoteError(f"the zygote (pid {self.pid}) could not fork: {answer.decode() or 'it is gone'}")
+        except BaseException:
+            ours.close()  # a child that is forked late finds it closed, and ends
+            raise
         finally:
             theirs.close()
-        if not fds:
-            raise ZygoteError(f"the zygote (pid {self.pid}) could not fork: {answer.decode() or 'it is gone'}")
+        _limit_sends(ours)
         return Child(int(answer), fds[0], ours)
+
+    def answers(self) -> bool:
+        """Whether it would fork in time; of one that still imports SGLang: whether it may get there."""
+        if self._first_timeout_s is not None and not wait_readable(self._control.fileno(), 0.0):
+            return not is_dead(self.pidfd) and time.monotonic() < self._made_at + self._first_timeout_s
+        try:
+            return self._ask(_PING, [])[0] == _PING
+        except ZygoteError:
+            return False
+
+    def _ask(self, request: bytes, fds: list[int]) -> tuple[bytes, list[int]]:
+        """Its answer. An earlier one that came too late is let go of, so that a slow zygote can be asked again."""
+        try:
+            with self._lock:
+                deadline = time.monotonic() + (self._first_timeout_s or _ANSWER_TIMEOUT_S)
+                self._control.settimeout(_ANSWER_TIMEOUT_S)
+                socket.send_fds(self._control, [request], fds)
+                self._owed += 1
+                while True:
+                    self._control.settimeout(max(0.001, deadline - time.monotonic()))
+                    answer, received, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
+                    self._owed -= 1
+                    self._first_timeout_s = None
+                    if not self._owed or not answer:
+                        return answer, received
+                    for fd in received:
+                        os.close(fd)
+        except OSError as error:
+            raise ZygoteError(f"the zygote (pid {self.pid}) does not answer: {error}") from error
 
     def kill(self) -> None:
         """End the zygote and, by their parent-death signal, all its children."""
@@ -153,12 +203,17 @@ def spawn_zygote() -> Zygote:
     return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S)
 
 
+def announce(control: socket.socket) -> None:
+    """Say that ``serve`` is about to begin, for a main that was told to wait for it (``first_timeout_s``)."""
+    control.send(_PING)
+
+
 def serve(control: socket.socket) -> None:
     """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes."""
     _set_title("anchortp::reserve")  # until it is needed
-    forked = False
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main's handler would put away what is main's
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -170,18 +225,18 @@ def serve(control: socket.socket) -> None:
         if wake_read in ready:
             os.read(wake_read, 4096)
             _reap()
-        if control.fileno() in ready:
-            if not forked:
-                _set_title("anchortp::zygote")
-            forked = True
-            if not _fork_one(control, (wake_read, wake_write)):
-                return
+        if control.fileno() in ready and not _answer_one(control, (wake_read, wake_write)):
+            return
 
 
-def _fork_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
+def _answer_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
     request, fds, _, _ = socket.recv_fds(control, _MESSAGE_BYTES, 1)
+    if request == _PING:
+        control.send(_PING)
+        return True
     if not request or not fds:
         return False  # main is gone
+    _set_title("anchortp::zygote")
     try:
         pid = os.fork()
     except OSError as error:

@@ -22,14 +22,16 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch(checkpoint, tmp_path_factory):
-    """launch(tp_size, *more_arguments): a context with a started Server; ``server.place`` is its Place."""
+    """launch(tp_size, *more_arguments): a context with a started Server; ``server.place`` is its Place. ``prefix``:
+    a command that runs it."""
 
     @contextlib.contextmanager
-    def launch(tp_size, *arguments, model=checkpoint, env=None, module=LAUNCHER):
+    def launch(tp_size, *arguments, model=checkpoint, env=None, module=LAUNCHER, prefix=()):
         place = Place(tmp_path_factory.mktemp("server") / "log")
         env = place.env | (env or {})
         server = Server(model, tp_size, *ARGUMENTS, *arguments, log=place.log, module=module, env=env)
         server.place = place
+        server._command = [*prefix, *server._command]
         try:
             with server:
                 yield server

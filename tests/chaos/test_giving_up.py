@@ -1,6 +1,11 @@
 """When no recovery is possible, every client is told why, and the server stays up to say so."""
 
+import contextlib
 import json
+import os
+import signal
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -53,5 +58,16 @@ def test_below_the_least_devices_clients_get_a_reason_and_the_server_says_503(la
             code, message = refusal(server, path, body)
             assert code == 503 and "--anchor-min-devices is 2" in message
         assert server.health() == 503 and server.status()["state"] == "down"
-        server.stop()
+        threading.Thread(target=ask_ranks, args=(server,), daemon=True).start()
+        with socket.create_connection(("127.0.0.1", server.port)) as half:
+            half.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+            time.sleep(1)
+            os.kill(server.pid, signal.SIGTERM)
+            assert server.wait(10) == 0
         remains.assert_gone()
+
+
+def ask_ranks(server):
+    """A call that only ranks could answer."""
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(f"{server.url}/flush_cache?timeout=90", timeout=90)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,3 +158,38 @@ def kill(anchors: Anchors, device: int) -> None:
     pidfd = anchors.processes[device].pidfd
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     assert eventually(lambda: is_dead(pidfd), TIMEOUT_S)
+
+
+@pytest.mark.parametrize("device", [HOST_DEVICE, 1])
+def test_a_stopped_anchor_is_found_at_a_fence_and_replaced_with_all_that_it_holds(
+    anchors: Anchors, device: int
+) -> None:
+    held = begin(anchors, 0, [0, 1, 2, 3], None)
+    anchors.settle(Generation(0, held, []))
+    before, was_sealed = names(anchors, device), sealed(anchors, device)
+    inodes = {name: inode(anchors, 0, device, name) for name in before}
+    silent = anchors.processes[device]
+    pidfd = os.pidfd_open(silent.pid)
+    os.kill(silent.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    anchors.fence(1, [0, 1, 2, 3])
+    assert time.monotonic() - began < 6
+    assert is_dead(pidfd) and anchors.processes[device].pid != silent.pid
+    os.close(pidfd)
+    assert names(anchors, device) == before and sealed(anchors, device) == was_sealed
+    assert {name: inode(anchors, 1, device, name) for name in before} == inodes, "another memory than before"
+
+
+def inode(anchors: Anchors, number: int, device: int, name: str) -> int:
+    fd, _, _ = anchors.client(device).open_handle(number, name)
+    try:
+        return os.fstat(fd).st_ino
+    finally:
+        os.close(fd)
+
+
+def test_a_stopped_anchor_does_not_outlive_the_server(anchors: Anchors) -> None:
+    """It cannot be told to end, and is let go on first."""
+    os.kill(anchors.processes[2].pid, signal.SIGSTOP)
+    anchors.shut_down(0)
+    assert all(is_dead(anchor.pidfd) for anchor in anchors.processes.values())

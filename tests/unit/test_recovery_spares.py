@@ -12,7 +12,7 @@ PRELUDE = """
 
     def prepared(world_size, joining=True):
         spares = Spares()
-        spares.prepare(zygote, world_size, joining, None)
+        spares.prepare(zygote.fork, world_size, joining, None)
         deadline = time.monotonic() + 60
         while not all(child.pipe.poll() for child in spares._children) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -66,7 +66,7 @@ def test_a_wider_generation_or_one_with_a_dead_spare_is_filled_up_with_others():
 def test_spares_that_are_not_ready_are_not_waited_for():
     out = run("""
         spares = Spares()
-        spares.prepare(zygote, 2, True, None)
+        spares.prepare(zygote.fork, 2, True, None)
         print(len(spares.take(2)[0]), len(spares.take(2)[0]))
     """)
     assert out == "0 0\n"
@@ -121,11 +121,38 @@ def test_garbage_on_the_sockets_of_store_and_group_disturbs_nobody():
 def test_a_second_call_forks_nothing_unless_a_spare_has_died():
     out = run("""
         spares, children = prepared(2)
-        spares.prepare(zygote, 2, True, None)
+        spares.prepare(zygote.fork, 2, True, None)
         print(spares._children == children)
         children[0].kill()
         assert died_within(children[0].pidfd, 5)
-        spares.prepare(zygote, 2, True, None)
+        spares.prepare(zygote.fork, 2, True, None)
         print(any(child in children for child in spares._children), len(spares._children))
     """)
     assert out.split() == ["True", "False", "2"]
+
+
+def test_a_stopped_spare_is_found_at_once_and_the_others_leave_its_group():
+    out = run("""
+        import signal
+        spares, children = prepared(3)
+        stopped = os.pidfd_open(children[1].pid)
+        os.kill(children[1].pid, signal.SIGSTOP)
+        began = time.monotonic()
+        ranks, store = spares.take(3)
+        assert time.monotonic() - began < 1.5
+        assert ranks == [children[0], children[2]] and died_within(stopped, 5)
+        print(*sums([*ranks, zygote.fork()], store))
+    """)
+    assert out == "(3, 'joined now') (3, 'joined now') (3, 'joined now')\n"
+
+
+def test_a_stopped_spare_can_be_let_go_on():
+    out = run("""
+        import signal
+        spares, children = prepared(2)
+        os.kill(children[1].pid, signal.SIGSTOP)
+        while open(f"/proc/{children[1].pid}/stat").read().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)
+        print(spares.resume(), spares.resume(), spares.take(2)[0] == children)
+    """)
+    assert out.split() == ["1", "0", "True"]

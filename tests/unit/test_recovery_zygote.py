@@ -69,6 +69,113 @@ def test_a_dead_zygote_is_reported_and_not_waited_for():
     assert out.split() == ["ZygoteError", "True"]
 
 
+def test_a_stopped_zygote_is_found_in_time_and_its_late_answers_are_no_others():
+    out = run("""
+        zygote = fork_zygote()
+        print(zygote.answers())
+        os.kill(zygote.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        for _ in range(2):
+            try:
+                zygote.fork()
+            except ZygoteError:
+                print("ZygoteError", time.monotonic() - began < 6)
+        print(zygote.answers())
+        os.kill(zygote.pid, signal.SIGCONT)
+        child = zygote.fork()
+        child.start(answer, 41)
+        print(child.pipe.recv(), zygote.answers())
+        def children():
+            return open(f"/proc/{zygote.pid}/task/{zygote.pid}/children").read().split()
+        deadline = time.monotonic() + 5
+        while children() != [str(child.pid)] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        print(children() == [str(child.pid)])
+    """)
+    assert out.splitlines() == ["True", "ZygoteError True", "ZygoteError True", "False", "42 True", "True"]
+
+
+def test_a_stopped_child_that_does_not_read_what_it_is_told_is_given_up():
+    out = run("""
+        zygote = fork_zygote()
+        child = zygote.fork()
+        os.kill(child.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        try:
+            child.start(answer, b"x" * 10_000_000)
+        except ZygoteError:
+            print("ZygoteError", time.monotonic() - began < 10)
+    """)
+    assert out.split() == ["ZygoteError", "True"]
+
+
+def test_the_reserve_takes_over_from_a_stopped_zygote_which_may_come_back():
+    """Its children live on: nothing of theirs is to be interrupted."""
+    out = run("""
+        from anchortp_sglang.recovery.zygotes import Zygotes
+        first, second = fork_zygote(), fork_zygote()
+        zygotes = Zygotes(first, second)
+        kept = zygotes.fork()
+        kept.start(answer, 1)
+        os.kill(first.pid, signal.SIGSTOP)
+        child = zygotes.fork()
+        child.start(answer, 41)
+        def parent(pid):
+            return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+        print(child.pipe.recv(), parent(child.pid) == second.pid, kept.pipe.recv())
+        os.kill(first.pid, signal.SIGCONT)
+        zygotes.renew()  # would take an interpreter with SGLang otherwise
+        print(zygotes._reserve is first, zygotes._aside)
+        zygotes.kill()
+        print(died_within(kept.pidfd, 5), died_within(child.pidfd, 5))
+    """)
+    assert out.splitlines() == ["42 True 2", "True []", "True True"]
+
+
+def test_a_stopped_zygote_is_killed_once_its_children_are_dead():
+    out = run("""
+        import anchortp_sglang.recovery.zygotes as module
+        module.spawn_zygote = fork_zygote
+        first, second = fork_zygote(), fork_zygote()
+        pidfd = os.pidfd_open(first.pid)
+        zygotes = module.Zygotes(first, second)
+        kept = zygotes.fork()
+        os.kill(first.pid, signal.SIGSTOP)
+        zygotes.renew()
+        print(died_within(kept.pidfd, 0.2), zygotes._current is second)
+        kept.kill()
+        assert died_within(kept.pidfd, 5)
+        zygotes.renew()
+        print(died_within(pidfd, 5))
+    """)
+    assert out.splitlines() == ["False True", "True"]
+
+
+def test_a_spawned_zygote_is_waited_for_until_it_says_that_it_is_ready():
+    out = run("""
+        import socket
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            time.sleep(3)  # it imports
+            announce(theirs)
+            serve(theirs)
+        theirs.close()
+        zygote = Zygote(pid, ours, 60.0)
+        began = time.monotonic()
+        print(zygote.answers(), time.monotonic() - began < 1)
+        child = zygote.fork()
+        print(time.monotonic() - began > 2.5)
+        child.start(answer, 41)
+        print(child.pipe.recv(), zygote.answers())
+        os.kill(pid, signal.SIGSTOP)
+        print(zygote.answers(), time.monotonic() - began < 30)
+        zygote.kill()
+    """)
+    assert out.splitlines() == ["True True", "True", "42 True", "False True"]
+
+
 def test_a_process_with_threads_is_unfit_to_fork():
     out = run("""
         import threading
