@@ -232,6 +232,12 @@ HOOKS: tuple[Hook, ...] = (
         "the same for control messages",
     ),
     Hook(
+        _SRT + "managers.communicator.FanOutCommunicator.__call__",
+        "around",
+        main.around_control_call,
+        "control calls end when the server goes down, instead of waiting for dead ranks",
+    ),
+    Hook(
         _TM_CLASS + "_handle_batch_output",
         "around",
         main.around_handle_batch_output,

@@ -92,6 +92,13 @@ async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager:
     ledger.dispatch(message)
 
 
+async def around_control_call(original: Callable[..., Any], communicator: Any, message: Any) -> Any:
+    """AROUND FanOutCommunicator.__call__: ends if the server goes down before the ranks have answered."""
+    ledger = coordinator().ledger
+    assert ledger is not None
+    return await ledger.control_calls.run(original(communicator, message))
+
+
 async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:
     """AROUND TokenizerManager._handle_batch_output: nothing doubled, nothing missing reaches a client.
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sglang.srt.managers.communicator import FanOutCommunicator
-from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
+from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq, ShutdownReq
 
 from anchortp_sglang.memory.namespaces import Key
+from anchortp_sglang.recovery.down import ControlCalls, ServerDown
 from anchortp_sglang.recovery.isolation import Evidence, Isolation
 from anchortp_sglang.recovery.records import Record, encode, records_of
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed
@@ -54,11 +55,14 @@ class Ledger:
         self.outage = True  # until the first generation is ready
         self.refusal: str | None = None
         """Why nothing is served any more; set by ``give_up``."""
+        self.control_calls = ControlCalls(lambda: self.refusal)
 
     def dispatch(self, message: Any) -> None:
-        """Take a message that TM wants to send to the scheduler."""
+        """Take a message that TM wants to send to the scheduler. Raises ServerDown if nobody will answer it."""
         if isinstance(message, AbortReq):
             return self._abort(message)
+        if self.refusal is not None and not isinstance(message, ShutdownReq):  # TM's sigterm_watchdog must not fail
+            raise ServerDown(self.refusal)
         encoded = encode(message)
         requests = records_of(message, encoded)
         self._records |= requests
@@ -215,6 +219,7 @@ class Ledger:
         """End every open request with a clear error, and refuse new ones until a replay; returns how many ended."""
         self.refusal = reason
         self._held.clear()
+        self.control_calls.end()
         return self.end_open(reason)
 
     def _repeat_control(self) -> None:
