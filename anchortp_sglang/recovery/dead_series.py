@@ -7,6 +7,7 @@ up all of them, of dead processes, too; mark_process_dead would only take gauges
 
 import os
 from pathlib import Path
+from typing import Any
 
 from anchortp_sglang.recovery.processes import process_state
 
@@ -26,10 +27,11 @@ def forget_dead(folder: Path) -> None:
 
 
 def _add(counts: Path, to: Path) -> None:
-    from prometheus_client.mmap_dict import MmapedDict
+    from prometheus_client import mmap_dict  # looks for the folder when it is imported
 
-    sums = MmapedDict(str(to))
-    for key, value, _, _ in MmapedDict.read_all_values_from_file(str(counts)):
+    mapped: Any = mmap_dict.MmapedDict
+    sums = mapped(str(to))
+    for key, value, _, _ in mapped.read_all_values_from_file(str(counts)):
         before, _ = sums.read_value(key)
         sums.write_value(key, before + value, 0.0)
     sums.close()

@@ -96,7 +96,7 @@ async def around_control_call(original: Callable[..., Any], communicator: Any, m
     """AROUND FanOutCommunicator.__call__: ends if the server goes down before the ranks have answered."""
     ledger = coordinator().ledger
     assert ledger is not None
-    return await ledger.control_calls.run(original(communicator, message))
+    return await ledger.control_calls.run(original, communicator, message)
 
 
 async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:
