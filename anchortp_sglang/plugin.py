@@ -220,6 +220,12 @@ HOOKS: tuple[Hook, ...] = (
         "the coordinator runs on TokenizerManager's event loop",
     ),
     Hook(
+        _TM_CLASS + "_tokenize_texts",
+        "around",
+        main.around_tokenize_texts,
+        "a long text would keep main from recoveries, probes and streams for seconds",
+    ),
+    Hook(
         _TM_CLASS + "_dispatch_to_scheduler",
         "around",
         main.around_dispatch,
