@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
@@ -255,5 +256,7 @@ class Ledger:
         reason: dict[str, Any] = {"type": "abort", "message": text}
         if status_code is not None:
             err_type = "InternalServerError" if status_code == 500 else "ServiceUnavailable"
-            reason |= {"status_code": status_code, "err_type": err_type}
+            # A bare number would not do: streams of OpenAI's and Anthropic's APIs then end as if they were complete
+            # (serving_chat._generate_chat_stream, serving_completions).
+            reason |= {"status_code": HTTPStatus(status_code), "err_type": err_type}
         self._tm._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))

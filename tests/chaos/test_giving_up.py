@@ -20,7 +20,7 @@ OPEN = {
     "/v1/completions": LONG | {"prompt": "hello"},
     "/v1/chat/completions": LONG | {"messages": MESSAGES},
     "/v1/messages": LONG | {"messages": MESSAGES},
-    "/api/generate": {"model": "default", "prompt": "hello", "options": {"num_predict": 2000}},
+    "/api/generate": {"model": "default", "prompt": "hello", "stream": False, "options": {"num_predict": 2000}},
     "/api/chat": {"model": "default", "messages": MESSAGES, "stream": False, "options": {"num_predict": 2000}},
     "/invocations": LONG | {"messages": MESSAGES, "stream": False},
     "/vertex_generate": {"instances": [{"text": "hello"}], "parameters": {"sampling_params": {"max_new_tokens": 2000}}},
@@ -30,7 +30,7 @@ OPEN = {
 
 ANYTHING = OPEN["/v1/messages"] | {"text": "hello", "prompt": "hello", "input": "hello", "timeout": 0}
 KNOWN_WITHOUT_RANKS = {"/", "/model_info", "/get_model_info", "/v1/models", "/v1/models/{model}"}
-UNLISTED = ["/metrics", "/no/such/route", "/generate/", "/docs"]
+UNLISTED = ["/no/such/route", "/generate/", "/docs", "/openapi.json"]
 AT_ONCE_S = 2.0
 
 
@@ -72,7 +72,7 @@ class Asked:
 @pytest.fixture(scope="module")
 def down(launch):
     """A server that has lost a device it cannot do without, and what its clients were told meanwhile."""
-    with launch(2, "--anchor-min-devices", "2") as server:
+    with launch(2, "--anchor-min-devices", "2", "--enable-metrics") as server:
         server.remains = Remains(server)
         server.routes = server.get("/openapi.json")["paths"]
         with Asked(server) as asked, Streams(server.url, REQUESTS) as streams:
@@ -105,7 +105,7 @@ def test_below_the_least_devices_open_streams_end_with_the_reason(down):
 def test_whatever_was_open_ends_with_the_reason(down, path):
     code, text, _ = down.asked[path]
     assert REASON in text
-    assert code == (200 if OPEN[path].get("stream", path == "/api/generate") else 503)
+    assert code == (200 if OPEN[path].get("stream") else 503)
 
 
 def test_every_route_says_503_and_why_at_once(down):
@@ -140,5 +140,8 @@ def test_it_stays_up_to_tell_why_until_it_is_stopped(down):
     assert down.status()["state"] == "down"
     code, page, _ = ask(down, "GET", "/anchortp/timeline")
     assert code == 200 and REASON in page
+    code, series, _ = ask(down, "GET", "/metrics")
+    assert code == 200 and 'anchortp_server_state{state="down"} 1.0' in series
+    assert "# TYPE sglang:num_running_reqs gauge" not in series, "gauges of ranks that are dead"
     down.stop()
     down.remains.assert_gone()
