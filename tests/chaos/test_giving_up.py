@@ -30,7 +30,7 @@ OPEN = {
 
 ANYTHING = OPEN["/v1/messages"] | {"text": "hello", "prompt": "hello", "input": "hello", "timeout": 0}
 KNOWN_WITHOUT_RANKS = {"/", "/model_info", "/get_model_info", "/v1/models", "/v1/models/{model}"}
-UNLISTED = ["/no/such/route", "/generate/", "/docs", "/openapi.json"]
+UNLISTED = ["/tokenize", "/detokenize", "/docs", "/redoc", "/openapi.json", "/no/such/route", "/generate/"]
 AT_ONCE_S = 2.0
 
 
