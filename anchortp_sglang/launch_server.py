@@ -79,8 +79,10 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     http_server.app.add_middleware(
         AnchorMiddleware,
         coordinator=runtime.coordinator,
+        tokenizer_manager=lambda: http_server._global_state.tokenizer_manager,
         on_startup=start_loop,
         allow_injection=options.allow_injection,
+        max_body_bytes=int(options.max_body_mib * 2**20),
         metrics=_metrics(server_args, runtime),
     )
     http_server.app.add_exception_handler(NotAdmitted, answer_not_admitted)

@@ -1,51 +1,62 @@
 """Our routes and answers on SGLang's HTTP server, as one ASGI middleware."""
 
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from anchortp_sglang import probes
+from anchortp_sglang.body_limit import Receive, limited
+from anchortp_sglang.own_routes import Answer, OwnRoutes
 from anchortp_sglang.recovery.coordinator import Coordinator
-from anchortp_sglang.recovery.inject import InjectionError, inject
-from anchortp_sglang.recovery.machine import Phase
 from anchortp_sglang.recovery.metrics import Metrics
-from anchortp_sglang.recovery.status import status
+from anchortp_sglang.recovery.status import state_name, status
 from anchortp_sglang.refusals import check_route
-from anchortp_sglang.timeline_page import main_part, page
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_HEALTH = ("/health", "/health_generate")
-_GENERATE = ("/generate", "/v1/completions", "/v1/chat/completions")
-_MAX_BODY_BYTES = 4096
+_READ = ("GET", "HEAD")
+_KNOWN_WITHOUT_RANKS = ("", "/model_info", "/get_model_info", "/v1/models", "/metrics")
+"""What main answers by itself, to GET, when the server is down. Everything else is 503 then, new routes included."""
+
+_TRY_AGAIN_LATER = 1013  # RFC 6455's registry of close codes
 
 
 class AnchorMiddleware:
-    """Answers /anchortp/…; /health in and after a recovery; refuses generation when the server is down.
+    """Answers /anchortp/… and probes, refuses what cannot be served, limits bodies; the rest is SGLang's.
 
-    SGLang's own /health generates a token (20 s timeout) and would mark a recovering server unhealthy.
+    ``tokenizer_manager``: SGLang's; asked for with each probe, as it is made after the middleware.
     """
 
     def __init__(
         self,
         app: Callable[[Scope, Receive, Send], Awaitable[None]],
         coordinator: Coordinator,
+        tokenizer_manager: Callable[[], Any],
         on_startup: Callable[[], None],
         allow_injection: bool,
+        max_body_bytes: int,
         metrics: Metrics | None = None,
     ) -> None:
         self._app = app
         self._coordinator = coordinator
+        self._tokenizer_manager = tokenizer_manager
         self._on_startup = on_startup
-        self._allow_injection = allow_injection
+        self._own = OwnRoutes(coordinator, allow_injection)
+        self._max_body_bytes = max_body_bytes
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, self._notice_startup(send))
-        elif scope["type"] != "http" or not await self._answered(scope, receive, send):
+        elif scope["type"] == "websocket" and self._refusal is not None:
+            await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": self._refusal})
+        elif scope["type"] != "http":
             await self._app(scope, receive, send)
+        elif (answer := await self._answer(scope, receive)) is not None:
+            await _send(answer, send)
+        else:
+            way_out = "send less, or raise --anchor-max-body-mib"
+            await self._app(scope, limited(scope, receive, self._max_body_bytes, way_out), send)
 
     def _notice_startup(self, send: Send) -> Send:
         async def forward(message: MutableMapping[str, Any]) -> None:
@@ -55,69 +66,54 @@ class AnchorMiddleware:
 
         return forward
 
-    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        path, phase = scope["path"], self._coordinator.state.phase
+    @property
+    def _refusal(self) -> str | None:
+        """Why the server is down; None if it is not."""
+        ledger = self._coordinator.ledger
+        return None if ledger is None else ledger.refusal
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Answer | None:
+        """Ours; None: SGLang's app has the answer."""
+        path, reads = scope["path"].removeprefix(scope.get("root_path", "")), scope["method"] in _READ
+        own = await self._own.answer(path, scope, receive)
+        if own is not None:
+            return own
+        if self._refusal is not None and not (reads and _is_known_without_ranks(path)):
+            return _error(503, self._refusal)
+        if path in probes.PROBES and reads:
+            scope["method"] = "GET"  # SGLang's routes have no HEAD
+            return self._probe(path)
         if path.startswith("/metrics") and self._metrics is not None:  # SGLang's route takes what follows as well
             self._metrics.refresh(status(self._coordinator), self._coordinator.recoveries.totals())
-        if path in _HEALTH and phase not in (Phase.SERVING, Phase.STOPPED):
-            down = phase is Phase.DOWN
-            await _respond(send, 503 if down else 200, {"status": "down" if down else "recovering"})
-        elif path in _GENERATE and phase is Phase.DOWN and self._coordinator.ledger is not None:
-            await _respond(send, 503, {"error": {"message": self._coordinator.ledger.refusal, "code": 503}})
-        elif (refusal := check_route(path, scope.get("root_path", ""))) is not None:
-            await _respond(send, 400, {"error": {"message": refusal, "code": 400}})
-        elif path == "/anchortp/status" and scope["method"] == "GET":
-            await _respond(send, 200, status(self._coordinator))
-        elif path == "/anchortp/timeline" and scope["method"] == "GET":
-            now = status(self._coordinator)
-            wanted = main_part if scope["query_string"] == b"part=main" else page
-            await _send_body(send, 200, wanted(now).encode(), b"text/html; charset=utf-8")
-        elif path == "/anchortp/inject" and scope["method"] == "POST":
-            code, answer = await self._inject(receive)
-            await _respond(send, code, answer)
-        else:
-            return False
-        return True
+        refusal = check_route(scope["path"], scope.get("root_path", ""))
+        return None if refusal is None else _error(400, refusal)
 
-    async def _inject(self, receive: Receive) -> tuple[int, dict[str, Any]]:
-        if not self._allow_injection:
-            return 403, {
-                "ok": False,
-                "verified": False,
-                "detail": "start the server with --anchor-allow-injection",
-            }
-        try:
-            body = json.loads(await _body(receive))
-            device, kind = int(body["device"]), body["kind"]
-        except (ValueError, KeyError, TypeError) as error:
-            return 400, {
-                "ok": False,
-                "verified": False,
-                "detail": f'want {{"device": 0, "kind": …}}: {error}',
-            }
-        try:
-            detail = await inject(self._coordinator, device, kind)
-        except InjectionError as error:
-            return 409, {"ok": False, "verified": False, "detail": str(error)}
-        return 200, {"ok": True, "verified": True, "detail": detail}
+    def _probe(self, path: str) -> Answer | None:
+        from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+        manager = self._tokenizer_manager()
+        tokenizer = probes.Tokenizer(
+            starting=manager.server_status == ServerStatus.Starting,
+            leaving=manager.gracefully_exit,
+            healthy=manager.is_healthy(),
+        )
+        code = probes.answer(path, self._coordinator.state.phase, tokenizer)
+        return None if code is None else Answer.of(code, {"status": state_name(self._coordinator)})
 
 
-async def _body(receive: Receive) -> bytes:
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > _MAX_BODY_BYTES:
-            raise ValueError("the body is too large")
-        if not message.get("more_body"):
-            return body
+def _is_known_without_ranks(path: str) -> bool:
+    bare = path.rstrip("/")
+    return bare in _KNOWN_WITHOUT_RANKS or bare.startswith("/v1/models/")
 
 
-async def _respond(send: Send, code: int, answer: dict[str, Any]) -> None:
-    await _send_body(send, code, json.dumps(answer).encode(), b"application/json")
+def _error(code: int, message: str) -> Answer:
+    """Clients of OpenAI's API read ``error.message``; those of Anthropic's want the outer ``type``, too."""
+    kind = "overloaded_error" if code == 503 else "invalid_request_error"
+    return Answer.of(code, {"type": "error", "error": {"type": kind, "message": message, "code": code}})
 
 
-async def _send_body(send: Send, code: int, body: bytes, kind: bytes) -> None:
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": code, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+async def _send(answer: Answer, send: Send) -> None:
+    headers = {"content-type": answer.content_type, "content-length": str(len(answer.body)), **answer.headers}
+    encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": answer.code, "headers": encoded})
+    await send({"type": "http.response.body", "body": answer.body})

@@ -84,6 +84,12 @@ class AnchorOptions:
         "a recovery that takes longer than this ends every open request with an error",
         float,
     )
+    max_body_mib: float = _option(
+        64.0,
+        "max-body-mib MIB",
+        "HTTP requests with a longer body get a 413; a prompt of a million tokens takes about 10 MiB",
+        float,
+    )
     allow_injection: bool = _option(
         False, "allow-injection", "let 'anchortp inject' kill ranks and devices of this server"
     )
@@ -144,6 +150,7 @@ class AnchorOptions:
             if gib is not None:
                 _check_amount(name, gib)
         _check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
+        _check_amount("max-body-mib", self.max_body_mib)
         _check_run_dir(self.run_dir)
         if self.rotate_heads and self.widths is not None:
             raise OptionsError(

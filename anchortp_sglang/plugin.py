@@ -225,6 +225,12 @@ HOOKS: tuple[Hook, ...] = (
         "the coordinator runs on TokenizerManager's event loop",
     ),
     Hook(
+        _TM_CLASS + "_tokenize_texts",
+        "around",
+        main.around_tokenize_texts,
+        "a long text would keep main from recoveries, probes and streams for seconds",
+    ),
+    Hook(
         _TM_CLASS + "_dispatch_to_scheduler",
         "around",
         main.around_dispatch,
@@ -235,6 +241,12 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         main.around_async_dispatch,
         "the same for control messages",
+    ),
+    Hook(
+        _SRT + "managers.communicator.FanOutCommunicator.__call__",
+        "around",
+        main.around_control_call,
+        "control calls end when the server goes down, instead of waiting for dead ranks",
     ),
     Hook(
         _TM_CLASS + "_handle_batch_output",

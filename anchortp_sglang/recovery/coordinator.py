@@ -68,6 +68,8 @@ class Coordinator:
         self.generation: Generation | None = None
         self.kv_books: KVBooks | None = None
         """Of the last generation that was ready."""
+        self.scheduler_info: dict[str, Any] = {}
+        """What SGLang's scheduler of rank 0 says of itself; SGLang keeps this very object, for /server_info."""
         self._succession = Succession(cluster, ownership, policy.min_devices)
         self._course = Course(
             self.recoveries, lambda: self._serving() is not None, lambda: bool(self._tm.rid_to_state), self._spawn
@@ -88,13 +90,13 @@ class Coordinator:
         self.generation = self._succession.first()
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Until the first generation is ready; its ranks' infos. Raises StartFailed."""
+        """Until the first generation is ready; what its schedulers say of themselves. Raises StartFailed."""
         assert self.generation is not None
         wait_ready(self.generation, timeout_s)
         self._take_stock(self.generation)
         self.cluster.anchors.settle(self.generation)
         start_log.step("ranks are ready")
-        return self.generation.infos
+        return [self.scheduler_info, *(info["scheduler"] for info in self.generation.infos[1:])]
 
     # ---- on TokenizerManager's loop
 
@@ -281,6 +283,7 @@ class Coordinator:
         self._succession.take_stock(generation)
         self._detection.lanes[generation.number] = self.cluster.anchors.map_lanes(generation.number)
         self.kv_books = self.cluster.anchors.open_kv_books(generation)
+        self.scheduler_info.update(generation.infos[0]["scheduler"])
 
     async def _settle(self, generation: Generation) -> None:
         """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""
@@ -303,7 +306,7 @@ class Coordinator:
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._course.recovery
         assert generation is not None and recovery is not None and self.ledger is not None
-        self._tm.max_req_input_len = generation.infos[0]["max_req_input_len"]
+        self._tm.max_req_input_len = self.scheduler_info["max_req_input_len"]
         recovery.requests_replayed = self.ledger.replay(generation.number)
         recovery.tokens = self.tokens_reused
         recovery.stage("replayed")

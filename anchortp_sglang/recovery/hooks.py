@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.down import ServerDown
 from anchortp_sglang.recovery.handover import log_ways
 from anchortp_sglang.recovery.ledger import TokenCountMismatch
+from anchortp_sglang.recovery.long_texts import is_long, run_in_thread
 from anchortp_sglang.refusals import check_message
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,24 @@ def _dispatch(message: Any) -> None:
     ledger = coordinator().ledger
     assert ledger is not None
     ledger.dispatch(message)
+
+
+async def around_tokenize_texts(original: Callable[..., Any], tokenizer_manager: Any, texts: Any, *args: Any) -> Any:
+    """AROUND TokenizerManager._tokenize_texts: long ones in a thread."""
+    if not is_long(texts) or tokenizer_manager.async_dynamic_batch_tokenizer is not None:
+        return await original(tokenizer_manager, texts, *args)
+    tokens = await run_in_thread(original, tokenizer_manager, texts, *args)
+    ledger = coordinator().ledger
+    if ledger is not None and ledger.refusal is not None:  # the request's state is gone by now
+        raise ServerDown(ledger.refusal)
+    return tokens
+
+
+async def around_control_call(original: Callable[..., Any], communicator: Any, message: Any) -> Any:
+    """AROUND FanOutCommunicator.__call__: ends if the server goes down before the ranks have answered."""
+    ledger = coordinator().ledger
+    assert ledger is not None
+    return await ledger.control_calls.run(original, communicator, message)
 
 
 async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:

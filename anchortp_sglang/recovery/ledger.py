@@ -8,14 +8,16 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sglang.srt.managers.communicator import FanOutCommunicator
-from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
+from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq, ShutdownReq
 
 from anchortp_sglang.memory.namespaces import Key
+from anchortp_sglang.recovery.down import ControlCalls, ServerDown
 from anchortp_sglang.recovery.isolation import Evidence, Isolation
 from anchortp_sglang.recovery.records import Record, encode, records_of
 from anchortp_sglang.recovery.wire import CONTEXT_TOKENS, GenerationStart, Reseed
@@ -54,11 +56,14 @@ class Ledger:
         self.outage = True  # until the first generation is ready
         self.refusal: str | None = None
         """Why nothing is served any more; set by ``give_up``."""
+        self.control_calls = ControlCalls(lambda: self.refusal)
 
     def dispatch(self, message: Any) -> None:
-        """Take a message that TM wants to send to the scheduler."""
+        """Take a message that TM wants to send to the scheduler. Raises ServerDown if nobody will answer it."""
         if isinstance(message, AbortReq):
             return self._abort(message)
+        if self.refusal is not None and not isinstance(message, ShutdownReq):  # TM's sigterm_watchdog must not fail
+            raise ServerDown(self.refusal)
         encoded = encode(message)
         requests = records_of(message, encoded)
         self._records |= requests
@@ -215,6 +220,7 @@ class Ledger:
         """End every open request with a clear error, and refuse new ones until a replay; returns how many ended."""
         self.refusal = reason
         self._held.clear()
+        self.control_calls.end()
         return self.end_open(reason)
 
     def _repeat_control(self) -> None:
@@ -250,5 +256,7 @@ class Ledger:
         reason: dict[str, Any] = {"type": "abort", "message": text}
         if status_code is not None:
             err_type = "InternalServerError" if status_code == 500 else "ServiceUnavailable"
-            reason |= {"status_code": status_code, "err_type": err_type}
+            # A bare number would not do: streams of OpenAI's and Anthropic's APIs then end as if they were complete
+            # (serving_chat._generate_chat_stream, serving_completions).
+            reason |= {"status_code": HTTPStatus(status_code), "err_type": err_type}
         self._tm._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))

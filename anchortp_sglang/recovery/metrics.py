@@ -10,9 +10,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from anchortp_sglang import ending
+from anchortp_sglang.recovery.dead_series import forget_dead
 from anchortp_sglang.recovery.record import Recovery, Totals
 from anchortp_sglang.timeline_rows import durations
 
@@ -80,7 +82,8 @@ class Metrics:
             self._tfs.observe(recovery.tfs_s)
 
     def refresh(self, status: Mapping[str, Any], totals: Totals) -> None:
-        """Bring counters and gauges up to date. ``status``: as of ``GET /anchortp/status``."""
+        """Bring counters and gauges up to date, before they are read. ``status``: as of ``GET /anchortp/status``."""
+        forget_dead(Path(os.environ[_FOLDER_VARIABLE]))
         for cause in _CAUSES:
             self._raise_to(self._recoveries.labels(cause), totals.causes[cause])
         for kind in _MOVED:

@@ -77,7 +77,7 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     if kv_kept_at:
         stamps.taken["kv_kept"] = kv_kept_at
     return scheduler, {
-        **scheduler.get_init_info(),
+        "scheduler": scheduler.get_init_info(),  # SGLang's own, which /server_info shows to everybody
         "rank": assignment.rank,
         "device": assignment.device,
         "moved_bytes": filler.moved,

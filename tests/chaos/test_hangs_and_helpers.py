@@ -1,10 +1,7 @@
 """What is not a rank's death: a stopped rank, a dead detokenizer, a dead zygote, health in between."""
 
-import json
 import os
 import signal
-import threading
-import urllib.request
 
 import pytest
 from faults import Fault, child_named, kill, kill_rank, recovered
@@ -93,47 +90,3 @@ def test_a_killed_zygote_takes_its_ranks_along_and_all_are_replaced(server, unbr
         streams.wait_tokens(20)
         recovered(server, kill_rank(server, 1), "process")
     check(expected, streams.histories)
-
-
-class HealthProbe:
-    """Asks /health again and again, each time in a new thread: an answer may take a second while serving."""
-
-    def __init__(self, url):
-        self.answers = []  # (HTTP status, what it says)
-        self._url, self._stop = url, threading.Event()
-        self._pending = []
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self._stop.set()
-        self._thread.join()
-        for thread in self._pending:
-            thread.join()
-
-    def _run(self):
-        while not self._stop.wait(0.05):
-            thread = threading.Thread(target=self._ask)
-            thread.start()
-            self._pending.append(thread)
-
-    def _ask(self):
-        try:
-            with urllib.request.urlopen(f"{self._url}/health", timeout=30) as answer:
-                body = answer.read()
-                self.answers.append((answer.status, json.loads(body)["status"] if body else ""))
-        except OSError as error:
-            self.answers.append((getattr(error, "code", 0), str(error)))
-
-
-def test_health_is_200_before_in_and_after_a_recovery(server, unbroken):
-    expected = unbroken(REQUESTS)
-    with HealthProbe(server.url) as probe, Streams(server.url, REQUESTS) as streams:
-        streams.wait_tokens(20)
-        recovered(server, kill_rank(server, 3), "process")
-    check(expected, streams.histories)
-    assert {code for code, _ in probe.answers} == {200}, probe.answers
-    assert (200, "recovering") in probe.answers

@@ -11,6 +11,7 @@ import pytest
 from faults import kill_rank, lose_device, recovered
 from histories import prompt, request, until
 from openings import disagreements, documented, openings
+from prometheus_client.parser import text_string_to_metric_families
 
 from anchortp_sglang.bench.streams import Streams
 
@@ -24,7 +25,7 @@ RANK_STAGES = {"attached", "groups_ready", "bytes_moved", "weights_bound", "boun
 
 @pytest.fixture(scope="module")
 def observed(launch):
-    with launch(3, "--enable-metrics") as server:
+    with launch(3, "--enable-metrics", "--enable-metrics-for-all-schedulers") as server:
         yield server
 
 
@@ -77,9 +78,34 @@ def test_the_metrics_tell_of_it_once_and_by_the_conventions(observed):
     assert value(get(observed, "/metrics/"), "anchortp_generation") == status["generation"]
 
 
+def gauges_of_rank(text, rank):
+    families = text_string_to_metric_families(text)
+    samples = [sample for family in families if family.type == "gauge" for sample in family.samples]
+    return {sample.name for sample in samples if sample.labels.get("tp_rank") == str(rank)}
+
+
+def counts(text):
+    families = [family for family in text_string_to_metric_families(text) if family.type in ("counter", "histogram")]
+    samples = [sample for family in families for sample in family.samples]
+    return {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
+
+
+def test_gauges_are_of_living_ranks_and_counts_never_fall(observed):
+    before = get(observed, "/metrics")
+    assert all(gauges_of_rank(before, rank) for rank in range(3))
+    under_load(observed, lambda server: kill_rank(server, 1), "process")
+    after = counts(get(observed, "/metrics"))
+    assert {name: value for name, value in counts(before).items() if after.get(name, -1) < value} == {}
+    assert any(name[0].startswith("sglang:") and dict(name[1:]).get("tp_rank") == "1" for name in after)
+
+
 def test_a_lost_device_shows_up_in_the_metrics(observed):
+    assert gauges_of_rank(get(observed, "/metrics"), 2)
     record = under_load(observed, lambda server: lose_device(server, 2), "device")
-    ours = only(get(observed, "/metrics"), "anchortp_")
+    text = get(observed, "/metrics")
+    assert gauges_of_rank(text, 2) == set(), "there is no rank 2 any more"
+    assert gauges_of_rank(text, 1)
+    ours = only(text, "anchortp_")
     assert value(ours, "anchortp_devices", state="lost") == 1
     assert value(ours, "anchortp_recoveries_total", cause="device") == 1
     assert value(ours, "anchortp_bytes_moved_total", kind="reload") == record["reload_bytes"] > 0

@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 import os
+import select
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,3 +285,45 @@ def _same_bytes(one, other):
 
     one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
     return torch.equal(one, other)
+
+
+def generate_until_down(model, prompt, max_new_tokens):
+    """An Engine that loses a rank, goes on, and then loses a device that it cannot do without: what a call gives after
+    each, and how long it takes."""
+    from anchortp_sglang import Engine
+
+    engine = Engine(model_path=model, tp_size=2, anchor_min_devices=2, **ENGINE_FLAGS)
+    coordinator = engine._anchor_runtime.coordinator
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    calls = {"generate": lambda: engine.generate(input_ids=prompt, sampling_params=sampling)["output_ids"]}
+    unbroken = calls["generate"]()
+    info = {"get_server_info": lambda: engine.get_server_info()["max_total_num_tokens"], "flush": engine.flush_cache}
+    kill_and_wait(coordinator.generation.ranks[1].pid)
+    given = [("recovering", *_timed(call)) for call in calls.values()]
+    kill_and_wait(coordinator.cluster.anchors.processes[1].pid)
+    kill_and_wait(coordinator.generation.ranks[1].pid)
+    given.append(("going down", *_timed(calls["generate"])))
+    for _ in range(2):
+        given += [("down", *_timed(call)) for call in (calls | info).values()]
+    engine.tokenizer_manager.abort_request(abort_all=True)
+    engine.shutdown()
+    return {"unbroken": unbroken, "given": given}
+
+
+def kill_and_wait(pid):
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    select.select([pidfd], [], [], 10)
+    os.close(pidfd)
+
+
+def _timed(call):
+    """(what it returns, or the error's text, whether it raised, seconds)"""
+    from fastapi import HTTPException
+
+    began = time.monotonic()
+    try:
+        given, raised = call(), False
+    except HTTPException as error:
+        given, raised = str(error), True
+    return given, raised, time.monotonic() - began

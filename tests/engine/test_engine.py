@@ -45,6 +45,25 @@ def test_a_stream_goes_on_through_the_death_of_a_rank(forge, checkpoint, places,
     assert leftovers.wait_gone(job.pid, run_base) == {}
 
 
+def test_calls_wait_for_a_recovery_and_raise_at_once_when_there_is_none(forge, checkpoint, places, run_base):
+    job = forge.start(
+        "engine_jobs:generate_until_down",
+        env=places,
+        model=str(checkpoint["qwen3"]),
+        prompt=PROMPT,
+        max_new_tokens=TOKENS,
+    )
+    done = job.wait()
+    assert done.code == 0, done.output[-4000:]
+    recovering, *ended = done.value["given"]
+    assert recovering[:3] == ["recovering", done.value["unbroken"], False]
+    assert [one[0] for one in ended] == ["going down"] + ["down"] * 6
+    for when, text, raised, took_s in ended:
+        assert raised and "--anchor-min-devices is 2" in text
+        assert took_s < (10 if when == "going down" else 1)
+    assert leftovers.wait_gone(job.pid, run_base) == {}
+
+
 def test_a_process_with_threads_gets_a_spawned_zygote(forge, checkpoint, places, run_base):
     job = forge.start(
         "engine_jobs:generate_with_threads",

@@ -43,14 +43,14 @@ def test_anchor_flags_are_taken_out_wherever_they_stand():
 def test_every_flag_reaches_its_field():
     line = (
         "--anchor-widths 1,1 --anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
-        " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-allow-injection"
+        " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-max-body-mib 0.5 --anchor-allow-injection"
         " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
         " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
         " --anchor-no-spare-ranks --anchor-experimental-cuda --anchor-share-gpus"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
-    expected = ((1, 1), False, 2, 3.0, "/run/a", 4.0, 5.0, True, True, 6.0, "host", 1.5, 2.0, False, True, True)
+    expected = ((1, 1), False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, 6.0, "host", 1.5, 2.0, False, True, True)
     assert dataclasses.astuple(options) == expected
     assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads
 
@@ -81,6 +81,7 @@ def test_the_last_of_two_flags_wins_as_in_argparse():
         ("--anchor-kv-mirror disk", "takes off or host; got 'disk'"),
         ("--anchor-kv-mirror-gib 0", "above 0; got 0"),
         ("--anchor-kv-mirror-gbps inf", "above 0; got inf"),
+        ("--anchor-max-body-mib 0", "above 0; got 0"),
         ("--anchor-run-dir /" + "x" * 100, "too long for the Unix sockets"),
     ],
 )

@@ -87,7 +87,7 @@ def succession(monkeypatch: pytest.MonkeyPatch) -> SlowSuccession:
 
 def report(generation: Generation, timeout_s: float, stall: object) -> None:
     """What ranks say when they are ready."""
-    nothing_yet = {"stamps": {}, "moved_bytes": {}, "rebuilt": {}, "max_req_input_len": 9}
+    nothing_yet = {"stamps": {}, "moved_bytes": {}, "rebuilt": {}, "scheduler": {"max_req_input_len": 9}}
     generation.infos = [{"rank": n, "device": n} | nothing_yet for n in range(len(generation.ranks))]
 
 

@@ -1,0 +1,52 @@
+"""What is asked of a server that has given up ends at once, with the reason."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from fastapi import HTTPException
+
+
+class ServerDown(HTTPException, ValueError):
+    """The server has given up; the text says why.
+
+    FastAPI and SGLang's OpenAI routes (serving_base.handle_request) turn an HTTPException into its status; SGLang's
+    /generate and its streams report a ValueError (http_server.serve_generate_request), with its ``status_code``.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(503, reason)
+
+    def __str__(self) -> str:
+        return str(self.detail)
+
+
+class ControlCalls:
+    """Calls of TokenizerManager that await an answer of the ranks. ``refusal``: why there will be none, or None."""
+
+    def __init__(self, refusal: Callable[[], str | None]) -> None:
+        self._refusal = refusal
+        self._waiting: set[asyncio.Future[Any]] = set()
+
+    async def run(self, call: Callable[[Any, Any], Awaitable[Any]], communicator: Any, message: Any) -> Any:
+        """What ``call``, that of a FanOutCommunicator, returns. Raises ServerDown if the server is down, or goes down
+        before the ranks have answered."""
+        if (refusal := self._refusal()) is not None:
+            raise ServerDown(refusal)
+        waiting = asyncio.ensure_future(call(communicator, message))
+        self._waiting.add(waiting)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if (refusal := self._refusal()) is None:
+                raise
+            # Else the next call, if the server comes back, would take this one for under way (watching_call).
+            communicator._result_event = communicator._result_values = communicator._result_fan_out = None
+            raise ServerDown(refusal) from None
+        finally:
+            self._waiting.discard(waiting)
+
+    def end(self) -> None:
+        """The ranks are dead: end all calls with the refusal."""
+        for waiting in self._waiting:
+            waiting.cancel()
