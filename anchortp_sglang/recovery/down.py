@@ -1,7 +1,7 @@
 """What is asked of a server that has given up ends at once, with the reason."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import HTTPException

@@ -66,6 +66,8 @@ class Ledger:
             raise ServerDown(self.refusal)
         encoded = encode(message)
         requests = records_of(message, encoded)
+        if requests and not requests.keys() & self._tm.rid_to_state.keys():
+            return None  # aborted in an outage, before it came here
         self._records |= requests
         if not requests:
             self._dispatch_control(type(message), encoded)
@@ -241,7 +243,7 @@ class Ledger:
     def _abort(self, message: AbortReq) -> None:
         """End what is not with the ranks; tell them of the rest (``Scheduler.abort_request`` matches by prefix)."""
         matching = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
-        here = set(self._records if self.outage else self.isolation.waiting).intersection(matching)
+        here = set(matching) if self.outage else set(self.isolation.waiting).intersection(matching)
         for rid in here:
             self._drop(rid)
         if not self.outage:
