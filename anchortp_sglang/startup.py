@@ -15,6 +15,7 @@ import psutil
 from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.cgroups import memory_room
 from anchortp_sglang.cuda.plan import EAGER_START, check_gpu_plan, graph_batch_sizes, plan_gpu_kv
 from anchortp_sglang.cuda.probe import GpuFacts
 from anchortp_sglang.cuda.shares import share_out
@@ -23,7 +24,7 @@ from anchortp_sglang.elastic.attachment import MirrorPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.elastic.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.hooking import HookError
-from anchortp_sglang.kv_sizes import plan_kv, plan_mirror
+from anchortp_sglang.kv_sizes import plan_kv, plan_mirror, process_bytes
 from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
@@ -127,7 +128,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
         ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
     device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
-    available = psutil.virtual_memory().available
+    room = memory_room(psutil.virtual_memory().available)
+    log.info("anchortp: %s", room)
+    available = room.less(process_bytes(view.tp_size))
     shares: tuple[GpuShare, ...] = ()
     mirror: MirrorPlan | None
     if gpus:
