@@ -151,7 +151,8 @@ def _mounts(root: Path, controller: str) -> Iterator[tuple[str, str, int]]:
     """(group at its top, mount point, version) of mounts that show the controller's groups; see proc(5)."""
     for line in _lines(root / "proc/self/mountinfo"):
         place, _, source = line.partition(" - ")
-        kind, *_, options = source.split(" ")
+        kind, _, options = source.partition(" ")
+        options = options.rpartition(" ")[2]
         if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
             mounted, point = (_unescaped(field) for field in place.split(" ")[3:5])
             yield mounted, point, 2 if kind == "cgroup2" else 1

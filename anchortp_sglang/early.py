@@ -39,6 +39,11 @@ def reserve_port(host: str, port: int) -> socket.socket:
     SGLang would notice a port in use only after everything has been loaded; and until then a port that the kernel
     picks for somebody else, as for gloo's connections, could be this one. Raises ValueError for the operator.
     """
+    if port == 0:
+        raise ValueError(
+            "--port 0 cannot be used: a restarted server finds its run directory by the port, and nobody would be told "
+            "which one the kernel picks; choose one from 1 to 65535"
+        )
     held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

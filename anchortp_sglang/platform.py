@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from anchortp_sglang.cgroups import cpu_quota
 from anchortp_sglang.cpu.environment import Defaults, cpu_defaults, describe
 from anchortp_sglang.cuda.environment import cuda_defaults
 from anchortp_sglang.cuda.probe import GpuFacts, ProbeError, visible_gpus
@@ -57,7 +58,9 @@ def prepare(given: Mapping[str, object], gpus: Sequence[GpuFacts] = ()) -> Defau
     if device == "cuda" and gpus:
         defaults = cuda_defaults(given, os.environ, shared=tp_size_of(given) > len(gpus))
     elif device == "cpu":
-        defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
+        defaults = cpu_defaults(
+            given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)), cpu_quota()
+        )
     else:
         raise ValueError(
             f"--device {device} is not supported; use --device cpu (for cuda, which has never run on a GPU, there is "

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _RETRY_S = 0.005  # while the handles socket's queue of connections is full
+_MADE_AGAIN_S = 3.0
 
 ReplyT = TypeVar("ReplyT", m.Ok, m.Allocated, m.Handle, m.StatusReply)
 
@@ -216,8 +217,17 @@ class AnchorClient:
 
     def _check_alive(self) -> AnchorRecord:
         record = AnchorRecord.read(self._files.record)
+        if record is None and not os.path.isdir(self._files.run_dir):
+            record = self._found_again()
         if record is None or not record.alive():
             raise self._error(AnchorGone, "does not run")
+        return record
+
+    def _found_again(self) -> AnchorRecord | None:
+        """The run directory is gone: an anchor that lives makes it again (``loop.Anchor``) within a second."""
+        deadline = time.monotonic() + min(self._timeout_s, _MADE_AGAIN_S)
+        while (record := AnchorRecord.read(self._files.record)) is None and time.monotonic() < deadline:
+            time.sleep(_RETRY_S)
         return record
 
     def _timed_out(self) -> AnchorError:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from anchortp_sglang.anchor.keeper import RunDirKeeper
 from anchortp_sglang.elastic.attachment import Assignment
 from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.planning.ownership import Ownership
@@ -25,8 +26,11 @@ log = logging.getLogger(__name__)
 class Cluster:
     """Anchors, the zygote and its spare children."""
 
-    def __init__(self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None) -> None:
+    def __init__(
+        self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None, keeper: RunDirKeeper | None = None
+    ) -> None:
         self.plan = plan
+        self.keeper = keeper
         self.zygote = zygote
         self._reserve = reserve
         self._reserve_spent = False
@@ -35,6 +39,7 @@ class Cluster:
         self._spares = Spares()
         self._store: Any = None
         self.port_args: Any = None
+        self._files: list[str] = []
         self.detokenizer: Child | None = None
         self._detokenizer_args: Any = None
 
@@ -44,6 +49,19 @@ class Cluster:
             plan = self.plan
             self._capacities[ownership] = kv_capacity(plan.model, plan.kv_of(ownership), ownership, plan.rotate_heads)
         return self._capacities[ownership]
+
+    def use_ports(self, port_args: Any) -> None:
+        """``port_args``: SGLang's PortArgs, known when its launch begins. Its files go when the server ends: who has
+        bound their sockets is killed then, and nobody else removes them."""
+        from sglang.srt.managers.load_snapshot import shm_path_for
+
+        self.port_args = port_args
+        endpoints = [getattr(port_args, name) for name in dir(port_args) if name.endswith("_ipc_name")]
+        # ShmLoadSnapshotWriter (managers/load_snapshot.py) makes a file in /dev/shm.
+        self._files = [endpoint.removeprefix("ipc://") for endpoint in endpoints if endpoint]
+        self._files.append(shm_path_for(port_args.instance_id))
+        if self.keeper is not None:
+            self.keeper.note_outside(self._files)
 
     # ---- detokenizer
 
@@ -136,16 +154,6 @@ class Cluster:
         self.zygote.kill()
         if self._reserve is not None:
             self._reserve.kill()
-        self._remove_load_file()
         self.anchors.shut_down(number)
-        # PortArgs.init_new makes files for its sockets; who bound them has been killed, SGLang leaves them behind.
-        names = [name for name in dir(self.port_args) if name.endswith("_ipc_name")]
-        for endpoint in filter(None, (getattr(self.port_args, name) for name in names)):
-            Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
-
-    def _remove_load_file(self) -> None:
-        """ShmLoadSnapshotWriter (managers/load_snapshot.py) makes it in /dev/shm, and nobody removes it."""
-        from sglang.srt.managers.load_snapshot import shm_path_for
-
-        if self.port_args is not None:
-            Path(shm_path_for(self.port_args.instance_id)).unlink(missing_ok=True)
+        for path in self._files:
+            Path(path).unlink(missing_ok=True)

@@ -36,7 +36,7 @@ def launch_scheduler_processes(
     from sglang.srt.entrypoints.engine import SchedulerInitResult
 
     mine = coordinator()
-    mine.cluster.port_args = port_args
+    mine.cluster.use_ports(port_args)
     mine.start_first()
     infos: list[dict[str, Any]] = []
     assert mine.generation is not None

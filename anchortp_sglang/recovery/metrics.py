@@ -24,15 +24,17 @@ _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 _TFS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 120.0)
 
 
-def prepare_folder() -> None:
+def prepare_folder() -> str | None:
     """Name the folder of the multiprocess mode before the zygote is forked, so that ranks write there too.
 
     SGLang sets the variable only in main, after the fork (utils.common.set_prometheus_multiproc_dir), and keeps one
-    that is set. A folder made here goes when main ends.
+    that is set. A folder made here goes when main ends; it is returned.
     """
-    if _FOLDER_VARIABLE not in os.environ:
-        folder = os.environ[_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="anchortp-metrics-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave by os._exit
+    if _FOLDER_VARIABLE in os.environ:
+        return None
+    folder = os.environ[_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="anchortp-metrics-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave by os._exit
+    return folder
 
 
 class Metrics:
