@@ -1,11 +1,13 @@
 """What can be refused before SGLang is imported, which takes ten seconds. Resolved values are checked later."""
 
 import json
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anchortp_sglang.anchor.run_base import default_base
 from anchortp_sglang.planning.model_axes import read_model_axes, refuse_layout_only
 from anchortp_sglang.refusals import UnsupportedError, check_server_args
 
@@ -23,6 +25,14 @@ def check_given(given: Mapping[str, str], experimental_cuda: bool = False) -> No
     port = _value(given.get("port", _DEFAULT_PORT))
     if isinstance(port, int):
         reserve_port(given.get("host", "127.0.0.1"), port).close()
+
+
+def check_run_base(given: str | None) -> None:
+    """Refuse if there is no place for the run directory. ``given``: of ``--anchor-run-dir``. Raises ValueError."""
+    base = default_base() if given is None else Path(given)
+    existing = next(folder for folder in (base, *base.parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"the run directory cannot be made in {base}, as {existing} cannot be written: choose another")
 
 
 def architectures(given: Mapping[str, str]) -> list[str]:

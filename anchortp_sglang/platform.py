@@ -9,6 +9,7 @@ from anchortp_sglang.cgroups import cpu_quota
 from anchortp_sglang.cpu.environment import Defaults, cpu_defaults, describe
 from anchortp_sglang.cuda.environment import cuda_defaults
 from anchortp_sglang.cuda.probe import GpuFacts, ProbeError, visible_gpus
+from anchortp_sglang.folders import home_defaults
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def prepare(given: Mapping[str, object], gpus: Sequence[GpuFacts] = ()) -> Defau
             "--anchor-experimental-cuda)"
         )
     os.environ.update(defaults.env)
+    os.environ.update(home_defaults(os.environ))
     install_stand_ins()
     return defaults
 

@@ -102,12 +102,12 @@ class Anchor:
             return
         try:
             make_private(Path(self._files.run_dir))
-            daemon.use_log(self._files.log, _LOG_TIMEOUT_S)
             self._files.remove()  # what is left of them
             # The listener that was bound before stays, and is nobody's: closing it would remove the new socket's file.
             self._control.bind(f"ipc://{self._files.control}")
             self._handles.listen_again(self._files.handles)
             self._record_files()
+            daemon.use_log(self._files.log, _LOG_TIMEOUT_S)
         except (OSError, RunDirError, zmq.ZMQError) as error:
             self._count("no_run_dir", str(error))
         else:

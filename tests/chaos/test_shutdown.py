@@ -3,11 +3,13 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 from faults import holders, kill_rank
 from histories import prompt, request, until
 from remains import Remains
 
+from anchortp_sglang.anchor.rundir import prepare_run_dir, remove_run_dir
 from anchortp_sglang.bench.streams import Streams
 
 ENDLESS = [request(prompt(1400 + seed, 40), 3000) for seed in range(2)]
@@ -30,8 +32,8 @@ def test_sigterm_in_a_recovery_lets_requests_finish_and_leaves_nothing_behind(la
         remains.assert_gone()
 
 
-def test_sigkill_of_the_server_ends_its_processes_and_frees_its_memory(launch):
-    with launch(2) as server:
+def test_sigkill_of_the_server_ends_its_processes_and_the_next_one_removes_its_files(launch):
+    with launch(2, "--enable-metrics") as server:
         with Streams(server.url, ENDLESS) as streams:
             streams.wait_tokens(5)
             remains = Remains(server)
@@ -43,3 +45,10 @@ def test_sigkill_of_the_server_ends_its_processes_and_frees_its_memory(launch):
         assert all(history.error for history in streams.histories)
         assert remains.memory and not holders(remains.memory)
         server.wait(5)
+        base, key = server.place.folder / "anchortp", f"run-{server.port}"
+        noted = [Path(line) for line in (base / key / "outside.txt").read_text().splitlines()]
+        left = [path for path in noted if path.exists()]
+        for expected in ("anchortp-metrics-", "sglang_loads_", "tmp"):
+            assert any(path.name.startswith(expected) for path in left), f"no {expected}… among {left}"
+        remove_run_dir(prepare_run_dir(base, key))  # as the next server does
+        assert [path for path in noted if path.exists()] == server.place.leftovers() == []
