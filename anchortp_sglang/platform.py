@@ -59,9 +59,7 @@ def prepare(given: Mapping[str, object], gpus: Sequence[GpuFacts] = ()) -> Defau
     if device == "cuda" and gpus:
         defaults = cuda_defaults(given, os.environ, shared=tp_size_of(given) > len(gpus))
     elif device == "cpu":
-        defaults = cpu_defaults(
-            given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)), cpu_quota()
-        )
+        defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)), cpu_quota())
     else:
         raise ValueError(
             f"--device {device} is not supported; use --device cpu (for cuda, which has never run on a GPU, there is "
