@@ -76,9 +76,8 @@ class Anchor:
                     self._count("internal_error", traceback.format_exc())
                     time.sleep(_ERROR_PAUSE_S)
             self._handles.expire(time.monotonic())
+            self._look_for_files()
             self._advance(Tick())
-            if self._state.phase is not Phase.CLOSED:
-                self._look_for_files()
 
     def close(self) -> None:
         """Let go of the memory, then of the sockets."""

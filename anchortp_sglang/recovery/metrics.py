@@ -70,6 +70,7 @@ class Metrics:
         self._devices = gauge("anchortp_devices", "Devices by state.", "state")
         self._state = gauge("anchortp_server_state", "1 for the state that the server is in.", "state")
         self._mirror_lag = gauge("anchortp_mirror_lag_tokens", "KV cache tokens that have no copy in host memory yet.")
+        self._run_dir_lost = gauge("anchortp_run_dir_lost", "1 if the run directory has vanished for good.")
         self._told: dict[Any, float] = {}
 
     def observe(self, recovery: Recovery) -> None:
@@ -97,6 +98,7 @@ class Metrics:
             self._state.labels(state).set(state == status["state"])
         mirror = (status.get("kv") or {}).get("mirror") or {}
         self._mirror_lag.set(mirror.get("lag_slots", 0))  # a slot holds a token
+        self._run_dir_lost.set((status.get("run_dir") or {}).get("lost") is not None)
 
     def _raise_to(self, counter: Any, total: float) -> None:
         """Counters only rise, and the sums of a server do."""

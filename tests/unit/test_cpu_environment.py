@@ -31,6 +31,13 @@ def test_cores_are_shared_out_to_the_ranks(tp_size, cores, bind, threads):
     assert env["OMP_NUM_THREADS"] == threads
 
 
+@pytest.mark.parametrize(("quota", "threads"), [(None, "16"), (8.0, "4"), (3.9, "1"), (0.5, "1"), (64.0, "16")])
+def test_a_quota_of_cpu_time_bounds_the_threads_and_not_the_bindings(quota, threads):
+    env = cpu_defaults({}, {}, 2, range(32), quota).env
+    assert env["OMP_NUM_THREADS"] == threads
+    assert env[BIND] == cpu_defaults({}, {}, 2, range(32)).env[BIND]
+
+
 @pytest.mark.parametrize("cores", [(0, 1), tuple(range(3, 35))])
 def test_bindings_hold_for_every_smaller_tp_too(cores):
     entries = bound_cores(cpu_defaults({}, {}, 8, cores).env[BIND])
