@@ -21,12 +21,14 @@ def cpu_defaults(
     tp_size: int,
     cores: Sequence[int],
     quota: float | None = None,
+    memory_bytes: int | None = None,
 ) -> Defaults:
     """Settings for ``--device cpu``. Whatever ``flags`` or ``environ`` holds already is the user's and stays.
 
     ``flags`` are those that were given, by ServerArgs field name. ``tp_size`` is the largest that will run: a
     later, smaller one uses the first of the thread bindings. ``cores`` are the ids that the process may run
     on, sorted(os.sched_getaffinity(0)). ``quota``: how many cores' worth of time it may use (``cgroups.cpu_quota``).
+    ``memory_bytes``: what its cgroup leaves it, if that is less than what the host has.
 
     Raises ValueError if the flags ask for another device, or if the user's thread bindings are too few.
     """
@@ -36,7 +38,8 @@ def cpu_defaults(
         raise ValueError(f"need a rank and a core at least, got tp_size {tp_size}, cores {list(cores)}")
     _check_bindings(environ.get(_THREADS_BIND), tp_size)
     env = {name: value for name, value in _environment(tp_size, cores, quota).items() if name not in environ}
-    return Defaults(env, {name: value for name, value in _FLAGS.items() if name not in flags})
+    wanted = _FLAGS if memory_bytes is None else _FLAGS | {"chunked_prefill_size": _chunk(memory_bytes)}
+    return Defaults(env, {name: value for name, value in wanted.items() if name not in flags})
 
 
 def describe(defaults: Defaults) -> str:
@@ -60,6 +63,12 @@ _FLAGS: dict[str, object] = {
     # GroupCoordinator.__init__ else tries it and logs a warning for each group (dispatch_custom_allreduce).
     "disable_custom_all_reduce": True,
 }
+
+
+def _chunk(memory_bytes: int) -> int:
+    """Tokens of a prefill, whose activations need memory: as memory_hook._handle_gpu_memory_settings would choose, had it
+    been asked about the cgroup and not the host."""
+    return next((tokens for gib, tokens in ((20, 2048), (60, 4096), (90, 8192)) if memory_bytes < gib << 30), 16384)
 
 
 def _environment(tp_size: int, cores: Sequence[int], quota: float | None) -> dict[str, str]:

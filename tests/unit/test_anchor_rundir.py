@@ -351,11 +351,11 @@ class TestOutside:
         assert exit_status(fork(server)) == 0
         return [file, folder]
 
-    @pytest.mark.parametrize("key", ["run-1", "engine-1"])
-    def test_the_next_server_removes_them(self, tmp_path: Path, key: str) -> None:
+    @pytest.mark.parametrize(("key", "next_key"), [("run-1", "run-1"), ("run-1", "run-2"), ("engine-1", "run-2")])
+    def test_the_next_server_removes_them(self, tmp_path: Path, key: str, next_key: str) -> None:
         left = self.left_by(tmp_path, key)
         assert all(path.exists() for path in left)
-        prepare_run_dir(tmp_path / "base", "run-2")
+        prepare_run_dir(tmp_path / "base", next_key)
         assert not any(path.exists() for path in left)
         assert (tmp_path / "base" / key).exists() == (key == "run-1")
 
