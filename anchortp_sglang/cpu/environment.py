@@ -66,8 +66,8 @@ _FLAGS: dict[str, object] = {
 
 
 def _chunk(memory_bytes: int) -> int:
-    """Tokens of a prefill, whose activations need memory: as memory_hook._handle_gpu_memory_settings would choose, had it
-    been asked about the cgroup and not the host."""
+    """Tokens of a prefill, whose activations need memory: as memory_hook._handle_gpu_memory_settings would choose if it
+    asked the cgroup instead of the host."""
     return next((tokens for gib, tokens in ((20, 2048), (60, 4096), (90, 8192)) if memory_bytes < gib << 30), 16384)
 
 
