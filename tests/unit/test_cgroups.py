@@ -1,5 +1,6 @@
 """What control groups leave a process, read from made-up trees; and from a real group, where one can be made."""
 
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -152,7 +153,7 @@ def memory_group(limit_bytes):
         top, name = {"memory": ("memory", "memory.limit_in_bytes"), "": ("", "memory.max")}.get(controllers, (None, ""))
         if top is None:
             continue
-        group = Path("/sys/fs/cgroup", top, path.lstrip("/"), "anchortp-test")
+        group = Path("/sys/fs/cgroup", top, path.lstrip("/"), f"anchortp-test-{os.getpid()}")
         try:
             group.mkdir()
         except OSError:
