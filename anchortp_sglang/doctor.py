@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from anchortp_sglang import manifest
+from anchortp_sglang.cgroups import memory_room
 
 GIB = 1 << 30
 OLDEST_PYTHON = (3, 11)
@@ -177,9 +178,9 @@ def check_run_dir(base: Path | None) -> Check:
 def check_memory() -> Check:
     import psutil
 
-    available = min(psutil.virtual_memory().available, _cgroup_room_bytes())
-    detail = f"{available / GIB:.1f} GiB available"
-    if available < MEMORY_WANTED_BYTES:
+    room = memory_room(psutil.virtual_memory().available)
+    detail = f"{room.nbytes / GIB:.1f} GiB available ({room.bound})"
+    if room.nbytes < MEMORY_WANTED_BYTES:
         return Check(
             "memory",
             "WARN",
@@ -205,13 +206,3 @@ def check_gpus() -> Check:
     if any(len(gpu.peers) < len(gpus) for gpu in gpus):
         return Check("GPUs", "WARN", f"{detail}; not all reach each other", "use some that do: CUDA_VISIBLE_DEVICES")
     return Check("GPUs", "PASS", detail)
-
-
-def _cgroup_room_bytes() -> float:
-    """What the cgroup (v2, as seen from inside a container) still allows."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return float("inf")
-    return float("inf") if limit == "max" else int(limit) - used

@@ -1,11 +1,13 @@
 """What can be refused before SGLang is imported, which takes ten seconds. Resolved values are checked later."""
 
 import json
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anchortp_sglang.anchor.run_base import default_base
 from anchortp_sglang.planning.model_axes import read_model_axes, refuse_layout_only
 from anchortp_sglang.refusals import UnsupportedError, check_server_args
 
@@ -25,6 +27,14 @@ def check_given(given: Mapping[str, str], experimental_cuda: bool = False) -> No
         reserve_port(given.get("host", "127.0.0.1"), port).close()
 
 
+def check_run_base(given: str | None) -> None:
+    """Refuse if there is no place for the run directory. ``given``: of ``--anchor-run-dir``. Raises ValueError."""
+    base = default_base() if given is None else Path(given)
+    existing = next(folder for folder in (base, *base.parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"the run directory cannot be made in {base}, as {existing} cannot be written: choose another")
+
+
 def architectures(given: Mapping[str, str]) -> list[str]:
     """The model classes that config.json names; none without a readable one."""
     try:
@@ -39,6 +49,11 @@ def reserve_port(host: str, port: int) -> socket.socket:
     SGLang would notice a port in use only after everything has been loaded; and until then a port that the kernel
     picks for somebody else, as for gloo's connections, could be this one. Raises ValueError for the operator.
     """
+    if port == 0:
+        raise ValueError(
+            "--port 0 cannot be used: a restarted server finds its run directory by the port, and nobody would be told "
+            "which one the kernel picks; choose one from 1 to 65535"
+        )
     held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

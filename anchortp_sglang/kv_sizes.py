@@ -1,10 +1,12 @@
 """How much KV a server holds, and how much of it the mirror: from flags, the model and the memory that is available.
 
-Pure: what is available is an argument. Bytes are of memory before anything of this server is allocated.
+Pure: what is available is an argument. Bytes are of memory before anything of this server is allocated, and
+``MemoryRoom.less`` what its processes will take (``process_bytes``).
 """
 
 from typing import Any
 
+from anchortp_sglang.cgroups import MemoryRoom
 from anchortp_sglang.elastic.attachment import MirrorPlan
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.kv_layout import KVPlan, fit_slots, kv_layout, mirror_moves
@@ -16,20 +18,33 @@ from anchortp_sglang.refusals import KV_DTYPE_BYTES
 _MOST_OF_MEMORY = 0.9
 """What of the available memory weights, KV and mirror may take together, before the mirror is left out."""
 
+_SERVER_BYTES = 256 << 20
+_RANK_BYTES = 128 << 20
+"""What zygotes, detokenizer and anchors, and each rank with its spare, add to a main that has imported SGLang: 0.6 GiB
+with four ranks of a tiny model, 0.2 GiB with one. The rest is for activations."""
+
+
+def process_bytes(tp_size: int) -> int:
+    """Memory that a server's processes take beside weights, KV and mirror."""
+    return _SERVER_BYTES + tp_size * _RANK_BYTES
+
 
 def plan_kv(
-    model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None, available_bytes: int
+    model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None, available: MemoryRoom
 ) -> KVPlan:
     """Slots of the first generation, and the most of any: what the operator says, else what memory allows.
 
     On CPU all virtual devices share the host's memory: unless each is given a limit (``device_bytes``), fewer of them
-    hold just as many slots. ``view``: resolved ServerArgs. Raises ValueError if there is too little memory.
+    hold just as many slots. If nobody chose their number, what is available also holds the second copy of the KV that
+    the loss of a device makes. ``view``: resolved ServerArgs. Raises ValueError if there is too little memory.
     """
     page_size = view.page_size or 1
     weights = _weight_bytes(model, ownership)
     dtype_bytes = KV_DTYPE_BYTES.get(view.kv_cache_dtype, model.dtype_bytes)
     slot_bytes = _kv_bytes(model, ownership, KVPlan(1, 0, dtype_bytes))
-    free = int(available_bytes * (view.mem_fraction_static or 0.8)) - weights
+    free = int(available.nbytes * (view.mem_fraction_static or 0.8)) - weights
+    if ownership.tp_size > 1:
+        free = min(free, (available.nbytes - weights) // 2)
     slots = view.max_total_tokens or max(0, free) // slot_bytes
     slots = slots // page_size * page_size
     plan = fit_slots(model, KVPlan(slots, page_size, dtype_bytes), ownership, device_bytes)
@@ -38,16 +53,16 @@ def plan_kv(
             f"--anchor-device-gib has room for {plan.slots} of {slots} KV slots; raise it, or lower --max-total-tokens"
         )
     needed = weights + _kv_bytes(model, ownership, plan)
-    if slots < 1 or needed > available_bytes:
+    if slots < 1 or needed > available.nbytes:
         raise ValueError(
-            f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, "
-            f"{available_bytes >> 20} MiB are available; lower --max-total-tokens or use a smaller model"
+            f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, {available}; "
+            "lower --max-total-tokens, use a smaller model, or allow more memory"
         )
     return plan
 
 
 def plan_mirror(
-    model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available_bytes: int
+    model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available: MemoryRoom
 ) -> tuple[MirrorPlan | None, str]:
     """The KV mirror, and in a few words what was decided and why.
 
@@ -57,7 +72,7 @@ def plan_mirror(
         return None, "off, as --anchor-kv-mirror says"
     if not any(mirror_moves(model, ownership, rank) for rank in range(1, ownership.tp_size)):
         return None, "off, as every device holds all KV heads"
-    spare = int(_MOST_OF_MEMORY * available_bytes) - _weight_bytes(model, ownership) - _kv_bytes(model, ownership, kv)
+    spare = int(_MOST_OF_MEMORY * available.nbytes) - _weight_bytes(model, ownership) - _kv_bytes(model, ownership, kv)
     row_bytes = kv.slot_bytes(model)
     rows = kv.rows if options.kv_mirror_gib is None else min(kv.rows, int(options.kv_mirror_gib * 2**30) // row_bytes)
     said = f"{rows * row_bytes / 2**30:.2f} GiB for {rows} of {kv.rows} slots"

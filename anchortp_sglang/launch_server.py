@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
         defaults = platform.prepare({} if wants_help else given, gpus)
         if not wants_help:
             early.check_given(given, options.experimental_cuda)
+            early.check_run_base(options.run_dir)
             preload.leave_out_other_models(early.architectures(given))
     except ValueError as error:
         _refuse(error)

@@ -5,9 +5,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
+from anchortp_sglang.cgroups import cpu_quota, memory_room
 from anchortp_sglang.cpu.environment import Defaults, cpu_defaults, describe
 from anchortp_sglang.cuda.environment import cuda_defaults
 from anchortp_sglang.cuda.probe import GpuFacts, ProbeError, visible_gpus
+from anchortp_sglang.folders import home_defaults
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +61,24 @@ def prepare(given: Mapping[str, object], gpus: Sequence[GpuFacts] = ()) -> Defau
     if device == "cuda" and gpus:
         defaults = cuda_defaults(given, os.environ, shared=tp_size_of(given) > len(gpus))
     elif device == "cpu":
-        defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
+        cores = sorted(os.sched_getaffinity(0))
+        defaults = cpu_defaults(given, os.environ, tp_size_of(given), cores, cpu_quota(), _limited_bytes())
     else:
         raise ValueError(
             f"--device {device} is not supported; use --device cpu (for cuda, which has never run on a GPU, there is "
             "--anchor-experimental-cuda)"
         )
     os.environ.update(defaults.env)
+    os.environ.update(home_defaults(os.environ))
     install_stand_ins()
     return defaults
+
+
+def _limited_bytes() -> int | None:
+    """What the cgroup leaves of memory; None if it is the host that sets the limit."""
+    of_host = psutil.virtual_memory().available
+    room = memory_room(of_host)
+    return room.nbytes if room.nbytes < of_host else None
 
 
 def gpus_for(given: Mapping[str, object], experimental_cuda: bool) -> list[GpuFacts]:

@@ -14,7 +14,9 @@ import psutil
 
 from anchortp_sglang import ending, start_log
 from anchortp_sglang.anchor.client import AnchorError
-from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.anchor.keeper import RunDirKeeper
+from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.cgroups import memory_room
 from anchortp_sglang.cuda.plan import EAGER_START, check_gpu_plan, graph_batch_sizes, plan_gpu_kv
 from anchortp_sglang.cuda.probe import GpuFacts
 from anchortp_sglang.cuda.shares import share_out
@@ -23,7 +25,7 @@ from anchortp_sglang.elastic.attachment import MirrorPlan
 from anchortp_sglang.elastic.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.elastic.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.hooking import HookError
-from anchortp_sglang.kv_sizes import plan_kv, plan_mirror
+from anchortp_sglang.kv_sizes import plan_kv, plan_mirror, process_bytes
 from anchortp_sglang.manifest import DriftError
 from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
@@ -79,14 +81,15 @@ class Runtime:
     """A prepared server, before SGLang's own launch."""
 
     coordinator: Coordinator
-    run_dir: RunDir
+    keeper: RunDirKeeper
     port: socket.socket | None
     """Keeps the port that SGLang binds at the end of its launch."""
 
     def close(self) -> None:
         """End ranks, zygote and anchors, free their memory, remove the run directory."""
         self.coordinator.shut_down()
-        remove_run_dir(self.run_dir)
+        self.keeper.stop()
+        remove_run_dir(self.keeper.run_dir)
         if self.port is not None:
             self.port.close()
 
@@ -127,7 +130,9 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
         ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
     device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
-    available = psutil.virtual_memory().available
+    room = memory_room(psutil.virtual_memory().available)
+    log.info("anchortp: %s", room)
+    available = room.less(process_bytes(view.tp_size))
     shares: tuple[GpuShare, ...] = ()
     mirror: MirrorPlan | None
     if gpus:
@@ -145,8 +150,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
     load_plugins()  # the operator's own, for all processes: SGLang loads them in each, after the fork
     wire.register()
     start_log.step("hooks are installed")
-    if view.enable_metrics:
-        metrics.prepare_folder()
+    metrics_folder = metrics.prepare_folder() if view.enable_metrics else None
     zygote, reserve = _make_zygotes(view)
     start_log.step("the zygote is forked")
     base = Path(options.run_dir) if options.run_dir else None
@@ -177,13 +181,17 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
         gpus=shares,
         graph_batch_sizes=graph_batch_sizes(view, shares),
     )
-    cluster = Cluster(plan, zygote, reserve)
+    keeper = RunDirKeeper(run_dir)
+    if metrics_folder is not None:
+        keeper.note_outside([metrics_folder])
+    keeper.start()
+    cluster = Cluster(plan, zygote, reserve, keeper)
     log.info("anchortp: %s", cluster.kv_capacity(ownership))
     coordinator = Coordinator(cluster, ownership, _policy(options))
     if view.enable_trace:
         coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
-    return Runtime(coordinator, run_dir, port)
+    return Runtime(coordinator, keeper, port)
 
 
 def _view(server_args: Any) -> Any:

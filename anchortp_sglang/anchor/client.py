@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _RETRY_S = 0.005  # while the handles socket's queue of connections is full
+_MADE_AGAIN_S = 3.0
 
 ReplyT = TypeVar("ReplyT", m.Ok, m.Allocated, m.Handle, m.StatusReply)
 
@@ -84,6 +85,7 @@ class AnchorClient:
         self._files = AnchorFiles(os.fspath(run_dir), device)
         self._run_id = run_id
         self._timeout_s = timeout_s
+        self._seen: AnchorRecord | None = None
         self._contexts = {} if context is None else {os.getpid(): context}
 
     def status(self) -> m.StatusReply:
@@ -216,8 +218,22 @@ class AnchorClient:
 
     def _check_alive(self) -> AnchorRecord:
         record = AnchorRecord.read(self._files.record)
+        if record is None and self._seen is not None and self._seen.alive():
+            record = self._found_again()
         if record is None or not record.alive():
             raise self._error(AnchorGone, "does not run")
+        self._seen = record
+        return record
+
+    def _found_again(self) -> AnchorRecord | None:
+        """The anchor lives, but somebody has removed the run directory: it makes its files again within a second
+        (``loop.Anchor``), unless it is just ending."""
+        deadline = time.monotonic() + min(self._timeout_s, _MADE_AGAIN_S)
+        assert self._seen is not None
+        while (record := AnchorRecord.read(self._files.record)) is None and self._seen.alive():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_RETRY_S)
         return record
 
     def _timed_out(self) -> AnchorError:

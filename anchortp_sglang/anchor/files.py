@@ -102,6 +102,10 @@ class AnchorFiles(msgspec.Struct, frozen=True):
         """The log; stays when the anchor is gone. A lock on it sees to it that a device has one anchor."""
         return self._path("log")
 
+    def complete(self) -> bool:
+        """Whether an anchor that lives can be found and reached by them."""
+        return all(map(os.path.exists, (self.record, self.control, self.handles)))
+
     def remove(self) -> None:
         """Remove all but the log."""
         for path in (self.record, self.control, self.handles):

@@ -68,10 +68,24 @@ class HandleListener:
     def __init__(self, path: str, poller: zmq.Poller, answer: Answer, count: Callable[[str], None]) -> None:
         self._poller, self._answer, self._count = poller, answer, count
         self._connections: dict[int, _Connection] = {}  # by fd, oldest first
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._listener.bind(path)
-        self._listener.listen(_BACKLOG)
-        self._poller.register(self._listener.fileno(), zmq.POLLIN)
+        self._listener = self._listen(path)
+
+    def listen_again(self, path: str) -> None:
+        """Listen at ``path`` from now on, where nothing is; connections that are open stay."""
+        former, self._listener = self._listener, self._listen(path)
+        self._poller.unregister(former.fileno())
+        former.close()
+
+    def _listen(self, path: str) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            listener.bind(path)
+        except BaseException:
+            listener.close()
+            raise
+        listener.listen(_BACKLOG)
+        self._poller.register(listener.fileno(), zmq.POLLIN)
+        return listener
 
     def next_deadline(self) -> float | None:
         """When ``expire`` should be called at the latest."""

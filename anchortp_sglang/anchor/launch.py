@@ -17,6 +17,7 @@ import zmq
 
 from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, device_name
 from anchortp_sglang.anchor.pids import wait_readable
+from anchortp_sglang.anchor.run_base import make_private
 from anchortp_sglang.anchor.rundir import (
     RunDir,
     RunDirError,
@@ -92,6 +93,7 @@ def start_anchor(
     if rival := find_anchor(run_dir, device):
         os.close(rival.pidfd)
         raise AnchorStartError(f"the {name} runs in {run_dir} already: process {rival.pid}")
+    make_private(run_dir)  # somebody may have removed it
     failure = _spawn(arguments, files, time.monotonic() + timeout_s)
     anchor = find_anchor(run_dir, device)
     if failure or anchor is None:

@@ -8,14 +8,17 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import zmq
 
 from anchortp_sglang.anchor import daemon
 from anchortp_sglang.anchor import messages as m
-from anchortp_sglang.anchor.files import AnchorFiles
+from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord
 from anchortp_sglang.anchor.handles import HandleListener
+from anchortp_sglang.anchor.pids import start_ticks
+from anchortp_sglang.anchor.run_base import RunDirError, make_private
 from anchortp_sglang.anchor.state import (
     Action,
     AnchorState,
@@ -34,11 +37,12 @@ from anchortp_sglang.memory.arena import Arena, ArenaError, BadHandle, MemoryExh
 
 __all__ = ["Anchor", "log"]
 
-_MAX_WAIT_S = 3600.0
 _MAX_QUEUED = 64  # control messages waiting in either direction, per peer
 _GOODBYE_MS = 200  # how long the last replies may take to leave
 _HANDSHAKE_MS = 2000
 _ERROR_PAUSE_S = 0.01  # lest an error that repeats takes all of a core
+_LOOK_S = 1.0  # how often it is checked that the files are still there
+_LOG_TIMEOUT_S = 0.0
 
 
 class Anchor:
@@ -50,10 +54,12 @@ class Anchor:
         self._started = time.monotonic()
         self._poller = zmq.Poller()
         self._context = zmq.Context()
-        self._control = self._bind_control()
+        self._control = self._make_control()
         self._handles = HandleListener(files.handles, self._poller, self._answer_handle, self._count)
         self._termination = daemon.terminate_to()
         self._poller.register(self._termination.fileno(), zmq.POLLIN)
+        self._record_files()
+        self._next_look = self._started + _LOOK_S
         self._controller_pidfd: int | None = None
         try:
             self._watch(state.controller_pid)
@@ -70,6 +76,7 @@ class Anchor:
                     self._count("internal_error", traceback.format_exc())
                     time.sleep(_ERROR_PAUSE_S)
             self._handles.expire(time.monotonic())
+            self._look_for_files()
             self._advance(Tick())
 
     def close(self) -> None:
@@ -78,7 +85,34 @@ class Anchor:
         self._handles.close()
         self._context.destroy(linger=_GOODBYE_MS)
 
-    def _bind_control(self) -> zmq.Socket[bytes]:
+    def _record_files(self) -> None:
+        pid = os.getpid()
+        state = self._state
+        record = AnchorRecord(pid=pid, start_ticks=start_ticks(pid) or 0, run_id=state.run_id, device=state.device)
+        record.write(self._files.record)
+
+    def _look_for_files(self) -> None:
+        """If the run directory was cleared under us, as when a login ends, be found in it again."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_S
+        if self._files.complete():
+            return
+        try:
+            make_private(Path(self._files.run_dir))
+            self._files.remove()  # what is left of them
+            # The listener that was bound before stays, and is nobody's: closing it would remove the new socket's file.
+            self._control.bind(f"ipc://{self._files.control}")
+            self._handles.listen_again(self._files.handles)
+            self._record_files()
+            daemon.use_log(self._files.log, _LOG_TIMEOUT_S)
+        except (OSError, RunDirError, zmq.ZMQError) as error:
+            self._count("no_run_dir", str(error))
+        else:
+            log("the files of this anchor had vanished, and were made again")
+
+    def _make_control(self) -> zmq.Socket[bytes]:
         control = self._context.socket(zmq.ROUTER)
         # Beyond this libzmq cuts the connection, unseen by us; a little too long is refused and counted.
         control.setsockopt(zmq.MAXMSGSIZE, 2 * m.MAX_MESSAGE_BYTES)
@@ -91,10 +125,8 @@ class Anchor:
 
     def _wait_ms(self) -> int:
         deadlines = (self._handles.next_deadline(), self._state.linger_deadline)
-        nearest = min((deadline for deadline in deadlines if deadline is not None), default=None)
-        if nearest is None:
-            return -1
-        wait_s = min(max(0.0, nearest - time.monotonic()), _MAX_WAIT_S)
+        nearest = min((deadline for deadline in deadlines if deadline is not None), default=self._next_look)
+        wait_s = max(0.0, min(nearest, self._next_look) - time.monotonic())
         return int(wait_s * 1000) + 1  # rounded up, lest the loop spins in the last millisecond
 
     def _serve(self, source: object) -> None:

@@ -1,6 +1,7 @@
 """The run directory: where one server's anchors are met. Private to its user, and to one running server.
 
-It outlives the server, so that a restarted one finds the anchors that linger.
+It outlives the server, so that a restarted one finds the anchors that linger. Who runs in it is told by file locks: two
+containers may share a file system, and a pid of one means nothing in the other.
 """
 
 from __future__ import annotations
@@ -11,24 +12,27 @@ import os
 import re
 import secrets
 import shutil
-import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord, ServerRecord
+from anchortp_sglang.anchor.outside import remove_outside
 from anchortp_sglang.anchor.pids import start_ticks
+from anchortp_sglang.anchor.run_base import RunDirError, check_private, default_base, make_private
 
-__all__ = ["RunDir", "RunDirError", "RunDirInUse", "live_anchors", "prepare_run_dir", "remove_run_dir"]
+__all__ = ["RunDir", "RunDirError", "RunDirInUse", "live_anchors", "make_again", "prepare_run_dir", "remove_run_dir"]
 
 _KEY = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 _SERVER_RECORD = "server.json"
+_SERVER_LOCK = "server.lock"
 _LOCK = "lock"
 _LONGEST_NAMED_DEVICE = 9999
+_ENDING_S = 1.0  # an anchor that is just ending may still hold its log
 
-
-class RunDirError(Exception):
-    """The run directory cannot be used."""
+_held: dict[Path, tuple[int, int]] = {}
+"""Open files of run directories that are this process's, for their locks."""
 
 
 class RunDirInUse(RunDirError):
@@ -50,39 +54,61 @@ class RunDir:
 def prepare_run_dir(base: Path | None, key: str) -> RunDir:
     """Create ``base/key``, or take it over from a dead server, and record this process as its owner.
 
-    ``base`` None: ``$XDG_RUNTIME_DIR/anchortp`` if there is such a directory, else ``/tmp/anchortp-<uid>``.
-    ``key`` names the server, e.g. by its port. ``RunDirInUse`` if a server runs there; ``RunDirError`` if the
-    directory is not a private one of this user, or its path is too long for sockets.
+    ``base`` None: ``run_base.default_base()``. ``key`` names the server, e.g. by its port. Files that dead servers in
+    ``base`` have left elsewhere are removed. ``RunDirInUse`` if a server runs there; ``RunDirError`` if the directory
+    is not a private one of this user, or its path is too long for sockets.
     """
     if not _KEY.fullmatch(key):
         raise RunDirError(f"run key {key!r} must be letters, digits, '_', '.', '-', at most 64 of them")
-    if base is None:
-        base = _default_base()
-        _make_private(base)
-    path = Path(os.path.abspath(base)) / key
+    path = Path(os.path.abspath(default_base() if base is None else base)) / key
     try:
         AnchorFiles(str(path), _LONGEST_NAMED_DEVICE)
     except ValueError as error:
         raise RunDirError(str(error)) from error
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _make_private(path)
+        make_private(path)
         with _locked(path):
-            return _claim(path)
+            run_dir = _claim(path)
+        _sweep(path)
+        return run_dir
     except OSError as error:
         raise RunDirError(f"{path} cannot be used ({error.strerror}): choose another directory") from error
+
+
+def make_again(run_dir: RunDir) -> bool:
+    """Make a directory of ours again if somebody has removed it; whether that was so.
+
+    Anchors that live bind their sockets in it anew. RunDirError if it cannot be, or is another's now.
+    """
+    path = run_dir.path
+    record = ServerRecord.read(str(path / _SERVER_RECORD))
+    if record is not None and record.run_id == run_dir.run_id:
+        return False
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path)
+        with _locked(path):
+            _refuse_live_server(path)
+            _own(path, run_dir.run_id)
+    except OSError as error:
+        raise RunDirError(f"{path} has vanished and cannot be made again ({error.strerror})") from error
+    return True
 
 
 def remove_run_dir(run_dir: RunDir) -> None:
     """Remove the directory and all in it. ``RunDirInUse`` while another server or an anchor runs there."""
     path = run_dir.path
-    _check_private(path)
+    if not path.exists():  # somebody has removed it already
+        return _let_go(path)
+    check_private(path)
     with _locked(path):
         _refuse_live_server(path, but_pid=os.getpid())
         if anchors := live_anchors(path):
             pids = ", ".join(str(anchor.pid) for anchor in anchors)
             raise RunDirInUse(f"anchors still run in {path} (pids {pids}): shut them down first")
         shutil.rmtree(path)
+        _let_go(path)
 
 
 def live_anchors(path: Path) -> list[AnchorRecord]:
@@ -94,43 +120,89 @@ def live_anchors(path: Path) -> list[AnchorRecord]:
 def _claim(path: Path) -> RunDir:
     _refuse_live_server(path)
     anchors = live_anchors(path)
+    _refuse_foreign_anchors(path, {AnchorFiles(str(path), anchor.device).log for anchor in anchors})
     run_ids = {anchor.run_id for anchor in anchors}
     if len(run_ids) > 1:
         pids = ", ".join(str(anchor.pid) for anchor in anchors)
         raise RunDirError(f"anchors of several runs linger in {path}: end the processes {pids} first")
     run_id = run_ids.pop() if run_ids else secrets.token_hex(8)
+    remove_outside(path)
+    _own(path, run_id)
+    return RunDir(path, run_id, tuple(anchor.device for anchor in anchors))
+
+
+def _own(path: Path, run_id: str) -> None:
+    """Hold the locks that say so, and write the record."""
+    _let_go(path)
+    server = os.open(path / _SERVER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # Not flock(): children that are forked would hold it as well, and might outlive this process.
+    fcntl.lockf(server, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)  # systemd-tmpfiles leaves alone what is locked
+    _held[path] = (server, directory)
     pid = os.getpid()
     ServerRecord(pid=pid, start_ticks=start_ticks(pid) or 0, run_id=run_id).write(str(path / _SERVER_RECORD))
-    return RunDir(path, run_id, tuple(anchor.device for anchor in anchors))
+
+
+def _let_go(path: Path) -> None:
+    for fd in _held.pop(path, ()):
+        os.close(fd)
 
 
 def _refuse_live_server(path: Path, but_pid: int | None = None) -> None:
     server = ServerRecord.read(str(path / _SERVER_RECORD))
-    if server is not None and server.pid != but_pid and server.alive():
-        raise RunDirInUse(f"a server, process {server.pid}, runs in {path}: stop it, or choose another key")
+    if server is not None and server.alive():
+        if server.pid != but_pid:
+            raise RunDirInUse(f"a server, process {server.pid}, runs in {path}: stop it, or choose another key")
+        return  # to open and close the lock's file would let go of our own lock
+    if _is_locked(path / _SERVER_LOCK, fcntl.lockf):
+        raise RunDirInUse(f"a server of another container runs in {path}: stop it, or choose another directory")
 
 
-def _default_base() -> Path:
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isdir(runtime):
-        return Path(runtime) / "anchortp"
-    return Path(f"/tmp/anchortp-{os.geteuid()}")
+def _refuse_foreign_anchors(path: Path, ours: set[str]) -> None:
+    """Anchors that live, but in another pid namespace: they cannot be attached to."""
+    deadline = time.monotonic() + _ENDING_S
+    logs = [log for log in path.glob("anchor-*.log") if str(log) not in ours]
+    while held := [log for log in logs if _is_locked(log, fcntl.flock)]:
+        if time.monotonic() > deadline:
+            raise RunDirInUse(
+                f"anchors of another container linger in {path} ({', '.join(log.stem for log in held)}): wait until "
+                "they have ended, or choose another directory"
+            )
+        time.sleep(0.05)
 
 
-def _make_private(path: Path) -> None:
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    _check_private(path)
+def _is_locked(path: Path, lock: Callable[[int, int], None]) -> bool:
+    """Whether another process holds a lock of that kind on the file."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except (BlockingIOError, PermissionError):
+        return True
+    finally:
+        os.close(fd)
 
 
-def _check_private(path: Path) -> None:
-    facts = os.lstat(path)
-    if not stat.S_ISDIR(facts.st_mode):
-        raise RunDirError(f"{path} is not a directory (a link will not do): remove it, or choose another")
-    if facts.st_uid != os.geteuid():
-        raise RunDirError(f"{path} belongs to user {facts.st_uid}, not {os.geteuid()}: choose another directory")
-    if stat.S_IMODE(facts.st_mode) & 0o077:
-        raise RunDirError(f"others may enter {path}: chmod 700 it if nothing in it is theirs")
+def _sweep(mine: Path) -> None:
+    """Clean up after dead servers beside this one, whose directories nobody may ever claim again.
+
+    Of those with a port the directory stays: their logs are asked for when something has gone wrong.
+    """
+    for path in mine.parent.glob("*-*"):
+        with contextlib.suppress(OSError, RunDirError):
+            if path == mine or not (path / _SERVER_RECORD).exists():
+                continue
+            check_private(path)
+            with _locked(path):
+                _refuse_live_server(path)
+                remove_outside(path)
+                if path.name.startswith("engine-") and not live_anchors(path):
+                    shutil.rmtree(path)
 
 
 @contextlib.contextmanager

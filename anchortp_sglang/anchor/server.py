@@ -12,9 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from anchortp_sglang.anchor import daemon
-from anchortp_sglang.anchor.files import AnchorFiles, AnchorRecord
+from anchortp_sglang.anchor.files import AnchorFiles
 from anchortp_sglang.anchor.loop import Anchor, log
-from anchortp_sglang.anchor.pids import start_ticks
 from anchortp_sglang.anchor.state import AnchorState
 from anchortp_sglang.memory.arena import Arena, MemfdArena
 from anchortp_sglang.memory.gpu import GpuShare
@@ -51,9 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _live(state: AnchorState, files: AnchorFiles, gpu: GpuShare | None, ready_fd: int | None) -> None:
     anchor = Anchor(state, files, _arena(gpu))  # not before the forks are done: the driver does not survive them
-    pid = os.getpid()
-    record = AnchorRecord(pid=pid, start_ticks=start_ticks(pid) or 0, run_id=state.run_id, device=state.device)
-    record.write(files.record)
     if ready_fd is not None:
         os.write(ready_fd, b"1")  # fails, and ends the anchor, if the starter has given up on it
         os.close(ready_fd)

@@ -16,13 +16,19 @@ class Defaults:
 
 
 def cpu_defaults(
-    flags: Mapping[str, object], environ: Mapping[str, str], tp_size: int, cores: Sequence[int]
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    tp_size: int,
+    cores: Sequence[int],
+    quota: float | None = None,
+    memory_bytes: int | None = None,
 ) -> Defaults:
     """Settings for ``--device cpu``. Whatever ``flags`` or ``environ`` holds already is the user's and stays.
 
     ``flags`` are those that were given, by ServerArgs field name. ``tp_size`` is the largest that will run: a
     later, smaller one uses the first of the thread bindings. ``cores`` are the ids that the process may run
-    on, sorted(os.sched_getaffinity(0)).
+    on, sorted(os.sched_getaffinity(0)). ``quota``: how many cores' worth of time it may use (``cgroups.cpu_quota``).
+    ``memory_bytes``: what its cgroup leaves it, if that is less than what the host has.
 
     Raises ValueError if the flags ask for another device, or if the user's thread bindings are too few.
     """
@@ -31,8 +37,9 @@ def cpu_defaults(
     if tp_size < 1 or not cores:
         raise ValueError(f"need a rank and a core at least, got tp_size {tp_size}, cores {list(cores)}")
     _check_bindings(environ.get(_THREADS_BIND), tp_size)
-    env = {name: value for name, value in _environment(tp_size, cores).items() if name not in environ}
-    return Defaults(env, {name: value for name, value in _FLAGS.items() if name not in flags})
+    env = {name: value for name, value in _environment(tp_size, cores, quota).items() if name not in environ}
+    wanted = _FLAGS if memory_bytes is None else _FLAGS | {"chunked_prefill_size": _chunk(memory_bytes)}
+    return Defaults(env, {name: value for name, value in wanted.items() if name not in flags})
 
 
 def describe(defaults: Defaults) -> str:
@@ -58,7 +65,14 @@ _FLAGS: dict[str, object] = {
 }
 
 
-def _environment(tp_size: int, cores: Sequence[int]) -> dict[str, str]:
+def _chunk(memory_bytes: int) -> int:
+    """Tokens of a prefill, whose activations need memory: as memory_hook._handle_gpu_memory_settings would choose if it
+    asked the cgroup instead of the host."""
+    return next((tokens for gib, tokens in ((20, 2048), (60, 4096), (90, 8192)) if memory_bytes < gib << 30), 16384)
+
+
+def _environment(tp_size: int, cores: Sequence[int], quota: float | None) -> dict[str, str]:
+    usable = len(cores) if quota is None else min(len(cores), int(quota))
     return {
         # platforms._is_cpu_available, utils.common.is_cpu
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -67,8 +81,9 @@ def _environment(tp_size: int, cores: Sequence[int]) -> dict[str, str]:
         # numa_utils.init_threads_binding wants an entry for each rank (indexed by gpu_id), or a NUMA node for
         # each. On x86 without AMX it only checks: nothing is bound (bootstrap._init_cpu_threads_env).
         _THREADS_BIND: _bindings(tp_size, cores),
-        # ModelRunner.load_model leaves torch's thread count alone on CPU.
-        "OMP_NUM_THREADS": str(max(1, len(cores) // tp_size)),
+        # ModelRunner.load_model leaves torch's thread count alone on CPU. Threads beyond a quota of CPU time use it up
+        # early in each period, and then all of them stand still.
+        "OMP_NUM_THREADS": str(max(1, usable // tp_size)),
         # numpy's pool is never needed, and a process with threads cannot be forked safely.
         "OPENBLAS_NUM_THREADS": "1",
         # vocab_parallel_embedding, sampler, penalizers are @torch.compile: seconds in every rank that starts.

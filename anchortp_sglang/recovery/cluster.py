@@ -4,10 +4,12 @@ Everything here blocks, with timeouts; the coordinator calls it from a worker th
 """
 
 import logging
-import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from anchortp_sglang.anchor.keeper import RunDirKeeper
+from anchortp_sglang.anchor.outside import remove_files
 from anchortp_sglang.elastic.attachment import Assignment
 from anchortp_sglang.elastic.kv_capacity import KVCapacity, kv_capacity
 from anchortp_sglang.planning.ownership import Ownership
@@ -31,15 +33,19 @@ _DEATH_TIMEOUT_S = 5.0
 class Cluster:
     """Anchors, zygotes, their spare children and the detokenizer."""
 
-    def __init__(self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None) -> None:
+    def __init__(
+        self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None, keeper: RunDirKeeper | None = None
+    ) -> None:
         self.plan = plan
         self._zygotes = Zygotes(zygote, reserve)
         self._reaper = Reaper()
+        self.keeper = keeper
         self.anchors = Anchors(plan)
         self._capacities: dict[Ownership, KVCapacity] = {}
         self._spares = Spares()
         self._store: Any = None
         self.port_args: Any = None
+        self._outside: list[str] = []
         self.detokenizer: Child | None = None
         self._detokenizer_args: Any = None
 
@@ -51,16 +57,22 @@ class Cluster:
         return self._capacities[ownership]
 
     def take_ports(self, port_args: Any) -> None:
-        """SGLang's sockets (PortArgs.init_new), moved out of the temporary folder to where nobody else can reach them.
+        """Move SGLang's sockets (PortArgs.init_new) into a folder of their own, where nobody else can reach them.
 
-        They take pickles (io_struct.sock_recv): whoever connects to one runs code in this server.
+        They take pickles (io_struct.sock_recv): whoever connects to one runs code in this server. The run directory is
+        no place for them: it may vanish and be made again, and sockets of SGLang's processes are not bound again.
         """
-        for stale in self.plan.run_dir.glob("zmq-*"):  # of a server that died
-            stale.unlink()
+        from sglang.srt.managers.load_snapshot import shm_path_for
+
+        folder = tempfile.mkdtemp(prefix="anchortp-zmq-")
         for name in [field for field in vars(port_args) if field.endswith("_ipc_name") and getattr(port_args, field)]:
             Path(getattr(port_args, name).removeprefix("ipc://")).unlink(missing_ok=True)
-            setattr(port_args, name, f"ipc://{self.plan.run_dir}/zmq-{secrets.token_hex(4)}")
+            setattr(port_args, name, f"ipc://{folder}/{name.removesuffix('_ipc_name')}")
         self.port_args = port_args
+        # ShmLoadSnapshotWriter (managers/load_snapshot.py) makes the file in /dev/shm, and nobody removes it.
+        self._outside = [folder, shm_path_for(port_args.instance_id)]
+        if self.keeper is not None:
+            self.keeper.note_outside(self._outside)
 
     # ---- detokenizer
 
@@ -168,15 +180,8 @@ class Cluster:
     def shut_down(self, number: int) -> None:
         """End ranks, zygote and anchors; free all memory."""
         self._zygotes.kill()
-        self._remove_load_file()
         self.anchors.shut_down(number)
-
-    def _remove_load_file(self) -> None:
-        """ShmLoadSnapshotWriter (managers/load_snapshot.py) makes it in /dev/shm, and nobody removes it."""
-        from sglang.srt.managers.load_snapshot import shm_path_for
-
-        if self.port_args is not None:
-            Path(shm_path_for(self.port_args.instance_id)).unlink(missing_ok=True)
+        remove_files(self._outside)
 
 
 def _is_ready(child: Child) -> bool:

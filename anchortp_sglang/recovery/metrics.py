@@ -27,16 +27,18 @@ _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 _TFS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 120.0)
 
 
-def prepare_folder() -> None:
+def prepare_folder() -> str | None:
     """Name the folder of the multiprocess mode before the zygote is forked, so that ranks write there too.
 
     SGLang sets the variable only in main, after the fork (utils.common.set_prometheus_multiproc_dir), and keeps one
-    that is set. A folder made here goes when main ends.
+    that is set. A folder made here goes when main ends; it is returned.
     """
-    if _FOLDER_VARIABLE not in os.environ:
-        folder = os.environ[_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="anchortp-metrics-")
-        ending.on_end(lambda: shutil.rmtree(folder, ignore_errors=True))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave by os._exit
+    if _FOLDER_VARIABLE in os.environ:
+        return None
+    folder = os.environ[_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="anchortp-metrics-")
+    ending.on_end(lambda: shutil.rmtree(folder, ignore_errors=True))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave by os._exit
+    return folder
 
 
 class Metrics:
@@ -72,6 +74,7 @@ class Metrics:
         self._devices = gauge("anchortp_devices", "Devices by state.", "state")
         self._state = gauge("anchortp_server_state", "1 for the state that the server is in.", "state")
         self._mirror_lag = gauge("anchortp_mirror_lag_tokens", "KV cache tokens that have no copy in host memory yet.")
+        self._run_dir_lost = gauge("anchortp_run_dir_lost", "1 if the run directory has vanished for good.")
         self._told: dict[Any, float] = {}
 
     def observe(self, recovery: Recovery) -> None:
@@ -100,6 +103,7 @@ class Metrics:
             self._state.labels(state).set(state == status["state"])
         mirror = (status.get("kv") or {}).get("mirror") or {}
         self._mirror_lag.set(mirror.get("lag_slots", 0))  # a slot holds a token
+        self._run_dir_lost.set((status.get("run_dir") or {}).get("lost") is not None)
 
     def _raise_to(self, counter: Any, total: float) -> None:
         """Counters only rise, and the sums of a server do."""

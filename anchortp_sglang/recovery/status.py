@@ -20,6 +20,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "devices": [_device(coordinator, device) for device in coordinator.configured.devices],
         "kv": None if coordinator.kv_books is None else coordinator.kv_books.to_json(),
         "kv_capacity": asdict(coordinator.cluster.kv_capacity(ownership)),
+        "run_dir": _run_dir(coordinator),
         "recoveries": coordinator.recoveries.to_json(),
         "fruitless_faults": coordinator.state.fruitless,
         "suspects": 0 if coordinator.ledger is None else coordinator.ledger.isolation.suspects,
@@ -39,6 +40,13 @@ def state_name(coordinator: Coordinator) -> str:
         return "starting"
     fewer = generation.ownership.tp_size < coordinator.configured.tp_size
     return "degraded" if fewer else "serving"
+
+
+def _run_dir(coordinator: Coordinator) -> dict[str, Any]:
+    """``lost``: why the directory is gone for good, so that a fault could not be survived; else None."""
+    keeper = coordinator.cluster.keeper
+    lost, made_again = (None, 0) if keeper is None else (keeper.lost, keeper.made_again)
+    return {"path": str(coordinator.cluster.plan.run_dir), "lost": lost, "made_again": made_again}
 
 
 def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:

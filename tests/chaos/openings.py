@@ -67,6 +67,7 @@ def disagreements(rows: list[Row], found: set[Opening]) -> list[str]:
 def openings(server: Server) -> set[Opening]:
     """What all processes of a server have open now."""
     folders = {str(path.parent): "RUN" for path in server.place.folder.glob("**/server.json")}
+    folders |= {str(path): "ZMQ" for path in server.place.folder.glob("anchortp-zmq-*")}
     folders |= {str(path): "METRICS" for path in server.place.folder.glob("anchortp-metrics-*")}
     folders[str(Path.home())] = "~"
     log = os.path.realpath(server.log)  # standard output of all

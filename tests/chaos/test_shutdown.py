@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ from faults import child_named, holders, kill, kill_rank
 from histories import prompt, request, until
 from remains import Place, Remains, shm
 
+from anchortp_sglang.anchor.rundir import prepare_run_dir, remove_run_dir
 from anchortp_sglang.bench.server import Server
 from anchortp_sglang.bench.streams import Streams
 
@@ -99,8 +101,8 @@ def zombies(process):
     return [child for child in process.children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
 
 
-def test_sigkill_of_the_server_ends_its_processes_and_frees_its_memory(launch):
-    with launch(2) as server:
+def test_sigkill_of_the_server_ends_its_processes_and_the_next_one_removes_its_files(launch):
+    with launch(2, "--enable-metrics") as server:
         with Streams(server.url, ENDLESS) as streams:
             streams.wait_tokens(5)
             remains = Remains(server)
@@ -112,3 +114,10 @@ def test_sigkill_of_the_server_ends_its_processes_and_frees_its_memory(launch):
         assert all(history.error for history in streams.histories)
         assert remains.memory and not holders(remains.memory)
         server.wait(5)
+        base, key = server.place.folder / "anchortp", f"run-{server.port}"
+        noted = [Path(line) for line in (base / key / "outside.txt").read_text().splitlines()]
+        left = [path for path in noted if path.exists()]
+        for expected in ("anchortp-metrics-", "sglang_loads_", "tmp"):
+            assert any(path.name.startswith(expected) for path in left), f"no {expected}… among {left}"
+        remove_run_dir(prepare_run_dir(base, key))  # as the next server does
+        assert [path for path in noted if path.exists()] == server.place.leftovers() == []

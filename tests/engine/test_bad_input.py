@@ -50,6 +50,8 @@ def refused(forge, places, argv):
         (["--device", "cuda"], ["--device cuda", "use --device cpu"]),
         (["--model-path", "/no/such/folder"], ["/no/such/folder", "download"]),
         (["--tp-size", "many"], ["--tp-size", "'many'"]),
+        (["--port", "0"], ["--port 0", "1 to 65535"]),
+        (["--anchor-run-dir", "/dev/null/run"], ["/dev/null/run", "choose another"]),
         (["--config", "/no/such/file.yaml"], ["--config /no/such/file.yaml"]),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else None,

@@ -31,6 +31,20 @@ def test_cores_are_shared_out_to_the_ranks(tp_size, cores, bind, threads):
     assert env["OMP_NUM_THREADS"] == threads
 
 
+@pytest.mark.parametrize(("quota", "threads"), [(None, "16"), (8.0, "4"), (3.9, "1"), (0.5, "1"), (64.0, "16")])
+def test_a_quota_of_cpu_time_bounds_the_threads_and_not_the_bindings(quota, threads):
+    env = cpu_defaults({}, {}, 2, range(32), quota).env
+    assert env["OMP_NUM_THREADS"] == threads
+    assert env[BIND] == cpu_defaults({}, {}, 2, range(32)).env[BIND]
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [(3, 2048), (40, 4096), (80, 8192), (500, 16384)])
+def test_a_limit_of_memory_bounds_the_chunks_of_a_prefill(gib, tokens):
+    assert cpu_defaults({}, {}, 2, (0, 1), None, gib << 30).flags["chunked_prefill_size"] == tokens
+    assert "chunked_prefill_size" not in cpu_defaults({}, {}, 2, (0, 1)).flags
+    assert "chunked_prefill_size" not in cpu_defaults({"chunked_prefill_size": 99}, {}, 2, (0, 1), None, 1).flags
+
+
 @pytest.mark.parametrize("cores", [(0, 1), tuple(range(3, 35))])
 def test_bindings_hold_for_every_smaller_tp_too(cores):
     entries = bound_cores(cpu_defaults({}, {}, 8, cores).env[BIND])

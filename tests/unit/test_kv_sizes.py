@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 from planning_cases import model as model_axes
 
-from anchortp_sglang.kv_sizes import plan_kv, plan_mirror
+from anchortp_sglang.cgroups import MemoryRoom
+from anchortp_sglang.kv_sizes import plan_kv, plan_mirror, process_bytes
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.kv_layout import KVPlan
 from anchortp_sglang.planning.ownership import split
@@ -24,26 +25,49 @@ def view(**changes):
     return SimpleNamespace(**values | changes)
 
 
+def room(nbytes):
+    return MemoryRoom(nbytes, "of the host's memory")
+
+
+def plan(available, device_bytes=None, ownership=OWNERSHIP, **changes):
+    return plan_kv(MODEL, ownership, view(**changes), device_bytes, room(available))
+
+
 def mirror(available, ownership=OWNERSHIP, **options):
-    return plan_mirror(MODEL, ownership, KV, AnchorOptions(**options), available)
+    return plan_mirror(MODEL, ownership, KV, AnchorOptions(**options), room(available))
 
 
 def test_slots_are_those_asked_for_or_what_half_of_the_memory_holds():
-    assert plan_kv(MODEL, OWNERSHIP, view(max_total_tokens=500), None, PLENTY) == KVPlan(500, 1, 4)
-    assert plan_kv(MODEL, OWNERSHIP, view(), None, 2 * (WEIGHTS + 700 * SLOT_BYTES)).slots == 700
-    assert plan_kv(MODEL, OWNERSHIP, view(max_total_tokens=509, page_size=16), None, PLENTY).slots == 496
+    assert plan(PLENTY, max_total_tokens=500) == KVPlan(500, 1, 4)
+    assert plan(2 * (WEIGHTS + 700 * SLOT_BYTES)).slots == 700
+    assert plan(PLENTY, max_total_tokens=509, page_size=16).slots == 496
+
+
+def test_slots_that_nobody_chose_leave_room_for_the_second_copy_that_a_lost_device_makes():
+    available = WEIGHTS + 2 * 700 * SLOT_BYTES
+    assert plan(available, mem_fraction_static=0.99).slots == 700
+    alone = split(MODEL, (0,))  # nothing is ever copied
+    assert plan(2 * (WEIGHTS + 700 * SLOT_BYTES), ownership=alone, mem_fraction_static=0.99).slots > 1300
 
 
 def test_an_8_bit_cache_holds_four_times_as_many_slots_as_float32():
-    plan = plan_kv(MODEL, OWNERSHIP, view(kv_cache_dtype="fp8_e4m3"), None, 2 * (WEIGHTS + 700 * SLOT_BYTES))
-    assert (plan.slots, plan.dtype_bytes) == (2800, 1)
+    kv = plan(2 * (WEIGHTS + 700 * SLOT_BYTES), kv_cache_dtype="fp8_e4m3")
+    assert (kv.slots, kv.dtype_bytes) == (2800, 1)
 
 
 def test_too_little_memory_is_refused():
     with pytest.raises(ValueError, match="lower --max-total-tokens"):
-        plan_kv(MODEL, OWNERSHIP, view(max_total_tokens=500), None, WEIGHTS)
+        plan(WEIGHTS, max_total_tokens=500)
     with pytest.raises(ValueError, match="--anchor-device-gib has room for"):
-        plan_kv(MODEL, OWNERSHIP, view(max_total_tokens=5000), WEIGHTS, PLENTY)
+        plan(PLENTY, WEIGHTS, max_total_tokens=5000)
+
+
+def test_a_refusal_names_the_limit_and_what_the_processes_take():
+    limit = MemoryRoom(3 << 30, "/sys/fs/cgroup/memory.max is 3072 MiB").less(process_bytes(2))
+    with pytest.raises(ValueError, match=r"2560 MiB are available \(\S+max is 3072 MiB, less 512 MiB for processes\)"):
+        plan_kv(MODEL, OWNERSHIP, view(max_total_tokens=10**8), None, limit)
+    with pytest.raises(ValueError, match="0 MiB are available"):
+        plan_kv(MODEL, OWNERSHIP, view(), None, MemoryRoom(1 << 20, "x").less(process_bytes(2)))
 
 
 def test_the_mirror_is_whole_where_memory_allows_and_else_left_out():
@@ -72,5 +96,5 @@ def test_a_mirror_may_be_smaller_than_the_cache_or_off():
 def test_there_is_nothing_to_mirror_where_no_device_can_take_heads_along():
     assert mirror(PLENTY, split(MODEL, (0,)))[0] is None
     one_head = model_axes((4, 1))
-    plan, said = plan_mirror(one_head, split(one_head, (0, 1)), KV, AnchorOptions(), PLENTY)
+    plan, said = plan_mirror(one_head, split(one_head, (0, 1)), KV, AnchorOptions(), room(PLENTY))
     assert (plan, said) == (None, "off, as every device holds all KV heads")
