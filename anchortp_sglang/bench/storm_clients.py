@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -15,11 +15,9 @@ from urllib.parse import urlsplit
 from anchortp_sglang.bench.storm_judge import Answer
 from anchortp_sglang.bench.storm_requests import Ask
 
-_REFERENCE_CLIENTS = 8
-_POLLED = ("/anchortp/status", "/health", "/metrics", "/server_info", "/v1/models")
+_REFERENCE_CLIENTS = 16
 _POLL_S = 0.3
 _HEADERS = {"Content-Type": "application/json"}
-_LEAVE_AFTER_S = 0.2
 
 
 @dataclass
@@ -40,8 +38,10 @@ class Asked:
 class Clients:
     """``count`` clients over the block, and one that polls what an operator looks at; on leaving they finish."""
 
-    def __init__(self, url: str, asks: Sequence[Ask], seed: int, count: int, timeout_s: float) -> None:
-        self._url, self._asks, self._timeout_s = url, asks, timeout_s
+    def __init__(
+        self, url: str, asks: Sequence[Ask], seed: int, count: int, polled: Sequence[str], timeout_s: float
+    ) -> None:
+        self._url, self._asks, self._polled, self._timeout_s = url, asks, polled, timeout_s
         self.asked: list[Asked] = []
         self.polls_failed: list[str] = []
         self.polls = 0
@@ -83,11 +83,16 @@ class Clients:
 
     def _poll(self) -> None:
         while not self._stopping.wait(_POLL_S):
-            path = _POLLED[self.polls % len(_POLLED)]
+            path = self._polled[self.polls % len(self._polled)]
             self.polls += 1
-            code, why = _call(self._url, "GET", path, None, 30.0)
+            code, why = call(self._url, "GET", path, None, 30.0)
             if code != 200:
                 self.polls_failed.append(f"{path}: {code} {why}")
+
+
+def to_the_end(ask: Ask) -> Ask:
+    """The same request of a client that stays."""
+    return replace(ask, way="whole")
 
 
 def ask_all(url: str, asks: Sequence[Ask], timeout_s: float) -> list[Answer]:
@@ -95,8 +100,7 @@ def ask_all(url: str, asks: Sequence[Ask], timeout_s: float) -> list[Answer]:
 
     def one(number: int) -> Answer:
         asked = Asked(number, time.monotonic())
-        whole = Ask(asks[number].kind, asks[number].path, asks[number].body)
-        ask(url, whole, asked, f"reference-{number}", 0, timeout_s)
+        ask(url, to_the_end(asks[number]), asked, "", 0, timeout_s)
         return asked.answer
 
     with ThreadPoolExecutor(_REFERENCE_CLIENTS) as pool:
@@ -121,7 +125,7 @@ def ask(url: str, asked_for: Ask, asked: Asked, rid: str, messages: int, timeout
             if count == messages and asked_for.way == "leave":
                 return
             if count == messages and asked_for.way == "abort":
-                _call(url, "POST", "/abort_request", {"rid": rid}, timeout_s)
+                call(url, "POST", "/abort_request", {"rid": rid}, timeout_s)
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     finally:
@@ -143,8 +147,8 @@ def _messages(reply: http.client.HTTPResponse, streams: bool, answer: Answer) ->
             answer.ended = True
 
 
-def _call(url: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> tuple[int, str]:
-    """(HTTP status or 0, what was said instead of a 200)."""
+def call(url: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> tuple[int, str]:
+    """One short request: (HTTP status or 0, what was said instead of a 200)."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
     try:
         connection.request(method, path, None if body is None else json.dumps(body), _HEADERS)

@@ -43,11 +43,12 @@ class Struck:
         }
 
 
-def strike(tree: Tree, blow: Blow, wait_for_victim: bool) -> Struck:
-    """Send the signals and see what they do. ``wait_for_victim``: a moment, if there is none just now."""
-    deadline = time.monotonic() + _VICTIM_TIMEOUT_S * wait_for_victim
+def strike(tree: Tree, blow: Blow) -> Struck:
+    """Send the signals and see what they do. Where there is nobody to strike just now, as between two generations,
+    the blow comes as soon as there is."""
+    deadline = time.monotonic() + _VICTIM_TIMEOUT_S
     while not (victims := _victims(tree, blow)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     status = tree.server.status()
     struck = Struck(blow, status["generation"], status["state"])
     number = _SIGNALS[blow.manner]

@@ -12,8 +12,8 @@ _TEXTS = (
     "The wind did not wait for them, and",
     "Why does the sea wait for the ship? ⚓ Überfahrt",
 )
-_OTHER_MODEL = {"model": "default", "temperature": 0}
-_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+_OPENAI: dict[str, Any] = {"model": "default", "temperature": 0}
+_USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,23 @@ def _generate(rng: random.Random, vocab_size: int) -> Iterator[Ask]:
         return _ids(rng, vocab_size, length)
 
     shared = ids(64)
-    for tokens in (16, 48, 96):
+    for tokens in (12, 32, 72):
         yield _ask("generate", {"text": rng.choice(_TEXTS)}, tokens)
         yield _ask("stream", {"input_ids": ids(24)}, tokens, stream=True)
         yield _ask("shared prefix", {"input_ids": shared + ids(8)}, tokens, stream=True)
     for length in (300, 700):
         yield _ask("long prompt", {"input_ids": ids(length)}, 24, stream=True)
     yield _ask("batch", {"text": list(_TEXTS)}, 32)
-    yield _ask("batch", {"input_ids": [ids(12), ids(40)]}, 48, stream=True)
+    yield _ask("batch", {"input_ids": [ids(12), ids(40)]}, 40, stream=True)
     yield _ask("n=2", {"text": _TEXTS[0]}, 32, n=2)
     for key in ("extra_key", "cache_salt"):
         yield _ask(key, {"input_ids": shared + ids(8), key: f"tenant {key}"}, 32, stream=True)
-    penalties = {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.3}
+    penalties: dict[str, Any] = {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.3}
     yield _ask("penalties", {"input_ids": ids(20)}, 64, stream=True, **penalties)
     yield _ask("logit_bias", {"input_ids": ids(20)}, 48, stream=True, logit_bias={str(i): 3.0 for i in ids(6)})
-    yield _ask("min_new_tokens", {"input_ids": ids(20)}, 64, min_new_tokens=32, stop=["e"], ignore_eos=False)
+    yield _ask("min_new_tokens", {"input_ids": ids(20)}, 64, min_new_tokens=24, stop_token_ids=ids(200))
     yield _ask("stop string", {"input_ids": ids(20)}, 96, stream=True, stop=["qu", "the", "z"])
-    yield _ask("stop_token_ids", {"input_ids": ids(20)}, 96, stream=True, stop_token_ids=ids(60))
+    yield _ask("stop_token_ids", {"input_ids": ids(20)}, 96, stream=True, stop_token_ids=ids(120))
     yield _ask("stop_regex", {"input_ids": ids(20)}, 96, stream=True, stop_regex="[qxz][a-z]")
     logprobs = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
     yield _ask("logprobs", {"input_ids": ids(150)} | logprobs, 32, stream=True)
@@ -65,9 +65,10 @@ def _generate(rng: random.Random, vocab_size: int) -> Iterator[Ask]:
 
 
 def _openai(rng: random.Random) -> Iterator[Ask]:
-    for more in ({}, _USAGE):
+    plain: dict[str, Any] = {}
+    for more in (plain, _USAGE):
         name = " stream" if more else ""
-        body = _OTHER_MODEL | {"max_tokens": rng.choice((32, 64)), "ignore_eos": True} | more
+        body: dict[str, Any] = _OPENAI | {"max_tokens": rng.choice((24, 40)), "ignore_eos": True} | more
         chat = {"messages": [{"role": "user", "content": rng.choice(_TEXTS)}]}
         yield Ask("completion" + name, "/v1/completions", body | {"prompt": _TEXTS[1]})
         yield Ask("completion" + name, "/v1/completions", body | {"prompt": list(_TEXTS[:2]), "n": 2})
@@ -80,13 +81,13 @@ def _leaving(rng: random.Random, vocab_size: int) -> Iterator[Ask]:
     for way in ("leave", "abort"):
         for length in (16, 200):
             prompt = {"input_ids": _ids(rng, vocab_size, length)}
-            yield _ask("disconnect" if way == "leave" else "abort", prompt, 96, way=way, stream=True)
-    chat = {"messages": [{"role": "user", "content": _TEXTS[2]}], "max_tokens": 96, "ignore_eos": True}
-    yield Ask("disconnect", "/v1/chat/completions", _OTHER_MODEL | chat | _USAGE, "leave")
+            yield _ask("disconnect" if way == "leave" else "abort", prompt, 72, way=way, stream=True)
+    chat = {"messages": [{"role": "user", "content": _TEXTS[2]}], "max_tokens": 72, "ignore_eos": True}
+    yield Ask("disconnect", "/v1/chat/completions", _OPENAI | chat | _USAGE, "leave")
 
 
 def _refused(vocab_size: int) -> Iterator[Ask]:
-    chat = _OTHER_MODEL | {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    chat = _OPENAI | {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     for params in (
         {"max_new_tokens": -1},
         {"temperature": -1},
@@ -98,16 +99,17 @@ def _refused(vocab_size: int) -> Iterator[Ask]:
         {"logit_bias": {str(10 * vocab_size): 1.0}},
     ):
         yield Ask("bad sampling", "/generate", {"text": "hello", "sampling_params": params}, "refused")
-    for body in (
+    bad: list[dict[str, Any]] = [
         {"input_ids": [10 * vocab_size]},
         {"input_ids": [-1]},
         {"input_ids": []},
         {"text": "hello", "return_hidden_states": True},
         {"input_ids": [5] * 20000},
         {},
-    ):
+    ]
+    for body in bad:
         yield Ask("bad input", "/generate", body | {"sampling_params": {"max_new_tokens": 4}}, "refused")
-    yield Ask("bad OpenAI", "/v1/completions", _OTHER_MODEL | {"prompt": "hello", "max_tokens": -5}, "refused")
+    yield Ask("bad OpenAI", "/v1/completions", _OPENAI | {"prompt": "hello", "max_tokens": -5}, "refused")
     yield Ask("bad OpenAI", "/v1/chat/completions", chat | {"response_format": {"type": "json_object"}}, "refused")
     yield Ask("bad OpenAI", "/v1/chat/completions", chat | {"messages": []}, "refused")
 

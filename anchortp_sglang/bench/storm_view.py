@@ -1,7 +1,7 @@
 """What ``anchortp bench storm`` shows: faults and requests by kind, what went wrong, and how long recoveries took."""
 
 from collections import Counter
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -33,7 +33,7 @@ def summary(report: Report) -> dict[str, Any]:
         "recoveries": len(tfs),
         "tfs_s": {
             "median": round(median(tfs), 3) if tfs else None,
-            "p90": round(quantiles(tfs, n=10)[-1] if len(tfs) > 1 else tfs[0], 3) if tfs else None,
+            "p90": round(tfs[int(0.9 * (len(tfs) - 1))], 3) if tfs else None,
             "max": round(tfs[-1], 3) if tfs else None,
         },
         "wrong": sorted({f"{ask.kind}: {verdict.why}" for ask, verdict in report.asked if verdict.ruling != "right"}),
