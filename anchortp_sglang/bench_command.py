@@ -137,7 +137,10 @@ def storm(
     tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a fresh server.")] = 4,
     clients: Annotated[int, typer.Option("--clients", min=1, help="That ask at a time.")] = 6,
     slots: SlotsOption = 8192,
-    log: Annotated[Path | None, typer.Option("--log", metavar="FILE", help="Write every action as JSON lines.")] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="Write every action as JSON lines, and keep servers' logs."),
+    ] = None,
     replay: Annotated[
         Path | None, typer.Option("--replay", metavar="FILE", help="Do again what such a log tells.")
     ] = None,
@@ -160,7 +163,9 @@ def storm(
         writer.write(schedule.to_json())
         asks = schedule.asks(VOCAB_SIZE)
         one = bench.Storm(asks, schedule.seed, schedule.clients, writer.write, say)
-        told = storm_view.summary(bench.run(model, schedule.tp_size, slots, one, schedule.bursts, folder, say))
+        logs = str(folder / "storm" if log is None else log.with_suffix(""))
+        report = bench.run(model, schedule.tp_size, slots, one, schedule.bursts, folder, logs, say)
+    told = storm_view.summary(report)
     title = f"seed {schedule.seed}, TP={schedule.tp_size}, {schedule.clients} clients"
     typer.echo(json.dumps(told, indent=2)) if as_json else Console().print(storm_view.view(told, title))
     if not told["ok"]:

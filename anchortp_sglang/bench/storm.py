@@ -235,16 +235,19 @@ def _within(timeout_s: float, condition: Callable[[], bool]) -> bool:
         time.sleep(_POLL_S)
 
 
-def run(model: Path, tp_size: int, slots: int, storm: Storm, bursts: Sequence[Burst], folder: Path, say: Say) -> Report:
-    """The whole schedule, on as many servers as it wears out. Raises ServerFailed if one does not come up."""
+def run(
+    model: Path, tp_size: int, slots: int, storm: Storm, bursts: Sequence[Burst], folder: Path, logs: str, say: Say
+) -> Report:
+    """The whole schedule, on as many servers as it wears out, with their logs in files that begin with ``logs``.
+    Raises ServerFailed if one does not come up."""
     left = deque(bursts)
     while left:
-        place = folder / f"s{storm.report.servers}"
+        number = storm.report.servers
+        place = folder / f"s{number}"
         place.mkdir()
         env = {"TMPDIR": str(place), "XDG_RUNTIME_DIR": str(place)}
         flags = (*FLAGS, "--max-total-tokens", str(slots))
-        server = Server(model, tp_size, *flags, log=folder / f"server-{storm.report.servers}.log", env=env)
         say(f"starting a server with TP={tp_size}")
-        with server:
+        with Server(model, tp_size, *flags, log=Path(f"{logs}-server-{number}.log"), env=env) as server:
             storm.over(Tree(server, place), left)
     return storm.report
