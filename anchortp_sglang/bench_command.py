@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import tempfile
@@ -134,6 +135,9 @@ def storm(
     requests: Annotated[
         str, typer.Option("--requests", metavar="KINDS", help="Kinds of requests, as in the table. Default: all.")
     ] = "all",
+    limit_s: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", help="End then, even if faults are left.")
+    ] = math.inf,
     tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a fresh server.")] = 4,
     clients: Annotated[int, typer.Option("--clients", min=1, help="That ask at a time.")] = 6,
     slots: SlotsOption = 8192,
@@ -162,7 +166,7 @@ def storm(
     with _measuring(ModelSize.TINY) as (model, folder, say):
         writer.write(schedule.to_json())
         asks = schedule.asks(VOCAB_SIZE)
-        one = bench.Storm(asks, schedule.seed, schedule.clients, writer.write, say)
+        one = bench.Storm(asks, schedule.seed, schedule.clients, writer.write, say, limit_s)
         logs = str(folder / "storm" if log is None else log.with_suffix(""))
         report = bench.run(model, schedule.tp_size, slots, one, schedule.bursts, folder, logs, say)
     told = storm_view.summary(report)

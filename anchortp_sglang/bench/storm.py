@@ -6,6 +6,7 @@ replaced by a fresh one.
 """
 
 import json
+import math
 import time
 import urllib.error
 from collections import deque
@@ -61,10 +62,16 @@ class Report:
 
 
 class Storm:
-    """One load, judged by the first server's unbroken answers; each server is stormed in turn."""
+    """One load, judged by the first server's unbroken answers; each server is stormed in turn.
 
-    def __init__(self, asks: Sequence[Ask], seed: int, clients: int, log: Log, say: Say) -> None:
+    ``limit_s``: when to end, although faults are left.
+    """
+
+    def __init__(
+        self, asks: Sequence[Ask], seed: int, clients: int, log: Log, say: Say, limit_s: float = math.inf
+    ) -> None:
         self.report = Report()
+        self._ends_at = time.monotonic() + limit_s
         self._asks = list(asks)
         self._seed, self._clients, self._log, self._say = seed, clients, log, say
         self._expected: list[Answer] | None = None
@@ -81,7 +88,7 @@ class Storm:
         seed = self._seed + 1000 * self.report.servers
         with Clients(server.url, self._asks, seed, self._clients, self._polled(server), _REQUEST_TIMEOUT_S) as clients:
             fit = True
-            while bursts and fit:
+            while bursts and fit and not self.is_over():
                 fit = self._survives(tree, clients, bursts.popleft())
                 self._note_recoveries(server, seen)
         self._judge(clients)
@@ -89,6 +96,9 @@ class Storm:
             release(struck.pids)
         if fit or _is_up(server):
             self._find_leaks(tree, before)
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self._ends_at
 
     def _unbroken(self, server: Server) -> None:
         good = [each for each in self._asks if each.way != "refused"]
@@ -241,7 +251,7 @@ def run(
     """The whole schedule, on as many servers as it wears out, with their logs in files that begin with ``logs``.
     Raises ServerFailed if one does not come up."""
     left = deque(bursts)
-    while left:
+    while left and not storm.is_over():
         number = storm.report.servers
         place = folder / f"s{number}"
         place.mkdir()
