@@ -8,7 +8,6 @@ replaced by a fresh one.
 import json
 import math
 import time
-import urllib.error
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from anchortp_sglang.bench.server import Server, ServerFailed
+from anchortp_sglang.bench.storm_calm import UNANSWERED, is_calm, is_up, state_of, within
 from anchortp_sglang.bench.storm_clients import Asked, Clients, ask, ask_all, call, to_the_end
 from anchortp_sglang.bench.storm_faults import Struck, release, strike
 from anchortp_sglang.bench.storm_judge import RIGHT, Answer, Verdict, judge
 from anchortp_sglang.bench.storm_leaks import settled
 from anchortp_sglang.bench.storm_plan import Burst
 from anchortp_sglang.bench.storm_requests import Ask
-from anchortp_sglang.bench.tree import Tree, is_gone, is_stopped
+from anchortp_sglang.bench.tree import Tree
 
 Say = Callable[[str], None]
 Log = Callable[[dict[str, Any]], None]
@@ -39,7 +39,6 @@ _CALM_TIMEOUT_S = 60.0
 _MIN_WIDTH = 2
 _SAMPLED = 4
 """Every which request a later server is asked before its storm."""
-_POLL_S = 0.05
 _LOOKED_AT = ("/anchortp/status", "/health", "/metrics", "/server_info", "/v1/models")
 
 
@@ -94,7 +93,7 @@ class Storm:
         self._judge(clients)
         for struck in self.report.struck[first:]:
             release(struck.pids)
-        if fit or _is_up(server):
+        if fit or is_up(server):
             self._find_leaks(tree, before)
 
     def is_over(self) -> bool:
@@ -140,7 +139,7 @@ class Storm:
 
     def _survives(self, tree: Tree, clients: Clients, burst: Burst) -> bool:
         """Strike once clients are being served; whether the server can take another burst."""
-        if not _within(_CALM_TIMEOUT_S, lambda: clients.open_streams() > 0):
+        if not within(_CALM_TIMEOUT_S, lambda: clients.open_streams() > 0):
             return self._problem("no client is being served")
         time.sleep(burst.rest_s)
         self._log({"burst": burst.number})
@@ -148,12 +147,12 @@ class Storm:
         self._say(f"server {self.report.servers}, burst {burst.number}: {kinds}")
         try:
             dealt = list(self._blows(tree, burst))
-        except OSError as error:
+        except UNANSWERED as error:
             return self._problem(f"{kinds}: the server does not answer: {error}")
         moment = time.monotonic()
-        calm = partial(_is_calm, tree, clients, dealt, moment)
-        if not _within(_CALM_TIMEOUT_S, calm):
-            return self._problem(f"{kinds}: not serving {_CALM_TIMEOUT_S:g} s later: {_told(tree.server)}")
+        calm = partial(is_calm, tree, clients, dealt, moment)
+        if not within(_CALM_TIMEOUT_S, calm):
+            return self._problem(f"{kinds}: not serving {_CALM_TIMEOUT_S:g} s later: {state_of(tree.server)}")
         return int(tree.server.status()["tp_size"]) > _MIN_WIDTH
 
     def _blows(self, tree: Tree, burst: Burst) -> Any:
@@ -165,7 +164,7 @@ class Storm:
             yield struck
 
     def _note_recoveries(self, server: Server, seen: set[int]) -> None:
-        for each in server.status()["recoveries"] if _is_up(server) else ():
+        for each in server.status()["recoveries"] if is_up(server) else ():
             if each["generation"] not in seen and (each["tfs_s"] is not None or each["failed"]):
                 seen.add(each["generation"])
                 if each["failed"]:
@@ -192,7 +191,7 @@ class Storm:
         try:
             tree.server.flush_cache()
             leaked = before.leaked(settled(tree, before))
-        except OSError as error:
+        except UNANSWERED as error:
             self._problem(f"the server does not get quiet: {error}")
             return
         self.report.leaks += leaked
@@ -204,45 +203,6 @@ class Storm:
         self._log({"problem": text})
         self._say(text)
         return False
-
-
-def _is_calm(tree: Tree, clients: Clients, dealt: Sequence[Struck], moment: float) -> bool:
-    """Serving, with every rank alive and moving, nobody left that was struck and must be replaced, tokens flowing."""
-    if any(is_stopped(pid) for struck in dealt if struck.blow.manner == "pause" for pid in struck.pids):
-        return False
-    status = tree.server.status()
-    if status["state"] not in ("serving", "degraded"):
-        return False
-    ranks = [device["rank_pid"] for device in status["devices"] if device["rank_pid"]]
-    return all(not is_gone(pid) and not is_stopped(pid) for pid in ranks) and clients.last_token_at() > moment
-
-
-def _is_up(server: Server) -> bool:
-    try:
-        return bool(server.status()["state"] in ("serving", "degraded"))
-    except (OSError, ValueError):
-        return False
-
-
-def _told(server: Server) -> str:
-    try:
-        status = server.status()
-        return f"{status['state']}, generation {status['generation']}, {status['tp_size']} ranks"
-    except (OSError, ValueError, urllib.error.HTTPError) as error:
-        return f"no status: {error}"
-
-
-def _within(timeout_s: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            if condition():
-                return True
-        except (OSError, ValueError):
-            pass  # it does not answer just now
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_S)
 
 
 def run(

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,22 +21,21 @@ _EXACT = ("zombies", "files in /dev/shm", "files in the run directory")
 
 @dataclass(frozen=True)
 class Holdings:
-    """``figures`` by name; ``roles``: how many processes of each there are."""
+    """``figures`` by name; ``roles``: (how many processes of each there are, how many there should be)."""
 
     figures: Mapping[str, int]
-    roles: Mapping[str, int]
+    roles: Mapping[str, tuple[int, int]]
 
     def leaked(self, after: "Holdings") -> list[str]:
-        """What ``after`` has more of than it may; roles that are not filled as before."""
+        """What ``after`` has more of than it may; roles that it has not filled as it should."""
         found = []
         for name, before in self.figures.items():
             more = after.figures[name] - before
             if more > _ALLOWED.get(name, 0):
                 found.append(f"{name}: {before} before, {after.figures[name]} after")
-        for role in sorted(self.roles.keys() | after.roles.keys()):
-            one, other = self.roles.get(role, 0), after.roles.get(role, 0)
-            if one != other:
-                found.append(f"processes ({role}): {one} before, {other} after")
+        for role, (there, wanted) in after.roles.items():
+            if there != wanted:
+                found.append(f"processes ({role}): {there} instead of {wanted}")
         return found
 
 
@@ -55,18 +53,18 @@ def holdings(tree: Tree) -> Holdings:
         "files in /dev/shm": len(os.listdir("/dev/shm")),
         "files in the run directory": sum(1 for path in tree.folder.rglob("*") if path.suffix != ".log"),
     }
-    roles = Counter({role: len(pids) for role, pids in tree.roles().items()})
-    return Holdings(figures, roles)
+    width = tree.server.status()["tp_size"]
+    wanted = {"rank": width, "anchor": width, "spare": width}
+    return Holdings(figures, {role: (len(pids), wanted.get(role, 1)) for role, pids in tree.roles().items()})
 
 
 def settled(tree: Tree, before: Holdings | None = None, timeout_s: float = _SETTLE_S) -> Holdings:
-    """What a quiet server holds: as soon as nothing has leaked since ``before`` and all spares stand by, at the latest
+    """What a quiet server holds: as soon as nothing has leaked since ``before`` and every role is filled, at the latest
     after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = holdings(tree)
-        whole = before is None or not before.leaked(found)
-        if (whole and found.roles["spare"] == found.roles["rank"]) or time.monotonic() > deadline:
+        if not (before or found).leaked(found) or time.monotonic() > deadline:
             return found
         time.sleep(_POLL_S)
 

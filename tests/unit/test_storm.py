@@ -201,7 +201,7 @@ def test_openai_streams_are_joined_by_choice():
 # ---- leaks, and the report
 
 FIGURES = {"descriptors of main": 90, "memory of main (MiB)": 700, "zombies": 0, "files in /dev/shm": 3}
-BEFORE = Holdings(FIGURES, {"rank": 4, "spare": 4, "detokenizer": 1})
+BEFORE = Holdings(FIGURES, {"rank": (4, 4), "spare": (4, 4), "detokenizer": (1, 1)})
 
 
 @pytest.mark.parametrize(
@@ -218,11 +218,14 @@ def test_a_leak_is_noticed(more, said):
     assert said in told
 
 
-def test_a_process_too_many_or_too_few_is_noticed():
-    (told,) = BEFORE.leaked(Holdings(FIGURES, {"rank": 4, "spare": 0, "detokenizer": 1}))
-    assert "spare" in told
-    (told,) = BEFORE.leaked(Holdings(FIGURES, {"rank": 4, "spare": 4, "detokenizer": 2}))
-    assert "detokenizer" in told
+@pytest.mark.parametrize(("role", "filled"), [("spare", (0, 4)), ("detokenizer", (2, 1))])
+def test_a_process_too_many_or_too_few_is_noticed(role, filled):
+    (told,) = BEFORE.leaked(Holdings(FIGURES, {**BEFORE.roles, role: filled}))
+    assert role in told
+
+
+def test_a_narrower_server_has_fewer_ranks_and_no_leak():
+    assert BEFORE.leaked(Holdings(FIGURES, {"rank": (3, 3), "spare": (3, 3), "detokenizer": (1, 1)})) == []
 
 
 def test_what_pools_take_is_no_leak():
