@@ -16,7 +16,7 @@ _POLL_S = 0.05
 
 
 def is_calm(tree: Tree, clients: Clients, dealt: Sequence[Struck], moment: float) -> bool:
-    """Whether it serves with every rank alive and moving, pauses are over, and a client got a token since ``moment``."""
+    """Whether it serves with every rank alive and moving, pauses are over, a client got a token after ``moment``."""
     if any(is_stopped(pid) for struck in dealt if struck.blow.manner == "pause" for pid in struck.pids):
         return False
     status = tree.server.status()

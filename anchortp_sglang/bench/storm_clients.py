@@ -65,13 +65,14 @@ class Clients:
 
     def open_streams(self) -> int:
         """That have begun to receive."""
-        return sum(each.ended_at is None and each.last_at > 0 for each in self._recent())
+        return sum(each.ended_at is None and each.last_at > 0 for each in self.asked)
 
     def last_token_at(self) -> float:
-        return max((each.last_at for each in self._recent()), default=0.0)
+        return max((each.last_at for each in self.asked), default=0.0)
 
-    def _recent(self) -> list[Asked]:
-        return self.asked[-4 * len(self._threads) :]
+    def longest_wait_s(self) -> float:
+        """Of the requests that are open."""
+        return max((each.latency_s for each in self.asked if each.ended_at is None), default=0.0)
 
     def _live(self, rng: random.Random) -> None:
         while not self._stopping.is_set():
