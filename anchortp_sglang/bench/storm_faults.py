@@ -12,7 +12,7 @@ from anchortp_sglang.bench.storm_plan import Blow
 from anchortp_sglang.bench.tree import Tree, is_gone, is_stopped
 
 _VICTIM_TIMEOUT_S = 3.0
-_DEATH_TIMEOUT_S = 10.0
+_DEATH_TIMEOUT_S = 30.0
 _POLL_S = 0.005
 _SIGNALS = {
     "kill": signal.SIGKILL,

@@ -27,4 +27,4 @@ def test_a_storm_costs_no_client_a_token_and_leaves_nothing_behind(server):
     for kind, counts in told["faults"].items():
         assert counts.get("effect"), f"{kind} struck nobody: {counts}"
     assert told["recoveries"] >= FAULTS // 3
-    assert told["good_requests"] >= FAULTS and told["bad_requests"]
+    assert told["good_requests"] >= 20 and told["bad_requests"]
