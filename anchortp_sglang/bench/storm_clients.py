@@ -17,6 +17,7 @@ from anchortp_sglang.bench.storm_requests import Ask
 
 _REFERENCE_CLIENTS = 16
 _POLL_S = 0.3
+_REFUSED_S = 1.0
 _HEADERS = {"Content-Type": "application/json"}
 
 
@@ -81,6 +82,8 @@ class Clients:
             self.asked.append(asked)
             rid = f"storm-{rng.getrandbits(64):x}"
             ask(self._url, self._asks[number], asked, rid, rng.randint(1, 8), self._timeout_s)
+            if asked.answer.code == 0:
+                self._stopping.wait(_REFUSED_S)  # nobody is there
 
     def _poll(self) -> None:
         while not self._stopping.wait(_POLL_S):
