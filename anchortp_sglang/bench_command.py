@@ -1,8 +1,9 @@
-"""``anchortp bench recovery`` and ``anchortp bench overhead``: measured beside stock SGLang on this machine."""
+"""``anchortp bench``: recoveries and overhead beside stock SGLang on this machine, and a storm of faults."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import tempfile
@@ -122,6 +123,58 @@ def overhead(
         values = [_figure(name, [getattr(r, name) for r in measured if r.side == side]) for side in ("ours", "stock")]
         table.add_row(names[name], f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", *values)
     Console().print(table)
+
+
+@app.command()
+def storm(
+    seed: Annotated[int, typer.Option("--seed", help="Of the schedule and of the requests.")] = 0,
+    faults: Annotated[int, typer.Option("--faults", min=1, help="How many, over all servers.")] = 100,
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="Faults by target, manner or both: rank,:kill,spare:stop. Default: all.")
+    ] = "all",
+    requests: Annotated[
+        str, typer.Option("--requests", metavar="KINDS", help="Kinds of requests, as in the table. Default: all.")
+    ] = "all",
+    limit_s: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", help="End then, even if faults are left.")
+    ] = math.inf,
+    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a fresh server.")] = 4,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="That ask at a time.")] = 6,
+    slots: SlotsOption = 8192,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="Write every action as JSON lines, and keep servers' logs."),
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option("--replay", metavar="FILE", help="Do again what such a log tells.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Strike a server under mixed load with faults of every kind, and judge every answer.
+
+    Exit code 1 if a token was wrong, a good request failed, a bad one was not refused, something leaked, or the server
+    did not serve again; 2 if it did not start.
+    """
+    from anchortp_sglang.bench import storm as bench
+    from anchortp_sglang.bench import storm_log, storm_view
+
+    _check_files(log)
+    schedule = _checked(
+        lambda: storm_log.read(replay) if replay else storm_log.draw(seed, faults, kinds, requests, tp_size, clients)
+    )
+    writer = storm_log.Writer(log)
+    with _measuring(ModelSize.TINY) as (model, folder, say):
+        writer.write(schedule.to_json())
+        asks = schedule.asks(VOCAB_SIZE)
+        one = bench.Storm(asks, schedule.seed, schedule.clients, writer.write, say, limit_s)
+        logs = str(folder / "storm" if log is None else log.with_suffix(""))
+        report = bench.run(model, schedule.tp_size, slots, one, schedule.bursts, folder, logs, say)
+    told = storm_view.summary(report)
+    title = f"seed {schedule.seed}, TP={schedule.tp_size}, {schedule.clients} clients"
+    typer.echo(json.dumps(told, indent=2)) if as_json else Console().print(storm_view.view(told, title))
+    if not told["ok"]:
+        typer.echo(writer.text(), err=True)
+    raise typer.Exit(0 if told["ok"] else 1)
 
 
 def _figure(name: str, values: list[float]) -> str:

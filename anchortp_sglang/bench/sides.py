@@ -12,6 +12,7 @@ import psutil
 
 from anchortp_sglang.bench.memory import total_bytes
 from anchortp_sglang.bench.server import Server, ServerFailed
+from anchortp_sglang.bench.tree import Tree
 from anchortp_sglang.cpu.environment import cpu_defaults
 from anchortp_sglang.platform import as_arguments
 from anchortp_sglang.recovery.machine import Cause
@@ -83,9 +84,7 @@ class Ours:
 
     def processes(self) -> list[psutil.Process]:
         """The server's tree, and its anchors (the host's, too), which are none of its children."""
-        run_dirs = f"--run-dir={self._folder}/"
-        anchors = [process for process in psutil.process_iter() if _has_argument(process, run_dirs)]
-        return [*_tree(self.server.pid), *anchors]
+        return Tree(self.server, self._folder).all()
 
     def stop(self) -> None:
         self.server.stop()
@@ -192,13 +191,6 @@ def _tree(pid: int) -> list[psutil.Process]:
         return [main, *main.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def _has_argument(process: psutil.Process, start: str) -> bool:
-    try:
-        return any(argument.startswith(start) for argument in process.cmdline())
-    except psutil.Error:
-        return False
 
 
 def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:

@@ -13,6 +13,7 @@ import psutil
 from histories import until
 
 from anchortp_sglang.bench.server import Server
+from anchortp_sglang.bench.tree import is_gone
 from anchortp_sglang.recovery.processes import died_within
 
 DEATH_TIMEOUT_S = 10.0
@@ -56,14 +57,6 @@ def kill(pid: int) -> None:
         assert died_within(pidfd, DEATH_TIMEOUT_S), f"process {pid} survives SIGKILL"
     finally:
         os.close(pidfd)
-
-
-def is_gone(pid: int) -> bool:
-    """Whether the process is dead, reaped or not."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def recovered(server: Server, fault: Fault, cause: str, device: int | None = None) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+"""A short storm over the shared server: seeded faults of many kinds under every kind of request, all of it judged."""
+
+from collections import deque
+
+import pytest
+
+from anchortp_sglang.bench import storm_log
+from anchortp_sglang.bench.storm import Storm
+from anchortp_sglang.bench.storm_view import summary
+from anchortp_sglang.bench.tree import Tree
+
+SEED, FAULTS, CLIENTS = 11, 22, 6
+KINDS = "rank:kill,rank:crash,two-ranks:kill,all-ranks:kill,anchor:kill,host-anchor:kill,detokenizer:kill,spare:kill"
+VOCAB_SIZE = 512  # of the tiny checkpoint
+
+
+@pytest.mark.timeout(600)  # a minute on a machine that has nothing else to do
+def test_a_storm_costs_no_client_a_token_and_leaves_nothing_behind(server):
+    schedule = storm_log.draw(SEED, FAULTS, KINDS, "all", 4, CLIENTS)
+    log = storm_log.Writer(None)
+    storm = Storm(schedule.asks(VOCAB_SIZE), schedule.seed, schedule.clients, log.write, print)
+    left = deque(schedule.bursts)
+    storm.over(Tree(server, server.place.folder), left)
+    told = summary(storm.report)
+    assert told["ok"], f"{told}\n{log.text()}"
+    assert not left and told["servers"] == 1
+    for kind, counts in told["faults"].items():
+        assert counts.get("effect"), f"{kind} struck nobody: {counts}"
+    assert told["recoveries"] >= FAULTS // 3
+    assert told["good_requests"] >= 20 and told["bad_requests"]
