@@ -177,6 +177,26 @@ def storm(
     raise typer.Exit(0 if told["ok"] else 1)
 
 
+@app.command()
+def decisions(
+    seed: Annotated[int, typer.Option("--seed", help="Of the first schedule; the others follow it.")] = 0,
+    schedules: Annotated[int, typer.Option("--schedules", min=1, help="How many to play.")] = 100_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Play simulated schedules of requests and faults against the coordinator's decisions; no server is started.
+
+    Exit code 1 if one of them breaks an invariant; its seed and its course are printed.
+    """
+    from anchortp_sglang.bench.decisions import play
+
+    outcome, violations = play(range(seed, seed + schedules))
+    told = {"schedules": schedules, "violations": len(violations)} | outcome
+    typer.echo(json.dumps(told, indent=2) if as_json else ", ".join(f"{count} {name}" for name, count in told.items()))
+    for violation in violations[:3]:
+        typer.echo(violation, err=True)
+    raise typer.Exit(1 if violations else 0)
+
+
 def _figure(name: str, values: list[float]) -> str:
     middle = sorted(values)[len(values) // 2]
     return f"{middle:.1f}" if name == "throughput" else f"{1000 * middle:.2f} ms"

@@ -5,13 +5,14 @@ import socket
 import sys
 
 
-def main(control_fd: int) -> None:
+def main(control_fd: int, exits_fd: int) -> None:
     """Import SGLang, install the hooks, serve. The environment is inherited from main.
 
     It ends when main's end of the socket closes. A parent-death signal would come when the thread of main that
     started it ends (prctl(2)), which may be long before.
     """
     from anchortp_sglang import platform
+    from anchortp_sglang.recovery.exits import Exits
     from anchortp_sglang.recovery.zygote import announce, serve, unfit_to_fork
 
     platform.install_stand_ins()
@@ -19,7 +20,10 @@ def main(control_fd: int) -> None:
     from anchortp_sglang.recovery import wire
 
     preload.import_sglang()
+    from sglang.srt.plugins import load_plugins
+
     plugin.install_all(allow_drift=True)  # main has compared it already
+    load_plugins()
     wire.register()
     reason = unfit_to_fork()
     if reason is not None:
@@ -28,8 +32,8 @@ def main(control_fd: int) -> None:
     gc.freeze()
     control = socket.socket(fileno=control_fd)
     announce(control)
-    serve(control)
+    serve(control, Exits(exits_fd))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

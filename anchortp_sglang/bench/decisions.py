@@ -9,9 +9,12 @@ answered.
 
 import heapq
 import itertools
+import multiprocessing
+import os
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from anchortp_sglang.recovery.isolation import Evidence, Isolation
@@ -279,3 +282,23 @@ class World:
 
     def _fail(self, what: str) -> None:
         raise Violation(f"seed {self.seed}: {what}\n" + "\n".join(self.log[-40:]))
+
+
+def play(seeds: range) -> tuple[dict[str, int], list[str]]:
+    """Play the schedules of all seeds, on all processors; the sums of their outcomes, and what was violated."""
+    sums: Counter[str] = Counter()
+    violations: list[str] = []
+    with multiprocessing.Pool(len(os.sched_getaffinity(0))) as pool:
+        for outcome in pool.imap_unordered(_play_one, seeds, chunksize=500):
+            if isinstance(outcome, str):
+                violations.append(outcome)
+            else:
+                sums.update(asdict(outcome))
+    return dict(sums), violations
+
+
+def _play_one(seed: int) -> Outcome | str:
+    try:
+        return World(seed).run()
+    except Violation as violation:
+        return str(violation)

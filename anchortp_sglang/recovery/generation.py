@@ -93,7 +93,8 @@ def _receive(generation: Generation, index: int) -> dict[str, Any]:
     try:
         status, payload = generation.ranks[index].pipe.recv()
     except (EOFError, OSError):
-        raise StartFailed(f"rank {index} died while it was starting") from None
+        crash = generation.ranks[index].crash()
+        raise StartFailed(f"rank {index} died while it was starting {crash}".rstrip(), own=crash) from None
     if status != "ready":
         kind = KVUnusable if status == "unrestored" else StartFailed
         raise kind(f"rank {index}: {payload}", own=str(payload))

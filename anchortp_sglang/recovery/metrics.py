@@ -75,6 +75,14 @@ class Metrics:
         self._state = gauge("anchortp_server_state", "1 for the state that the server is in.", "state")
         self._mirror_lag = gauge("anchortp_mirror_lag_tokens", "KV cache tokens that have no copy in host memory yet.")
         self._run_dir_lost = gauge("anchortp_run_dir_lost", "1 if the run directory has vanished for good.")
+        self._ended = Counter(
+            "anchortp_requests_ended",
+            "Open requests that the server ended: unservable (ranks fail with them), fruitless (no recovery got "
+            "anybody a token), given_up.",
+            ["reason"],
+        )
+        self._suspects = gauge("anchortp_suspect_requests", "Open requests that may be why ranks fail.")
+        self._fruitless = gauge("anchortp_fruitless_faults", "Faults since a client was last handed a token.")
         self._told: dict[Any, float] = {}
 
     def observe(self, recovery: Recovery) -> None:
@@ -91,6 +99,10 @@ class Metrics:
             self._raise_to(self._recoveries.labels(cause), totals.causes[cause])
         for kind in _MOVED:
             self._raise_to(self._moved.labels(kind), totals.bytes_moved[kind])
+        for reason, count in status["requests_ended"].items():
+            self._raise_to(self._ended.labels(reason), count)
+        self._suspects.set(status["suspects"])
+        self._fruitless.set(status["fruitless_faults"])
         self._raise_to(self._failed, totals.failed)
         self._raise_to(self._replayed, totals.requests_replayed)
         self._raise_to(self._reused, totals.tokens_reused)

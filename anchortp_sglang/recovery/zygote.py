@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from anchortp_sglang.anchor.pids import wait_readable
+from anchortp_sglang.recovery.exits import Exits
 from anchortp_sglang.recovery.processes import is_dead
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,18 @@ class ZygoteError(RuntimeError):
 class Child:
     """A forked process. ``pidfd`` becomes readable when it is dead and its memory torn down.
 
-    ``pipe``: the child first receives a (target, argument) pair and calls target(argument, pipe).
+    ``pipe``: the child first receives a (target, argument) pair and calls target(argument, pipe). ``exits``: where its
+    zygote notes how it ended.
     """
 
     pid: int
     pidfd: int
     pipe: Connection
+    exits: Exits | None = None
+
+    def crash(self) -> str:
+        """Name the signal by which it ended itself, once it is dead; empty if it did not."""
+        return "" if self.exits is None else self.exits.crash_of(self.pid)
 
     def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
         """Raises ZygoteError if it does not read what it is told (a stopped process, once the pipe is full)."""
@@ -85,8 +92,11 @@ class Zygote:
     ``first_timeout_s``: for the first answer of one that imports SGLang first, and then says so; None of others.
     """
 
-    def __init__(self, pid: int, control: socket.socket, first_timeout_s: float | None = None) -> None:
+    def __init__(
+        self, pid: int, control: socket.socket, first_timeout_s: float | None = None, exits: Exits | None = None
+    ) -> None:
         self.pid = pid
+        self._exits = exits
         self.pidfd = os.pidfd_open(pid)
         self._first_timeout_s = first_timeout_s
         self._made_at = time.monotonic()
@@ -107,7 +117,7 @@ class Zygote:
         finally:
             theirs.close()
         _limit_sends(ours)
-        return Child(int(answer), fds[0], ours)
+        return Child(int(answer), fds[0], ours, self._exits)
 
     def answers(self) -> bool:
         """Whether it would fork in time; of one that still imports SGLang: whether it may get there."""
@@ -177,7 +187,7 @@ def _target(fd: str) -> str:
 def fork_zygote() -> Zygote:
     """Turn a fork of this process into the zygote. The caller must have checked ``unfit_to_fork``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
+    parent, exits = os.getpid(), Exits()
     gc.collect()
     gc.freeze()  # the children then share these pages for good
     pid = os.fork()
@@ -185,22 +195,23 @@ def fork_zygote() -> Zygote:
         try:
             ours.close()
             die_with_parent(parent)  # not by the end of its socket, as a zygote forked later has main's end of it too
-            serve(theirs)
+            serve(theirs, exits)
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(1)
     theirs.close()
-    return Zygote(pid, ours)
+    return Zygote(pid, ours, exits=exits)
 
 
 def spawn_zygote() -> Zygote:
     """A zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", "anchortp_sglang.zygote_main", str(theirs.fileno())]
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    exits = Exits()
+    fds = [theirs.fileno(), exits.fd]
+    process = subprocess.Popen([sys.executable, "-m", "anchortp_sglang.zygote_main", *map(str, fds)], pass_fds=fds)
     theirs.close()
-    return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S)
+    return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S, exits)
 
 
 def announce(control: socket.socket) -> None:
@@ -208,8 +219,11 @@ def announce(control: socket.socket) -> None:
     control.send(_PING)
 
 
-def serve(control: socket.socket) -> None:
-    """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes."""
+def serve(control: socket.socket, exits: Exits) -> None:
+    """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes.
+
+    ``exits``: where it notes how its children ended.
+    """
     _set_title("anchortp::reserve")  # until it is needed
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
@@ -224,7 +238,7 @@ def serve(control: socket.socket) -> None:
         ready = {key.fd for key, _ in selector.select()}
         if wake_read in ready:
             os.read(wake_read, 4096)
-            _reap()
+            _reap(exits)
         if control.fileno() in ready and not _answer_one(control, (wake_read, wake_write)):
             return
 
@@ -273,14 +287,15 @@ def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) 
         os._exit(1)  # no atexit, no collective teardown with dead peers
 
 
-def _reap() -> None:
+def _reap(exits: Exits) -> None:
     while True:
         try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
+            pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
             return
+        exits.note(pid, status)
 
 
 def die_with_parent(parent: int) -> None:

@@ -19,9 +19,12 @@ GOOD = [request(prompt(2000 + seed, 30), 150) for seed in range(4)]
 
 
 @pytest.fixture(scope="module")
-def poisoned(launch):
+def poisoned(launch, tmp_path_factory):
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(POISON)])
-    with launch(2, "--anchor-hang-timeout", "4", env={"PYTHONPATH": path}) as server:
+    marker = tmp_path_factory.mktemp("poison") / "start"
+    env = {"PYTHONPATH": path, "ANCHORTP_POISONED_START": str(marker)}
+    with launch(2, "--anchor-hang-timeout", "4", env=env) as server:
+        server.marker = marker
         yield server
 
 
@@ -149,6 +152,27 @@ def test_the_status_tells_of_requests_that_were_ended(poisoned):
     ended = poisoned.status()["requests_ended"]["unservable"]
     refusal(poisoned, bad(RAISES))
     assert poisoned.status()["requests_ended"]["unservable"] == ended + 1
+
+
+def test_starts_that_crash_alike_are_given_up_early_and_tried_again_later(poisoned, unbroken):
+    (expected,) = unbroken(GOOD[:1])
+    poisoned.marker.touch()
+    try:
+        with Streams(poisoned.url, GOOD[:1]) as streams:
+            streams.wait_tokens(10)
+            began = time.monotonic()
+            kill_rank(poisoned, 0)
+            until(lambda: poisoned.status()["state"] == "down", "it does not give up")
+            assert time.monotonic() - began < 20, "it went on until its deadline"
+            (history,) = streams.wait(10)
+        said = f"{history.error} {history.finish_reason}"
+        assert "3 starts in a row failed in the same way" in said and "SIGSEGV" in said
+        assert refusal(poisoned, GOOD[0])[0] == 503
+    finally:
+        poisoned.marker.unlink()
+    poisoned.wait_serving(0, timeout_s=40)
+    assert tuple(poisoned.post("/generate", GOOD[0])["output_ids"]) == expected.output_ids
+    assert poisoned.status()["requests_ended"]["given_up"] == 1
 
 
 def test_it_leaves_nothing_behind(poisoned):

@@ -31,7 +31,7 @@ for cause, tfs_s in (("process", 0.3), ("device", 0.6), ("process", None)):
     recovery.failed = None if tfs_s else "too few devices"
     recoveries.finish(recovery)
 for _ in range(3):  # scraped again and again
-    metrics.refresh(STATUS | {"run_dir": {"lost": "its parent is gone"}}, recoveries.totals())
+    metrics.refresh(STATUS | {"run_dir": {"lost": "its parent is gone"}, "suspects": 2}, recoveries.totals())
 registry = CollectorRegistry()
 multiprocess.MultiProcessCollector(registry)
 sys.stdout.write(generate_latest(registry).decode())
@@ -87,6 +87,8 @@ def test_values_are_those_of_the_recoveries_however_often_they_are_asked_for(exp
     assert value(exposed, "anchortp_server_state", state="down") == 0
     assert value(exposed, "anchortp_mirror_lag_tokens") == 20
     assert value(exposed, "anchortp_run_dir_lost") == 1
+    assert value(exposed, "anchortp_suspect_requests") == 2
+    assert value(exposed, 'anchortp_requests_ended_total{reason="unservable"}') == 3
     assert value(exposed, "anchortp_tfs_seconds_count") == 2
     assert value(exposed, "anchortp_tfs_seconds_sum") == pytest.approx(0.9)
     assert value(exposed, "anchortp_recovery_stage_seconds_sum", stage="planned") == pytest.approx(0.06)

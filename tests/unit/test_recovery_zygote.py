@@ -1,11 +1,15 @@
 """The zygote with real processes, in an interpreter of its own (pytest has threads and must not fork)."""
 
+import signal
 import time
 
 import interpreter
 
+from anchortp_sglang.recovery.exits import Exits
+
 PRELUDE = """
     import os, signal, time
+    from anchortp_sglang.recovery.exits import Exits
     from anchortp_sglang.recovery.zygote import *
     from anchortp_sglang.recovery.processes import died_within
     from zygote_targets import *
@@ -160,7 +164,7 @@ def test_a_spawned_zygote_is_waited_for_until_it_says_that_it_is_ready():
             ours.close()
             time.sleep(3)  # it imports
             announce(theirs)
-            serve(theirs)
+            serve(theirs, Exits())
         theirs.close()
         zygote = Zygote(pid, ours, 60.0)
         began = time.monotonic()
@@ -198,6 +202,25 @@ def test_sigint_to_the_group_does_not_end_zygote_or_children():
         print(died_within(zygote.pidfd, 0), died_within(child.pidfd, 0))
     """)
     assert out.split() == ["2", "False", "False"]
+
+
+def test_a_crash_of_a_child_is_told_from_a_kill():
+    out = run("""
+        zygote = fork_zygote()
+        for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL):
+            child = zygote.fork()
+            os.kill(child.pid, number)
+            assert died_within(child.pidfd, 5)
+            print([child.crash()])
+    """)
+    assert out.splitlines() == ["['SIGSEGV']", "['SIGABRT']", "['']"]
+
+
+def test_exits_remember_a_thousand_children():
+    exits = Exits()
+    for pid in range(1, 1501):
+        exits.note(pid, signal.SIGSEGV)
+    assert [exits.crash_of(pid) for pid in (1500, 1000, 1)] == ["SIGSEGV", "SIGSEGV", ""]
 
 
 def _alive(pid: int) -> bool:

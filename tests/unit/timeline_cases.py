@@ -71,4 +71,7 @@ STATUS = {
     ],
     "kv": {"slots": 8192, "used": 900, "mirror": {"mirrored": 880, "lag_slots": 20}},
     "recoveries": [KILL, LOSS, GIVEN_UP],
+    "fruitless_faults": 0,
+    "suspects": 0,
+    "requests_ended": {"unservable": 3, "fruitless": 0, "given_up": 0},
 }

@@ -16,8 +16,15 @@ RAISE, DIE, HANG, RAISE_LATER, RAISE_SOMEWHERE = (MARK, 1), (MARK, 2), (MARK, 3)
 def load() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    target = "sglang.srt.managers.scheduler.Scheduler.run_batch"
-    HookRegistry.register(target, before_run_batch, HookType.BEFORE)
+    scheduler = "sglang.srt.managers.scheduler.Scheduler."
+    HookRegistry.register(scheduler + "run_batch", before_run_batch, HookType.BEFORE)
+    HookRegistry.register(scheduler + "init_model_worker", before_init_model_worker, HookType.BEFORE)
+
+
+def before_init_model_worker(*args, **kwargs) -> None:
+    """Crash in each start, as long as the file is there that ANCHORTP_POISONED_START names."""
+    if os.path.exists(os.environ.get("ANCHORTP_POISONED_START", "")):
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def before_run_batch(scheduler, batch, *args, **kwargs) -> None:

@@ -1,0 +1,48 @@
+"""How a zygote's children ended: it reaps them, and notes it in memory that main reads."""
+
+import mmap
+import os
+import signal
+import struct
+import time
+
+_ROWS = 1024
+_ROW = struct.Struct("qq")
+_REAPED_WITHIN_S = 0.2
+_OWN_FAULT = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+
+
+class Exits:
+    """A ring of (pid, wait status), the last thousand; written by one zygote. ``fd``: of the memory."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = os.memfd_create("exits") if fd is None else fd
+        if fd is None:
+            os.truncate(self.fd, _ROWS * _ROW.size)
+        self._memory = mmap.mmap(self.fd, _ROWS * _ROW.size)
+        self._next = 0
+
+    def note(self, pid: int, status: int) -> None:
+        """Note how a child ended."""
+        _ROW.pack_into(self._memory, self._next * _ROW.size, pid, status)
+        self._next = (self._next + 1) % _ROWS
+
+    def crash_of(self, pid: int) -> str:
+        """Name the signal by which a dead child ended itself; empty if it did not, or was ended from outside.
+
+        Blocks for a moment until it is reaped.
+        """
+        deadline = time.monotonic() + _REAPED_WITHIN_S
+        while (status := self._status(pid)) is None:
+            if time.monotonic() > deadline:
+                return ""
+            time.sleep(0.005)
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        return signal.Signals(number).name if number in _OWN_FAULT else ""
+
+    def _status(self, pid: int) -> int | None:
+        for row in range(_ROWS):
+            found, status = _ROW.unpack_from(self._memory, row * _ROW.size)
+            if found == pid:
+                return int(status)
+        return None
