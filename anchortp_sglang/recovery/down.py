@@ -29,8 +29,10 @@ class ControlCalls:
         self._waiting: set[asyncio.Future[Any]] = set()
 
     async def run(self, call: Callable[[Any, Any], Awaitable[Any]], communicator: Any, message: Any) -> Any:
-        """What ``call``, that of a FanOutCommunicator, returns. Raises ServerDown if the server is down, or goes down
-        before the ranks have answered."""
+        """What ``call``, that of a FanOutCommunicator, returns.
+
+        Raises ServerDown if the server is down, or goes down before the ranks have answered.
+        """
         if (refusal := self._refusal()) is not None:
             raise ServerDown(refusal)
         waiting = asyncio.ensure_future(call(communicator, message))

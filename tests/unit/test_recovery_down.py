@@ -19,7 +19,7 @@ def ledger_and_calls(mode):
     ledger = Ledger(SimpleNamespace(rid_to_state={}), lambda message: None)
     ledger.outage = False
     communicator = FanOutCommunicator(ledger.dispatch, 1, mode)
-    return ledger, lambda: ledger.control_calls.run(communicator, FLUSH), communicator
+    return ledger, lambda: ledger.control_calls.run(FanOutCommunicator.__call__, communicator, FLUSH), communicator
 
 
 @pytest.mark.parametrize("mode", ["queueing", "watching"])
@@ -50,6 +50,26 @@ def test_answers_come_through_while_the_server_is_up(mode):
     assert asyncio.run(scenario()) == ["flushed"]
 
 
+@pytest.mark.parametrize("mode", ["queueing", "watching"])
+def test_calls_are_answered_again_when_another_try_brings_the_server_back(mode):
+    async def scenario():
+        ledger, call, communicator = ledger_and_calls(mode)
+        before = asyncio.create_task(call())
+        await asyncio.sleep(0.01)
+        ledger.outage = True
+        ledger.give_up(REASON)
+        await asyncio.gather(before, return_exceptions=True)
+        sent = []
+        ledger._send = sent.append
+        ledger.outage, ledger.refusal = False, None  # as Ledger.replay does
+        after = asyncio.create_task(call())
+        await asyncio.sleep(0.01)
+        communicator.handle_recv("flushed")
+        return len(sent), await after
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 5)) == (1, ["flushed"])
+
+
 def test_a_caller_that_gives_up_is_cancelled_and_hears_nothing_of_the_server():
     async def scenario():
         _, call, _ = ledger_and_calls("queueing")
@@ -71,7 +91,6 @@ def test_what_is_sent_to_dead_ranks_raises_but_aborts_and_the_order_to_end_do_no
         ledger.dispatch(FLUSH)
     ledger.dispatch(AbortReq(rid="gone"))
     ledger.dispatch(ShutdownReq())
-    assert ledger._held == []
 
 
 def test_the_error_is_what_each_of_sglangs_ways_out_looks_for():
