@@ -137,9 +137,12 @@ def test_a_helper_killed_with_a_rank_is_one_recovery(server, unbroken, helper):
         streams.wait_tokens(20)
         kill(pid)
         began = time.monotonic()
-        recovered(server, kill_rank(server, 1), "process")
+        generation = kill_rank(server, 1).generation
+        status = server.wait_serving(generation + 1)
         assert time.monotonic() - began < USUAL_S + HELPER_S
     check(expected, streams.histories)
+    [record] = [one for one in status["recoveries"] if one["generation"] > generation]
+    assert record["cause"] == "process" and not record["lost"]
 
 
 def test_a_server_that_was_suspended_for_longer_than_the_hang_timeout_goes_on(server, unbroken):
