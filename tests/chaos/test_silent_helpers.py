@@ -8,7 +8,7 @@ import time
 
 import psutil
 import pytest
-from faults import child_named, is_gone, kill, kill_rank, recovered
+from faults import child_named, is_gone, kill_rank, recovered
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.bench.streams import Streams
@@ -135,11 +135,17 @@ def test_a_helper_killed_with_a_rank_is_one_recovery(server, unbroken, helper):
     pid = FIND[helper](server)
     with Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(20)
-        kill(pid)
+        before = server.status()
+        generation, pids = before["generation"], (before["devices"][1]["rank_pid"], pid)
         began = time.monotonic()
-        recovered(server, kill_rank(server, 1), "process")
+        for one in pids:
+            os.kill(one, signal.SIGKILL)
+        until(lambda: all(is_gone(one) for one in pids), "they are not dead")
+        status = server.wait_serving(generation + 1)
         assert time.monotonic() - began < USUAL_S + HELPER_S
     check(expected, streams.histories)
+    [record] = [one for one in status["recoveries"] if one["generation"] > generation]
+    assert record["cause"] == "process" and not record["lost"]
 
 
 def test_a_server_that_was_suspended_for_longer_than_the_hang_timeout_goes_on(server, unbroken):
