@@ -10,7 +10,7 @@ from remains import ROOT
 from anchortp_sglang.bench.server import run_streams
 from anchortp_sglang.bench.streams import Streams
 
-REQUESTS = [request(prompt(5000 + seed, 30), 300) for seed in range(4)]
+REQUESTS = [request(prompt(5000 + seed, 30), 300) for seed in range(2)]
 PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/unit'}"}
 
 
