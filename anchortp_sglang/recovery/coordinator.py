@@ -6,6 +6,7 @@ waiting for ranks) runs in a worker thread.
 
 import asyncio
 import logging
+import mmap
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.fence import FenceLine
 from anchortp_sglang.recovery.generation import Generation, KVUnusable, StartFailed, last_words, wait_dead, wait_ready
 from anchortp_sglang.recovery.graphs import GraphCapture
+from anchortp_sglang.recovery.housekeeping import Housekeeping
 from anchortp_sglang.recovery.kv_books import KVBooks
 from anchortp_sglang.recovery.ledger import Ledger, TokenCountMismatch
 from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
@@ -36,8 +38,6 @@ from anchortp_sglang.recovery.zygote import ZygoteError
 
 log = logging.getLogger(__name__)
 
-_REFILL_DELAY_S = 1.0
-_REFILL_EVERY_S = 5.0
 _STALL_S = 2.0
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
@@ -75,6 +75,7 @@ class Coordinator:
             self.recoveries, lambda: self._serving() is not None, lambda: bool(self._tm.rid_to_state), self._spawn
         )
         self._detection = Detection(cluster, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
+        self._housekeeping = Housekeeping(cluster, policy.spare_ranks, self._serving)
         self._gpus = GpuDetection(cluster.plan.gpus, self._fault)
         self._graphs = GraphCapture(cluster.plan.graph_batch_sizes, self._serving, self._graphs_captured)
         self._tm: Any = None
@@ -112,7 +113,7 @@ class Coordinator:
         self._spawn(self._fence_line.watch(self.cluster, lambda: self._serving() is not None))
         self._spawn(self._gpus.watch())
         self._spawn(self._capture_graphs(self.generation))
-        self._refill()
+        self._spawn(self._housekeeping.look_after_helpers(self.generation))
 
     def on_tokens(self, tokens: int) -> None:
         """New tokens go to clients."""
@@ -127,12 +128,15 @@ class Coordinator:
 
     def tokens_reused(self) -> tuple[int, int] | None:
         """(reused, recomputed) tokens of the requests that this generation resumed so far."""
-        lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
+        lanes = self._lanes()
         return None if lanes is None else heartbeat.read_tokens(lanes)
 
     def _graphs_captured(self) -> bool:
-        lanes = self._detection.lanes.get(self.generation.number) if self.generation is not None else None
+        lanes = self._lanes()
         return lanes is not None and heartbeat.read_graphs(lanes)
+
+    def _lanes(self) -> mmap.mmap | None:
+        return None if self.generation is None else self._detection.lanes.get(self.generation.number)
 
     def stop(self) -> None:
         """The operator ends the server: deaths are no faults any more."""
@@ -174,9 +178,9 @@ class Coordinator:
         elif action is Action.RESUME:
             assert self.generation is not None
             self._detection.watch(self.generation)
-            self._spawn(self._settle(self.generation))
+            self._spawn(self._housekeeping.settle(self.generation))
+            self._spawn(self._housekeeping.look_after_helpers(self.generation))
             self._spawn(self._capture_graphs(self.generation))
-            self._refill()
             self._course.resumed()
         elif action is Action.GIVE_UP:
             self._give_up(reason)
@@ -201,7 +205,7 @@ class Coordinator:
         """End requests that ranks cannot serve; and all, if no recovery gets anybody a token any more."""
         assert self.ledger is not None and self.generation is not None and self._course.recovery is not None
         found = evidence(last_words(self.generation, self._detection.died), self._detection.hung_since, reason)
-        self._course.recovery.reason = found.text
+        self._course.recovery.exception = found.text if found.kind == "exception" else ""
         starting = self._tm.server_status.value == "Starting"
         if self.culprits.judge(found, self.ledger, self.state, time.monotonic(), starting):
             self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
@@ -247,6 +251,7 @@ class Coordinator:
         old, recovery, attempt = self.generation, self._course.recovery, self.state.attempt
         assert old is not None and recovery is not None
         await asyncio.sleep(machine.back_off_s(self.state))
+        self._stay_if_current(attempt)
         ownership = self._succession.plan(self._judge(old, recovery).lost)
         recovery.generation = self._succession.number
         recovery.stage("planned")
@@ -258,9 +263,11 @@ class Coordinator:
         self.generation = new
         self._detection.take_up(new)
         recovery.stage("forked")
-        if self.state.phase is not Phase.STARTING or self.state.attempt != attempt:
+        try:
+            self._stay_if_current(attempt)
+        except Unrecoverable:
             new.kill()  # given up while the fork was under way
-            raise Unrecoverable("abandoned")
+            raise
         assert self.state.deadline_at is not None
         try:
             left_s = self.state.deadline_at - time.monotonic()
@@ -272,11 +279,17 @@ class Coordinator:
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
 
+    def _stay_if_current(self, attempt: int) -> None:
+        if self.state.phase is not Phase.STARTING or self.state.attempt != attempt:
+            raise Unrecoverable("abandoned")
+
     def _judge(self, generation: Generation, recovery: Recovery) -> machine.Verdict:
         verdict = self._succession.judge(generation, self._detection, self._gpus.errors, recovery.reason)
         recovery.cause, recovery.device, recovery.reason = verdict.cause, verdict.device, verdict.reason
+        if recovery.exception:
+            recovery.reason += f"; it failed with {recovery.exception}"
         recovery.lost = sorted({*recovery.lost, *verdict.lost})
-        log.info("anchortp: verdict: %s: %s", verdict.cause, verdict.reason)
+        log.info("anchortp: verdict: %s: %s", verdict.cause, recovery.reason)
         return verdict
 
     def _take_stock(self, generation: Generation) -> None:
@@ -284,14 +297,6 @@ class Coordinator:
         self._detection.lanes[generation.number] = self.cluster.anchors.map_lanes(generation.number)
         self.kv_books = self.cluster.anchors.open_kv_books(generation)
         self.scheduler_info.update(generation.infos[0]["scheduler"])
-
-    async def _settle(self, generation: Generation) -> None:
-        """Seal the new weights and free the old; nobody waits for it. Another fault makes it moot."""
-        try:
-            await self._in_thread(self.cluster.anchors.settle, generation)
-            await self._in_thread(self.cluster.kv_capacity, generation.ownership)  # before the status asks on this loop
-        except AnchorError as error:
-            log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 
     async def _capture_graphs(self, generation: Generation) -> None:
         def idle() -> bool:
@@ -329,17 +334,6 @@ class Coordinator:
     async def _retry_later(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         self._advance(Event(EventKind.RETRY, f"trying again after {delay_s:g} s"))
-
-    def _refill(self) -> None:
-        self._spawn(self._refill_later())
-
-    async def _refill_later(self) -> None:
-        """Fork the next ranks ahead, once this recovery's first tokens are out; look after all helpers from then on."""
-        generation = self.generation
-        await asyncio.sleep(_REFILL_DELAY_S)
-        while generation is not None and self._serving() is generation:
-            await self._in_thread(self.cluster.prepare_next, generation.ownership.tp_size, self.policy.spare_ranks)
-            await asyncio.sleep(_REFILL_EVERY_S)
 
     # ---- plumbing
 

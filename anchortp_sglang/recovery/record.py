@@ -42,6 +42,8 @@ class Recovery:
     device: int = -1
     lost: list[int] = field(default_factory=list)
     reason: str = ""
+    exception: str = ""
+    """What a rank failed with, if it said so."""
     stages: list[tuple[str, float]] = field(default_factory=list)
     tfs_s: float | None = None
     ttp_s: float | None = None

@@ -1,0 +1,46 @@
+"""What is done for a generation that serves while nobody waits for it; another fault makes it moot."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.recovery.cluster import Cluster
+from anchortp_sglang.recovery.generation import Generation
+
+log = logging.getLogger(__name__)
+
+_FIRST_LOOK_S = 1.0
+_LOOK_EVERY_S = 5.0
+
+
+class Housekeeping:
+    """Seals weights and looks after the helpers. ``serving``: the generation that serves now, or None.
+
+    ``spare_ranks``: whether ranks are forked ahead of the next fault.
+    """
+
+    def __init__(self, cluster: Cluster, spare_ranks: bool, serving: Callable[[], Generation | None]) -> None:
+        self._cluster = cluster
+        self._spare_ranks = spare_ranks
+        self._serving = serving
+
+    async def settle(self, generation: Generation) -> None:
+        """Seal the weights of a new generation, and free those of the old one."""
+        try:
+            await _in_thread(self._cluster.anchors.settle, generation)
+            await _in_thread(self._cluster.kv_capacity, generation.ownership)  # before the status asks on this loop
+        except AnchorError as error:
+            log.info("anchortp: generation %d was not settled: %s", generation.number, error)
+
+    async def look_after_helpers(self, generation: Generation) -> None:
+        """Fork the next ranks ahead, once the first tokens are out, and see that all helpers answer from then on."""
+        await asyncio.sleep(_FIRST_LOOK_S)
+        while self._serving() is generation:
+            await _in_thread(self._cluster.prepare_next, generation.ownership.tp_size, self._spare_ranks)
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+
+async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
