@@ -1,4 +1,7 @@
-"""Request bodies have a limit, kept while they stream in: SGLang reads a body of any size into memory."""
+"""Request bodies have a limit, kept while they stream in: SGLang reads a body of any size into memory.
+
+Starlette's RequestBodyLimitMiddleware would do the same, but answers in plain text that does not say what to do.
+"""
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any

@@ -55,6 +55,8 @@ class AnchorMiddleware:
         elif (answer := await self._answer(scope, receive)) is not None:
             await _send(answer, send)
         else:
+            if scope["method"] == "HEAD" and _path(scope) in probes.PROBES:
+                scope = {**scope, "method": "GET"}  # SGLang has no HEAD there; the HTTP server keeps the body back
             way_out = "send less, or raise --anchor-max-body-mib"
             await self._app(scope, limited(scope, receive, self._max_body_bytes, way_out), send)
 
@@ -74,14 +76,13 @@ class AnchorMiddleware:
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer | None:
         """Ours; None: SGLang's app has the answer."""
-        path, reads = scope["path"].removeprefix(scope.get("root_path", "")), scope["method"] in _READ
+        path, reads = _path(scope), scope["method"] in _READ
         own = await self._own.answer(path, scope, receive)
         if own is not None:
             return own
         if self._refusal is not None and not (reads and _is_known_without_ranks(path)):
             return _error(503, self._refusal)
         if path in probes.PROBES and reads:
-            scope["method"] = "GET"  # SGLang's routes have no HEAD
             return self._probe(path)
         if path.startswith("/metrics") and self._metrics is not None:  # SGLang's route takes what follows as well
             self._metrics.refresh(status(self._coordinator), self._coordinator.recoveries.totals())
@@ -99,6 +100,10 @@ class AnchorMiddleware:
         )
         code = probes.answer(path, self._coordinator.state.phase, tokenizer)
         return None if code is None else Answer.of(code, {"status": state_name(self._coordinator)})
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _is_known_without_ranks(path: str) -> bool:
