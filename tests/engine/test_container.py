@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -55,9 +56,10 @@ def test_it_serves_and_survives_as_the_manifest_runs_it(checkpoint, manifest, gr
     more = ["--tp-size=2", "--host=127.0.0.1", f"--port={server.port}", "--dtype=float32"]
     new_root = tmp_path / "root"
     new_root.mkdir()
-    outer = container.start(
-        manifest, checkpoint["qwen3"], new_root, server.log, more, group, without=["--max-total-tokens"]
-    )
+    model = shutil.copytree(checkpoint["qwen3"], tmp_path / "model")
+    for file in model.iterdir():
+        file.chmod(0o644)  # safetensors writes for its own user alone
+    outer = container.start(manifest, model, new_root, server.log, more, group, without=["--max-total-tokens"])
     try:
         deadline = time.monotonic() + 240
         while server.health() != 200:
