@@ -82,8 +82,8 @@ class Clients:
             self.asked.append(asked)
             rid = f"storm-{rng.getrandbits(64):x}"
             ask(self._url, self._asks[number], asked, rid, rng.randint(1, 8), self._timeout_s)
-            if asked.answer.code == 0:
-                self._stopping.wait(_REFUSED_S)  # nobody is there
+            if asked.answer.code in (0, 503):
+                self._stopping.wait(_REFUSED_S)  # nobody is there, or the server is down
 
     def _poll(self) -> None:
         while not self._stopping.wait(_POLL_S):
