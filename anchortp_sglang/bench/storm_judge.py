@@ -99,6 +99,8 @@ def judge(ask: Ask, expected: Answer | None, got: Answer) -> Verdict:
     if ask.way == "whole" or _is_complete(got):
         if not got.ended:
             return Verdict("failed", "the connection ended before the answer did")
+        if reasons := [reason for reason in _reasons(got) if _is_abort(reason)]:
+            return Verdict("failed", f"ended by the server: {reasons[0]}")
         told = difference(_whole(expected), _whole(got))
     else:
         if ask.way == "abort" and not got.ended:
@@ -108,8 +110,12 @@ def judge(ask: Ask, expected: Answer | None, got: Answer) -> Verdict:
 
 
 def _is_complete(answer: Answer) -> bool:
-    reasons = [choice.get("finish_reason") for choice in answer.choices.values()]
+    reasons = _reasons(answer)
     return answer.ended and bool(reasons) and all(reasons) and not any(_is_abort(reason) for reason in reasons)
+
+
+def _reasons(answer: Answer) -> list[Any]:
+    return [choice.get("finish_reason") for choice in answer.choices.values()]
 
 
 def _is_abort(reason: Any) -> bool:

@@ -163,6 +163,11 @@ def test_an_error_in_mid_stream_is_a_failure():
     assert ruled(STREAM, answer(generated([1, 2]), {"error": {"message": "gave up"}})).ruling == "failed"
 
 
+def test_a_stream_that_the_server_gave_up_has_failed_and_is_not_wrong():
+    aborted = {"type": "abort", "message": "The server cannot recover"}
+    assert ruled(STREAM, answer(generated([1, 2], finish=aborted))).ruling == "failed"
+
+
 @pytest.mark.parametrize("ask", [LEAVE, ABORT])
 def test_what_came_before_a_client_left_must_be_right(ask):
     aborted = {"type": "abort", "message": "Abort"}
