@@ -195,7 +195,8 @@ def map_together(parts: Sequence[Part]) -> mmap.mmap:
 
 def seal_read_only(fd: int) -> None:
     """From now on no handle of this segment can be written to or mapped writable; existing mappings stay."""
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _READ_ONLY_SEALS:  # a handle of a sealed one may be read-only: EPERM
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
 
 
 def resident_bytes(fd: int) -> int:

@@ -275,7 +275,7 @@ class Coordinator:
         except KVUnusable:
             self._succession.kv_valid = False
             raise
-        self._take_stock(new)
+        await self._in_thread(self._take_stock, new)
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
 

@@ -174,6 +174,7 @@ class Ledger:
         """Send what may go to the ranks by now."""
         if self.outage or not self.isolation.waiting:
             return
+        self.forget_finished()  # what waits may have ended by itself: its client left, or it was aborted
         now = time.monotonic()
         for rid in self.isolation.release(now):
             record = self._records[rid]

@@ -64,7 +64,8 @@ class State:
     """``attempt`` counts fences; ``deadline_at``: monotonic seconds, only while recovering.
 
     ``fruitless``: faults of serving generations since a client was last handed a token; the first of them was at
-    ``fruitless_since``. ``failure``: of the last start that failed by itself, ``failures`` times in a row.
+    ``fruitless_since``. ``failure``: of the last start that failed by itself, ``failures`` times in a row. ``aborts``:
+    attempts of this recovery that were cut short.
     ``given_ups``: how often in a row open requests were ended and new ones refused; until a generation serves.
     ``final``: whether it will not be tried again.
     """
@@ -76,6 +77,7 @@ class State:
     fruitless_since: float = 0.0
     failure: str = ""
     failures: int = 0
+    aborts: int = 0
     given_ups: int = 0
     final: bool = False
 
@@ -133,6 +135,7 @@ def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[Sta
     attempt = state.attempt + (action is Action.FENCE)
     # A second fault does not extend the time that clients were promised.
     deadline_at = (state.deadline_at or now + deadline_s) if phase in _RECOVERING else None
+    aborts = 0 if phase is Phase.SERVING else state.aborts + (kind is EventKind.ABORTED)
     given_ups = 0 if action is Action.RESUME else state.given_ups + (action is Action.GIVE_UP)
     final = action is Action.GIVE_UP and event.final
     after = replace(state, phase=phase, attempt=attempt, deadline_at=deadline_at, given_ups=given_ups, final=final)
@@ -153,8 +156,9 @@ def _repeated(state: State, event: Event) -> tuple[EventKind, str, State]:
 
 
 def back_off_s(state: State) -> float:
-    """How long to wait before the next start: nothing at first, longer while no recovery gets anybody a token."""
-    beyond = state.fruitless - FREE_FAULTS
+    """How long to wait before the next start: nothing at first, longer while attempts are cut short, or recoveries get
+    nobody a token."""
+    beyond = max(state.fruitless, state.aborts) - FREE_FAULTS
     return min(BACK_OFF_S * 2.0 ** (beyond - 1), LONGEST_BACK_OFF_S) if beyond > 0 else 0.0
 
 

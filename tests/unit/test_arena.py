@@ -55,6 +55,17 @@ def test_parts_of_segments_are_one_run_of_memory(fd: int) -> None:
         os.close(other)
 
 
+def test_a_sealed_segment_can_be_sealed_again_by_a_handle_that_is_open_for_reading_only(fd: int) -> None:
+    """As of an anchor that was given its memory back."""
+    arena.seal_read_only(fd)
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    try:
+        arena.seal_read_only(again)
+        assert arena.inspect_handle(again).sealed
+    finally:
+        os.close(again)
+
+
 def test_a_part_of_a_sealed_segment_cannot_be_mapped_to_be_written(fd: int) -> None:
     arena.seal_read_only(fd)
     with pytest.raises(PermissionError, match="cannot be mapped"):

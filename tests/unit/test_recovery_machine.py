@@ -138,6 +138,16 @@ def test_recoveries_that_get_nobody_a_token_back_off_and_a_token_ends_that():
     assert back_off_s(recover(state, now=200.0)) == 0.0
 
 
+def test_attempts_that_are_cut_short_again_and_again_back_off_and_the_next_recovery_begins_afresh():
+    state, waits = advance(State(), EventKind.FAULT, EventKind.FENCED)[0], []
+    for _ in range(6):
+        state, _ = advance(state, EventKind.ABORTED, EventKind.FENCED)
+        waits.append(back_off_s(state))
+    assert waits == [0.0, 0.0, 0.0, 0.25, 0.5, 1.0]
+    state, _ = advance(state, EventKind.STARTED, EventKind.REPLAYED, EventKind.TOKENS)
+    assert back_off_s(recover(state, now=100.0)) == 0.0
+
+
 def test_the_budget_is_spent_when_many_recoveries_in_a_row_have_taken_longer_than_one_may():
     state = recover(recover(State(), now=100.0), now=200.0)
     assert not budget_is_spent(state, 200.0, DEADLINE_S), "two faults are no loop, however far apart"
