@@ -117,7 +117,7 @@ def test_sigkill_of_the_server_ends_its_processes_and_the_next_one_removes_its_f
         base, key = server.place.folder / "anchortp", f"run-{server.port}"
         noted = [Path(line) for line in (base / key / "outside.txt").read_text().splitlines()]
         left = [path for path in noted if path.exists()]
-        for expected in ("anchortp-metrics-", "sglang_loads_", "tmp"):
+        for expected in ("anchortp-metrics-", "sglang_loads_", "anchortp-zmq-"):
             assert any(path.name.startswith(expected) for path in left), f"no {expected}… among {left}"
         remove_run_dir(prepare_run_dir(base, key))  # as the next server does
         assert [path for path in noted if path.exists()] == server.place.leftovers() == []
