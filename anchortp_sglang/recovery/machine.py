@@ -138,7 +138,15 @@ def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[Sta
     aborts = 0 if phase is Phase.SERVING else state.aborts + (kind is EventKind.ABORTED)
     given_ups = 0 if action is Action.RESUME else state.given_ups + (action is Action.GIVE_UP)
     final = action is Action.GIVE_UP and event.final
-    after = replace(state, phase=phase, attempt=attempt, deadline_at=deadline_at, given_ups=given_ups, final=final)
+    after = replace(
+        state,
+        phase=phase,
+        attempt=attempt,
+        deadline_at=deadline_at,
+        aborts=aborts,
+        given_ups=given_ups,
+        final=final,
+    )
     return after, action, reason
 
 

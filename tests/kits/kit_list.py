@@ -27,7 +27,6 @@ QUICK = [
     "spec_server_kits.SpecLogprobKit.test_logprob_start_len",
     "spec_server_kits.SpecLogprobKit.test_logprob_decode_match_prefill",
     "spec_server_kits.SpecLogprobKit.test_token_ids_logprob_ragged",
-    "spec_server_kits.SpecPenaltyKit.test_penalty_mixed",
 ]
 """Run by ``make test``."""
 
@@ -54,6 +53,7 @@ SLOW = [
     "spec_server_kits.SpecFeatureKit.test_request_abort",
     "spec_server_kits.SpecLogprobKit.test_logprob_match",
     "spec_server_kits.SpecLogprobKit.test_logprob_mixed",
+    "spec_server_kits.SpecPenaltyKit.test_penalty_mixed",
     "unified_radix_cache_kit.UnifiedRadixTreeTestMixin.test_multiturn_*",
 ]
 """Run as well with ANCHORTP_KITS=all."""

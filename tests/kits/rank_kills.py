@@ -19,7 +19,7 @@ class RankKills:
     """A fault every ``least_s`` to ``most_s`` seconds, the first at once; each is seen to take effect and to be
     recovered from before the next. A fault that did not is raised by ``check``."""
 
-    def __init__(self, server: Server, seed: int, least_s: float = 2.0, most_s: float = 4.0) -> None:
+    def __init__(self, server: Server, seed: int, least_s: float = 3.0, most_s: float = 5.0) -> None:
         self._server = server
         self._random = random.Random(seed)
         self._pause_s = lambda: self._random.uniform(least_s, most_s)

@@ -1,5 +1,6 @@
 """The same while ranks are killed every few seconds, and after a device was lost."""
 
+import importlib
 import os
 import time
 
@@ -19,6 +20,7 @@ CALL_FAULTS = 4
 @pytest.fixture(scope="module", autouse=True)
 def kills(server, answers):
     """Begin when the unbroken answers are known; verify each fault when all is over."""
+    importlib.import_module("kit_cases")  # takes seconds, in which faults would find no request
     with RankKills(server, int(os.environ.get("ANCHORTP_SEED", "0"))) as kills:
         yield kills
 
