@@ -88,7 +88,7 @@ def test_values_are_those_of_the_recoveries_however_often_they_are_asked_for(exp
     assert value(exposed, "anchortp_mirror_lag_tokens") == 20
     assert value(exposed, "anchortp_run_dir_lost") == 1
     assert value(exposed, "anchortp_suspect_requests") == 2
-    assert value(exposed, 'anchortp_requests_ended_total{reason="unservable"}') == 3
+    assert value(exposed, "anchortp_requests_ended_total", reason="unservable") == 3
     assert value(exposed, "anchortp_tfs_seconds_count") == 2
     assert value(exposed, "anchortp_tfs_seconds_sum") == pytest.approx(0.9)
     assert value(exposed, "anchortp_recovery_stage_seconds_sum", stage="planned") == pytest.approx(0.06)
