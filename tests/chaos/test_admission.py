@@ -167,7 +167,7 @@ def test_what_stock_serves_is_served_beside_requests_that_it_would_have_failed(s
         GENERATE | {"sampling_params": {"max_new_tokens": 40, "ignore_eos": True, "stop_token_ids": [10**9, -5]}},
         GENERATE | {"top_logprobs_num": 100000, "sampling_params": {"max_new_tokens": 40, "ignore_eos": True}},
         GENERATE | LOGPROBS | {"sampling_params": {"max_new_tokens": 40, "min_new_tokens": 20}, "top_logprobs_num": 2},
-        GENERATE | {"sampling_params": {"max_new_tokens": 40, "logit_bias": {"5": -math.inf}, "temperature": 1.0}},
+        GENERATE | {"sampling_params": {"max_new_tokens": 40, "logit_bias": {"5": -1e30}, "temperature": 1.0}},
     ]
     codes = []
     threads = [
