@@ -8,7 +8,7 @@ import asyncio
 import logging
 import mmap
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from anchortp_sglang.recovery.machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.record import Recoveries, Recovery
 from anchortp_sglang.recovery.stall import StallWatch
 from anchortp_sglang.recovery.succession import Succession, Unrecoverable
+from anchortp_sglang.recovery.threads import in_thread
 from anchortp_sglang.recovery.wire import CaptureGraphs
 from anchortp_sglang.recovery.zygote import ZygoteError
 
@@ -239,7 +240,7 @@ class Coordinator:
             await asyncio.wait([self._forking])  # of an attempt that is given up: its ranks are killed, too
         generation, recovery = self.generation, self._course.recovery
         assert generation is not None and recovery is not None
-        await asyncio.gather(self._in_thread(wait_dead, generation), self._gpus.probe())
+        await asyncio.gather(in_thread(wait_dead, generation), self._gpus.probe())
         recovery.stage("reaped")
         assert self._fence_line is not None and self.ledger is not None
         await self._fence_line.drain(generation.number, self.cluster, self.ledger)
@@ -257,7 +258,7 @@ class Coordinator:
         recovery.stage("planned")
         assert self.ledger is not None
         running = self._succession.kept_first(ownership, self.ledger.open_tokens())
-        self._forking = asyncio.ensure_future(self._in_thread(self._succession.fork, ownership, running))
+        self._forking = asyncio.ensure_future(in_thread(self._succession.fork, ownership, running))
         new = await self._forking
         old.close()
         self.generation = new
@@ -271,11 +272,11 @@ class Coordinator:
         assert self.state.deadline_at is not None
         try:
             left_s = self.state.deadline_at - time.monotonic()
-            await self._in_thread(wait_ready, new, left_s, StallWatch(_STALL_S))
+            await in_thread(wait_ready, new, left_s, StallWatch(_STALL_S))
         except KVUnusable:
             self._succession.kv_valid = False
             raise
-        await self._in_thread(self._take_stock, new)
+        await in_thread(self._take_stock, new)
         recovery.add_ranks(new.infos)
         return Event(EventKind.STARTED, "all ranks are ready")
 
@@ -336,10 +337,6 @@ class Coordinator:
         self._advance(Event(EventKind.RETRY, f"trying again after {delay_s:g} s"))
 
     # ---- plumbing
-
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        assert self._loop is not None
-        return await self._loop.run_in_executor(None, function, *args)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._loop is not None

@@ -12,6 +12,7 @@ from anchortp_sglang.elastic.attachment import HOST_DEVICE
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.generation import Generation
 from anchortp_sglang.recovery.restore import restore_anchor
+from anchortp_sglang.recovery.threads import in_thread
 from anchortp_sglang.recovery.watch import DeathWatch, HangWatch, hung_ranks, watch_for_hang
 
 log = logging.getLogger(__name__)
@@ -86,9 +87,9 @@ class Detection:
         await asyncio.sleep(_ANCHOR_GRACE_S)
         if self._serving() is not generation:
             return
-        loop, anchors = asyncio.get_running_loop(), self._cluster.anchors
+        anchors = self._cluster.anchors
         try:
-            segments = await loop.run_in_executor(None, restore_anchor, anchors, generation, device)
+            segments = await in_thread(restore_anchor, anchors, generation, device)
         except Exception as error:
             log.error("anchortp: the anchor of device %s died and could not be restored: %s", device, error)
             if self._serving() is generation:  # else that is known by now
@@ -99,7 +100,7 @@ class Detection:
             return
         self._watch_anchor(generation, device)
         try:
-            await loop.run_in_executor(None, anchors.settle, generation)  # it may have died before that was done
+            await in_thread(anchors.settle, generation)  # it may have died before that was done
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 

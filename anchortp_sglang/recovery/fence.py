@@ -13,6 +13,7 @@ import zmq
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.ledger import Ledger
 from anchortp_sglang.recovery.processes import is_dead
+from anchortp_sglang.recovery.threads import in_thread
 from anchortp_sglang.recovery.wire import Fence, Ping
 
 log = logging.getLogger(__name__)
@@ -41,15 +42,14 @@ class FenceLine:
     async def drain(self, generation: int, cluster: Cluster, ledger: Ledger) -> None:
         """Until all that ``generation``'s dead rank 0 has sent is with TokenizerManager. A detokenizer that is dead or
         does not answer is replaced; what it had not passed on is computed again. Raises StartFailed, TimeoutError."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, cluster.resume_stopped)
+        await in_thread(cluster.resume_stopped)
         assert cluster.detokenizer is not None
         if not is_dead(cluster.detokenizer.pidfd):
             try:
                 return await self._fence(generation)
             except TimeoutError:
                 cluster.end_detokenizer()
-        await loop.run_in_executor(None, cluster.restart_detokenizer)
+        await in_thread(cluster.restart_detokenizer)
         self._send(ledger.reseed())
         await self._fence(generation)
 
@@ -57,7 +57,6 @@ class FenceLine:
         """Ping while ``serving`` and clients wait for tokens. A detokenizer that leaves one unanswered may be stopped,
         and is let go on; one that leaves a number of them is killed. Pings are counted, not seconds: while main itself
         does not run, nothing is asked."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_PING_EVERY_S)
             if not serving() or not self._tm.rid_to_state:
@@ -68,7 +67,7 @@ class FenceLine:
                 cluster.end_detokenizer()
                 continue
             if self._pings > self._answers:
-                await loop.run_in_executor(None, cluster.resume_stopped)
+                await in_thread(cluster.resume_stopped)
             self._pings += 1
             self._send(Ping(number=self._pings))
 

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.recovery.cluster import Cluster
 from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ class Housekeeping:
     async def settle(self, generation: Generation) -> None:
         """Seal the weights of a new generation, and free those of the old one."""
         try:
-            await _in_thread(self._cluster.anchors.settle, generation)
-            await _in_thread(self._cluster.kv_capacity, generation.ownership)  # before the status asks on this loop
+            await in_thread(self._cluster.anchors.settle, generation)
+            await in_thread(self._cluster.kv_capacity, generation.ownership)  # before the status asks on this loop
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 
@@ -38,9 +38,5 @@ class Housekeeping:
         """Fork the next ranks ahead, once the first tokens are out, and see that all helpers answer from then on."""
         await asyncio.sleep(_FIRST_LOOK_S)
         while self._serving() is generation:
-            await _in_thread(self._cluster.prepare_next, generation.ownership.tp_size, self._spare_ranks)
+            await in_thread(self._cluster.prepare_next, generation.ownership.tp_size, self._spare_ranks)
             await asyncio.sleep(_LOOK_EVERY_S)
-
-
-async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(None, function, *args)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq, ShutdownReq
 
 from anchortp_sglang.memory.namespaces import Key
@@ -29,7 +28,8 @@ _REPEATABLE: dict[str, type] = {
     "get_internal_state_communicator": GetInternalStateReq,
     "flush_cache_communicator": FlushCacheReqInput,
 }
-"""TokenizerManager's control calls that may be sent twice, by the attribute that awaits their answer."""
+"""TokenizerManager's control calls, by the attribute that awaits their answer: all that reach ranks
+(``check_message``), and each may be sent twice."""
 
 _STALE_RECORDS = 64
 
@@ -227,19 +227,15 @@ class Ledger:
         return self.end_open(reason)
 
     def _repeat_control(self) -> None:
-        """Ask again what the dead scheduler did not answer; what must not be asked twice fails instead of hanging."""
+        """Ask again what the dead scheduler did not answer."""
         held = {kind for kind, _ in self._held}
-        for name, call in list(vars(self._tm).items()):
-            waits = isinstance(call, FanOutCommunicator) and call._result_event is not None
-            if not waits or call._result_event.is_set():
+        for name, kind in _REPEATABLE.items():
+            call: Any = getattr(self._tm, name, None)
+            if call is None or call._result_event is None or call._result_event.is_set():
                 continue
-            kind = _REPEATABLE.get(name)
             if kind in self._control and kind not in held:
                 call._result_values.clear()
                 self._send(self._control[kind])
-            elif kind is None and not held:
-                log.error("anchortp: the answer to %s was lost in the outage", name.removesuffix("_communicator"))
-                call._result_event.set()
 
     def _abort(self, message: AbortReq) -> None:
         """End what is not with the ranks; tell them of the rest (``Scheduler.abort_request`` matches by prefix)."""
