@@ -18,10 +18,11 @@ from anchortp_sglang.refusals import KV_DTYPE_BYTES
 _MOST_OF_MEMORY = 0.9
 """What of the available memory weights, KV and mirror may take together, before the mirror is left out."""
 
-_SERVER_BYTES = 256 << 20
+_SERVER_BYTES = 1024 << 20
 _RANK_BYTES = 128 << 20
 """What zygotes, detokenizer and anchors, and each rank with its spare, add to a main that has imported SGLang: 0.6 GiB
-with four ranks of a tiny model, 0.2 GiB with one. The rest is for activations."""
+with four ranks of a tiny model, 0.2 GiB with one. The rest is for activations, and for a zygote in reserve that had to
+import SGLang anew (0.75 GiB that it shares with nobody)."""
 
 
 def process_bytes(tp_size: int) -> int:
@@ -72,7 +73,10 @@ def plan_mirror(
         return None, "off, as --anchor-kv-mirror says"
     if not any(mirror_moves(model, ownership, rank) for rank in range(1, ownership.tp_size)):
         return None, "off, as every device holds all KV heads"
-    spare = int(_MOST_OF_MEMORY * available.nbytes) - _weight_bytes(model, ownership) - _kv_bytes(model, ownership, kv)
+    # The loss of a device makes a second copy of the KV (plan_kv), which is what the mirror is for.
+    spare = (
+        int(_MOST_OF_MEMORY * available.nbytes) - _weight_bytes(model, ownership) - 2 * _kv_bytes(model, ownership, kv)
+    )
     row_bytes = kv.slot_bytes(model)
     rows = kv.rows if options.kv_mirror_gib is None else min(kv.rows, int(options.kv_mirror_gib * 2**30) // row_bytes)
     said = f"{rows * row_bytes / 2**30:.2f} GiB for {rows} of {kv.rows} slots"

@@ -96,7 +96,6 @@ class AnchorMiddleware:
         tokenizer = probes.Tokenizer(
             starting=manager.server_status == ServerStatus.Starting,
             leaving=manager.gracefully_exit,
-            healthy=manager.is_healthy(),
         )
         code = probes.answer(path, self._coordinator.state.phase, tokenizer)
         return None if code is None else Answer.of(code, {"status": state_name(self._coordinator)})

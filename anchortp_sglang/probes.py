@@ -17,13 +17,11 @@ PROBES = ("/health", "/health_generate", "/ready", "/ping")
 class Tokenizer:
     """What SGLang's TokenizerManager says of itself.
 
-    ``starting``: its warm-up request has not been answered. ``leaving``: it was told to end. ``healthy``: neither,
-    and the last /health_generate got its token (``is_healthy``).
+    ``starting``: its warm-up request has not been answered. ``leaving``: it was told to end.
     """
 
     starting: bool
     leaving: bool
-    healthy: bool
 
 
 def answer(path: str, phase: Phase, tokenizer: Tokenizer) -> int | None:
@@ -35,4 +33,4 @@ def answer(path: str, phase: Phase, tokenizer: Tokenizer) -> int | None:
         return None
     if recovering:
         return 200
-    return 200 if path == "/health" and phase is Phase.SERVING and tokenizer.healthy else None
+    return 200 if path == "/health" and phase is Phase.SERVING else None

@@ -1,4 +1,4 @@
-"""A zygote in an interpreter of its own: ``python -m anchortp_sglang.zygote_main FD``."""
+"""A zygote in an interpreter of its own: ``python -m anchortp_sglang.zygote_main CONTROL_FD EXITS_FD``."""
 
 import gc
 import socket

@@ -85,6 +85,8 @@ def make_again(run_dir: RunDir) -> bool:
     record = ServerRecord.read(str(path / _SERVER_RECORD))
     if record is not None and record.run_id == run_dir.run_id:
         return False
+    if record is None and (path / _SERVER_RECORD).exists():
+        return False  # it cannot be read for now: no descriptors are left
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_private(path)

@@ -9,6 +9,7 @@ import msgspec
 
 from anchortp_sglang.cuda import health, probe
 from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.recovery.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ class GpuDetection:
         """Whether the GPUs answer at all; no fault is reported, as one is being answered."""
         if self._gpus:
             uuids = {gpu.uuid for device, gpu in enumerate(self._gpus) if device not in self.errors}
-            loop = asyncio.get_running_loop()
-            failures = await loop.run_in_executor(None, probe.touch_all, uuids, _PROBE_TIMEOUT_S)
+            failures = await in_thread(probe.touch_all, uuids, _PROBE_TIMEOUT_S)
             for uuid, reason in failures.items():
                 self._note(health.GpuLost(uuid, reason))
 

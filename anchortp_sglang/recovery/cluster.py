@@ -78,8 +78,14 @@ class Cluster:
 
     def start_detokenizer(self, server_args: Any) -> None:
         self._detokenizer_args = server_args
-        self.detokenizer = self._zygotes.fork()
-        self.detokenizer.start(detokenizer.run, detokenizer.DetokenizerSpec(server_args, self.port_args))
+        child = self._zygotes.fork()
+        try:
+            child.start(detokenizer.run, detokenizer.DetokenizerSpec(server_args, self.port_args))
+        except BaseException:
+            child.kill()
+            child.close()
+            raise
+        self.detokenizer = child
 
     def end_detokenizer(self) -> None:
         """One that does not answer: its death is noticed like any other."""

@@ -22,6 +22,10 @@ class Exits:
         self._memory = mmap.mmap(self.fd, _ROWS * _ROW.size)
         self._next = 0
 
+    def close(self) -> None:
+        """Give back the descriptor; what was noted stays readable."""
+        os.close(self.fd)
+
     def note(self, pid: int, status: int) -> None:
         """Note how a child ended."""
         _ROW.pack_into(self._memory, self._next * _ROW.size, pid, status)

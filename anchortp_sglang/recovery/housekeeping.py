@@ -38,5 +38,8 @@ class Housekeeping:
         """Fork the next ranks ahead, once the first tokens are out, and see that all helpers answer from then on."""
         await asyncio.sleep(_FIRST_LOOK_S)
         while self._serving() is generation:
-            await in_thread(self._cluster.prepare_next, generation.ownership.tp_size, self._spare_ranks)
+            try:
+                await in_thread(self._cluster.prepare_next, generation.ownership.tp_size, self._spare_ranks)
+            except Exception:
+                log.exception("anchortp: helpers were not looked after")  # they will be, the next time
             await asyncio.sleep(_LOOK_EVERY_S)

@@ -36,11 +36,15 @@ def make_store() -> dist.TCPStore:
     """A generation's rendezvous, served by main, so that no rank has to listen first.
 
     On loopback only: a store that makes its own socket listens on all interfaces, and none asks who a client is.
+    Raises OSError.
     """
     with socket.create_server((_STORE_HOST, 0), backlog=socket.SOMAXCONN) as listener:
         port = listener.getsockname()[1]
         fd = listener.detach()  # the store closes it
-    return dist.TCPStore(_STORE_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+    try:
+        return dist.TCPStore(_STORE_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+    except RuntimeError as error:  # DistStoreError: no descriptors, no threads
+        raise OSError(f"ranks have no store to meet at: {error}") from error
 
 
 @dataclass(frozen=True)

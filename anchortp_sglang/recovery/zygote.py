@@ -44,6 +44,10 @@ class ZygoteError(RuntimeError):
     """The zygote is gone or does not answer."""
 
 
+class ForkFailed(ZygoteError):
+    """The zygote answers, but the kernel forks no process for it: another zygote would fare no better."""
+
+
 @dataclass
 class Child:
     """A forked process. ``pidfd`` becomes readable when it is dead and its memory torn down.
@@ -110,7 +114,9 @@ class Zygote:
         try:
             answer, fds = self._ask(_FORK, [theirs.fileno()])
             if not fds:
-                raise ZygoteError(f"the zygote (pid {self.pid}) could not fork: {answer.decode() or 'it is gone'}")
+                if answer:
+                    raise ForkFailed(f"the zygote (pid {self.pid}) could not fork: {answer.decode()}")
+                raise ZygoteError(f"the zygote (pid {self.pid}) is gone")
         except BaseException:
             ours.close()  # a child that is forked late finds it closed, and ends
             raise
@@ -118,6 +124,18 @@ class Zygote:
             theirs.close()
         _limit_sends(ours)
         return Child(int(answer), fds[0], ours, self._exits)
+
+    @property
+    def importing(self) -> bool:
+        """Whether it has not said yet that it is ready."""
+        return self._first_timeout_s is not None
+
+    def close(self) -> None:
+        """Give back the descriptors of a dead zygote."""
+        os.close(self.pidfd)
+        self._control.close()
+        if self._exits is not None:
+            self._exits.close()
 
     def answers(self) -> bool:
         """Whether it would fork in time; of one that still imports SGLang: whether it may get there."""

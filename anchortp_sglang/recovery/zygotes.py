@@ -1,15 +1,19 @@
 """The zygote that forks, the one in reserve, and those that did not answer."""
 
 import logging
-import os
 import threading
+import time
 from collections.abc import Iterator
 
 from anchortp_sglang.recovery.processes import is_dead
 from anchortp_sglang.recovery.stops import has_living_children
-from anchortp_sglang.recovery.zygote import Child, Zygote, ZygoteError, spawn_zygote
+from anchortp_sglang.recovery.zygote import Child, ForkFailed, Zygote, ZygoteError, spawn_zygote
 
 log = logging.getLogger(__name__)
+
+_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 600.0
+"""Between two zygotes in reserve that were spawned: each imports SGLang, and the last one may have failed at that."""
 
 
 class Zygotes:
@@ -24,17 +28,20 @@ class Zygotes:
         self._current = zygote
         self._reserve = reserve
         self._aside: list[Zygote] = []
-        self._lock = (
-            threading.RLock()
-        )  # guards the three; never held while a zygote is asked; ``kill`` may interrupt us
+        self._spawned_at = -_LONGEST_PAUSE_S
+        self._pause_s = _PAUSE_S
+        # Guards the zygotes; never held while one is asked; ``kill`` may interrupt us.
+        self._lock = threading.RLock()
 
     def fork(self) -> Child:
         """Fork one child. A zygote that is dead or silent is replaced by the one in reserve, that one by a new one, for
-        which SGLang is imported first. Raises ZygoteError."""
+        which SGLang is imported first. Raises ZygoteError, OSError."""
         for _ in range(2):  # the one in use, the one in reserve
             zygote = self._current
             try:
                 return zygote.fork()
+            except ForkFailed:
+                raise
             except ZygoteError as error:
                 self._replace(zygote, error)
         return self._current.fork()
@@ -54,7 +61,16 @@ class Zygotes:
             with self._lock:
                 if again is not None:
                     self._aside.remove(again)
-                self._reserve = again or spawn_zygote()
+                self._reserve = again or self._spawn_reserve()
+        elif not self._reserve.importing:
+            self._pause_s = _PAUSE_S
+
+    def _spawn_reserve(self) -> Zygote | None:
+        """A new one, unless the last one was spawned a moment ago."""
+        if time.monotonic() - self._spawned_at < self._pause_s:
+            return None
+        self._spawned_at, self._pause_s = time.monotonic(), min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return spawn_zygote()
 
     def all(self) -> Iterator[Zygote]:
         """Those that may live."""
@@ -71,14 +87,15 @@ class Zygotes:
         with self._lock:
             if self._current is not failed:
                 return  # another thread has done so
-            self._aside.append(failed)
             reserve, self._reserve = self._reserve, None
             if reserve is not None and not is_dead(reserve.pidfd):
                 log.warning("anchortp: %s; the one in reserve takes over", error)
-                self._current = reserve
+                successor = reserve
             else:
                 log.warning("anchortp: %s; forks wait for another one, which imports SGLang anew", error)
-                self._current = spawn_zygote()
+                successor = spawn_zygote()
+            self._aside.append(failed)
+            self._current = successor
 
     def _put_aside(self, reserve: Zygote) -> None:
         with self._lock:
@@ -95,4 +112,4 @@ class Zygotes:
             if is_dead(zygote.pidfd):
                 with self._lock:
                     self._aside.remove(zygote)
-                os.close(zygote.pidfd)
+                zygote.close()

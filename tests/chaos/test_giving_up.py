@@ -75,7 +75,7 @@ class Asked:
 @pytest.fixture(scope="module")
 def down(launch):
     """A server that has lost a device it cannot do without, and what its clients were told meanwhile."""
-    with launch(2, "--anchor-min-devices", "2", "--enable-metrics") as server:
+    with launch(2, "--anchor-min-devices", "2", "--enable-metrics", "--max-total-tokens", "32768") as server:
         server.remains = Remains(server)
         server.routes = server.get("/openapi.json")["paths"]
         with Asked(server) as asked, Streams(server.url, REQUESTS) as streams:

@@ -5,10 +5,9 @@ import pytest
 from anchortp_sglang.probes import PROBES, Tokenizer, answer
 from anchortp_sglang.recovery.machine import Phase
 
-UP = Tokenizer(starting=False, leaving=False, healthy=True)
-STARTING = Tokenizer(starting=True, leaving=False, healthy=False)
-LEAVING = Tokenizer(starting=False, leaving=True, healthy=False)
-DOUBTED = Tokenizer(starting=False, leaving=False, healthy=False)
+UP = Tokenizer(starting=False, leaving=False)
+STARTING = Tokenizer(starting=True, leaving=False)
+LEAVING = Tokenizer(starting=False, leaving=True)
 RECOVERING = (Phase.FENCING, Phase.STARTING, Phase.REPLAYING)
 
 
@@ -24,7 +23,7 @@ def test_while_serving_only_liveness_is_answered_without_asking_sglang():
 @pytest.mark.parametrize("phase", RECOVERING)
 def test_in_a_recovery_it_lives_but_takes_no_new_requests(phase):
     ours = {"/health": 200, "/health_generate": 200, "/ready": 503, "/ping": None}
-    assert answers(phase, UP) == answers(phase, DOUBTED) == ours
+    assert answers(phase, UP) == ours
 
 
 @pytest.mark.parametrize("tokenizer", [STARTING, LEAVING])
@@ -32,8 +31,3 @@ def test_in_a_recovery_it_lives_but_takes_no_new_requests(phase):
 def test_before_the_first_generation_and_while_it_leaves_sglang_says_503(phase, tokenizer):
     """Nobody may take a server for started because a rank died while it was starting."""
     assert set(answers(phase, tokenizer).values()) <= {None, 503}
-
-
-def test_what_sglang_doubts_is_for_sglang_to_find_out():
-    """Its handler asks for a token, and its flag is up again if it gets one."""
-    assert answer("/health", Phase.SERVING, DOUBTED) is None
