@@ -19,7 +19,8 @@ import numpy as np
 FLOAT32_MAX = 3.4028234663852886e38
 INT32_MAX = 2**31 - 1
 MAX_PARALLEL_SAMPLES = 16384
-"""Largest ``n``: main itself expands it into requests, before anything else looks at it."""
+"""Largest ``n``, over all prompts: main itself expands it into requests, before anything else looks at it."""
+MAX_STOP_CHARS = 16384
 
 _LOGIT_MAX = 1e6
 """No model's logit is larger; what is added to and divides logits must leave it finite."""
@@ -63,10 +64,10 @@ def without_what_has_no_effect(request: Any, limits: Limits) -> Any:
     return request
 
 
-def judge_as_received(sampling_params: Any, is_batch: bool) -> str | None:
+def judge_as_received(sampling_params: Any, is_batch: bool, prompts: int = 1) -> str | None:
     """Why SGLang would raise something else than ValueError, its 400, or expand a request without end, or None.
 
-    ``sampling_params``: a mapping, a list of them, or None.
+    ``sampling_params``: a mapping, a list of them, or None. ``prompts``: how many the request has.
     """
     for one in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
         if not isinstance(one, Mapping):
@@ -74,11 +75,22 @@ def judge_as_received(sampling_params: Any, is_batch: bool) -> str | None:
         n, tokens = one.get("n", 1), one.get("max_new_tokens")
         if not isinstance(n, int) or n > MAX_PARALLEL_SAMPLES or (n < 1 and is_batch):
             return f"n is {shown(n)}; it must be an integer from 1 to {MAX_PARALLEL_SAMPLES}"
+        if n * prompts > MAX_PARALLEL_SAMPLES:
+            return f"n is {n} for {prompts} prompts; together they may be {MAX_PARALLEL_SAMPLES}"
+        if (reason := _stop(one.get("stop"))) is not None:
+            return reason
         if not isinstance(tokens, int | None):
             return f"max_new_tokens is {shown(tokens)}; it must be an integer"
         if (reason := _stop_regex(one.get("stop_regex"))) is not None:
             return reason
     return None
+
+
+def _stop(texts: Any) -> str | None:
+    """SamplingParams.normalize tokenizes them on main's event loop."""
+    strings = [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)]
+    longest = max(map(len, strings), default=0)
+    return f"stop has {longest} characters; {MAX_STOP_CHARS} are the most" if longest > MAX_STOP_CHARS else None
 
 
 def _stop_regex(patterns: Any) -> str | None:

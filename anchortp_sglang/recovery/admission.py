@@ -22,7 +22,8 @@ class NotAdmitted(ValueError):
 
 def before_generate_request(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     """BEFORE TokenizerManager.generate_request: every request passes here, as it was received."""
-    reason = check_generate_request(obj) or request_limits.judge_as_received(obj.sampling_params, _is_batch(obj))
+    reason = _check_rids(obj) or check_generate_request(obj)
+    reason = reason or request_limits.judge_as_received(obj.sampling_params, _is_batch(obj), _prompts(obj))
     if reason is None and tokenizer_manager.enable_metrics:
         reason = check_custom_labels(getattr(obj, "custom_labels", None), tokenizer_manager.metrics_collector.labels)
     if reason is not None:
@@ -70,6 +71,21 @@ def answer_not_admitted(request: Any, error: Exception) -> Any:
     from fastapi.responses import ORJSONResponse
 
     return ORJSONResponse({"error": {"message": str(error)}}, status_code=400)
+
+
+def _check_rids(obj: Any) -> str | None:
+    """Schedulers pass over such requests when they are busy, and TokenizerManager does not end them."""
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
+    if obj.log_metrics is not False and any(str(rid).startswith(HEALTH_CHECK_RID_PREFIX) for rid in rids):
+        return f"rid begins with {HEALTH_CHECK_RID_PREFIX}, which is the server's own; use another"
+    return None
+
+
+def _prompts(obj: Any) -> int:
+    given = obj.text if obj.text is not None else obj.input_ids
+    return len(given) if _is_batch(obj) else 1
 
 
 def _is_batch(obj: Any) -> bool:

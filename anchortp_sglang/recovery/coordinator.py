@@ -312,6 +312,8 @@ class Coordinator:
     async def _replay(self) -> Event:
         generation, recovery = self.generation, self._course.recovery
         assert generation is not None and recovery is not None and self.ledger is not None
+        if self.state.phase is not Phase.REPLAYING:
+            raise Unrecoverable("abandoned")
         self._tm.max_req_input_len = self.scheduler_info["max_req_input_len"]
         recovery.requests_replayed = self.ledger.replay(generation.number)
         recovery.tokens = self.tokens_reused

@@ -98,6 +98,7 @@ class Isolation:
 
     def admit(self, rid: str, now: float) -> bool:
         """Take in a new request; True if it may go to the ranks at once, else ``release`` names it later."""
+        self.close(rid)  # of another request of that name, which has ended
         if self._new or self._quarantined(now):
             self._new.append(rid)
             return False
@@ -118,12 +119,10 @@ class Isolation:
 
     def close(self, rid: str) -> None:
         """Forget a request that is open no longer."""
-        waits = rid not in self._cases or self._cases[rid].sent_at is None
         self._acquit(rid)
-        if waits:
-            for queue in (self._going_on, self._new, self._suspects):
-                if rid in queue:
-                    queue.remove(rid)
+        for queue in (self._going_on, self._new, self._suspects):
+            if rid in queue:
+                queue.remove(rid)
 
     def _acquit(self, rid: str) -> None:
         self._cases.pop(rid, None)
@@ -149,10 +148,11 @@ class Isolation:
             case.died_after_s = max(case.died_after_s, now - (case.sent_at or now))
         for rid in named:
             self._cases[rid].strikes = max(self._cases[rid].strikes, SUSPECT_STRIKES)
-        alone = self._alone(present, named)
+        alone = self._alone(present, named, evidence.since or now)
         if alone is not None:
             self._cases[alone].convictions += 1
-        elif not present and not named:  # the ranks died without any suspect: it was somebody else each time
+        elif evidence.kind == "signal" and not named and not self._trial & present.keys():
+            # The ranks died with no suspect on trial: then it may have been somebody else each time.
             for case in self._cases.values():
                 case.convictions = 0
         self._group = max(1, len(self._trial & present.keys() or present) // 2)
@@ -173,12 +173,20 @@ class Isolation:
         self._cases |= {rid: Case(strikes=SUSPECT_STRIKES, sent_at=now) for rid in new}
         return set(new)
 
-    def _alone(self, present: Collection[str], named: Collection[str]) -> str | None:
-        """The suspect on trial that alone can have caused the fault."""
+    def _alone(self, present: dict[str, Case], named: Collection[str], stuck_at: float) -> str | None:
+        """The suspect on trial that alone can have caused the fault.
+
+        That is the only one that was there or was named; or the one that was sent last, if the ranks had lived with all
+        others for long, and died right after: some need long for their first token, and cannot prove themselves.
+        """
         for blamed in (named, present):
             if len(blamed) == 1 and (rid := next(iter(blamed))) in self._trial:
                 return rid
-        return None
+        by_time = sorted(present, key=lambda rid: present[rid].sent_at or 0.0)
+        if named or len(by_time) < 2 or by_time[-1] not in self._trial:
+            return None
+        last, before = (present[rid].sent_at or 0.0 for rid in (by_time[-1], by_time[-2]))
+        return by_time[-1] if last - before >= TRIAL_S and stuck_at - last <= TRIAL_S else None
 
     # ---- the next generation
 
@@ -244,8 +252,9 @@ class Isolation:
             self._quarantine_until = now + TRIAL_S + min(longest_s, QUARANTINE_LIMIT_S)
         if self._new and not self._quarantined(now):
             return False
-        unproven = any(case.sent_at is not None and not case.proven(now) for case in self._cases.values())
-        return not unproven or now >= self._released_at + TRIAL_S
+        unproven = [case for case in self._cases.values() if case.sent_at is not None and not case.proven(now)]
+        patience_s = max([TRIAL_S, *(1.5 * case.died_after_s for case in unproven)])  # one may die later than after 2 s
+        return not unproven or now >= self._released_at + min(patience_s, QUARANTINE_LIMIT_S)
 
     def _next_is_alone(self) -> bool:
         return self._group <= 1 or bool(self._cases[self._suspects[0]].convictions)

@@ -91,7 +91,7 @@ class Ledger:
         if len(admitted) == len(requests):
             return self._send(encoded)
         for rid in admitted:
-            self._send(requests[rid].alone())
+            self._send(requests[rid].message)
         self._release()
 
     def delivered(self, output: Any) -> int:
@@ -177,9 +177,12 @@ class Ledger:
         self.forget_finished()  # what waits may have ended by itself: its client left, or it was aborted
         now = time.monotonic()
         for rid in self.isolation.release(now):
-            record = self._records[rid]
+            record = self._records.get(rid)
+            if record is None:
+                self.isolation.close(rid)
+                continue
             delivered = list(self._tm.rid_to_state[rid].output_ids)
-            self._send(record.resume(delivered) if record.begun else record.alone())
+            self._send(record.resume(delivered) if record.begun else record.message)
             record.begun = True
         if self._wake is not None:
             self._wake.cancel()
@@ -243,6 +246,8 @@ class Ledger:
         here = set(matching) if self.outage else set(self.isolation.waiting).intersection(matching)
         for rid in here:
             self._drop(rid)
+        for rid in set(matching) - here:
+            self._tm.rid_to_state[rid].abort_sent = True  # should the ranks die before they have heard of it
         if not self.outage:
             self._send(encode(message))
             self._release()
@@ -259,3 +264,8 @@ class Ledger:
             # (serving_chat._generate_chat_stream, serving_completions).
             reason |= {"status_code": HTTPStatus(status_code), "err_type": err_type}
         self._tm._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))
+        state = self._tm.rid_to_state.pop(rid, None)
+        if state is not None:  # a health check of SGLang's, which _handle_abort_req passes over
+            state.finished = True
+            state.out_list.append({"text": "", "output_ids": [], "meta_info": {"id": rid, "finish_reason": reason}})
+            state.event.set()

@@ -134,7 +134,7 @@ def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: 
     if isinstance(received, Resume):
         req.anchortp_resumed_at = len(req.origin_input_ids) + len(received.delivered)
         if received.delivered:
-            _seed(req, received)
+            _seed(scheduler, req, received)
     return req
 
 
@@ -148,7 +148,7 @@ def before_add_request_to_queue(scheduler: Any, req: Any, *args: Any, **kwargs: 
         req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)
 
 
-def _seed(req: Any, received: Resume) -> None:
+def _seed(scheduler: Any, req: Any, received: Resume) -> None:
     delivered = len(received.delivered)
     req.output_ids.extend(received.delivered)
     req.send_token_offset = delivered
@@ -159,6 +159,7 @@ def _seed(req: Any, received: Resume) -> None:
     req.cached_tokens = received.cached_tokens
     if req.return_logprob:
         _seed_logprobs(req, delivered)
+    scheduler.batch_result_processor._maybe_update_reasoning_tokens(req, list(received.delivered))
 
 
 def _seed_logprobs(req: Any, delivered: int) -> None:

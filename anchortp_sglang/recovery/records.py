@@ -32,41 +32,31 @@ def decode(message: bytes) -> Any:
 class Record:
     """A request as it was dispatched, and the cached_tokens last reported to its client.
 
-    ``message``: the encoded message; ``index``: the request's place in it if that is a batch. ``begun``: whether ranks
-    have been given it.
+    ``message``: the request, encoded as a message of its own. ``begun``: whether ranks have been given it.
     """
 
     message: bytes
-    index: int | None = None
     begun: bool = False
     cached_tokens: int = 0
 
     def request(self) -> TokenizedGenerateReqInput:
         """Decode a fresh copy of the request."""
-        message: Any = decode(self.message)
-        request: TokenizedGenerateReqInput = message if self.index is None else message.batch[self.index]
+        request: TokenizedGenerateReqInput = decode(self.message)
         return request
-
-    def alone(self) -> bytes:
-        """Encode the request as a message of its own."""
-        return self.message if self.index is None else encode(self.request())
 
     def resume(self, delivered: list[int]) -> bytes:
         """Encode the message that makes ranks go on after ``delivered``, the output tokens that the client has."""
         request = self.request()
         fields = {name: getattr(request, name) for name in TokenizedGenerateReqInput.__struct_fields__}
-        # Each token is reported as it comes, streamed or not (SchedulerOutputStreamer): the next fault finds more.
-        fields["stream"] = True
+        # Each token is reported as it comes (SchedulerOutputStreamer), whatever the client wanted: the next fault finds
+        # more, and ranks can prove that they serve it.
+        fields["stream"], request.sampling_params.stream_interval = True, 1
         return encode(Resume(**fields, delivered=delivered, cached_tokens=self.cached_tokens))
 
 
 def records_of(message: Any, encoded: bytes) -> dict[str, Record]:
-    """The generation requests in a message, by rid; none if it is of another kind."""
+    """The generation requests in a message, by rid; none if it is of another kind. ``encoded``: the message."""
     if isinstance(message, TokenizedGenerateReqInput):
         return {message.rid: Record(encoded)}
     batch = getattr(message, "batch", None) or ()
-    return {
-        request.rid: Record(encoded, index)
-        for index, request in enumerate(batch)
-        if isinstance(request, TokenizedGenerateReqInput)
-    }
+    return {one.rid: Record(encode(one)) for one in batch if isinstance(one, TokenizedGenerateReqInput)}

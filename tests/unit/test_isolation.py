@@ -117,6 +117,39 @@ def test_kills_at_regular_intervals_do_not_convict_a_long_prompt(period, prefill
     assert not server.ended
 
 
+def test_a_suspect_is_found_beside_a_request_that_needs_long_for_its_first_token():
+    """Which ranks cannot have proven, and which would share the blame for ever."""
+    isolation, now = Isolation(), 0.0
+    for rid in ("slow", "bad"):
+        isolation.admit(rid, now)
+    faults = 1
+    while not (ended := isolation.struck(SIGNAL, now + 0.1)):
+        faults += 1
+        assert faults < 12, "it loops"
+        now += 0.4
+        isolation.replay([("slow", False), ("bad", False)], now)
+        sent = {}
+        while "bad" not in sent:
+            sent |= dict.fromkeys(isolation.release(now), now)
+            if now - sent.get("slow", now) > 20.0:
+                isolation.progressed("slow", PROOF_TOKENS, now)
+            now += 0.05
+    assert list(ended) == ["bad"]
+
+
+def test_a_rid_that_is_used_again_is_another_request():
+    isolation = Isolation()
+    isolation.admit("old", 0.0)
+    isolation.admit("again", 0.0)
+    isolation.progressed("old", 1, 0.1)
+    isolation.struck(SIGNAL, 1.0)
+    isolation.replay([("old", True), ("waits", False)], 1.3)
+    assert isolation.release(1.3) == ["old"]
+    assert isolation.admit("again", 1.4) is False
+    isolation.close("again")
+    assert isolation.waiting == ["waits"]
+
+
 def test_requests_that_only_go_on_are_sent_before_what_must_be_prefilled():
     isolation = Isolation()
     isolation.replay([("new", False), ("old", True), ("other", True)], 0.0)

@@ -1,5 +1,6 @@
 """What main remembers of open requests: values that nobody else can change, sent in the order of isolation."""
 
+import asyncio
 from array import array
 from types import SimpleNamespace
 
@@ -51,6 +52,8 @@ class Manager:
             self.rid_to_state[rid] = SimpleNamespace(output_ids=[], abort_sent=False, get_text=str)
 
     def _handle_abort_req(self, message):
+        if message.rid.startswith("HEALTH_CHECK"):
+            return
         self.ended[message.rid] = message.finished_reason
         self.rid_to_state.pop(message.rid, None)
 
@@ -178,6 +181,36 @@ def test_a_request_aborted_in_an_outage_before_it_came_is_dropped(ledger, manage
     ledger.dispatch(tokenized("early"))
     sent.clear()
     assert ledger.replay(1) == 0 and names(sent) == [("GenerationStart", None)]
+
+
+def test_an_abort_that_ranks_took_to_their_grave_is_not_forgotten(ledger, manager, sent):
+    dispatch(ledger, manager, "a1", "a2", "b")
+    ledger.dispatch(AbortReq(rid="a"))  # a prefix, as SGLang takes it
+    ledger.struck(SIGNAL)
+    sent.clear()
+    assert ledger.replay(1) == 1 and set(manager.ended) == {"a1", "a2"}
+
+
+def test_tokens_are_reported_as_they_come_after_a_replay_whatever_the_interval_was(ledger, manager, sent):
+    manager.open("a")
+    request = tokenized("a")
+    request.sampling_params.stream_interval = 1000
+    ledger.dispatch(request)
+    deliver(ledger, manager, "a", [7])
+    ledger.struck(SIGNAL)
+    sent.clear()
+    ledger.replay(1)
+    assert sent[1].sampling_params.stream_interval == 1
+
+
+def test_a_health_check_is_ended_too(ledger, manager, sent):
+    """TokenizerManager._handle_abort_req passes over them."""
+    dispatch(ledger, manager, "HEALTH_CHECK_1")
+    state = manager.rid_to_state["HEALTH_CHECK_1"]
+    state.out_list, state.event = [], asyncio.Event()
+    assert ledger.end_open("no luck") == 1
+    assert manager.rid_to_state == {} and state.event.is_set()
+    assert state.out_list[0]["meta_info"]["finish_reason"]["message"] == "no luck"
 
 
 def test_of_a_batch_an_item_waits_while_a_suspect_is_tried(ledger, manager, sent):

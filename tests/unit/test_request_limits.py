@@ -170,3 +170,13 @@ def test_numbers_that_main_computes_with_are_judged_as_received():
     assert judge_as_received({"n": 0}, True).startswith("n is 0")
     assert judge_as_received({"n": 0}, False) is None  # served as 1
     assert judge_as_received(None, False) is None
+
+
+def test_n_is_bounded_over_all_prompts_of_a_request():
+    assert judge_as_received({"n": 100}, True, prompts=100) is None
+    assert judge_as_received({"n": 10_000}, True, prompts=100).startswith("n is 10000 for 100 prompts")
+
+
+def test_stop_strings_that_would_keep_main_busy_are_refused():
+    assert judge_as_received({"stop": ["a" * 1000, "b"]}, False) is None
+    assert judge_as_received({"stop": ["a", "b" * 10**6]}, False).startswith("stop has 1000000 characters")
