@@ -134,7 +134,7 @@ def test_probes_say_503(down, path, method):
 def test_a_websocket_is_refused(down):
     key = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
     connection = http.client.HTTPConnection("127.0.0.1", down.port, timeout=30)
-    connection.request("GET", "/v1/realtime", headers=key | {"Sec-WebSocket-Key": "c2l4dGVlbiBieXRlcyE="})
+    connection.request("GET", "/v1/realtime", headers=key | {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="})
     assert connection.getresponse().status == 403
     connection.close()
 
