@@ -94,7 +94,8 @@ def _receive(generation: Generation, index: int) -> dict[str, Any]:
         status, payload = generation.ranks[index].pipe.recv()
     except (EOFError, OSError):
         crash = generation.ranks[index].crash()
-        raise StartFailed(f"rank {index} died while it was starting {crash}".rstrip(), own=crash) from None
+        own = "a crash" if crash else ""  # the handler of one signal may die of another
+        raise StartFailed(f"rank {index} died while it was starting {crash}".rstrip(), own=own) from None
     if status != "ready":
         kind = KVUnusable if status == "unrestored" else StartFailed
         raise kind(f"rank {index}: {payload}", own=str(payload))

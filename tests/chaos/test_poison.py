@@ -162,11 +162,11 @@ def test_starts_that_crash_alike_are_given_up_early_and_tried_again_later(poison
             streams.wait_tokens(10)
             began = time.monotonic()
             kill_rank(poisoned, 0)
-            until(lambda: poisoned.status()["state"] == "down", "it does not give up")
-            assert time.monotonic() - began < 20, "it went on until its deadline"
+            until(lambda: poisoned.status()["state"] == "down", "it does not give up", timeout_s=60, poll_s=0.2)
+            assert time.monotonic() - began < 40, "it went on until its deadline"
             (history,) = streams.wait(10)
         said = f"{history.error} {history.finish_reason}"
-        assert "3 starts in a row failed in the same way" in said and "SIGSEGV" in said
+        assert "3 starts in a row failed in the same way" in said and "died while it was starting SIG" in said
         assert refusal(poisoned, GOOD[0])[0] == 503
     finally:
         poisoned.marker.unlink()
