@@ -73,9 +73,16 @@ def recovered(server: Server, fault: Fault, cause: str, device: int | None = Non
 def child_named(server: Server, title: str, grandchildren: bool = True) -> int:
     """The pid of the one descendant of ``server`` with this process title."""
     children = psutil.Process(server.pid).children(recursive=grandchildren)
-    found = [child.pid for child in children if title in " ".join(child.cmdline())]
+    found = [child.pid for child in children if title in _title(child)]
     assert len(found) == 1, f"{len(found)} processes are called {title}"
     return found[0]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended, reaped or not
+        return ""
 
 
 # ---- memory
