@@ -135,7 +135,7 @@ def test_a_websocket_is_refused(down):
     key = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
     connection = http.client.HTTPConnection("127.0.0.1", down.port, timeout=30)
     connection.request("GET", "/v1/realtime", headers=key | {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="})
-    assert connection.getresponse().status == 403
+    assert connection.getresponse().status == 503
     connection.close()
 
 

@@ -13,7 +13,7 @@ from histories import Unbroken, assert_identical, outcomes, prompt, request, unt
 from anchortp_sglang.bench.streams import Streams
 
 POISON = Path(__file__).parent / "poison"
-RAISES, DIES, HANGS, RAISES_LATER, RAISES_SOMEWHERE = ([7, n] for n in range(1, 6))
+RAISES, DIES, RAISES_LATER, RAISES_SOMEWHERE = ([7, n] for n in range(1, 5))
 """How prompts begin that poison/anchortp_poison.py makes ranks fail with."""
 GOOD = [request(prompt(2000 + seed, 30), 150) for seed in range(4)]
 
@@ -64,13 +64,6 @@ def test_it_is_ended_and_the_others_go_on(poisoned, unbroken, mark, words, most_
     assert_identical(expected, outcomes(streams.histories))
     generations = poisoned.wait_serving(before + 1)["generation"] - before
     assert 2 <= generations <= most_generations, "no fault, or too many"
-
-
-def test_one_that_hangs_is_ended_too(poisoned):
-    before = poisoned.status()["generation"]
-    code, text = refusal(poisoned, bad(HANGS))
-    assert code == 500 and "no rank made progress" in text
-    assert poisoned.wait_serving(before + 1)["generation"] - before <= 4
 
 
 def test_a_stream_and_a_batch_are_ended_too_and_of_the_batch_only_the_item(poisoned, unbroken):

@@ -6,11 +6,10 @@ poison; what it does, it does in the forward pass of each rank.
 
 import os
 import signal
-import time
 
 MARK = 7
-RAISE, DIE, HANG, RAISE_LATER, RAISE_SOMEWHERE = (MARK, 1), (MARK, 2), (MARK, 3), (MARK, 4), (MARK, 5)
-"""Raise; be killed by a signal; stand still; raise in a decode step; raise where the code has no single request."""
+RAISE, DIE, RAISE_LATER, RAISE_SOMEWHERE = (MARK, 1), (MARK, 2), (MARK, 3), (MARK, 4)
+"""Raise; be killed by a signal; raise in a decode step; raise where the code has no single request."""
 
 
 def load() -> None:
@@ -37,8 +36,6 @@ def _act(mark, decoding, request) -> None:
         raise RuntimeError("poisoned")
     if mark == DIE:
         os.kill(os.getpid(), signal.SIGSEGV)
-    if mark == HANG:
-        time.sleep(3600)
     if mark == RAISE_SOMEWHERE:
         del request
         _fail()
