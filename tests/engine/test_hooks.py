@@ -9,21 +9,28 @@ from importlib.metadata import entry_points
 import pytest
 
 from anchortp_sglang import manifest
+from anchortp_sglang.bench.server import free_port
+
+
+@pytest.fixture(scope="module")
+def port():
+    return free_port()
 
 
 @pytest.fixture
-def argv(checkpoint):
-    return ["--model-path", str(checkpoint["qwen3"]), "--tp-size", "2", "--max-total-tokens", "1024", "--port", "0"]
+def argv(checkpoint, port):
+    return f"--model-path {checkpoint['qwen3']} --tp-size 2 --max-total-tokens 1024 --port {port}".split()
 
 
 @pytest.fixture
-def public_run_dir(run_base):
+def public_run_dir(run_base, port):
     """--anchor-run-dir that is refused after the hooks have been installed: as far as these tests go."""
     folder = run_base / "tmp" / "base"
-    (folder / "run-0").mkdir(parents=True)
-    (folder / "run-0").chmod(0o755)
+    run_dir = folder / f"run-{port}"
+    run_dir.mkdir(parents=True)
+    run_dir.chmod(0o755)
     yield ["--anchor-run-dir", str(folder)]
-    (folder / "run-0").rmdir()
+    run_dir.rmdir()
     folder.rmdir()
 
 
