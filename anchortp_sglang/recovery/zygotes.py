@@ -28,6 +28,7 @@ class Zygotes:
         self._current = zygote
         self._reserve = reserve
         self._aside: list[Zygote] = []
+        self._ended = False
         self._spawned_at = -_LONGEST_PAUSE_S
         self._pause_s = _PAUSE_S
         # Guards the zygotes; never held while one is asked; ``kill`` may interrupt us.
@@ -67,7 +68,7 @@ class Zygotes:
 
     def _spawn_reserve(self) -> Zygote | None:
         """A new one, unless the last one was spawned a moment ago."""
-        if time.monotonic() - self._spawned_at < self._pause_s:
+        if self._ended or time.monotonic() - self._spawned_at < self._pause_s:
             return None
         self._spawned_at, self._pause_s = time.monotonic(), min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return spawn_zygote()
@@ -79,12 +80,15 @@ class Zygotes:
             return iter(zygotes if self._reserve is None else [*zygotes, self._reserve])
 
     def kill(self) -> None:
-        """End them all and, by their parent-death signals, all their children."""
+        """End them all and, by their parent-death signals, all their children; no other is spawned from now on."""
+        self._ended = True
         for zygote in self.all():
             zygote.kill()
 
     def _replace(self, failed: Zygote, error: ZygoteError) -> None:
         with self._lock:
+            if self._ended:
+                raise ZygoteError("the server ends")
             if self._current is not failed:
                 return  # another thread has done so
             reserve, self._reserve = self._reserve, None

@@ -84,3 +84,12 @@ def test_reserves_that_fail_again_and_again_are_spawned_more_and_more_seldom(spa
             spawned.made[-1].error = ZygoteError("it cannot import SGLang")
         now[0] += 1.0
     assert 5 <= len(spawned.made) <= 10
+
+
+def test_none_is_spawned_once_all_were_ended(spawned):
+    """By a thread that looks after them meanwhile: it would import SGLang for nobody."""
+    zygotes = Zygotes(Zygote(ZygoteError("silent")), None)
+    zygotes.kill()
+    with pytest.raises(ZygoteError, match="the server ends"):
+        zygotes.fork()
+    assert spawned.made == []
