@@ -57,7 +57,7 @@ class Request:
 
 @dataclass
 class Outcome:
-    """What became of a schedule's requests, by how they ended; ``generations``: how many there were."""
+    """Count a schedule's requests by how they ended, and its ``generations``."""
 
     finished: int = 0
     left: int = 0

@@ -133,7 +133,7 @@ class Storm:
         return verdict == RIGHT
 
     def _polled(self, server: Server) -> list[str]:
-        """What an operator can look at; /metrics may be off."""
+        """Ask the routes that an operator looks at; /metrics may be off."""
         codes = {path: call(server.url, "GET", path, None, _REFUSAL_TIMEOUT_S)[0] for path in _LOOKED_AT}
         for path, code in codes.items():
             if code not in (200, 404):

@@ -10,7 +10,7 @@ from anchortp_sglang.bench.storm_faults import Struck
 from anchortp_sglang.bench.tree import Tree, is_gone, is_stopped
 
 UNANSWERED = (OSError, ValueError, HTTPException)
-"""What bench.server.Server raises when the server does not answer, or breaks off."""
+"""Exceptions of bench.server.Server when the server does not answer, or breaks off."""
 
 _POLL_S = 0.05
 
@@ -35,7 +35,7 @@ def is_up(server: Server) -> bool:
 
 
 def state_of(server: Server) -> str:
-    """What its status says, or that it has none."""
+    """Describe the server's state, or say that it gives none."""
     try:
         status = server.status()
         return f"{status['state']}, generation {status['generation']}, {status['tp_size']} ranks"

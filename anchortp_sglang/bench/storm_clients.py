@@ -65,14 +65,14 @@ class Clients:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def open_streams(self) -> int:
-        """That have begun to receive."""
+        """Count the open streams that have begun to receive."""
         return sum(each.ended_at is None and each.last_at > 0 for each in self.asked)
 
     def last_token_at(self) -> float:
         return max((each.last_at for each in self.asked), default=0.0)
 
     def longest_wait_s(self) -> float:
-        """Of the requests that are open."""
+        """Return how long the oldest open request has waited."""
         return max((each.latency_s for each in self.asked if each.ended_at is None), default=0.0)
 
     def _live(self, rng: random.Random) -> None:
@@ -95,7 +95,7 @@ class Clients:
 
 
 def to_the_end(ask: Ask) -> Ask:
-    """The same request of a client that stays."""
+    """Return the same request without the client's leaving."""
     return replace(ask, way="whole")
 
 

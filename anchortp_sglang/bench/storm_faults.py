@@ -24,7 +24,7 @@ _SIGNALS = {
 
 @dataclass
 class Struck:
-    """What a blow did. ``pids``: who was struck; none if there was nobody. ``effect``: every one of them was seen
+    """Effect of a blow. ``pids``: who was struck; none if there was nobody. ``effect``: every one of them was seen
     dead, or stopped."""
 
     blow: Blow
