@@ -269,6 +269,7 @@ def _answer_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool
     if not request or not fds:
         return False  # main is gone
     _set_title("anchortp::zygote")
+    zygote = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:
@@ -276,7 +277,7 @@ def _answer_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool
         os.close(fds[0])
         return True
     if pid == 0:
-        _become_child(control, close_in_child, fds[0])
+        _become_child(zygote, control, close_in_child, fds[0])
     # Reaping happens in this thread only, so the pid cannot be reused before its pidfd is open.
     pidfd = os.pidfd_open(pid)
     socket.send_fds(control, [str(pid).encode()], [pidfd])
@@ -285,9 +286,9 @@ def _answer_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool
     return True
 
 
-def _become_child(control: socket.socket, close: tuple[int, ...], pipe_fd: int) -> None:
+def _become_child(zygote: int, control: socket.socket, close: tuple[int, ...], pipe_fd: int) -> None:
     try:
-        die_with_parent(os.getppid())
+        die_with_parent(zygote)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         control.close()
