@@ -3,20 +3,20 @@
 import os
 from typing import Any
 
-from anchortp_sglang import platform
+from anchortp_sglang.admission.checks import check_message
 from anchortp_sglang.options import from_kwargs
-from anchortp_sglang.refusals import check_message
+from anchortp_sglang.startup import device
 
 MAX_TP_SIZE = 8
 
 # SGLang reads its environment when it is imported, before any Engine can say how many ranks it wants.
 # Thread bindings of the user's own are checked when it is known.
-platform.prepare({"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
+device.prepare({"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
 
 from sglang.srt.entrypoints.engine import Engine as _StockEngine  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
-from anchortp_sglang import startup  # noqa: E402
+from anchortp_sglang.startup import start  # noqa: E402
 
 
 class Engine(_StockEngine):
@@ -28,11 +28,11 @@ class Engine(_StockEngine):
     def __init__(self, **kwargs: Any) -> None:
         options, rest = from_kwargs(kwargs)
         server_args = rest.get("server_args")
-        tp_size = server_args.tp_size if server_args is not None else platform.tp_size_of(rest)
+        tp_size = server_args.tp_size if server_args is not None else device.tp_size_of(rest)
         if tp_size > MAX_TP_SIZE:
             raise ValueError(f"tp_size is {tp_size}; an Engine takes at most {MAX_TP_SIZE}")
         server_args = server_args or _record(rest)
-        self._anchor_runtime: startup.Runtime | None = startup.start(server_args, options, serves_http=False)
+        self._anchor_runtime: start.Runtime | None = start.start(server_args, options, serves_http=False)
         try:
             super().__init__(server_args=server_args)
         except BaseException:
@@ -53,5 +53,5 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any]) -> Any:
-    flags = platform.prepare(kwargs).flags
+    flags = device.prepare(kwargs).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))

@@ -7,9 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from anchortp_sglang import early, ending, platform, preload, start_log
-from anchortp_sglang.cuda.probe import GpuFacts
+from anchortp_sglang import start_log
+from anchortp_sglang.hooks import preload
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
+from anchortp_sglang.platforms.cuda.probe import GpuFacts
+from anchortp_sglang.recovery import ending
+from anchortp_sglang.startup import device, preflight
 
 log = logging.getLogger("anchortp_sglang")
 
@@ -19,20 +22,20 @@ def main(argv: Sequence[str]) -> None:
     ending.end_at_once_on_signals()
     try:
         options, rest = split_argv(argv)
-        given = platform.given_flags(rest)
+        given = device.given_flags(rest)
         wants_help = "help" in given or "-h" in rest
-        gpus = [] if wants_help else platform.gpus_for(given, options.experimental_cuda)
-        defaults = platform.prepare({} if wants_help else given, gpus)
+        gpus = [] if wants_help else device.gpus_for(given, options.experimental_cuda)
+        defaults = device.prepare({} if wants_help else given, gpus)
         if not wants_help:
-            early.check_given(given, options.experimental_cuda)
-            early.check_run_base(options.run_dir)
-            preload.leave_out_other_models(early.architectures(given))
+            preflight.check_given(given, options.experimental_cuda)
+            preflight.check_run_base(options.run_dir)
+            preload.leave_out_other_models(preflight.architectures(given))
     except ValueError as error:
         _refuse(error)
     if wants_help:
         print_help()
         return
-    _serve(options, [*rest, *platform.as_arguments(defaults.flags)], platform.describe(defaults), gpus)
+    _serve(options, [*rest, *device.as_arguments(defaults.flags)], device.describe(defaults), gpus)
 
 
 def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequence[GpuFacts]) -> None:
@@ -41,19 +44,19 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequenc
     preload.import_sglang()
     from sglang.srt.server_args import prepare_server_args
 
-    from anchortp_sglang import startup
+    from anchortp_sglang.startup import start
 
     server_args = prepare_server_args(argv)
     log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
     start_log.step("SGLang is imported")
     try:
-        runtime = startup.start(server_args, options, serves_http=True, gpus=gpus)
-    except startup.REFUSALS as error:
+        runtime = start.start(server_args, options, serves_http=True, gpus=gpus)
+    except start.REFUSALS as error:
         _refuse(error)
     ending.on_end(runtime.close)
     try:
         _run_http_server(server_args, runtime, options)
-    except startup.START_FAILURES as error:
+    except start.START_FAILURES as error:
         print(f"anchortp: the server did not start: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
@@ -67,8 +70,8 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequenc
 def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> None:
     from sglang.srt.entrypoints import http_server
 
-    from anchortp_sglang.middleware import AnchorMiddleware
-    from anchortp_sglang.recovery.admission import NotAdmitted, answer_not_admitted
+    from anchortp_sglang.admission.hooks import NotAdmitted, answer_not_admitted
+    from anchortp_sglang.http.middleware import AnchorMiddleware
 
     def start_loop() -> None:
         start_log.step("HTTP is about to listen")
@@ -101,7 +104,7 @@ def _metrics(server_args: Any, runtime: Any) -> Any:
     """Our series, if SGLang serves /metrics."""
     if not server_args.enable_metrics:
         return None
-    from anchortp_sglang.recovery.metrics import Metrics
+    from anchortp_sglang.http.metrics import Metrics
 
     metrics = Metrics()
     runtime.coordinator.recoveries.on_finished.append(metrics.observe)

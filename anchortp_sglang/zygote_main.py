@@ -11,20 +11,23 @@ def main(control_fd: int, exits_fd: int) -> None:
     It ends when main's end of the socket closes. A parent-death signal would come when the thread of main that
     started it ends (prctl(2)), which may be long before.
     """
-    from anchortp_sglang import platform
-    from anchortp_sglang.recovery.exits import Exits
-    from anchortp_sglang.recovery.zygote import announce, serve, unfit_to_fork
+    from anchortp_sglang.recovery.processes.exits import Exits
+    from anchortp_sglang.recovery.processes.zygote import announce, serve, unfit_to_fork
+    from anchortp_sglang.startup import device
 
-    platform.install_stand_ins()
-    from anchortp_sglang import plugin, preload  # these import SGLang, which needs the stand-ins
-    from anchortp_sglang.recovery import wire
+    device.install_stand_ins()
+    from anchortp_sglang.hooks import (
+        preload,  # these import SGLang, which needs the stand-ins
+        table,  # these import SGLang, which needs the stand-ins
+    )
+    from anchortp_sglang.rank import messages
 
     preload.import_sglang()
     from sglang.srt.plugins import load_plugins
 
-    plugin.install_all(allow_drift=True)  # main has compared it already
+    table.install_all(allow_drift=True)  # main has compared it already
     load_plugins()
-    wire.register()
+    messages.register()
     reason = unfit_to_fork()
     if reason is not None:
         sys.exit(f"anchortp: the zygote cannot fork: {reason}")

@@ -4,7 +4,7 @@
 
 ``loss``: 8 streams with prompts of 2,000 tokens lose a device, with and without the mirror: how long until every stream
 has a new token, and what was reused. ``decode``: tokens per second of two servers, with and without a mirror, in turns.
-``commit``: what the page table costs rank 0 in a decode step of 32 requests. ``restore``: how fast lost and kept heads
+``commit``: what the slot table costs rank 0 in a decode step of 32 requests. ``restore``: how fast lost and kept heads
 get into a new segment, beside a plain copy of as many bytes into new memory.
 """
 
@@ -21,18 +21,18 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.streams import Streams
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
-from anchortp_sglang.memory.kept_slots import keep
-from anchortp_sglang.memory.kv_copy import KVSegment
-from anchortp_sglang.memory.kv_mirror import KVMirror, MirrorShape
-from anchortp_sglang.memory.kv_moving import move_kept
-from anchortp_sglang.memory.page_table import PageTable
-from anchortp_sglang.planning.kv_layout import KVPlan, kv_layout, kv_moves, whole_layout
-from anchortp_sglang.planning.model_axes import read_model_axes
-from anchortp_sglang.planning.ownership import split
-from anchortp_sglang.planning.reconfiguration import reconfigure
+from anchortp_sglang.kv.copy import KVSegment
+from anchortp_sglang.kv.mirror import KVMirror, MirrorShape
+from anchortp_sglang.kv.moving import move_kept
+from anchortp_sglang.kv.retained_slots import keep
+from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.planning.layout.kv_layout import KVPlan, kv_layout, kv_moves, whole_layout
+from anchortp_sglang.planning.model.axes import read_model_axes
+from anchortp_sglang.planning.ownership.ownership import split
+from anchortp_sglang.planning.placement.reconfiguration import reconfigure
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.streams import Streams
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 FLAGS = ("--dtype", "float32", "--device", "cpu", "--anchor-allow-injection")
 PROMPTS, PROMPT_TOKENS, TP = 8, 2000, 4
@@ -123,7 +123,7 @@ def measure_commit(requests_per_step: int = 32, steps: int = 400) -> None:
     """A step's commit as rank 0 makes it, with and without the caches displaced by 32 MiB in between."""
     for name, displaced in (("warm caches", np.zeros(1)), ("caches displaced", np.zeros(4 << 20))):
         slots = 1 << 16
-        table = PageTable.create(bytearray(PageTable.nbytes(slots)), slots, b"bench")
+        table = SlotTable.create(bytearray(SlotTable.nbytes(slots)), slots, b"bench")
         free = iter(range(1, slots))
         last = [next(free) for _ in range(requests_per_step)]
         for slot in last:
@@ -137,7 +137,7 @@ def measure_commit(requests_per_step: int = 32, steps: int = 400) -> None:
             table.commit_tokens(zip(new, tokens, last, strict=True))
             took.append(time.perf_counter() - began)
             last = new
-        print(f"page-table commit, {name}: {1e6 * statistics.median(took):.1f} us per step of {requests_per_step} "
+        print(f"slot-table commit, {name}: {1e6 * statistics.median(took):.1f} us per step of {requests_per_step} "
               f"requests (least {1e6 * min(took):.1f} us)")  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def measure_restore(rows: int = 16384) -> None:
     old = split(model, (0, 1, 2, 3))
     new = reconfigure(model, old, (0, 1, 3))
     rank = max(range(3), key=lambda each: new.units("kv_head", each))
-    table = PageTable.create(bytearray(PageTable.nbytes(rows)), rows, b"bench")
+    table = SlotTable.create(bytearray(SlotTable.nbytes(rows)), rows, b"bench")
     table.commit_run(np.arange(1, rows), np.arange(1, rows) % 999, 0)
     shape = MirrorShape(whole_layout(model, rows, plan.unit_bytes(model)), table.entries().seed)
     mirror = KVMirror.attach_or_create(filled(shape.nbytes), shape)

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from anchortp_sglang.bench import tiny_families
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
-from anchortp_sglang.planning.families import FAMILIES
+from anchortp_sglang.planning.model.families import FAMILIES
+from anchortp_sglang.testing import tiny_families
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 RESULTS = Path(__file__).parent.parent / "docs" / "models.json"
 DEVICES = (2, 3, 4)

@@ -13,7 +13,7 @@ from typing import Any
 
 from table_page import publish
 
-from anchortp_sglang.planning.families import FAMILIES
+from anchortp_sglang.planning.model.families import FAMILIES
 
 RESULTS = Path(__file__).parent.parent / "docs" / "models.json"
 HEADINGS = (

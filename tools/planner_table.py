@@ -11,11 +11,11 @@ from pathlib import Path
 
 from table_page import publish
 
-from anchortp_sglang.planning.catalog import read_plan_model
-from anchortp_sglang.planning.changes import Change
-from anchortp_sglang.planning.machines import machine
-from anchortp_sglang.planning.scenario import Scenario, answer_all
-from anchortp_sglang.planning.what_if import WhatIf
+from anchortp_sglang.planning.model.catalog import read_plan_model
+from anchortp_sglang.planning.prediction.changes import Change
+from anchortp_sglang.planning.prediction.presets import machine
+from anchortp_sglang.planning.prediction.scenario import Scenario, answer_all
+from anchortp_sglang.planning.prediction.what_if import WhatIf
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "unit" / "configs"
 MODELS = {

@@ -23,11 +23,12 @@ WARM_UP_STEPS = 20
 
 def serve() -> None:
     """Be the server; rank 0 leaves the times of its steps in the file named by the environment."""
-    from anchortp_sglang import launch_server, platform
+    from anchortp_sglang import launch_server
+    from anchortp_sglang.startup import device
 
-    platform.prepare(platform.given_flags(sys.argv[1:]))  # before SGLang is imported
-    from anchortp_sglang import plugin
-    from anchortp_sglang.elastic import prefixes
+    device.prepare(device.given_flags(sys.argv[1:]))  # before SGLang is imported
+    from anchortp_sglang.hooks import table
+    from anchortp_sglang.rank.kv import prefixes
 
     spent: dict[str, float] = defaultdict(float)
     steps: list[dict[str, float]] = []
@@ -52,7 +53,7 @@ def serve() -> None:
         if len(steps) % 50 == 0 and prefixes._table is not None:  # rank 0
             Path(os.environ[RESULT]).write_text(json.dumps(steps))
 
-    around = plugin.Hook(
+    around = table.Hook(
         "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
         "process_batch_result_decode",
         "after",
@@ -62,16 +63,16 @@ def serve() -> None:
     hooks = [
         replace(hook, function=timed(f"{hook.function.__module__.rsplit('.', 1)[-1]}.{hook.function.__name__}",
                                      hook.function))
-        for hook in plugin.HOOKS if hook.kind in ("before", "after") and not hook.target.endswith("__init__")
+        for hook in table.HOOKS if hook.kind in ("before", "after") and not hook.target.endswith("__init__")
     ]  # fmt: skip
     timed_targets = {hook.target for hook in hooks}
-    plugin.HOOKS = (*(h for h in plugin.HOOKS if h.target not in timed_targets), *hooks, around)
+    table.HOOKS = (*(h for h in table.HOOKS if h.target not in timed_targets), *hooks, around)
     launch_server.main(sys.argv[1:])
 
 
 def measure(tp: int, streams: int, tokens: int) -> None:
-    from anchortp_sglang.bench.server import Server
-    from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+    from anchortp_sglang.testing.server import Server
+    from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="atp") as name:
         folder = Path(name)

@@ -7,11 +7,11 @@ Models that run on 512 devices do not exist yet; that one is made up, with enoug
 import time
 from collections.abc import Sequence
 
-from anchortp_sglang.planning.catalog import read_plan_model
-from anchortp_sglang.planning.layer_ownership import LayerOwnership
-from anchortp_sglang.planning.migration import FAMILIES, plan_migration
-from anchortp_sglang.planning.placement import equal_split
-from anchortp_sglang.planning.plan_model import PlanModel
+from anchortp_sglang.planning.model.catalog import read_plan_model
+from anchortp_sglang.planning.model.plan_model import PlanModel
+from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership
+from anchortp_sglang.planning.placement.migration import FAMILIES, plan_migration
+from anchortp_sglang.planning.placement.place import equal_split
 
 QWEN3_235B_A22B = {
     "architectures": ["Qwen3MoeForCausalLM"],

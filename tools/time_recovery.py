@@ -15,12 +15,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from anchortp_sglang import timeline_rows
 from anchortp_sglang.bench.load import Load
 from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize, make_model
 from anchortp_sglang.bench.recovery_stats import percentile
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.recovery.report import stages
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.streams import Streams
 
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--anchor-allow-injection")
 
@@ -72,7 +72,7 @@ def with_server(model, options, folder, faults, records, pauses, starts) -> None
 def show(records, pauses, starts) -> None:
     took = defaultdict(list)
     for record in records:
-        server, *ranks = timeline_rows.rows(record)
+        server, *ranks = stages.rows(record)
         for bar in server.bars:
             took["server", bar.stage].append(bar.took_s)
         for stage in dict.fromkeys(bar.stage for row in ranks for bar in row.bars):

@@ -3,7 +3,7 @@
 
 PYTHONPATH=. python tools/time_start.py [--family qwen3_moe] [--tp 2] [--runs 3]
 
-Stock's processes are forked here from one that has imported SGLang (bench/stock_server.py), where SGLang by itself
+Stock's processes are forked here from one that has imported SGLang (testing/stock_server.py), where SGLang by itself
 spawns each of them anew: its times are better than an operator's.
 """
 
@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
-MODULES = {"ours": "anchortp_sglang.launch_server", "stock": "anchortp_sglang.bench.stock_server"}
+MODULES = {"ours": "anchortp_sglang.launch_server", "stock": "anchortp_sglang.testing.stock_server"}
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "4096", "--skip-server-warmup")
 REQUEST = {"input_ids": [1, 2, 3], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
 

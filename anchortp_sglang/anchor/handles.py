@@ -14,13 +14,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from anchortp_sglang.anchor.messages import (
-    FRAME_HEADER_BYTES,
-    MAX_MESSAGE_BYTES,
-    Reply,
-    frame,
-    frame_length,
-)
+from anchortp_sglang.anchor.messages import FRAME_HEADER_BYTES, MAX_MESSAGE_BYTES, Reply, frame, frame_length
 
 __all__ = ["HandleListener"]
 

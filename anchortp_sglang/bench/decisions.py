@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from anchortp_sglang.recovery.isolation import Evidence, Isolation
-from anchortp_sglang.recovery.machine import (
+from anchortp_sglang.recovery.requests.isolation import Evidence, Isolation
+from anchortp_sglang.recovery.state_machine import (
     Action,
     Event,
     EventKind,

@@ -15,14 +15,14 @@ import tempfile
 import time
 import urllib.error
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from anchortp_sglang.bench.demo_view import Screen, fault_table, verdict
-from anchortp_sglang.bench.openai_streams import ClientStream, OpenAIStreams
-from anchortp_sglang.bench.server import Server, ServerFailed
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.bench.demo_view import Fault, Screen, fault_table, verdict
+from anchortp_sglang.testing.openai_streams import ClientStream, OpenAIStreams
+from anchortp_sglang.testing.server import Server, ServerFailed
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 TP_SIZE = 4
 KILLED_DEVICE, LOST_DEVICE = 1, 2
@@ -37,18 +37,6 @@ PROMPTS = (
     "Who takes over the load when an anchor is lost?",
 )
 _RECOVERY_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault and what followed. Times are this process's time.monotonic(); ``recovery`` is the server's account."""
-
-    title: str
-    at: float
-    until: float
-    devices_before: int
-    devices_after: int
-    recovery: dict[str, Any]
 
 
 class DemoFailed(RuntimeError):

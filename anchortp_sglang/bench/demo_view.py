@@ -6,10 +6,11 @@ Without a terminal only the lines and the table are printed.
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
@@ -17,11 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from anchortp_sglang.bench.openai_streams import ClientStream, OpenAIStreams
-from anchortp_sglang.bench.server import Server
-
-if TYPE_CHECKING:
-    from anchortp_sglang.bench.demo import Fault
+from anchortp_sglang.testing.openai_streams import ClientStream, OpenAIStreams
+from anchortp_sglang.testing.server import Server
 
 _POLL_S = 0.2
 _PLAIN_PROGRESS_S = 3.0
@@ -38,6 +36,18 @@ _START_PHASES = (
     ("Uvicorn running", "HTTP is up; first request as a warm-up"),
 )
 """Text in the server's log -> what the server does from there on."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault and what followed. Times are this process's time.monotonic(); ``recovery`` is the server's account."""
+
+    title: str
+    at: float
+    until: float
+    devices_before: int
+    devices_after: int
+    recovery: dict[str, Any]
 
 
 class Screen:
@@ -209,7 +219,7 @@ def _total(clients: OpenAIStreams) -> Text:
     return Text(f"{clients.tokens} of {clients.max_tokens * len(clients.streams)} tokens in 8 streams")
 
 
-def fault_table(faults: Sequence["Fault"], streams: Sequence[ClientStream]) -> Table:
+def fault_table(faults: Sequence[Fault], streams: Sequence[ClientStream]) -> Table:
     """A column for each fault: what clients saw, and what the server did."""
     table = Table(
         title="what happened",
@@ -227,7 +237,7 @@ def fault_table(faults: Sequence["Fault"], streams: Sequence[ClientStream]) -> T
     return table
 
 
-def _column(fault: "Fault", until: float, streams: Sequence[ClientStream]) -> dict[str, str]:
+def _column(fault: Fault, until: float, streams: Sequence[ClientStream]) -> dict[str, str]:
     recovery = fault.recovery
     pauses = [stream.pause_around(fault.at, fault.until) for stream in streams]
     lengths_s = [length_s for length_s, _ in pauses]

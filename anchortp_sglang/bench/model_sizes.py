@@ -26,6 +26,6 @@ _SHAPES: dict[ModelSize, dict[str, Any]] = {
 
 def make_model(folder: Path, size: ModelSize) -> Path:
     """Write the checkpoint; its folder."""
-    from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint  # imports numpy: not to be told the sizes
+    from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint  # imports numpy: not to be told the sizes
 
     return write_checkpoint(folder, "qwen3", **_SHAPES[size])

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from anchortp_sglang.bench.streams import History, follow
+from anchortp_sglang.testing.streams import History, follow
 
 _STILL_TO_COME = 20
 """Tokens; fewer may be on their way already."""

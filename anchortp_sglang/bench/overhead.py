@@ -13,9 +13,9 @@ from statistics import mean, median
 from typing import Any
 
 from anchortp_sglang.bench.load import Load
-from anchortp_sglang.bench.server import ServerFailed
 from anchortp_sglang.bench.sides import Ours, Side, SideName, Stock
-from anchortp_sglang.bench.streams import History, Streams
+from anchortp_sglang.testing.server import ServerFailed
+from anchortp_sglang.testing.streams import History, Streams
 
 ORDER: tuple[SideName, ...] = ("stock", "ours", "ours", "stock")
 

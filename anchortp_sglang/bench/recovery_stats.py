@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from anchortp_sglang.recovery.throughput import WINDOW_S, TokenCurve, time_to_peak
+from anchortp_sglang.recovery.report.throughput import WINDOW_S, TokenCurve, time_to_peak
 
 _IN_FLIGHT_S = 1.5
 """So long tokens may still arrive that were on their way when the fault came."""

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from anchortp_sglang.bench.recovery_stats import middle, times
-from anchortp_sglang.plan_picture import Box, Label, Picture
-from anchortp_sglang.timeline_rows import ticks
+from anchortp_sglang.recovery.report.stages import ticks
+from anchortp_sglang.views.picture import Box, Label, Picture
 
 Told = Mapping[str, Any]
 _WIDTH, _PANEL, _LEFT, _RIGHT, _TOP = 960, 150, 60, 20, 50

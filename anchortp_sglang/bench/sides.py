@@ -10,16 +10,16 @@ from typing import Literal, Protocol
 
 import psutil
 
-from anchortp_sglang.bench.memory import total_bytes
-from anchortp_sglang.bench.server import Server, ServerFailed
-from anchortp_sglang.bench.tree import Tree
-from anchortp_sglang.cpu.environment import cpu_defaults
-from anchortp_sglang.platform import as_arguments
-from anchortp_sglang.recovery.machine import Cause
+from anchortp_sglang.platforms.cpu.environment import cpu_defaults
+from anchortp_sglang.recovery.state_machine import Cause
+from anchortp_sglang.startup.device import as_arguments
+from anchortp_sglang.testing.memory import total_bytes
+from anchortp_sglang.testing.process_tree import Tree
+from anchortp_sglang.testing.server import Server, ServerFailed
 
 SideName = Literal["ours", "stock"]
 _START_TIMEOUT_S = 900.0
-_STAND_IN = "from anchortp_sglang.cpu import sgl_kernel_stub\n\nsgl_kernel_stub.install()\n"
+_STAND_IN = "from anchortp_sglang.platforms.cpu import sgl_kernel_stub\n\nsgl_kernel_stub.install()\n"
 
 
 class Side(Protocol):

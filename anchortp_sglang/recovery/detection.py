@@ -8,12 +8,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from anchortp_sglang.anchor.client import AnchorError
-from anchortp_sglang.elastic.attachment import HOST_DEVICE
-from anchortp_sglang.recovery.cluster import Cluster
-from anchortp_sglang.recovery.generation import Generation
-from anchortp_sglang.recovery.restore import restore_anchor
-from anchortp_sglang.recovery.threads import in_thread
+from anchortp_sglang.rank.attachment import HOST_DEVICE
+from anchortp_sglang.recovery.processes.anchor_respawn import restore_anchor
+from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.watch import DeathWatch, HangWatch, hung_ranks, watch_for_hang
+from anchortp_sglang.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Detection:
 
     def __init__(
         self,
-        cluster: Cluster,
+        processes: ServerProcesses,
         hang_timeout_s: float,
         serving: Callable[[], Generation | None],
         on_fault: Callable[[str], None],
@@ -39,9 +39,9 @@ class Detection:
         self.hung: set[int] = set()
         self.hung_since: float | None = None
         """When the ranks of the current generation last made progress (monotonic), if they hang."""
-        self.lanes: dict[int, mmap.mmap] = {}
+        self.control: dict[int, mmap.mmap] = {}
         """The counters of the current generation, by its number."""
-        self._cluster = cluster
+        self._processes = processes
         self._hang = HangWatch(hang_timeout_s)
         self._serving = serving
         self._on_fault = on_fault
@@ -55,7 +55,7 @@ class Detection:
 
     def watch(self, generation: Generation) -> None:
         """Watch its ranks, the detokenizer and the anchors; what is dead already is reported at once."""
-        deaths, detokenizer = self._deaths, self._cluster.detokenizer
+        deaths, detokenizer = self._deaths, self._processes.detokenizer
         assert deaths is not None and detokenizer is not None
         for index, child in enumerate(generation.ranks):
             deaths.watch(child.pidfd, lambda index=index: self._rank_died(generation, index))  # type: ignore[misc]
@@ -68,10 +68,10 @@ class Detection:
         if self._deaths is not None:
             self._deaths.stop()
 
-    def take_up(self, generation: Generation) -> None:
+    def reset(self, generation: Generation) -> None:
         """A new generation is the current one."""
         self.died, self.hung, self.hung_since = set(), set(), None
-        self.lanes.clear()  # in place: the watch for hangs holds on to it
+        self.control.clear()  # in place: the watch for hangs holds on to it
 
     def _rank_died(self, generation: Generation, index: int) -> None:
         self.died.update({index, *generation.dead()})
@@ -79,7 +79,7 @@ class Detection:
 
     def _watch_anchor(self, generation: Generation, device: int) -> None:
         assert self._deaths is not None
-        pidfd = self._cluster.anchors.processes[device].pidfd
+        pidfd = self._processes.anchors.processes[device].pidfd
         self._deaths.watch(pidfd, lambda: self._spawn(self._anchor_died(generation, device)))
 
     async def _anchor_died(self, generation: Generation, device: int) -> None:
@@ -87,7 +87,7 @@ class Detection:
         await asyncio.sleep(_ANCHOR_GRACE_S)
         if self._serving() is not generation:
             return
-        anchors = self._cluster.anchors
+        anchors = self._processes.anchors
         try:
             segments = await in_thread(restore_anchor, anchors, generation, device)
         except Exception as error:
@@ -100,12 +100,12 @@ class Detection:
             return
         self._watch_anchor(generation, device)
         try:
-            await in_thread(anchors.settle, generation)  # it may have died before that was done
+            await in_thread(anchors.seal_and_free, generation)  # it may have died before that was done
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 
     async def _watch_for_hangs(self) -> None:
         while True:
-            self.hung = hung_ranks(await watch_for_hang(self._hang, self._serving, self.lanes))
+            self.hung = hung_ranks(await watch_for_hang(self._hang, self._serving, self.control))
             self.hung_since = time.monotonic() - self._hang.waited_s
             self._on_fault(f"no rank made progress for {self._hang.waited_s:g} s")

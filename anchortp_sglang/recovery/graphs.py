@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from anchortp_sglang.recovery.generation import Generation
+from anchortp_sglang.recovery.processes.generation import Generation
 
 log = logging.getLogger(__name__)
 

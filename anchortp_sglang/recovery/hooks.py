@@ -6,12 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from anchortp_sglang.admission.checks import check_message
+from anchortp_sglang.admission.long_texts import is_long, run_in_thread
 from anchortp_sglang.recovery.coordinator import Coordinator
-from anchortp_sglang.recovery.down import ServerDown
-from anchortp_sglang.recovery.handover import log_ways
-from anchortp_sglang.recovery.ledger import TokenCountMismatch
-from anchortp_sglang.recovery.long_texts import is_long, run_in_thread
-from anchortp_sglang.refusals import check_message
+from anchortp_sglang.recovery.processes.descriptors import log_ways
+from anchortp_sglang.recovery.requests.down import ServerDown
+from anchortp_sglang.recovery.requests.inflight import TokenCountMismatch
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def launch_scheduler_processes(
     from sglang.srt.entrypoints.engine import SchedulerInitResult
 
     mine = coordinator()
-    mine.cluster.take_ports(port_args)
+    mine.processes.take_ports(port_args)
     mine.start_first()
     generation, infos = mine.generation, list[dict[str, Any]]()
     assert generation is not None
@@ -60,7 +60,7 @@ def launch_detokenizer(
     cls: type, server_args: Any, port_args: Any, run_detokenizer_process_func: Any
 ) -> tuple[list[Any], list[str]]:
     """REPLACE Engine._launch_detokenizer_subprocesses."""
-    coordinator().cluster.start_detokenizer(server_args)
+    coordinator().processes.start_detokenizer(server_args)
     return [], []
 
 
@@ -82,7 +82,7 @@ def _ignore_sigquit(signum: Any, frame: Any) -> None:
 def after_auto_create_handle_loop(result: None, tokenizer_manager: Any) -> None:
     """AFTER TokenizerManager.auto_create_handle_loop: its event loop is known from here on."""
     mine = coordinator()
-    if mine.ledger is None:
+    if mine.inflight is None:
         mine.attach(tokenizer_manager)
 
 
@@ -101,9 +101,9 @@ def _dispatch(message: Any) -> None:
     refusal = check_message(type(message).__name__)
     if refusal is not None:
         raise ValueError(refusal)
-    ledger = coordinator().ledger
-    assert ledger is not None
-    ledger.dispatch(message)
+    inflight = coordinator().inflight
+    assert inflight is not None
+    inflight.dispatch(message)
 
 
 async def around_tokenize_texts(original: Callable[..., Any], tokenizer_manager: Any, texts: Any, *args: Any) -> Any:
@@ -111,17 +111,17 @@ async def around_tokenize_texts(original: Callable[..., Any], tokenizer_manager:
     if not is_long(texts) or tokenizer_manager.async_dynamic_batch_tokenizer is not None:
         return await original(tokenizer_manager, texts, *args)
     tokens = await run_in_thread(original, tokenizer_manager, texts, *args)
-    ledger = coordinator().ledger
-    if ledger is not None and ledger.refusal is not None:  # the request's state is gone by now
-        raise ServerDown(ledger.refusal)
+    inflight = coordinator().inflight
+    if inflight is not None and inflight.refusal is not None:  # the request's state is gone by now
+        raise ServerDown(inflight.refusal)
     return tokens
 
 
 async def around_control_call(original: Callable[..., Any], communicator: Any, message: Any) -> Any:
     """AROUND FanOutCommunicator.__call__: ends if the server goes down before the ranks have answered."""
-    ledger = coordinator().ledger
-    assert ledger is not None
-    return await ledger.control_calls.run(original, communicator, message)
+    inflight = coordinator().inflight
+    assert inflight is not None
+    return await inflight.control_calls.run(original, communicator, message)
 
 
 async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:
@@ -130,13 +130,13 @@ async def around_handle_batch_output(original: Callable[..., Any], tokenizer_man
     Must not raise: print_exception_wrapper would kill the whole tree.
     """
     mine = coordinator()
-    assert mine.ledger is not None
+    assert mine.inflight is not None
     try:
-        fresh = mine.ledger.delivered(output)
+        fresh = mine.inflight.delivered(output)
     except TokenCountMismatch as error:
         mine.on_mismatch(error)
         return
     await original(tokenizer_manager, output)
-    mine.ledger.forget(output.rids)
+    mine.inflight.forget(output.rids)
     if fresh:
         mine.on_tokens(fresh)

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable
 
 from anchortp_sglang.anchor.client import AnchorError
-from anchortp_sglang.recovery.cluster import Cluster
-from anchortp_sglang.recovery.generation import Generation
-from anchortp_sglang.recovery.threads import in_thread
+from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
+from anchortp_sglang.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +21,16 @@ class Housekeeping:
     ``spare_ranks``: whether ranks are forked ahead of the next fault.
     """
 
-    def __init__(self, cluster: Cluster, spare_ranks: bool, serving: Callable[[], Generation | None]) -> None:
-        self._cluster = cluster
+    def __init__(self, processes: ServerProcesses, spare_ranks: bool, serving: Callable[[], Generation | None]) -> None:
+        self._processes = processes
         self._spare_ranks = spare_ranks
         self._serving = serving
 
     async def settle(self, generation: Generation) -> None:
         """Seal the weights of a new generation, and free those of the old one."""
         try:
-            await in_thread(self._cluster.anchors.settle, generation)
-            await in_thread(self._cluster.kv_capacity, generation.ownership)  # before the status asks on this loop
+            await in_thread(self._processes.anchors.seal_and_free, generation)
+            await in_thread(self._processes.kv_capacity, generation.ownership)  # before the status asks on this loop
         except AnchorError as error:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 
@@ -39,7 +39,7 @@ class Housekeeping:
         await asyncio.sleep(_FIRST_LOOK_S)
         while self._serving() is generation:
             try:
-                await in_thread(self._cluster.prepare_next, generation.ownership.tp_size, self._spare_ranks)
+                await in_thread(self._processes.prepare_next, generation.ownership.tp_size, self._spare_ranks)
             except Exception:
                 log.exception("anchortp: helpers were not looked after")  # they will be, the next time
             await asyncio.sleep(_LOOK_EVERY_S)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from anchortp_sglang.recovery.coordinator import Coordinator
-from anchortp_sglang.recovery.machine import Phase
-from anchortp_sglang.recovery.processes import is_dead, process_state
+from anchortp_sglang.recovery.processes.pidfd import is_dead, process_state
+from anchortp_sglang.recovery.state_machine import Phase
 
 _EFFECT_TIMEOUT_S = 5.0
 
@@ -29,7 +29,7 @@ async def inject(coordinator: Coordinator, device: int, kind: Any) -> str:
         raise InjectionError(f"device {device} is not serving; these are: {generation.ownership.devices}")
     child = generation.ranks[generation.ownership.devices.index(device)]
     # Its own descriptor: the coordinator closes the child's once the rank is reaped.
-    rank_fd, anchor = os.dup(child.pidfd), coordinator.cluster.anchors.processes[device]
+    rank_fd, anchor = os.dup(child.pidfd), coordinator.processes.anchors.processes[device]
     try:
         if kind == "hang":
             signal.pidfd_send_signal(rank_fd, signal.SIGSTOP)

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from anchortp_sglang.recovery import heartbeat
-from anchortp_sglang.recovery.processes import Usage, process_state, usage
+from anchortp_sglang.rank import heartbeat
+from anchortp_sglang.recovery.processes.pidfd import Usage, process_state, usage
 
 if TYPE_CHECKING:
-    from anchortp_sglang.recovery.generation import Generation
+    from anchortp_sglang.recovery.processes.generation import Generation
 
 _HANG_POLL_S = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -113,16 +113,16 @@ class HangWatch:
 
 
 async def watch_for_hang(
-    watch: HangWatch, current: Callable[[], Generation | None], lanes: Mapping[int, mmap.mmap]
+    watch: HangWatch, current: Callable[[], Generation | None], control: Mapping[int, mmap.mmap]
 ) -> Generation:
-    """Return the generation that hangs. ``current``: the one that serves, or None; ``lanes``: by generation."""
+    """Return the generation that hangs. ``current``: the one that serves, or None; ``control``: by generation."""
     while True:
         await asyncio.sleep(watch.poll_s)
         generation = current()
-        if generation is None or generation.number not in lanes:
+        if generation is None or generation.number not in control:
             watch.reset()
             continue
-        beats = heartbeat.read_beats(lanes[generation.number], generation.ownership.tp_size)
+        beats = heartbeat.read_beats(control[generation.number], generation.ownership.tp_size)
         seen = {child.pid: usage(child.pid) for child in generation.ranks}
         now = watch.time.advance(time.monotonic(), {pid: used for pid, used in seen.items() if used is not None})
         if watch.hung(generation.number, beats, now):

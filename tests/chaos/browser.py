@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.request
 
-from anchortp_sglang.bench.server import free_port
+from anchortp_sglang.testing.server import free_port
 
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 _FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")

@@ -7,8 +7,8 @@ import pytest
 from histories import Unbroken
 from remains import Place
 
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 ARGUMENTS = ("--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--anchor-allow-injection")
 HANG_TIMEOUT_S = 4

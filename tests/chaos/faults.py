@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 from histories import until
 
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.tree import is_gone
-from anchortp_sglang.recovery.processes import died_within
+from anchortp_sglang.recovery.processes.pidfd import died_within
+from anchortp_sglang.testing.process_tree import is_gone
+from anchortp_sglang.testing.server import Server
 
 DEATH_TIMEOUT_S = 10.0
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.streams import History, Streams
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.streams import History, Streams
 
 VOCABULARY = 480  # of the tiny checkpoint, without its special tokens
 _USAGE = ("prompt_tokens", "completion_tokens", "finish_reason")

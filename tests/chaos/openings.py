@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from remains import Remains
 
-from anchortp_sglang.bench.server import Server
+from anchortp_sglang.testing.server import Server
 
 _TITLES = {
     "sglang::scheduler": "rank",

@@ -9,7 +9,7 @@ import psutil
 from faults import holders, is_gone, memfds_of
 from histories import until
 
-from anchortp_sglang.bench.server import Server
+from anchortp_sglang.testing.server import Server
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,7 @@
 from faults import recovered
 from histories import assert_exactly_once, assert_identical, outcomes
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 
 def survive(server, requests, expected, fault, cause, tokens=15):

@@ -10,8 +10,8 @@ import pytest
 from faults import kill_rank, recovered
 from histories import assert_identical, outcomes, prompt, request
 
-from anchortp_sglang.bench.streams import Streams
-from anchortp_sglang.unsupported_requests import ROUTES
+from anchortp_sglang.admission.requests import ROUTES
+from anchortp_sglang.testing.streams import Streams
 
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
 COMPLETION = {"model": "default", "prompt": "hello", "max_tokens": 4}

@@ -6,7 +6,7 @@ import pytest
 from faults import assert_memory_is_gone, kill_rank, memfds_of, recovered
 from histories import assert_identical, outcomes, prompt, request
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(1100 + seed, 30), 60) for seed in range(4)]
 OTHERS = [request(prompt(1200 + seed, 30), 60) for seed in range(4)]

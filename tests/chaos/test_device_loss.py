@@ -21,8 +21,8 @@ from faults import (
 from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 from remains import Remains
 
-from anchortp_sglang.bench.streams import Streams
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.streams import Streams
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 REQUESTS = [request(prompt(1000 + seed, 40), 160) for seed in range(8)]
 

@@ -7,7 +7,7 @@ from faults import kill_rank, lose_device
 from histories import Unbroken, prompt, request
 from survival import survive
 
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 HOT = json.dumps(
     {"logical_count": [[50 if expert % 4 == layer % 4 else 1 for expert in range(16)] for layer in range(6)]}

@@ -5,7 +5,7 @@ from faults import kill_rank, lose_device
 from histories import Unbroken, prompt, request
 from survival import survive
 
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 REQUESTS = [request(prompt(5000 + seed, 90), 60) for seed in range(4)]
 

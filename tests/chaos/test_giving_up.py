@@ -13,7 +13,7 @@ from faults import assert_memory_is_gone, lose_device, memfds_of
 from histories import prompt, request, until
 from remains import Remains
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(1300 + seed, 40), 2000) for seed in range(4)]
 REASON = "--anchor-min-devices is 2"

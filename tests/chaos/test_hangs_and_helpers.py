@@ -8,8 +8,8 @@ from faults import Fault, child_named, kill, kill_rank, recovered
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 from tokenizers import Tokenizer
 
-from anchortp_sglang.bench.streams import Streams
-from anchortp_sglang.recovery.processes import process_state
+from anchortp_sglang.recovery.processes.pidfd import process_state
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(200 + seed, 30), 120) for seed in range(8)]
 

@@ -6,12 +6,12 @@ import pytest
 from faults import is_gone, kill, lose_device, recovered
 from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
-from anchortp_sglang.planning.kv_layout import KVPlan, fit_slots
-from anchortp_sglang.planning.model_axes import read_model_axes
-from anchortp_sglang.planning.ownership import InvalidOwnership, split
-from anchortp_sglang.planning.reconfiguration import reconfigure
-from anchortp_sglang.planning.shards import shard_layout
+from anchortp_sglang.planning.layout.kv_layout import KVPlan, fit_slots
+from anchortp_sglang.planning.layout.shards import shard_layout
+from anchortp_sglang.planning.model.axes import read_model_axes
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, split
+from anchortp_sglang.planning.placement.reconfiguration import reconfigure
+from anchortp_sglang.testing.streams import Streams
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 SLOTS, SLOTS_OF_THREE = 3000, 1000

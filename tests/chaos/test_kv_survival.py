@@ -7,7 +7,7 @@ import pytest
 from faults import kill_rank, lose_device, memfds_of, recovered
 from histories import Unbroken, ask_at_once, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1"}
 SYSTEM = prompt(1, 300)
@@ -106,17 +106,17 @@ def test_a_device_lost_while_another_fault_is_recovered_takes_no_kv_along(shrink
     assert_nothing_was_computed_twice(shrinking, shrinking.status()["recoveries"][-1], steps=8)
 
 
-def test_a_damaged_page_table_costs_its_kv_and_no_token(shrinking, unbroken):
+def test_a_damaged_slot_table_costs_its_kv_and_no_token(shrinking, unbroken):
     expected = unbroken(RUNNING)
 
     def fault(server):
-        overwrite(server, "page-table", b"\xff", second_half=False)
+        overwrite(server, "slot-table", b"\xff", second_half=False)
         recovered(server, kill_rank(server, 1), "process", device=-1)  # nobody is to blame for the second attempt
 
     run_with_a_cached_prompt(shrinking, expected, fault)
     record = shrinking.status()["recoveries"][-1]
     assert record["kv"]["slots_kept"] == 0
-    assert "page table: magic is" in shrinking.log.read_text()
+    assert "slot table: magic is" in shrinking.log.read_text()
 
 
 def test_what_is_read_back_decides_what_is_answered(shrinking, unbroken):

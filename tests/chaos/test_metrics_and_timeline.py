@@ -13,7 +13,7 @@ from histories import prompt, request, until
 from openings import disagreements, documented, openings
 from prometheus_client.parser import text_string_to_metric_families
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests/unit"))

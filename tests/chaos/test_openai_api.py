@@ -7,7 +7,7 @@ import pytest
 from faults import kill_rank, recovered
 from histories import assert_identical, outcomes, prompt, request
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 TOKENS = 110
 MESSAGES = [{"role": "user", "content": "Why does the sea wait for the ship? ⚓"}]

@@ -17,7 +17,7 @@ from histories import (
     until,
 )
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 RUNNING = [request(prompt(500 + seed, 25), 100) for seed in range(4)]
 ARRIVING = [request(prompt(600 + seed, 128), 20) for seed in range(4)]

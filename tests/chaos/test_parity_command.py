@@ -8,7 +8,7 @@ import sys
 import pytest
 from remains import Place
 
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 SHAPE = {"num_layers": 4}
 

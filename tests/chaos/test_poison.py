@@ -10,7 +10,7 @@ import pytest
 from faults import kill, kill_rank, recovered
 from histories import Unbroken, assert_identical, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 POISON = Path(__file__).parent / "poison"
 RAISES, DIES, RAISES_LATER, RAISES_SOMEWHERE = ([7, n] for n in range(1, 5))

@@ -9,7 +9,7 @@ import pytest
 from faults import kill_rank, recovered
 from histories import assert_identical, outcomes, prompt, request
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(4500 + seed, 30), 120) for seed in range(4)]
 PROBES = ("/health", "/health_generate", "/ready", "/ping")

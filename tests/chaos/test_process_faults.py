@@ -7,7 +7,7 @@ import pytest
 from faults import kill_rank, recovered
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 SHORT = [request(prompt(seed, 12 + 5 * seed), 120) for seed in range(8)]
 LONG = [request(prompt(100 + seed, 700), 24) for seed in range(5)]

@@ -7,7 +7,7 @@ import pytest
 from faults import kill_rank, recovered
 from histories import assert_identical, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(1500 + seed, 30), 80) for seed in range(2)]
 NOTICED_S = 5.0

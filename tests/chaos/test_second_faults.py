@@ -8,7 +8,7 @@ import pytest
 from faults import is_gone, kill, kill_rank
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(400 + seed, 40), 100) for seed in range(8)]
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from faults import kill_rank, recovered
 from histories import ask_at_once, assert_identical, flush, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 FIRST_WORD = prompt(7, 1)
 ALIKE = [[*FIRST_WORD, *prompt(100 + n, 20 + 3 * n)] for n in range(8)]

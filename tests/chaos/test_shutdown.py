@@ -13,8 +13,8 @@ from histories import prompt, request, until
 from remains import Place, Remains, shm
 
 from anchortp_sglang.anchor.rundir import prepare_run_dir, remove_run_dir
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.streams import Streams
 
 ENDLESS = [request(prompt(1400 + seed, 40), 3000) for seed in range(2)]
 SHORT = [request(prompt(1410 + seed, 40), 150) for seed in range(2)]

@@ -11,8 +11,8 @@ import pytest
 from faults import child_named, is_gone, kill_rank, recovered
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
-from anchortp_sglang.recovery.processes import process_state
+from anchortp_sglang.recovery.processes.pidfd import process_state
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(1500 + seed, 30), 110) for seed in range(4)]
 RESUMED_S = 8.0

@@ -4,10 +4,10 @@ from collections import deque
 
 import pytest
 
-from anchortp_sglang.bench import storm_log
-from anchortp_sglang.bench.storm import Storm
-from anchortp_sglang.bench.storm_view import summary
-from anchortp_sglang.bench.tree import Tree
+from anchortp_sglang.bench.storm import log as storm_log
+from anchortp_sglang.bench.storm.run import Storm
+from anchortp_sglang.bench.storm.view import summary
+from anchortp_sglang.testing.process_tree import Tree
 
 SEED, FAULTS, CLIENTS = 11, 16, 6
 KINDS = "rank:kill,rank:crash,two-ranks:kill,all-ranks:kill,anchor:kill,host-anchor:kill,detokenizer:kill,spare:kill"

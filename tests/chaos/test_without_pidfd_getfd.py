@@ -7,8 +7,8 @@ from histories import assert_exactly_once, assert_identical, outcomes, prompt, r
 from no_pidfd_getfd import is_filtered
 from remains import ROOT
 
-from anchortp_sglang.bench.server import run_streams
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.server import run_streams
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(5000 + seed, 30), 300) for seed in range(2)]
 PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/unit'}"}

@@ -8,7 +8,7 @@ import leftovers
 import pytest
 from forge import Forge
 
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 CHECKPOINTS = {
     "qwen3": {"num_layers": 4, "shards": 2},

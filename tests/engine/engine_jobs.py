@@ -18,8 +18,8 @@ def stock_generate(model, prompts, max_new_tokens, latents):
     run the same code, without importing it again. ``latents``: tell it how to attend over them on a CPU."""
     from sglang.srt.entrypoints.engine import Engine
 
-    from anchortp_sglang.cpu import latent_attention
-    from anchortp_sglang.cpu.environment import cpu_defaults
+    from anchortp_sglang.platforms.cpu import latent_attention
+    from anchortp_sglang.platforms.cpu.environment import cpu_defaults
 
     if latents:
         latent_attention.register()
@@ -78,20 +78,20 @@ def anchored_generate_with_a_wrong_rule(family, rule, change, **arguments):
 
 def _make_a_mistake(family, rule, change):
     """``change`` is made to the family's rule named ``rule``, or None to leave the rule out."""
-    from anchortp_sglang.planning import model_axes
+    from anchortp_sglang.planning.model import axes
 
-    table = model_axes.FAMILIES[family]
+    table = axes.FAMILIES[family]
     part = next(part for part in ("layer", "dense", "sparse") if any(one.name == rule for one in getattr(table, part)))
     rules = getattr(table, part)
     changed = [one if one.name != rule else change and replace(one, **_tuples(change)) for one in rules]
-    model_axes.FAMILIES[family] = replace(table, **{part: tuple(filter(None, changed))})
+    axes.FAMILIES[family] = replace(table, **{part: tuple(filter(None, changed))})
 
 
 def launch_with_a_hook(argv, target):
     """The same, with one hook more."""
-    from anchortp_sglang import plugin
+    from anchortp_sglang.hooks import table
 
-    plugin.HOOKS += (plugin.Hook(target, "before", launch, "only a test"),)
+    table.HOOKS += (table.Hook(target, "before", launch, "only a test"),)
     launch(argv)
 
 
@@ -106,7 +106,7 @@ def launch_with_a_rival(argv, target):
 
 def launch_with_a_manifest(argv, path):
     """The same, with another manifest."""
-    from anchortp_sglang import manifest
+    from anchortp_sglang.hooks import manifest
 
     manifest.manifest_path = lambda: Path(path)
     launch(argv)
@@ -117,20 +117,20 @@ def hooks_of_a_preloaded_process():
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from anchortp_sglang import hooking, plugin
+    from anchortp_sglang.hooks import install, table
 
     load_plugins()
     before = sorted({source.plugin_name for hooks in HookRegistry._hooks.values() for _, _, source in hooks if source})
-    originals = hooking._originals(plugin.HOOKS)
-    plugin.install_all()
-    hooking.verify(plugin.HOOKS, originals)
-    return before, sorted(HookRegistry._patched), sorted({hook.target for hook in plugin.HOOKS})
+    originals = install._originals(table.HOOKS)
+    table.install_all()
+    install.verify(table.HOOKS, originals)
+    return before, sorted(HookRegistry._patched), sorted({hook.target for hook in table.HOOKS})
 
 
 def manifest_text(path):
-    from anchortp_sglang import manifest, plugin
+    from anchortp_sglang.hooks import manifest, table
 
-    manifest.write_manifest(plugin.HOOKS, Path(path))
+    manifest.write_manifest(table.HOOKS, Path(path))
     return manifest.manifest_path().read_text(encoding="utf-8"), Path(path).read_text(encoding="utf-8")
 
 
@@ -151,7 +151,7 @@ def engine_refusals(model, cases):
 def generate_through_a_kill(model, prompt, max_new_tokens, victim, **arguments):
     """A stream whose rank ``victim`` is killed after ten tokens, and the same request before that."""
     from anchortp_sglang import Engine
-    from anchortp_sglang.recovery.status import status
+    from anchortp_sglang.http.status import status
 
     engine = Engine(model_path=model, **ENGINE_FLAGS, **arguments)
     sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
@@ -223,8 +223,9 @@ def _tuples(value):
 def audited_generate(model, path, waves, max_new_tokens, **arguments):
     """How many tokens of these waves of prompts, each one batch, were cached. Before each prefill's result the page
     table is audited, in a line of ``path``: slots that are free, that are free but have an entry, that verify."""
-    from anchortp_sglang import Engine, plugin
-    from anchortp_sglang.elastic import prefixes
+    from anchortp_sglang import Engine
+    from anchortp_sglang.hooks import table
+    from anchortp_sglang.rank.kv import prefixes
 
     def audit(processor, batch, *args, **kwargs):
         table = prefixes._table
@@ -232,13 +233,13 @@ def audited_generate(model, path, waves, max_new_tokens, **arguments):
             free = processor.token_to_kv_pool_allocator.get_all_free_pages().numpy()
             with Path(path).open("a") as lines:
                 stale = int((table._hash[free] != 0).sum())
-                lines.write(json.dumps({"free": len(free), "stale": stale, "kept": len(table.kept_slots())}) + "\n")
+                lines.write(json.dumps({"free": len(free), "stale": stale, "kept": len(table.retained_slots())}) + "\n")
 
     target = (
         "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
         "process_batch_result_prefill"
     )
-    plugin.HOOKS += (plugin.Hook(target, "before", audit, "only a test"),)
+    table.HOOKS += (table.Hook(target, "before", audit, "only a test"),)
     engine = Engine(model_path=model, anchor_allow_drift=True, **ENGINE_FLAGS | arguments)
     sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
     cached = 0
@@ -254,13 +255,14 @@ def load_beside_stock(argv):
     second model, and the start ends with how many parameters of ours are equal, or which are not."""
     from sglang.srt.model_loader.weight_utils import safetensors_weights_iterator
 
-    from anchortp_sglang import early, refusals, startup
-    from anchortp_sglang.elastic import weights
+    from anchortp_sglang.admission import checks
+    from anchortp_sglang.rank.weights import loader
+    from anchortp_sglang.startup import preflight, start
 
-    for module in (early, startup):
+    for module in (preflight, start):
         module.refuse_layout_only = lambda model: None
-    refusals._check_device = lambda *arguments: []
-    bind, build = weights.bind, weights._initialize_model
+    checks._check_device = lambda *arguments: []
+    bind, build = loader.bind, loader._initialize_model
     stock = []
 
     def build_two(*arguments):
@@ -269,14 +271,14 @@ def load_beside_stock(argv):
 
     def compare(model, attachment):
         bind(model, attachment)
-        weights._filler.wait()
+        loader._filler.wait()
         files = sorted(attachment.assignment.checkpoint.glob("*.safetensors"))
         stock[0].load_weights(safetensors_weights_iterator([str(file) for file in files]))
         ours, theirs = (dict(one.named_parameters()) for one in (model, stock[0]))
         differ = [name for name in theirs if not _same_bytes(ours[name], theirs[name])]
         raise RuntimeError(f"{len(theirs) - len(differ)} parameters are equal, {len(differ)} differ: {differ[:4]}")
 
-    weights.bind, weights._initialize_model = compare, build_two
+    loader.bind, loader._initialize_model = compare, build_two
     launch(argv)
 
 
@@ -300,7 +302,7 @@ def generate_until_down(model, prompt, max_new_tokens):
     info = {"get_server_info": lambda: engine.get_server_info()["max_total_num_tokens"], "flush": engine.flush_cache}
     kill_and_wait(coordinator.generation.ranks[1].pid)
     given = [("recovering", *_timed(call)) for call in calls.values()]
-    kill_and_wait(coordinator.cluster.anchors.processes[1].pid)
+    kill_and_wait(coordinator.processes.anchors.processes[1].pid)
     kill_and_wait(coordinator.generation.ranks[1].pid)
     given.append(("going down", *_timed(calls["generate"])))
     for _ in range(2):

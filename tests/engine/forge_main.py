@@ -16,10 +16,10 @@ import traceback
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from anchortp_sglang import platform
+    from anchortp_sglang.startup import device
 
-    platform.prepare({"tp_size": 8})  # as anchortp_sglang.engine does
-    from anchortp_sglang import manifest, preload
+    device.prepare({"tp_size": 8})  # as anchortp_sglang.engine does
+    from anchortp_sglang.hooks import manifest, preload
 
     preload.import_sglang()
     manifest.installed_drift()  # keeps the sources that it has parsed

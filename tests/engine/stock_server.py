@@ -1,6 +1,6 @@
 """``python -m stock_server``: stock SGLang's server, on machines where sgl_kernel cannot load."""
 
-from anchortp_sglang.cpu import sgl_kernel_stub
+from anchortp_sglang.platforms.cpu import sgl_kernel_stub
 
 sgl_kernel_stub.install()  # at module level: every spawned child imports this module again
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anchortp_sglang.anchor.rundir import prepare_run_dir
-from anchortp_sglang.bench.server import free_port
+from anchortp_sglang.testing.server import free_port
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from anchortp_sglang.bench.server import Server
+from anchortp_sglang.testing.server import Server
 
 LIMIT_BYTES = 3 << 30
 ASK = {"text": "The capital of France is", "sampling_params": {"max_new_tokens": 24, "temperature": 0}}

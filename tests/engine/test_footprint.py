@@ -7,10 +7,10 @@ from pathlib import Path
 import footprint
 import pytest
 
-from anchortp_sglang.bench.memory import total_bytes
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.cpu.environment import cpu_defaults
-from anchortp_sglang.platform import as_arguments
+from anchortp_sglang.platforms.cpu.environment import cpu_defaults
+from anchortp_sglang.startup.device import as_arguments
+from anchortp_sglang.testing.memory import total_bytes
+from anchortp_sglang.testing.server import Server
 
 TP_SIZE = 4
 FLAGS = ["--dtype", "float32", "--max-total-tokens", "16384"]

@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from anchortp_sglang import manifest
-from anchortp_sglang.bench.server import free_port
+from anchortp_sglang.hooks import manifest
+from anchortp_sglang.testing.server import free_port
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def run(command, path=None):
 def test_the_wheel_names_its_command_and_its_requirements(installed):
     (distribution,) = distributions(name="anchortp-sglang", path=[str(installed)])
     commands = distribution.entry_points.select(group="console_scripts")
-    assert [(command.name, command.value) for command in commands] == [("anchortp", "anchortp_sglang.cli:main")]
+    assert [(command.name, command.value) for command in commands] == [("anchortp", "anchortp_sglang.cli.app:main")]
     assert "sglang==0.5.23" in distribution.requires
     assert {path.parts[0] for path in distribution.files} <= {"..", "anchortp_sglang", *_info(distribution)}
 

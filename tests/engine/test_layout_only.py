@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from anchortp_sglang.bench.server import free_port
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
-from anchortp_sglang.bench.tiny_quantized import write_quantized
+from anchortp_sglang.testing.server import free_port
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.tiny_quantized import write_quantized
 
 SHAPE = {"num_layers": 2, "num_q_heads": 8, "num_kv_heads": 4}
 GROUP = 32

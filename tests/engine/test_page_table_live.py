@@ -1,4 +1,4 @@
-"""The page table of a busy server whose pool is too small: what is free has no entry, what is cached has one."""
+"""The slot table of a busy server whose pool is too small: what is free has no entry, what is cached has one."""
 
 import json
 

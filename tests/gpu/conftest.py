@@ -11,8 +11,8 @@ import pytest
 from arena_platforms import gpu_uuid
 from remains import Place
 
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 MODEL_FLAGS = (
     "--dtype",
@@ -83,7 +83,7 @@ def stock(checkpoint, tmp_path_factory):
     @contextlib.contextmanager
     def stock():
         log = tmp_path_factory.mktemp("stock") / "log"
-        module = "anchortp_sglang.bench.stock_server"
+        module = "anchortp_sglang.testing.stock_server"
         server = Server(checkpoint, 1, *flags(), "--disable-cuda-graph", module=module, log=log)
         try:
             server.start(START_TIMEOUT_S)

@@ -8,7 +8,7 @@ import pytest
 from faults import kill_rank, recovered
 from histories import prompt, request, until
 
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 TFS_S = 3.0
 REQUESTS = [request(prompt(seed, 40), 120) for seed in range(4)]

@@ -34,7 +34,7 @@ def seconds(work):
 
 def moved(device, make):
     """A mover's own work, without its buffers, which a rank makes once."""
-    from anchortp_sglang.cuda.mover import CudaMover
+    from anchortp_sglang.platforms.cuda.mover import CudaMover
 
     mover = CudaMover(device)
     with mover:

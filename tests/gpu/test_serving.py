@@ -9,7 +9,7 @@ from histories import Unbroken, assert_exactly_once, assert_identical, outcomes,
 
 from anchortp_sglang.bench.parity import compare_all, make_prompts, read_answer, verdict
 from anchortp_sglang.bench.parity import request as parity_request
-from anchortp_sglang.bench.streams import Streams
+from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(seed, 40), 160) for seed in range(6)]
 TOLERANCE = 1e-3  # of float32 on a GPU, whose matrix products may be taken in TF32

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from anchortp_sglang.bench.server import Server
+from anchortp_sglang.testing.server import Server
 
 BACKENDS = ("sglang", "sglang-oai-chat")
 PROMPTS = 24

@@ -6,14 +6,14 @@ import pytest
 from openai_calls import ask_all
 from remains import Place
 
-from anchortp_sglang.bench.server import Server
-from anchortp_sglang.bench.tiny_checkpoint import write_checkpoint
-from anchortp_sglang.cpu import sgl_kernel_stub
+from anchortp_sglang.platforms.cpu import sgl_kernel_stub
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 ARGUMENTS = ("--dtype", "float32", "--device", "cpu", "--max-total-tokens", "32768")
 SIDES = {
     "ours": (4, "anchortp_sglang.launch_server", ("--anchor-allow-injection",)),
-    "stock": (1, "anchortp_sglang.bench.stock_server", ()),
+    "stock": (1, "anchortp_sglang.testing.stock_server", ()),
 }
 
 

@@ -13,7 +13,7 @@ from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 from sglang.test import kl_test_utils
 from sglang.test.server_fixtures.spec_eagle_fixture import SpecEagleServerBase
 
-from anchortp_sglang.bench.server import Server
+from anchortp_sglang.testing.server import Server
 
 _PACKAGE = "sglang.test.kits"
 

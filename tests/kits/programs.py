@@ -4,7 +4,7 @@ from typing import Any
 
 import kit_list
 
-from anchortp_sglang.bench.server import Server
+from anchortp_sglang.testing.server import Server
 
 QUICK: dict[str, dict[str, Any]] = {
     "test_select": {"check_answer": False},

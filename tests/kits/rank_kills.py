@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from faults import kill_rank, lose_device, recovered
 
-from anchortp_sglang.bench.server import Server
+from anchortp_sglang.testing.server import Server
 
 Kind = Literal["process", "device"]
 LOSS_AT = 4

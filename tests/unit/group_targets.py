@@ -5,7 +5,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from anchortp_sglang.recovery.spares import rendezvous
+from anchortp_sglang.rank.spare import rendezvous
 
 
 def all_reduce(place, pipe):

@@ -10,8 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from anchortp_sglang.planning.model_axes import ModelAxes
-from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import Ownership
 
 Tensors = dict[str, np.ndarray]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from anchortp_sglang.planning.plan_model import PlanModel, TensorPart, axis_group
+from anchortp_sglang.planning.model.plan_model import PlanModel, TensorPart, axis_group
 
 
 def _config(architecture: str, **fields: Any) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from anchortp_sglang.planning.layout import Move, ShardLayout, shard_layout, source_shape
-from anchortp_sglang.planning.model_axes import ModelAxes, read_model_axes
-from anchortp_sglang.planning.ownership import Ownership
+from anchortp_sglang.planning.layout.moves import Move
+from anchortp_sglang.planning.layout.shards import ShardLayout, shard_layout, source_shape
+from anchortp_sglang.planning.model.axes import ModelAxes, read_model_axes
+from anchortp_sglang.planning.ownership.ownership import Ownership
 
 SHAPES = ((12, 4), (6, 2), (8, 8), (32, 8))
 FAMILIES = (

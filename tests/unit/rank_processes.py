@@ -7,7 +7,7 @@ import traceback
 
 import torch
 
-from anchortp_sglang.cpu.collectives import region_bytes
+from anchortp_sglang.platforms.cpu.collectives import region_bytes
 
 TIMEOUT_S = 60
 

@@ -1,4 +1,4 @@
-"""SGLang's own allocator, prefix tree and request rows, driven as its scheduler drives them, beside our page table.
+"""SGLang's own allocator, prefix tree and request rows, driven as its scheduler drives them, beside our slot table.
 
 Nothing computes: a forward pass is what a slot's KV was computed from, written down in ``written``.
 """
@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from anchortp_sglang import plugin
-from anchortp_sglang.elastic import prefixes
-from anchortp_sglang.memory.kept_slots import Kept, keep
-from anchortp_sglang.memory.page_table import PageTable
+from anchortp_sglang.hooks import table
+from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
+from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.rank.kv import prefixes
 
 MODEL = b"model"
 MOST_RUNNING = 8
@@ -41,7 +41,7 @@ def hooked_memory() -> Iterator[None]:
         ranks=runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0),
     )
     with pytest.MonkeyPatch.context() as patch:
-        for hook in plugin.HOOKS:
+        for hook in table.HOOKS:
             if hook.function.__module__ == prefixes.__name__ and ".mem_cache." in hook.target:
                 module, owner, name = hook.target.rsplit(".", 2)
                 if owner[0].isupper():
@@ -52,7 +52,7 @@ def hooked_memory() -> Iterator[None]:
         yield
 
 
-def _wrapped(hook: plugin.Hook, original: Any) -> Any:
+def _wrapped(hook: table.Hook, original: Any) -> Any:
     def before(*args: Any, **kwargs: Any) -> Any:
         hook.function(*args, **kwargs)
         return original(*args, **kwargs)
@@ -64,7 +64,7 @@ def _wrapped(hook: plugin.Hook, original: Any) -> Any:
 
 
 class Server:
-    """One generation: its memory, its requests, and (``prefixes._table``) its page table in ``buffer``."""
+    """One generation: its memory, its requests, and (``prefixes._table``) its slot table in ``buffer``."""
 
     def __init__(self, slots: int, page_size: int, core: str) -> None:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
@@ -103,12 +103,12 @@ class Server:
     # --- a generation begins
 
     def start_empty(self, buffer: bytearray) -> None:
-        prefixes._table = PageTable.create(buffer, self.rows, MODEL)
+        prefixes._table = SlotTable.create(buffer, self.rows, MODEL)
 
-    def take_over(self, buffer: bytearray, written: dict[int, Content]) -> Kept:
+    def take_over(self, buffer: bytearray, written: dict[int, Content]) -> RetainedSlots:
         """What a new rank does before it is ready; rank 0 has yet to ``prefixes.start_writing``."""
         prefixes._table, prefixes._freed = None, None
-        table = PageTable.attach(buffer, self.rows, MODEL)
+        table = SlotTable.attach(buffer, self.rows, MODEL)
         kept = keep(table.entries(), None, self.rows, self.page_size)
         result = SimpleNamespace(token_to_kv_pool_allocator=self.allocator, tree_cache=self.tree)
         prefixes._insert(kept, result)

@@ -138,7 +138,7 @@ def test_a_relative_run_directory_is_made_absolute_since_anchors_change_theirs()
 
 def test_the_package_and_its_options_import_neither_sglang_nor_torch():
     code = (
-        "import sys, anchortp_sglang, anchortp_sglang.options, anchortp_sglang.refusals, anchortp_sglang.cli;"
+        "import sys, anchortp_sglang, anchortp_sglang.options, anchortp_sglang.admission.checks, anchortp_sglang.cli;"
         "print(sorted({'sglang', 'torch', 'transformers', 'zmq'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,7 +3,7 @@
 import os
 import time
 
-from anchortp_sglang.recovery import handover
+from anchortp_sglang.rank import handover
 
 
 def answer(number, pipe):

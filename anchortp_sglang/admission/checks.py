@@ -1,0 +1,189 @@
+"""Say no early: what a server or a request asks for that a recovery could not put back rightly.
+
+Imports no SGLang: records are read by attribute or key, so that the checks run before the
+(slow) import, on the raw record as on the resolved one, and in tests on plain objects.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anchortp_sglang.admission.flags import ENVIRONMENT, FLAG_OF_FIELD, FLAG_RULES, FlagRule
+from anchortp_sglang.admission.requests import REQUEST_FIELDS, ROUTES, SAMPLING_KEYS, SERVED_MESSAGES
+
+# SGLang spells "off" differently from flag to flag.
+_OFF_WORDS = ("", "{}", "null", "none", "off")
+_FALSE_WORDS = ("", "0", "false", "no", "n")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One flag (or environment variable) that the server cannot be started with."""
+
+    flag: str
+    value: Any
+    why: str
+    way_out: str
+
+    def __str__(self) -> str:
+        given = self.flag if self.value is True else f"{self.flag} {self.value}"
+        return f"{given}: {self.why}; {self.way_out}"
+
+
+class UnsupportedError(ValueError):
+    """The server was asked for something it refuses; ``refusals`` lists all of it."""
+
+    def __init__(self, refusals: Iterable[Refusal]) -> None:
+        self.refusals = tuple(refusals)
+        lines = "".join(f"\n  {refusal}" for refusal in self.refusals)
+        super().__init__(f"not supported by anchortp-sglang (stock SGLang is):{lines}")
+
+
+def check_server_args(
+    view: Any, environ: Mapping[str, str] = os.environ, experimental_cuda: bool = False
+) -> list[Refusal]:
+    """All that ``view`` asks for and does not get, in the order of the tables; empty if it may start.
+
+    ``view`` is a ServerArgs, its resolving view, or a mapping with the same names. Check the raw
+    record for a fast answer, and the resolved one for what SGLang decides from the checkpoint.
+    ``experimental_cuda``: the operator has asked for what never ran.
+    """
+    refusals = [
+        _refusal(name, value, rule.why, rule.way_out)
+        for rule in FLAG_RULES
+        for name in rule.fields.split()
+        if not _may_be(value := _get(view, name), rule)
+    ]
+    refusals += _check_device(view, experimental_cuda) + _check_kv_cache_dtype(view)
+    refusals += [
+        Refusal(variable, environ[variable], why, f"unset {variable}")
+        for variable, why in ENVIRONMENT.items()
+        if environ.get(variable, "").lower() not in _FALSE_WORDS
+    ]
+    return refusals
+
+
+def check_generate_request(obj: Any) -> str | None:
+    """Why the request cannot be admitted, or None. ``obj`` is a GenerateReqInput, batched or not."""
+    for name, what in REQUEST_FIELDS.items():
+        if is_present(getattr(obj, name, None)):
+            return _cannot_resume(what, name)
+    return _check_sampling_params(getattr(obj, "sampling_params", None))
+
+
+def check_custom_labels(labels: Mapping[str, str] | None, known: Iterable[str]) -> str | None:
+    """Why metrics could not have the labels, or None: prometheus_client raises in TokenizerManager's loop."""
+    unknown = sorted(set(labels or ()) - set(known))
+    if not unknown:
+        return None
+    return f"custom_labels has {', '.join(unknown)}; allow it with --tokenizer-metrics-allowed-custom-labels"
+
+
+def check_route(path: str, root_path: str = "") -> str | None:
+    """Why a call of SGLang's route ``path``, which may begin with the server's ``root_path``, is refused, or None."""
+    route = path.removeprefix(root_path).rstrip("/")
+    why = ROUTES.get("/dumper/{method}" if route.startswith("/dumper/") else route)
+    return None if why is None else f"{path} is refused by anchortp-sglang: {why}."
+
+
+def check_message(kind: str) -> str | None:
+    """Why TokenizerManager may not send a message of this class to the ranks, or None."""
+    if kind in SERVED_MESSAGES:
+        return None
+    return f"{kind} is refused by anchortp-sglang: a recovery could not honour what it asks of the ranks."
+
+
+def is_off(value: Any) -> bool:
+    """Whether a ServerArgs field asks for nothing."""
+    if value is None or value is False:
+        return True
+    if isinstance(value, str):
+        return value.lower() in _OFF_WORDS
+    return value == 0 if isinstance(value, (int, float)) else not is_present(value)
+
+
+def is_present(value: Any) -> bool:
+    """Whether a request field asks for something; a list does if any of its items does.
+
+    Stops at the first item that counts, and never evaluates arrays or images.
+    """
+    if value is None or value is False:
+        return False
+    if isinstance(value, (list, tuple)):
+        return any(is_present(item) for item in value)
+    return len(value) > 0 if isinstance(value, (str, bytes, dict)) else True
+
+
+def _may_be(value: Any, rule: FlagRule) -> bool:
+    # True == 1: a switch must not pass for the size 1.
+    return is_off(value) or (value is not True and value in rule.allowed)
+
+
+def _get(view: Any, name: str) -> Any:
+    return view.get(name) if isinstance(view, Mapping) else getattr(view, name, None)
+
+
+def _refusal(name: str, value: Any, why: str, way_out: str) -> Refusal:
+    return Refusal(FLAG_OF_FIELD.get(name, "--" + name.replace("_", "-")), value, why, way_out)
+
+
+_ATTENTION_BACKENDS = {"cpu": ("torch_native",), "cuda": ("flashinfer", "triton", "fa3")}
+
+
+def _check_device(view: Any, experimental_cuda: bool) -> list[Refusal]:
+    device = _get(view, "device")
+    if device is None:  # decided by resolution; the resolved record is checked again
+        return []
+    if device not in _ATTENTION_BACKENDS:
+        return [_refusal("device", device, "anchors hold no memory of such devices", "use --device cpu")]
+    if device == "cuda" and not experimental_cuda:
+        way_out = "use --device cpu, or try it with --anchor-experimental-cuda"
+        return [_refusal("device", device, "what is written for GPUs has never run on one", way_out)]
+    known = _ATTENTION_BACKENDS[device]
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return [
+        _refusal(name, value, f"no kernels for ranks on --device {device}", f"use {' or '.join(known)}")
+        for name in names
+        if (value := _get(view, name)) not in (None, *known)
+    ] + _check_overlap(view, device)
+
+
+def _check_overlap(view: Any, device: Any) -> list[Refusal]:
+    if device != "cuda" or _get(view, "disable_overlap_schedule") is not False:
+        return []  # None: not given yet; the launcher gives it
+    why = "a step is entered in the slot table before the next may start"
+    return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it")]
+
+
+KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}
+"""``--kv-cache-dtype`` besides "auto", the model's: bytes of one element as it is stored."""
+
+
+def _check_kv_cache_dtype(view: Any) -> list[Refusal]:
+    kv_dtype = _get(view, "kv_cache_dtype") or "auto"
+    if kv_dtype.startswith("fp8") and _get(view, "device") == "cpu":
+        why = "SGLang has it on CPUs with AMX only, whose kernels are not supported"
+        return [_refusal("kv_cache_dtype", kv_dtype, why, "use auto or bf16")]
+    if kv_dtype == "auto" or kv_dtype in KV_DTYPE_BYTES:
+        return []
+    why = "KV buffers of packed elements or with scales of their own are not kept in the anchors"
+    return [_refusal("kv_cache_dtype", kv_dtype, why, f"use one of auto, {', '.join(KV_DTYPE_BYTES)}")]
+
+
+def _check_sampling_params(params: Any) -> str | None:
+    for one in params if isinstance(params, (list, tuple)) else (params,):
+        if not isinstance(one, Mapping):
+            continue
+        for key, what in SAMPLING_KEYS.items():
+            if is_present(one.get(key)):
+                return _cannot_resume(what, key)
+        if (one.get("beam_width") or 1) > 1:
+            return _cannot_resume("beam search", "beam_width")
+    return None
+
+
+def _cannot_resume(what: str, name: str) -> str:
+    return f"{what[0].upper()}{what[1:]} cannot be resumed after a fault yet; send the request without {name}."

@@ -1,0 +1,155 @@
+"""Hooks in main that refuse a request before any rank sees it: what cannot be resumed, and what would end a rank.
+
+SGLang answers a ValueError with 400, on every way in: /generate, the other APIs on top of it, and Engine.
+"""
+
+import copy
+import json
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from anchortp_sglang.admission import limits
+from anchortp_sglang.admission.checks import check_custom_labels, check_generate_request
+from anchortp_sglang.admission.limits import Limits
+
+
+class NotAdmitted(ValueError):
+    """A request that ranks will not see."""
+
+
+def before_generate_request(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
+    """BEFORE TokenizerManager.generate_request: every request passes here, as it was received."""
+    reason = _check_rids(obj) or check_generate_request(obj)
+    reason = reason or limits.judge_as_received(obj.sampling_params, _is_batch(obj), _prompts(obj))
+    if reason is None and tokenizer_manager.enable_metrics:
+        reason = check_custom_labels(getattr(obj, "custom_labels", None), tokenizer_manager.metrics_collector.labels)
+    if reason is not None:
+        raise NotAdmitted(reason)
+
+
+def around_create_tokenized_object(
+    original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND TokenizerManager._create_tokenized_object: and here once more, alone and tokenized."""
+    if isinstance(obj.sampling_params, Mapping) and obj.sampling_params.get("is_normalized"):
+        raise NotAdmitted("is_normalized is set by the server; send the request without it")
+    try:
+        request = original(tokenizer_manager, obj, *args, **kwargs)
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise NotAdmitted(_why_unreadable(obj.sampling_params) or f"sampling_params: {error}") from error
+    bounds = _limits(tokenizer_manager)
+    reason = _misread(request) or limits.judge(request, bounds)
+    if reason is not None:
+        raise NotAdmitted(reason)
+    return limits.without_what_has_no_effect(request, bounds)
+
+
+async def around_serve_generate_request(original: Callable[..., Any], obj: Any, request: Any) -> Any:
+    """AROUND http_server.serve_generate_request: a stream's status waits for its first chunk, which may be a refusal.
+
+    SGLang does so itself for the streams of OpenAI's API (``_handle_streaming_request``).
+    """
+    response = await original(obj, request)
+    if not obj.stream:
+        return response
+    chunks = response.body_iterator
+    first = await anext(chunks, None)
+    refusal = _refusal_in(first)
+    if refusal is not None:
+        from fastapi.responses import ORJSONResponse
+
+        return ORJSONResponse({"error": refusal}, status_code=refusal["code"])
+    response.body_iterator = _joined(first, chunks)
+    return response
+
+
+def answer_not_admitted(request: Any, error: Exception) -> Any:
+    """The 400 for those of SGLang's routes that have none of their own for a ValueError (/api/generate, /api/chat)."""
+    from fastapi.responses import ORJSONResponse
+
+    return ORJSONResponse({"error": {"message": str(error)}}, status_code=400)
+
+
+def _check_rids(obj: Any) -> str | None:
+    """Schedulers pass over such requests when they are busy, and TokenizerManager does not end them."""
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
+    if obj.log_metrics is not False and any(str(rid).startswith(HEALTH_CHECK_RID_PREFIX) for rid in rids):
+        return f"rid begins with {HEALTH_CHECK_RID_PREFIX}, which is the server's own; use another"
+    return None
+
+
+def _prompts(obj: Any) -> int:
+    given = obj.text if obj.text is not None else obj.input_ids
+    return len(given) if _is_batch(obj) else 1
+
+
+def _is_batch(obj: Any) -> bool:
+    """As ``GenerateReqInput._determine_batch_size`` will say."""
+    return isinstance(obj.text, list) or (
+        isinstance(obj.input_ids, list) and any(isinstance(one, list) for one in obj.input_ids[:1])
+    )
+
+
+async def _joined(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    if first is not None:
+        yield first
+    async for chunk in rest:
+        yield chunk
+
+
+def _refusal_in(chunk: bytes | None) -> dict[str, Any] | None:
+    if chunk is None or not chunk.startswith(b'data: {"error"'):
+        return None
+    refusal: dict[str, Any] = json.loads(chunk.removeprefix(b"data: "))["error"]
+    return refusal
+
+
+def _limits(tokenizer_manager: Any) -> Limits:
+    """As BatchedMinNewTokensPenalizer._prepare collects end tokens."""
+    model, tokenizer = tokenizer_manager.model_config, tokenizer_manager.tokenizer
+    ends = {*(model.hf_eos_token_id or ()), *(getattr(tokenizer, "additional_stop_token_ids", None) or ())}
+    ends.add(getattr(tokenizer, "eos_token_id", None))
+    return Limits(model.vocab_size, frozenset(ends - {None}))
+
+
+def _misread(request: Any) -> str | None:
+    """Why rank 0 could not read the request from its socket: an error of the typed decoder would end it."""
+    from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
+
+    probe = copy.copy(request)
+    probe.input_ids, probe.time_stats = array("q"), None  # always well formed, and all of the size
+    try:
+        msgpack_decode(msgpack_encode(probe))
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+        fields = {name: getattr(probe, name) for name in probe.__struct_fields__}
+        sampling = {name: getattr(probe.sampling_params, name) for name in probe.sampling_params.__struct_fields__}
+        return _why_unreadable(sampling) or next(_unreadable(type(probe), fields), str(error))
+    return None
+
+
+def _why_unreadable(sampling_params: Mapping[str, Any]) -> str | None:
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    return next(_unreadable(SamplingParams, sampling_params), None)
+
+
+def _unreadable(struct: type, values: Mapping[str, Any]) -> Iterator[str]:
+    """Each of the named values that is not of its field's type in ``struct``, with the reason."""
+    from sglang.srt.managers.io_struct import dec_hook, enc_hook, ext_hook
+
+    fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
+    for name, value in values.items():
+        if name not in fields:
+            yield f"{name} is not a sampling parameter"
+            continue
+        try:
+            encoded = msgspec.msgpack.encode(value, enc_hook=enc_hook)
+            msgspec.msgpack.decode(encoded, type=fields[name].type, dec_hook=dec_hook, ext_hook=ext_hook)
+        except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+            if value is not None:  # which SamplingParams takes for the default
+                yield f"{name} is {limits.shown(value)}: {error}"

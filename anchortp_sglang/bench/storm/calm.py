@@ -1,0 +1,57 @@
+"""Whether a server has got over a storm's faults."""
+
+import time
+from collections.abc import Callable, Sequence
+from http.client import HTTPException
+
+from anchortp_sglang.bench.storm.clients import Clients
+from anchortp_sglang.bench.storm.faults import Struck
+from anchortp_sglang.testing.process_tree import Tree, is_gone, is_stopped
+from anchortp_sglang.testing.server import Server
+
+UNANSWERED = (OSError, ValueError, HTTPException)
+"""Exceptions of bench.server.Server when the server does not answer, or breaks off."""
+
+_POLL_S = 0.05
+
+
+def is_calm(tree: Tree, clients: Clients, dealt: Sequence[Struck], moment: float) -> bool:
+    """Whether it serves with every rank alive and moving, pauses are over, a client got a token after ``moment``."""
+    if any(is_stopped(pid) for struck in dealt if struck.blow.manner == "pause" for pid in struck.pids):
+        return False
+    status = tree.server.status()
+    if status["state"] not in ("serving", "degraded"):
+        return False
+    ranks = [device["rank_pid"] for device in status["devices"] if device["rank_pid"]]
+    return all(not is_gone(pid) and not is_stopped(pid) for pid in ranks) and clients.last_token_at() > moment
+
+
+def is_up(server: Server) -> bool:
+    """Whether it says that it serves."""
+    try:
+        return bool(server.status()["state"] in ("serving", "degraded"))
+    except UNANSWERED:
+        return False
+
+
+def state_of(server: Server) -> str:
+    """Describe the server's state, or say that it gives none."""
+    try:
+        status = server.status()
+        return f"{status['state']}, generation {status['generation']}, {status['tp_size']} ranks"
+    except UNANSWERED as error:
+        return f"no status: {error}"
+
+
+def within(timeout_s: float, condition: Callable[[], bool]) -> bool:
+    """Whether ``condition()`` becomes true in time; a server that does not answer just now may do so later."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if condition():
+                return True
+        except UNANSWERED:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)

@@ -1,0 +1,165 @@
+"""A storm's clients: threads that ask, read what comes, go away or abort, without end, each in its own fixed order."""
+
+import http.client
+import json
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from anchortp_sglang.bench.storm.judge import Answer
+from anchortp_sglang.bench.storm.requests import Ask
+
+_REFERENCE_CLIENTS = 16
+_POLL_S = 0.3
+_REFUSED_S = 1.0
+_HEADERS = {"Content-Type": "application/json"}
+
+
+@dataclass
+class Asked:
+    """One request of one client; times are time.monotonic(). ``number``: of the ask in the list of all."""
+
+    number: int
+    sent_at: float
+    answer: Answer = field(default_factory=Answer)
+    ended_at: float | None = None
+    last_at: float = 0.0
+
+    @property
+    def latency_s(self) -> float:
+        return (self.ended_at or time.monotonic()) - self.sent_at
+
+
+class Clients:
+    """``count`` clients over the block, and one that polls what an operator looks at; on leaving they finish."""
+
+    def __init__(
+        self, url: str, asks: Sequence[Ask], seed: int, count: int, polled: Sequence[str], timeout_s: float
+    ) -> None:
+        self._url, self._asks, self._polled, self._timeout_s = url, asks, polled, timeout_s
+        self.asked: list[Asked] = []
+        self.polls_failed: list[str] = []
+        self.polls = 0
+        self._stopping = threading.Event()
+        rngs = [random.Random(f"{seed} {number}") for number in range(count)]
+        self._threads = [threading.Thread(target=self._live, args=(rng,), daemon=True) for rng in rngs]
+        self._threads.append(threading.Thread(target=self._poll, daemon=True))
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        deadline = time.monotonic() + self._timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def open_streams(self) -> int:
+        """Count the open streams that have begun to receive."""
+        return sum(each.ended_at is None and each.last_at > 0 for each in self.asked)
+
+    def last_token_at(self) -> float:
+        return max((each.last_at for each in self.asked), default=0.0)
+
+    def longest_wait_s(self) -> float:
+        """Return how long the oldest open request has waited."""
+        return max((each.latency_s for each in self.asked if each.ended_at is None), default=0.0)
+
+    def _live(self, rng: random.Random) -> None:
+        while not self._stopping.is_set():
+            number = rng.randrange(len(self._asks))
+            asked = Asked(number, time.monotonic())
+            self.asked.append(asked)
+            rid = f"storm-{rng.getrandbits(64):x}"
+            ask(self._url, self._asks[number], asked, rid, rng.randint(1, 8), self._timeout_s)
+            if asked.answer.code in (0, 503):
+                self._stopping.wait(_REFUSED_S)  # nobody is there, or the server is down
+
+    def _poll(self) -> None:
+        while not self._stopping.wait(_POLL_S):
+            path = self._polled[self.polls % len(self._polled)]
+            self.polls += 1
+            code, why = call(self._url, "GET", path, None, 30.0)
+            if code != 200:
+                self.polls_failed.append(f"{path}: {code} {why}")
+
+
+def to_the_end(ask: Ask) -> Ask:
+    """Return the same request without the client's leaving."""
+    return replace(ask, way="whole")
+
+
+def ask_all(url: str, asks: Sequence[Ask], timeout_s: float) -> list[Answer]:
+    """The answers to all of them, asked to the end by a few clients."""
+
+    def one(number: int) -> Answer:
+        asked = Asked(number, time.monotonic())
+        ask(url, to_the_end(asks[number]), asked, "", 0, timeout_s)
+        return asked.answer
+
+    with ThreadPoolExecutor(_REFERENCE_CLIENTS) as pool:
+        return list(pool.map(one, range(len(asks))))
+
+
+def ask(url: str, asked_for: Ask, asked: Asked, rid: str, messages: int, timeout_s: float) -> None:
+    """Send one request and take what comes. ``messages``: after how many a client goes away, or aborts."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
+    answer = asked.answer
+    body = asked_for.body | ({"rid": rid} if asked_for.way == "abort" else {})
+    try:
+        connection.request("POST", asked_for.path, json.dumps(body), _HEADERS)
+        reply = connection.getresponse()
+        answer.code = reply.status
+        if reply.status != 200:
+            answer.error = reply.read().decode(errors="replace")[:500]
+            return
+        for count, message in enumerate(_messages(reply, asked_for.streams, answer), 1):
+            answer.take(message)
+            asked.last_at = time.monotonic()
+            if count == messages and asked_for.way == "leave":
+                return
+            if count == messages and asked_for.way == "abort":
+                call(url, "POST", "/abort_request", {"rid": rid}, timeout_s)
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+        answer.error = f"{type(error).__name__}: {error}"
+    finally:
+        asked.ended_at = time.monotonic()
+        connection.close()
+
+
+def _messages(reply: http.client.HTTPResponse, streams: bool, answer: Answer) -> Iterator[dict[str, Any]]:
+    if not streams:
+        told = json.loads(reply.read())
+        for number, message in enumerate(told if isinstance(told, list) else [told]):
+            yield message | {"index": number}
+        answer.ended = True
+        return
+    for line in reply:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+        elif line.startswith(b"data: [DONE]"):
+            answer.ended = True
+
+
+def call(url: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> tuple[int, str]:
+    """One short request: (HTTP status or 0, what was said instead of a 200)."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), _HEADERS)
+        reply = connection.getresponse()
+        told = reply.read()
+        return reply.status, "" if reply.status == 200 else told.decode(errors="replace")[:200]
+    except (OSError, http.client.HTTPException) as error:
+        return 0, f"{type(error).__name__}: {error}"
+    finally:
+        connection.close()

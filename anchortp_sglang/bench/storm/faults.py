@@ -1,0 +1,101 @@
+"""A storm's faults: real signals to the processes of a live server, and proof that each took effect."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from anchortp_sglang.bench.storm.schedule import Blow
+from anchortp_sglang.testing.process_tree import Tree, is_gone, is_stopped
+
+_VICTIM_TIMEOUT_S = 3.0
+_DEATH_TIMEOUT_S = 30.0
+_POLL_S = 0.005
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "crash": signal.SIGSEGV,
+    "stop": signal.SIGSTOP,
+    "pause": signal.SIGSTOP,
+}
+
+
+@dataclass
+class Struck:
+    """Effect of a blow. ``pids``: who was struck; none if there was nobody. ``effect``: every one of them was seen
+    dead, or stopped."""
+
+    blow: Blow
+    generation: int
+    state: str
+    pids: list[int] = field(default_factory=list)
+    effect: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.blow.kind,
+            "pids": self.pids,
+            "effect": self.effect,
+            "generation": self.generation,
+            "state": self.state,
+        }
+
+
+def strike(tree: Tree, blow: Blow) -> Struck:
+    """Send the signals and see what they do. Where there is nobody to strike just now, as between two generations,
+    the blow comes as soon as there is."""
+    deadline = time.monotonic() + _VICTIM_TIMEOUT_S
+    while not (victims := _victims(tree, blow)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    status = tree.server.status()
+    struck = Struck(blow, status["generation"], status["state"])
+    number = _SIGNALS[blow.manner]
+    for pid in victims:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+        struck.pids.append(pid)
+    reached = is_gone if blow.manner in ("kill", "crash") else _is_still
+    struck.effect = bool(struck.pids) and _all_within(struck.pids, reached)
+    if blow.manner == "pause":
+        timer = threading.Timer(blow.pause_s, release, [struck.pids])
+        timer.daemon = True
+        timer.start()
+    return struck
+
+
+def release(pids: list[int]) -> list[int]:
+    """SIGCONT to those that are stopped; who that was."""
+    stopped = [pid for pid in pids if is_stopped(pid)]
+    for pid in stopped:
+        try:
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            pass
+    return stopped
+
+
+def _victims(tree: Tree, blow: Blow) -> list[int]:
+    if blow.target == "device":
+        devices = tree.devices()
+        return list(devices[int(blow.draw * len(devices))].values()) if devices else []
+    several = {"two-ranks": 2, "all-ranks": None}
+    pids = tree.roles()["rank" if blow.target in several else blow.target]
+    first = int(blow.draw * len(pids))
+    return (pids[first:] + pids[:first])[: several.get(blow.target, 1)]
+
+
+def _is_still(pid: int) -> bool:
+    return is_stopped(pid) or is_gone(pid)  # a superseded rank may be killed before anybody looks
+
+
+def _all_within(pids: list[int], reached: Callable[[int], bool]) -> bool:
+    deadline = time.monotonic() + _DEATH_TIMEOUT_S
+    while not all(reached(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True

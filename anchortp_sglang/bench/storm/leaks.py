@@ -1,0 +1,75 @@
+"""What a server holds when it is quiet, before a storm and after it: descriptors, threads, memory, processes, files."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from anchortp_sglang.testing.memory import total_bytes
+from anchortp_sglang.testing.process_tree import Tree
+
+_SETTLE_S = 20.0
+_POLL_S = 0.5
+
+# What may be more: pools grow to their size with use, the first recovery imports and opens what it needs.
+_FEW = {"descriptors of main": 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
+_ALLOWED = _FEW | {"memory of all (MiB)": 256, "files in the run directory": 3}  # series of the dead are summed there
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """``figures`` by name; ``roles``: (how many processes of each there are, how many there should be)."""
+
+    figures: Mapping[str, int]
+    roles: Mapping[str, tuple[int, int]]
+
+    def leaked(self, after: "Holdings") -> list[str]:
+        """What ``after`` has more of than it may; roles that it has not filled as it should."""
+        found = []
+        for name, before in self.figures.items():
+            more = after.figures[name] - before
+            if more > _ALLOWED.get(name, 0):
+                found.append(f"{name}: {before} before, {after.figures[name]} after")
+        for role, (there, wanted) in after.roles.items():
+            if there != wanted:
+                found.append(f"processes ({role}): {there} instead of {wanted}")
+        return found
+
+
+def holdings(tree: Tree) -> Holdings:
+    """What ``tree`` holds just now."""
+    main = psutil.Process(tree.server.pid)
+    processes = tree.all()
+    figures = {
+        "descriptors of main": main.num_fds(),
+        "sockets of main": len(main.net_connections("all")),
+        "threads of main": main.num_threads(),
+        "memory of main (MiB)": main.memory_info().rss >> 20,
+        "memory of all (MiB)": total_bytes([process.pid for process in processes]) >> 20,
+        "zombies": sum(_is_zombie(process) for process in processes),
+        "files in /dev/shm": len(os.listdir("/dev/shm")),
+        "files in the run directory": sum(1 for path in tree.folder.rglob("*") if path.suffix != ".log"),
+    }
+    width = tree.server.status()["tp_size"]
+    wanted = {"rank": width, "anchor": width, "spare": width}
+    return Holdings(figures, {role: (len(pids), wanted.get(role, 1)) for role, pids in tree.roles().items()})
+
+
+def settled(tree: Tree, before: Holdings | None = None, timeout_s: float = _SETTLE_S) -> Holdings:
+    """What a quiet server holds: as soon as nothing has leaked since ``before`` and every role is filled, at the latest
+    after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = holdings(tree)
+        if not (before or found).leaked(found) or time.monotonic() > deadline:
+            return found
+        time.sleep(_POLL_S)
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

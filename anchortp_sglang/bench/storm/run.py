@@ -1,0 +1,226 @@
+"""``anchortp bench storm``: a mixed load and seeded faults of every kind, until the schedule is done.
+
+What each client was given is compared with what the same server gave before the first fault; what the server holds when
+all is quiet, with what it held then. A server that is too narrow for another loss, or does not serve any more, is
+replaced by a fresh one.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from anchortp_sglang.bench.storm.calm import UNANSWERED, is_calm, is_up, state_of, within
+from anchortp_sglang.bench.storm.clients import Asked, Clients, ask, ask_all, call, to_the_end
+from anchortp_sglang.bench.storm.faults import Struck, release, strike
+from anchortp_sglang.bench.storm.judge import RIGHT, Answer, Verdict, judge
+from anchortp_sglang.bench.storm.leaks import settled
+from anchortp_sglang.bench.storm.requests import Ask
+from anchortp_sglang.bench.storm.schedule import Burst
+from anchortp_sglang.testing.process_tree import Tree
+from anchortp_sglang.testing.server import Server, ServerFailed
+
+Say = Callable[[str], None]
+Log = Callable[[dict[str, Any]], None]
+
+HANG_TIMEOUT_S = 4.0
+FLAGS = (
+    *("--device", "cpu", "--dtype", "float32", "--chunked-prefill-size", "128", "--enable-metrics"),
+    *("--anchor-hang-timeout", f"{HANG_TIMEOUT_S:g}", "--anchor-recovery-deadline", "40"),
+)
+_REQUEST_TIMEOUT_S = 120.0
+_PATIENCE_S = 30.0
+"""No fault strikes while a client has waited longer: on a slow machine an answer that is not streamed begins anew with
+every recovery, as nobody knows its tokens (SGLang's SGLANG_FORCE_STREAM_INTERVAL), and would never be done."""
+_REFUSAL_TIMEOUT_S = 15.0
+_CALM_TIMEOUT_S = 60.0
+_MIN_WIDTH = 2
+_SAMPLED = 4
+"""Every which request a later server is asked before its storm."""
+_LOOKED_AT = ("/anchortp/status", "/health", "/metrics", "/server_info", "/v1/models")
+
+
+@dataclass
+class Report:
+    """All that happened. ``asked``: (kind of request, ruling). ``tfs_s``: of each recovery."""
+
+    servers: int = 0
+    struck: list[Struck] = field(default_factory=list)
+    asked: list[tuple[Ask, Verdict]] = field(default_factory=list)
+    polls: int = 0
+    tfs_s: list[float] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        effects = all(struck.effect for struck in self.struck if struck.pids)
+        return effects and not self.leaks and not self.problems and all(v == RIGHT for _, v in self.asked)
+
+
+class Storm:
+    """One load, judged by the first server's unbroken answers; each server is stormed in turn.
+
+    ``limit_s``: when to end, although faults are left.
+    """
+
+    def __init__(
+        self, asks: Sequence[Ask], seed: int, clients: int, log: Log, say: Say, limit_s: float = math.inf
+    ) -> None:
+        self.report = Report()
+        self._ends_at = time.monotonic() + limit_s
+        self._asks = list(asks)
+        self._seed, self._clients, self._log, self._say = seed, clients, log, say
+        self._expected: list[Answer] | None = None
+
+    def over(self, tree: Tree, bursts: deque[Burst]) -> None:
+        """Storm over one quiet server, until it is worn out or ``bursts`` is empty. Raises ServerFailed if it gives no
+        unbroken answers."""
+        self.report.servers += 1
+        server = tree.server
+        self._unbroken(server)
+        server.flush_cache()
+        before, first = settled(tree), len(self.report.struck)
+        seen = {each["generation"] for each in server.status()["recoveries"]}
+        seed = self._seed + 1000 * self.report.servers
+        with Clients(server.url, self._asks, seed, self._clients, self._polled(server), _REQUEST_TIMEOUT_S) as clients:
+            fit = True
+            while bursts and fit and not self.is_over():
+                fit = self._survives(tree, clients, bursts.popleft())
+                self._note_recoveries(server, seen)
+        self._judge(clients)
+        for struck in self.report.struck[first:]:
+            release(struck.pids)
+        if fit or is_up(server):
+            self._find_leaks(tree, before)
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self._ends_at
+
+    def _unbroken(self, server: Server) -> None:
+        good = [each for each in self._asks if each.way != "refused"]
+        if self._expected is not None:  # a later server gives the same
+            good, expected = good[::_SAMPLED], self._expected[::_SAMPLED]
+            answers = ask_all(server.url, good, _REQUEST_TIMEOUT_S)
+            judged = map(judge, map(to_the_end, good), expected, answers)
+            self.report.asked += zip(good, judged, strict=True)
+            return
+        self._say(f"asking {len(good)} requests for their unbroken answers")
+        answers = ask_all(server.url, good, _REQUEST_TIMEOUT_S)
+        for each, answer in zip(good, answers, strict=True):
+            if answer.error is not None or not answer.ended:
+                raise ServerFailed(f"no unbroken answer to {each.kind}: {answer.code} {answer.error}")
+        self._expected = answers
+        refused = [each for each in self._asks if each.way == "refused" and self._is_refused(server, each)]
+        self._asks = good + refused
+
+    def _is_refused(self, server: Server, bad: Ask) -> bool:
+        """Bad requests cost a quiet server nothing; one that does is told, and left out of the storm."""
+        generation = server.status()["generation"]
+        asked = Asked(0, time.monotonic())
+        ask(server.url, bad, asked, "", 0, _REFUSAL_TIMEOUT_S)
+        verdict = judge(bad, None, asked.answer)
+        status = server.wait_serving(generation, _CALM_TIMEOUT_S)
+        if status["generation"] != generation:
+            verdict = Verdict("failed", f"a bad request cost a generation ({verdict.why})")
+        if verdict != RIGHT:
+            self._problem(f"{bad.kind}: {verdict.why}; {json.dumps(bad.body)[:200]}")
+        return verdict == RIGHT
+
+    def _polled(self, server: Server) -> list[str]:
+        """Ask the routes that an operator looks at; /metrics may be off."""
+        codes = {path: call(server.url, "GET", path, None, _REFUSAL_TIMEOUT_S)[0] for path in _LOOKED_AT}
+        for path, code in codes.items():
+            if code not in (200, 404):
+                self._problem(f"{path} answers {code} while all is quiet")
+        return [path for path, code in codes.items() if code == 200]
+
+    def _survives(self, tree: Tree, clients: Clients, burst: Burst) -> bool:
+        """Strike once clients are being served; whether the server can take another burst."""
+        if not within(_CALM_TIMEOUT_S, lambda: clients.open_streams() > 0 and clients.longest_wait_s() < _PATIENCE_S):
+            return self._problem(f"clients are not served: one has waited for {clients.longest_wait_s():.0f} s")
+        time.sleep(burst.rest_s)
+        self._log({"burst": burst.number})
+        kinds = ", ".join(blow.kind for blow in burst.blows)
+        self._say(f"server {self.report.servers}, burst {burst.number}: {kinds}")
+        try:
+            dealt = list(self._blows(tree, burst))
+        except UNANSWERED as error:
+            return self._problem(f"{kinds}: the server does not answer: {error}")
+        moment = time.monotonic()
+        calm = partial(is_calm, tree, clients, dealt, moment)
+        if not within(_CALM_TIMEOUT_S, calm):
+            return self._problem(f"{kinds}: not serving {_CALM_TIMEOUT_S:g} s later: {state_of(tree.server)}")
+        return int(tree.server.status()["tp_size"]) > _MIN_WIDTH
+
+    def _blows(self, tree: Tree, burst: Burst) -> Any:
+        for blow in burst.blows:
+            time.sleep(blow.after_s)
+            struck = strike(tree, blow)
+            self.report.struck.append(struck)
+            self._log({"struck": struck.to_json()})
+            yield struck
+
+    def _note_recoveries(self, server: Server, seen: set[int]) -> None:
+        for each in server.status()["recoveries"] if is_up(server) else ():
+            if each["generation"] not in seen and (each["tfs_s"] is not None or each["failed"]):
+                seen.add(each["generation"])
+                if each["failed"]:
+                    self._problem(f"recovery {each['generation']} failed: {each['failed']}")
+                else:
+                    self.report.tfs_s.append(each["tfs_s"])
+
+    def _judge(self, clients: Clients) -> None:
+        assert self._expected is not None
+        for each in clients.asked:
+            asked_for = self._asks[each.number]
+            expected = self._expected[each.number] if asked_for.way != "refused" else None
+            verdict = judge(asked_for, expected, each.answer)
+            if each.ended_at is None:
+                verdict = Verdict("failed", f"no end of the answer after {each.latency_s:.0f} s")
+            if verdict != RIGHT:
+                body = json.dumps(asked_for.body)[:200]
+                self._log({"verdict": verdict.ruling, "kind": asked_for.kind, "why": verdict.why, "body": body})
+            self.report.asked.append((asked_for, verdict))
+        self.report.polls += clients.polls
+        self.report.problems += clients.polls_failed
+
+    def _find_leaks(self, tree: Tree, before: Any) -> None:
+        try:
+            tree.server.flush_cache()
+            leaked = before.leaked(settled(tree, before))
+        except UNANSWERED as error:
+            self._problem(f"the server does not get quiet: {error}")
+            return
+        self.report.leaks += leaked
+        for each in leaked:
+            self._log({"leak": each})
+
+    def _problem(self, text: str) -> bool:
+        self.report.problems.append(text)
+        self._log({"problem": text})
+        self._say(text)
+        return False
+
+
+def run(
+    model: Path, tp_size: int, slots: int, storm: Storm, bursts: Sequence[Burst], folder: Path, logs: str, say: Say
+) -> Report:
+    """The whole schedule, on as many servers as it wears out, with their logs in files that begin with ``logs``.
+    Raises ServerFailed if one does not come up."""
+    left = deque(bursts)
+    while left and not storm.is_over():
+        number = storm.report.servers
+        place = folder / f"s{number}"
+        place.mkdir()
+        env = {"TMPDIR": str(place), "XDG_RUNTIME_DIR": str(place)}
+        flags = (*FLAGS, "--max-total-tokens", str(slots))
+        say(f"starting a server with TP={tp_size}")
+        with Server(model, tp_size, *flags, log=Path(f"{logs}-server-{number}.log"), env=env) as server:
+            storm.over(Tree(server, place), left)
+    return storm.report

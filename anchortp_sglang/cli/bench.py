@@ -1,0 +1,282 @@
+"""``anchortp bench``: recoveries and overhead beside stock SGLang on this machine, and a storm of faults."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from http.client import HTTPException
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize
+from anchortp_sglang.views.picture import PictureError, check, save
+
+app = typer.Typer(no_args_is_help=True, help="Measure recoveries, and what they cost when none is needed.")
+
+SizeOption = Annotated[ModelSize, typer.Option("--size", help="Random checkpoint to make, by its parameters.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+RecordOption = Annotated[
+    Path | None, typer.Option("--record", metavar="FILE", help="Write every single figure as JSON.")
+]
+SlotsOption = Annotated[int, typer.Option("--slots", min=1024, help="KV cache of either side, in tokens.")]
+
+
+class Sides(StrEnum):
+    BOTH = "both"
+    OURS = "ours"
+    STOCK = "stock"
+
+
+@app.command()
+def recovery(
+    size: SizeOption = ModelSize.TINY,
+    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of either side.")] = 4,
+    faults: Annotated[str, typer.Option("--faults", help="Any of process, device, hang.")] = "process,device,hang",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often each fault is made.")] = 1,
+    rate: Annotated[float, typer.Option("--rate", help="Clients per second (Poisson).")] = 2.0,
+    before_s: Annotated[float, typer.Option("--before", help="Seconds of load before a fault.")] = 20.0,
+    after_s: Annotated[float, typer.Option("--after", min=21.0, help="Seconds of load after a recovery.")] = 22.0,
+    hang_timeout_s: Annotated[float, typer.Option("--hang-timeout", help="When a rank counts as hung.")] = 4.0,
+    slots: SlotsOption = 16384,
+    sides: Annotated[Sides, typer.Option("--sides", help="Measure one side alone.")] = Sides.BOTH,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw throughput over time (.png, .svg).")
+    ] = None,
+    record: RecordOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Break our server and stock SGLang in the same way under the same load; the latter is restarted at once.
+
+    Exit code 1 if a request failed on our side or a token was not that of an unbroken run, 2 if a side did not start.
+    """
+    from anchortp_sglang.bench import recovery as recovery_bench
+    from anchortp_sglang.bench import recovery_view
+    from anchortp_sglang.bench.load import Load
+
+    plan_of = {
+        "tp_size": tp_size,
+        "faults": _faults(faults),
+        "seeds": seeds,
+        "load": _checked(lambda: Load(rate, 24, VOCAB_SIZE)),
+        "flags": _flags(slots),
+        "sides": ("stock", "ours") if sides is Sides.BOTH else (sides.value,),
+        "before_s": before_s,
+        "after_s": after_s,
+        "hang_timeout_s": hang_timeout_s,
+    }
+    _check_files(record, plot)
+    with _measuring(size) as (model, folder, say):
+        plan = recovery_bench.Plan(model=model, **plan_of)
+        results = recovery_bench.run(plan, folder, say)
+    told, every = recovery_bench.summary(results), recovery_bench.details(plan, results)
+    title = f"{size.value} model, TP={tp_size}, {len(plan.runs())} faults ({faults}), {rate:g} clients/s"
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        Console().print(recovery_view.report_view(told, every, title))
+    if record is not None:
+        record.write_text(json.dumps({"title": title, "report": told, "sides": every}, indent=1) + "\n")
+    if plot is not None:
+        _draw(recovery_view.picture(every, title), plot)
+    ours = told.get("ours")
+    raise typer.Exit(1 if ours and (ours["failed_requests"] or ours["wrong_tokens"]) else 0)
+
+
+@app.command()
+def overhead(
+    size: SizeOption = ModelSize.TINY,
+    tp_size: Annotated[int, typer.Option("--tp", min=1, help="Ranks of either side.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each: stock, ours, ours, stock.")] = 8,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Streams at a time.")] = 8,
+    slots: SlotsOption = 16384,
+    record: RecordOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare throughput, first token and time between tokens with stock SGLang while nothing fails."""
+    from anchortp_sglang.bench import overhead as bench
+
+    _check_files(record)
+    with _measuring(size) as (model, folder, say):
+        measured = bench.run(model, tp_size, _flags(slots), rounds, clients, VOCAB_SIZE, folder, say)
+    found = bench.compare(measured)
+    if record is not None:
+        record.write_text(json.dumps([asdict(each) for each in measured], indent=1) + "\n")
+    if as_json:
+        return typer.echo(json.dumps({name: asdict(ratio) for name, ratio in found.items()}, indent=2))
+    table = Table(title=f"ours over stock: {size.value} model, TP={tp_size}, {clients} streams, {rounds} rounds")
+    for heading in ("", "ratio", "spread over rounds", "ours", "stock"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    names = {"throughput": "tokens/s", "ttft_s": "time to first token", "itl_s": "time between tokens"}
+    for name, ratio in found.items():
+        values = [_figure(name, [getattr(r, name) for r in measured if r.side == side]) for side in ("ours", "stock")]
+        table.add_row(names[name], f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", *values)
+    Console().print(table)
+
+
+@app.command()
+def storm(
+    seed: Annotated[int, typer.Option("--seed", help="Of the schedule and of the requests.")] = 0,
+    faults: Annotated[int, typer.Option("--faults", min=1, help="How many, over all servers.")] = 100,
+    kinds: Annotated[
+        str, typer.Option("--kinds", help="Faults by target, manner or both: rank,:kill,spare:stop. Default: all.")
+    ] = "all",
+    requests: Annotated[
+        str, typer.Option("--requests", metavar="KINDS", help="Kinds of requests, as in the table. Default: all.")
+    ] = "all",
+    limit_s: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", help="End then, even if faults are left.")
+    ] = math.inf,
+    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a fresh server.")] = 4,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="That ask at a time.")] = 6,
+    slots: SlotsOption = 8192,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="Write every action as JSON lines, and keep servers' logs."),
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option("--replay", metavar="FILE", help="Do again what such a log tells.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Strike a server under mixed load with faults of every kind, and judge every answer.
+
+    Exit code 1 if a token was wrong, a good request failed, a bad one was not refused, something leaked, or the server
+    did not serve again; 2 if it did not start.
+    """
+    from anchortp_sglang.bench.storm import log as storm_log
+    from anchortp_sglang.bench.storm import run as bench
+    from anchortp_sglang.bench.storm import view as storm_view
+
+    _check_files(log)
+    schedule = _checked(
+        lambda: storm_log.read(replay) if replay else storm_log.draw(seed, faults, kinds, requests, tp_size, clients)
+    )
+    writer = storm_log.Writer(log)
+    with _measuring(ModelSize.TINY) as (model, folder, say):
+        writer.write(schedule.to_json())
+        asks = schedule.asks(VOCAB_SIZE)
+        one = bench.Storm(asks, schedule.seed, schedule.clients, writer.write, say, limit_s)
+        logs = str(folder / "storm" if log is None else log.with_suffix(""))
+        report = bench.run(model, schedule.tp_size, slots, one, schedule.bursts, folder, logs, say)
+    told = storm_view.summary(report)
+    title = f"seed {schedule.seed}, TP={schedule.tp_size}, {schedule.clients} clients"
+    typer.echo(json.dumps(told, indent=2)) if as_json else Console().print(storm_view.view(told, title))
+    if not told["ok"]:
+        typer.echo(writer.text(), err=True)
+    raise typer.Exit(0 if told["ok"] else 1)
+
+
+@app.command()
+def decisions(
+    seed: Annotated[int, typer.Option("--seed", help="Of the first schedule; the others follow it.")] = 0,
+    schedules: Annotated[int, typer.Option("--schedules", min=1, help="How many to play.")] = 100_000,
+    as_json: JsonOption = False,
+) -> None:
+    """Play simulated schedules of requests and faults against the coordinator's decisions; no server is started.
+
+    Exit code 1 if one of them breaks an invariant; its seed and its course are printed.
+    """
+    from anchortp_sglang.bench.decisions import play
+
+    outcome, violations = play(range(seed, seed + schedules))
+    told = {"schedules": schedules, "violations": len(violations)} | outcome
+    typer.echo(json.dumps(told, indent=2) if as_json else ", ".join(f"{count} {name}" for name, count in told.items()))
+    for violation in violations[:3]:
+        typer.echo(violation, err=True)
+    raise typer.Exit(1 if violations else 0)
+
+
+def _figure(name: str, values: list[float]) -> str:
+    middle = sorted(values)[len(values) // 2]
+    return f"{middle:.1f}" if name == "throughput" else f"{1000 * middle:.2f} ms"
+
+
+def _faults(text: str) -> tuple[Any, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= {"process", "device", "hang"}:
+        _fail(f"--faults takes process, device and hang, separated by commas, not {text!r}")
+    return names
+
+
+def _checked(make: Any) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _flags(slots: int) -> tuple[str, ...]:
+    return "--device", "cpu", "--dtype", "float32", "--max-total-tokens", str(slots)
+
+
+def _draw(picture: Any, path: Path) -> None:
+    try:
+        save(picture, path)
+    except (PictureError, OSError) as error:
+        _fail(str(error))
+
+
+def _check_files(record: Path | None, plot: Path | None = None) -> None:
+    """Before anything is measured for them."""
+    for path in filter(None, (record, plot)):
+        if not path.parent.is_dir():
+            _fail(f"{path}: there is no folder {path.parent}")
+    try:
+        if plot is not None:
+            check(plot)
+    except PictureError as error:
+        _fail(str(error))
+
+
+@contextmanager
+def _measuring(size: ModelSize) -> Iterator[tuple[Path, Path, Any]]:
+    """(checkpoint, folder for logs, say): what goes wrong in the block ends the command; logs are then kept."""
+    from anchortp_sglang.bench.model_sizes import make_model
+    from anchortp_sglang.testing.server import ServerFailed
+
+    folder = Path(tempfile.mkdtemp(prefix="anchortp-bench-"))
+    console, began = Console(stderr=True, highlight=False), time.monotonic()
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with console.status("") as status:
+
+            def say(text: str) -> None:
+                elapsed_s = time.monotonic() - began
+                status.update(f"{elapsed_s:6.0f} s  {text}")
+                if not console.is_terminal:
+                    console.print(f"{elapsed_s:6.0f} s  {text}", markup=False, soft_wrap=True)
+
+            say(f"writing a checkpoint of size {size.value}")
+            yield make_model(folder / "model", size), folder, say
+    except (ServerFailed, OSError, HTTPException, psutil.Error) as error:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        _fail(f"{error or type(error).__name__}\nlogs: {folder}")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(text: str) -> NoReturn:
+    typer.echo(f"anchortp: {text}", err=True)
+    raise typer.Exit(2)

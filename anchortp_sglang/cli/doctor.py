@@ -1,0 +1,208 @@
+"""Checks whether this machine and this environment can run the server, and says what to do if not.
+
+Imports neither SGLang nor torch, so it answers at once and where those do not import.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from anchortp_sglang.hooks import manifest
+from anchortp_sglang.startup.cgroups import memory_room
+
+GIB = 1 << 30
+OLDEST_PYTHON = (3, 11)
+# A process that has imported SGLang and all its models holds 1.1 GiB; ranks forked from it share that.
+MEMORY_WANTED_BYTES = 2 * GIB
+SHM_WANTED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. A WARN lets the server start; a FAIL does not. ``way_out`` is empty on PASS."""
+
+    name: str
+    level: Literal["PASS", "WARN", "FAIL"]
+    detail: str
+    way_out: str = ""
+
+
+def run_checks(run_dir: str | None = None) -> Iterator[Check]:
+    """All checks in turn; one that breaks is a FAIL. ``run_dir`` is that of ``--anchor-run-dir``."""
+    named: tuple[tuple[str, Callable[[], Check]], ...] = (
+        ("Python", check_python),
+        ("SGLang", check_sglang),
+        ("hooks", check_hooks),
+        ("memfd", check_memfd),
+        ("pidfd", check_pidfd),
+        ("handle passing", check_handle_passing),
+        ("ZeroMQ", check_zeromq),
+        ("/dev/shm", check_shm),
+        ("run directory", lambda: check_run_dir(Path(run_dir) if run_dir else None)),
+        ("memory", check_memory),
+        ("GPUs", check_gpus),
+    )
+    for name, check in named:
+        try:
+            yield check()
+        except Exception as error:
+            yield Check(
+                name,
+                "FAIL",
+                f"{type(error).__name__}: {error}",
+                "needs Linux 5.6 or newer and a pinned install",
+            )
+
+
+def check_python() -> Check:
+    """pip refuses older ones; a PYTHONPATH does not."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        return Check("Python", "FAIL", version, "use Python 3.11 or newer")
+    return Check("Python", "PASS", version)
+
+
+def check_sglang() -> Check:
+    version = manifest.installed_version()
+    if version != manifest.SGLANG_VERSION:
+        return Check("SGLang", "FAIL", version, f"pip install sglang=={manifest.SGLANG_VERSION}")
+    return Check("SGLang", "PASS", version)
+
+
+def check_hooks() -> Check:
+    """The symbols that are changed, against the source that the changes were written for."""
+    drifts = manifest.installed_drift()
+    if not drifts:
+        return Check("hooks", "PASS", f"SGLang's source is the one in {manifest.manifest_path().name}")
+    way_out = f"install sglang=={manifest.SGLANG_VERSION} unchanged, or start with --anchor-allow-drift"
+    return Check("hooks", "FAIL", "; ".join(map(str, drifts)), way_out)
+
+
+def check_memfd() -> Check:
+    """Anchors own memory as memfds, sealed so that nobody can cut it off under a rank."""
+    fd = os.memfd_create("anchortp-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, 4096)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        try:
+            os.ftruncate(fd, 0)
+        except PermissionError:
+            return Check("memfd", "PASS", "created and sealed")
+    finally:
+        os.close(fd)
+    return Check("memfd", "FAIL", "a sealed memfd could be cut", "run outside of a sandbox that emulates memfd")
+
+
+def check_pidfd() -> Check:
+    """Tried on a child: seccomp profiles forbid it altogether, yama for all processes but a thread's own."""
+    from anchortp_sglang.recovery.processes.pidfd import fetch_descriptor
+
+    own = os.pidfd_open(os.getpid())
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        signal.pause()
+    pidfd = os.pidfd_open(child)
+    try:
+        os.close(fetch_descriptor(pidfd, own))
+    except OSError as error:
+        return _without_pidfd_getfd(str(error.strerror))
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(pidfd)
+        os.close(own)
+    return Check("pidfd", "PASS", "a process's death can be waited for, and its descriptors be taken over")
+
+
+def _without_pidfd_getfd(refusal: str) -> Check:
+    way_out = "docker: --cap-add SYS_PTRACE; else kernel.yama.ptrace_scope below 2"
+    if check_handle_passing().level != "PASS":
+        return Check("pidfd", "FAIL", f"{refusal}; nor can descriptors be passed on: nothing survives here", way_out)
+    detail = f"{refusal}: a dead anchor's memory is handed over by its rank instead, and lost if that hangs"
+    return Check("pidfd", "WARN", detail, way_out)
+
+
+def check_handle_passing() -> Check:
+    """File descriptors over a Unix socket (SCM_RIGHTS), the way memory reaches the ranks."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with left, right:
+        socket.send_fds(left, [b"x"], [left.fileno()])
+        _, fds, _, _ = socket.recv_fds(right, 1, 1)
+    for fd in fds:
+        os.close(fd)
+    if not fds:
+        return Check("handle passing", "FAIL", "SCM_RIGHTS lost a descriptor", "run outside of the sandbox")
+    return Check("handle passing", "PASS", "SCM_RIGHTS works")
+
+
+def check_zeromq() -> Check:
+    import zmq
+
+    if not zmq.has("ipc"):
+        return Check("ZeroMQ", "FAIL", f"{zmq.zmq_version()} without ipc://", "pip install --force-reinstall pyzmq")
+    return Check("ZeroMQ", "PASS", zmq.zmq_version())
+
+
+def check_shm() -> Check:
+    free = shutil.disk_usage("/dev/shm").free
+    detail = f"{free / GIB:.2f} GiB free"
+    if not os.access("/dev/shm", os.W_OK):
+        return Check("/dev/shm", "FAIL", "not writable", "mount a tmpfs there, mode 1777")
+    if free < SHM_WANTED_BYTES:
+        return Check("/dev/shm", "WARN", detail, "docker: --shm-size 1g; else remove leftovers from /dev/shm")
+    return Check("/dev/shm", "PASS", detail)
+
+
+def check_run_dir(base: Path | None) -> Check:
+    """Claim a run directory as a server does, and give it back. None: where servers put it by default."""
+    from anchortp_sglang.anchor.rundir import RunDirError, prepare_run_dir, remove_run_dir
+
+    try:
+        run_dir = prepare_run_dir(base, f"doctor-{os.getpid()}")
+        remove_run_dir(run_dir)
+    except (RunDirError, OSError) as error:
+        return Check("run directory", "FAIL", str(error), "mend it, or choose another with --anchor-run-dir")
+    return Check("run directory", "PASS", f"{run_dir.path.parent} can be used")
+
+
+def check_memory() -> Check:
+    import psutil
+
+    room = memory_room(psutil.virtual_memory().available)
+    detail = f"{room.nbytes / GIB:.1f} GiB available ({room.bound})"
+    if room.nbytes < MEMORY_WANTED_BYTES:
+        return Check(
+            "memory",
+            "WARN",
+            detail,
+            f"the ranks need {MEMORY_WANTED_BYTES / GIB:.0f} GiB beside weights and KV",
+        )
+    return Check("memory", "PASS", detail)
+
+
+def check_gpus() -> Check:
+    """What anchors on GPUs would find here; asked by another process."""
+    from anchortp_sglang.platforms.cuda.probe import ProbeError, visible_gpus
+
+    if not os.path.exists("/dev/nvidiactl"):
+        return Check("GPUs", "PASS", "none: --device cpu")
+    try:
+        gpus = visible_gpus()
+    except ProbeError as error:
+        return Check("GPUs", "WARN", str(error), "see nvidia-smi, or use --device cpu")
+    detail = ", ".join(f"{gpu.name} ({gpu.total_bytes / GIB:.0f} GiB, {gpu.sharing})" for gpu in gpus)
+    if any(gpu.sharing == "ipc" for gpu in gpus):
+        return Check("GPUs", "WARN", detail, "VMM export is refused: memory dies with its anchor; see docs/cuda.md")
+    if any(len(gpu.peers) < len(gpus) for gpu in gpus):
+        return Check("GPUs", "WARN", f"{detail}; not all reach each other", "use some that do: CUDA_VISIBLE_DEVICES")
+    return Check("GPUs", "PASS", detail)

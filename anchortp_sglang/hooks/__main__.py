@@ -1,0 +1,29 @@
+"""``python -m anchortp_sglang.hooks``: compares the manifest with the installed SGLang, or writes it anew."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from anchortp_sglang.hooks.manifest import compare, write_manifest
+from anchortp_sglang.platforms.cpu import sgl_kernel_stub
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare (exit 1 on drift), or with ``--write`` regenerate the manifest."""
+    parser = argparse.ArgumentParser(prog="python -m anchortp_sglang.hooks", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the manifest of the installed SGLang")
+    write = parser.parse_args(argv).write
+    sgl_kernel_stub.install()  # the hooks' modules import SGLang, also where there is no GPU
+    from anchortp_sglang.hooks.table import HOOKS
+
+    if write:
+        print(f"{len(HOOKS)} hooks written to {write_manifest(HOOKS)}")
+        return 0
+    drifts = compare(HOOKS)
+    for drift in drifts:
+        print(drift, file=sys.stderr)
+    return 1 if drifts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

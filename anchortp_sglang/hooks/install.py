@@ -1,0 +1,184 @@
+"""The one way into SGLang: a table of hooks, installed through its registry and then verified.
+
+SGLang's ``HookRegistry`` (srt/plugins/hook_registry.py, 0.5.23) logs and goes on when a hook
+cannot be applied. A server with half of its hooks would lose requests silently, so every hook is
+looked up again after the fact, and one that did not take stops the start with its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from anchortp_sglang.hooks.fingerprint import fingerprint
+
+__all__ = ["Hook", "HookError", "fingerprint", "install", "verify"]
+
+KINDS = ("before", "after", "around", "replace")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One change to SGLang.
+
+    ``target`` is the dotted path of the place where the symbol is defined; ``kind`` is the value of
+    a ``HookType`` (before, after, around, replace) and says how ``function`` is called; ``why`` is
+    for the reader of the manifest.
+    """
+
+    target: str
+    kind: str
+    function: Callable
+    why: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"hook on {self.target}: unknown kind {self.kind!r}")
+        if isinstance(self.function, type) and self.kind != "replace":
+            raise ValueError(f"hook on {self.target}: a class can only replace, not act {self.kind}")
+        if self.target.count(".") < 1 or not self.why:
+            raise ValueError(f"hook on {self.target!r}: needs a dotted target and a reason")
+
+    @property
+    def function_name(self) -> str:
+        """Where ``function`` is defined, dotted."""
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+
+class HookError(RuntimeError):
+    """Hooks did not take; ``problems`` maps each target to what is wrong. Do not start the server."""
+
+    def __init__(self, problems: dict[str, str]) -> None:
+        self.problems = problems
+        lines = "".join(f"\n  {target}: {problem}" for target, problem in problems.items())
+        super().__init__(f"{len(problems)} hook(s) into SGLang did not take:{lines}")
+
+
+def install(hooks: Sequence[Hook]) -> None:
+    """Register and apply ``hooks``, then verify every one. A second call with the same table is a no-op.
+
+    Call it in the process's only thread, before anything calls the targets. Imports their modules.
+    Raises :class:`HookError`; SGLang is then half patched and the process must not serve.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    originals = _originals(hooks)
+    source = HookSource(plugin_name="anchortp", dist_name="anchortp-sglang")
+    for hook in hooks:
+        known = [(kind.value, function) for kind, function, _ in HookRegistry._hooks.get(hook.target, ())]
+        if (hook.kind, hook.function) not in known:
+            HookRegistry.register(hook.target, hook.function, HookType(hook.kind), source=source)
+    logging.getLogger(HookRegistry.__module__).setLevel(logging.WARNING)  # else a line for each hook
+    with _mended_together():
+        HookRegistry.apply_hooks()
+    verify(hooks, originals)
+
+
+@contextmanager
+def _mended_together() -> Iterator[None]:
+    """Names that were imported from a hooked module are mended in one walk over all modules.
+
+    The registry walks once for each hook (``_propagate_patch``), which takes more than a second in all; ``verify``
+    looks again whether a module still holds an original.
+    """
+    from sglang.srt.plugins import hook_registry
+
+    stock = hook_registry._propagate_patch
+    replaced: dict[int, tuple[Any, Any, Any]] = {}
+
+    def remember(original: Any, wrapped: Any, source_module: Any) -> int:
+        replaced[id(original)] = original, wrapped, source_module
+        return 0
+
+    hook_registry._propagate_patch = remember
+    try:
+        yield
+    finally:
+        hook_registry._propagate_patch = stock
+        for module, name, value in _module_attributes():
+            original, wrapped, source_module = replaced.get(id(value), (None, None, None))
+            if original is not None and value is original and module is not source_module:
+                setattr(module, name, wrapped)
+
+
+def verify(hooks: Sequence[Hook], originals: dict[str, Any]) -> None:
+    """Raise :class:`HookError` unless a call of each target reaches its hook.
+
+    ``originals`` maps targets to what they were before; no module may still hold one of those
+    under any name (``from X import Y`` made before the hook).
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    problems: dict[str, str] = {}
+    for hook in hooks:
+        if hook.target not in HookRegistry._patched:
+            problems[hook.target] = "SGLang's hook registry could not apply it, see its log above"
+        elif not _reaches(_resolve(hook.target), hook.function):
+            problems[hook.target] = (
+                f"a call does not reach {hook.function_name}: another plugin replaced the target,"
+                " or it was patched before this hook was registered"
+            )
+    for target, holder in _stale_bindings(originals):
+        problems.setdefault(target, f"{holder} still holds the unpatched original")
+    if problems:
+        raise HookError(problems)
+
+
+def _originals(hooks: Sequence[Hook]) -> dict[str, Any]:
+    """What each target resolves to now. A target that does not resolve is named with the reason."""
+    originals: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for target in dict.fromkeys(hook.target for hook in hooks):
+        try:
+            originals[target] = _resolve(target)
+        except Exception as error:  # whatever importing SGLang's module raises
+            problems[target] = f"{type(error).__name__}: {error}"
+    if problems:
+        raise HookError(problems)
+    return originals
+
+
+def _resolve(target: str) -> Any:
+    """The function or class itself, without the classmethod or staticmethod around it."""
+    owner_path, name = target.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner_path)
+    held = vars(owner).get(name, None)
+    return held.__func__ if isinstance(held, (classmethod, staticmethod)) else getattr(owner, name)
+
+
+def _reaches(function: Any, wanted: Callable) -> bool:
+    """Whether calling ``function`` comes to ``wanted``.
+
+    Follows the variables that ``_wrap_fn`` of the registry closes over: ``hook``, and
+    ``original_fn`` where the wrapper calls on. A replacing wrapper has no ``original_fn``, so a
+    hook of ours beneath another plugin's replacement is rightly not found.
+    """
+    while function is not wanted:
+        if not isinstance(function, types.FunctionType):
+            return False
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        if "hook" in cells and cells["hook"].cell_contents is wanted:
+            return True
+        function = cells["original_fn"].cell_contents if "original_fn" in cells else None
+    return True
+
+
+def _stale_bindings(originals: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(target, "module.name") for every module attribute that is still an unpatched original."""
+    target_of = {id(value): target for target, value in originals.items() if _resolve(target) is not value}
+    for module, name, value in _module_attributes():
+        if id(value) in target_of:
+            yield target_of[id(value)], f"{module.__name__}.{name}"
+
+
+def _module_attributes() -> Iterator[tuple[types.ModuleType, str, Any]]:
+    for module in list(sys.modules.values()):
+        if isinstance(module, types.ModuleType):
+            for name, value in list(vars(module).items()):
+                yield module, name, value

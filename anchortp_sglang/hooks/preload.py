@@ -1,0 +1,115 @@
+"""What the zygote should have ready: modules, the tokenizer, first-use work. Runs in main, before the fork."""
+
+import functools
+import gc
+import importlib
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_NEEDED = (
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.models.registry",
+)
+
+_LATE = (
+    # What a rank would import in its __init__ otherwise, a tenth of a second after the fork.
+    "sglang.srt.distributed.device_communicators.all_reduce_utils",
+    "sglang.srt.distributed.device_communicators.custom_all_reduce",
+    "sglang.srt.distributed.device_communicators.hpu_communicator",
+    "sglang.srt.distributed.device_communicators.pymscclpp",
+    "sglang.srt.distributed.device_communicators.shm_broadcast",
+    "sglang.srt.distributed.device_communicators.torch_symm_mem",
+    "sglang.srt.distributed.device_communicators.xpu_communicator",
+    "sglang.srt.distributed.device_communicators.pcie_ipc_ar",
+    "sglang.srt.dllm.algorithm",
+    "sglang.srt.layers.attention.qsa",
+    "sglang.srt.layers.attention.torch_native_backend",
+    "sglang.srt.mem_cache.prefill_budget",
+    "sglang.srt.mem_cache.rust_tree_core.adapter",
+    "sglang.srt.mem_cache.rust_tree_core.extension",
+    "sglang.srt.mem_cache.rust_tree_core.mem_cache",
+    "anchortp_sglang.rank.penalties",
+    "anchortp_sglang.rank.warmup",
+)
+
+
+_LEFT_OUT = "SGLANG_DISABLED_MODEL_ARCHS"
+
+
+def leave_out_other_models(architectures: Sequence[str]) -> None:
+    """Let SGLang's registry import the modules that define these model classes and none of the 250 others.
+
+    That saves seconds and the memory that every fork shares. It must be known before SGLang is imported; what the
+    operator has set stays. Without such a module nothing is left out: SGLang then says what it misses.
+    """
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations or _LEFT_OUT in os.environ:
+        return
+    modules = {path.stem: path for path in Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")}
+    wanted = re.compile(rf"^class ({'|'.join(map(re.escape, architectures))})\b", re.MULTILINE)
+    found = {name for name, path in modules.items() if wanted.search(path.read_text(encoding="utf-8"))}
+    if architectures and found:
+        os.environ[_LEFT_OUT] = ",".join(sorted(modules.keys() - found - {"__init__", "registry"}))
+
+
+def import_sglang() -> None:
+    """Import everything a rank imports at some point of its start."""
+    # It warns of each model that needs a library this machine lacks; what cannot serve here is refused by name.
+    logging.getLogger("sglang.srt.models.registry").setLevel(logging.ERROR)
+    gc.disable()  # with it on, importing SGLang takes twice as long
+    try:
+        for name in _NEEDED:
+            importlib.import_module(name)
+        for name in _LATE:
+            _try_import(name)
+    finally:
+        gc.freeze()  # millions of objects that stay: every later collection would take a second over them
+        gc.enable()
+
+
+def _try_import(name: str) -> None:
+    """Import what only saves time; where it cannot be imported the rank would do without it too."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        log.info("anchortp: %s is not preloaded (%s)", name, error)
+
+
+def preload(view: Any) -> None:
+    """Load what every process of this server loads: tokenizer."""
+    import_sglang()
+    _tokenizer(view)
+
+
+@functools.lru_cache(maxsize=4)
+def _cached(original: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Any:
+    return original(*args, **dict(kwargs))
+
+
+def around_get_tokenizer(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND hf_transformers.tokenizer.get_tokenizer: main loads it before the fork, all children share it."""
+    try:
+        return _cached(original, args, tuple(sorted(kwargs.items())))
+    except TypeError:  # an unhashable argument
+        return original(*args, **kwargs)
+
+
+def _tokenizer(view: Any) -> None:
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    get_tokenizer(
+        view.tokenizer_path or view.model_path,
+        tokenizer_mode=view.tokenizer_mode,
+        trust_remote_code=view.trust_remote_code,
+        revision=view.revision,
+        tokenizer_backend=view.tokenizer_backend,
+    )

@@ -1,0 +1,329 @@
+"""Every hook into SGLang, in one table, and the only function that installs them."""
+
+from __future__ import annotations
+
+import logging
+
+from anchortp_sglang.admission import hooks as admission
+from anchortp_sglang.hooks import install, manifest, preload
+from anchortp_sglang.hooks.install import Hook
+from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows, short_extends
+from anchortp_sglang.platforms.cpu import hooks as cpu
+from anchortp_sglang.platforms.cuda import collectives, graphs
+from anchortp_sglang.rank import main as rank_main
+from anchortp_sglang.rank.kv import pool as kv_pool
+from anchortp_sglang.rank.kv import prefixes
+from anchortp_sglang.rank.weights import config, experts, head_norms, loader
+from anchortp_sglang.recovery import hooks as main
+from anchortp_sglang.recovery.processes import detokenizer
+
+logger = logging.getLogger(__name__)
+
+_SRT = "sglang.srt."
+_ENGINE = _SRT + "entrypoints.engine."
+_HTTP = _SRT + "entrypoints.http_server."
+_TM = _SRT + "managers.tokenizer_manager."
+_TM_CLASS = _TM + "TokenizerManager."
+_DETOKENIZER = _SRT + "managers.detokenizer_manager.DetokenizerManager."
+_SCHEDULER = _SRT + "managers.scheduler.Scheduler."
+_RECEIVER = _SRT + "managers.scheduler_components.request_receiver.SchedulerRequestReceiver."
+_MEMORY = _SRT + "mem_cache."
+
+HOOKS: tuple[Hook, ...] = (
+    # Unequal shards: what a rank sees of the model, and where its parameters lie.
+    Hook(
+        _SRT + "configs.model_config.ModelConfig.from_server_args",
+        "after",
+        config.after_from_server_args,
+        "each rank's config is scaled so that SGLang's even split yields the rank's own share",
+    ),
+    Hook(
+        _SRT + "configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        "around",
+        config.around_unaligned_cpu_tp,
+        "on CPU it would pad heads and columns of shares that are unequal on purpose",
+    ),
+    Hook(
+        _SRT + "utils.common.make_layers",
+        "around",
+        config.around_make_layers,
+        "a layer sees its own sizes where heads or experts rotate over the layers",
+    ),
+    Hook(
+        _SRT + "model_loader.loader.get_model_loader",
+        "around",
+        loader.around_get_model_loader,
+        "parameters are bound to the anchor's memory instead of being loaded",
+    ),
+    Hook(
+        _SRT + "layers.moe.fused_moe_triton.layer.FusedMoE.__init__",
+        "around",
+        experts.around_fused_moe_init,
+        "a rank has as many experts, and those, as the plan says",
+    ),
+    Hook(
+        _SRT + "eplb.expert_location.ExpertLocationMetadata._init_common",
+        "around",
+        experts.around_init_expert_location,
+        "its tables are of equal shares",
+    ),
+    Hook(
+        _SRT + "layers.moe.fused_moe_native.moe_forward_native",
+        "around",
+        experts.around_moe_forward_native,
+        "on CPU it cannot take the id of an expert that another rank has",
+    ),
+    Hook(
+        _SRT + "models.deepseek_v2.DeepseekV2MLP.__init__",
+        "around",
+        experts.around_deepseek_mlp_init,
+        "a rank's share of the shared experts is not a multiple of its share of the others",
+    ),
+    Hook(
+        _SRT + "models.olmo2.Olmo2Attention.__init__",
+        "after",
+        head_norms.after_olmo2_attention_init,
+        "a rank has the weights of its own heads' norms",
+    ),
+    Hook(
+        _SRT + "models.olmo2.Olmo2Attention._apply_qk_norm",
+        "around",
+        head_norms.around_apply_qk_norm,
+        "norms over all heads: it gathers equal parts",
+    ),
+    # KV in the anchors' memory, and the slot table that lets it be found again.
+    Hook(
+        _MEMORY + "memory_pool.MHATokenToKVPool._create_buffers_normal",
+        "around",
+        kv_pool.around_create_buffers,
+        "KV buffers are views of the anchor's memory",
+    ),
+    Hook(
+        _MEMORY + "memory_pool.MLATokenToKVPool._create_buffers",
+        "around",
+        kv_pool.around_create_latent_buffers,
+        "the same for the latents of multi-head latent attention",
+    ),
+    Hook(
+        _MEMORY + "kv_cache_configurator.KVCacheConfigurator._resolve_memory_pool_config",
+        "around",
+        kv_pool.around_resolve_memory_pool_config,
+        "every rank has the planned number of slots, however many heads it holds",
+    ),
+    Hook(
+        _MEMORY + "allocator.token.TokenToKVPoolAllocator.free",
+        "before",
+        prefixes.before_free,
+        "what a freed slot held is forgotten in the slot table",
+    ),
+    Hook(
+        _MEMORY + "unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
+        "around",
+        prefixes.around_checkpoint_into_tree,
+        "what follows tokens that another request has computed too keeps its place in the slot table",
+    ),
+    Hook(
+        _SRT + "models.gemma3_causal.Gemma3TextScaledWordEmbedding.forward",
+        "after",
+        prefixes.after_whole_embedding,
+        "no rank writes KV before rank 0 has freed and allocated the slots",
+    ),
+    Hook(
+        _MEMORY + "allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
+        "before",
+        prefixes.before_release_page_ids,
+        "the same with pages of several slots",
+    ),
+    Hook(
+        _SCHEDULER + "process_batch_result",
+        "before",
+        prefixes.before_process_batch_result,
+        "the KV of a finished forward pass is entered in the slot table",
+    ),
+    Hook(
+        _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+        "process_batch_result_prefill",
+        "before",
+        rank_main.before_process_batch_result_prefill,
+        "what resumed requests found in kept KV is counted for the status",
+    ),
+    Hook(
+        _SCHEDULER + "flush_cache",
+        "after",
+        prefixes.after_flush_cache,
+        "a flushed cache does not come back with the next generation",
+    ),
+    Hook(
+        _MEMORY + "kv_cache_builder.build_kv_cache",
+        "after",
+        prefixes.after_build_kv_cache,
+        "a new generation starts with the prefix tree of the last one",
+    ),
+    # Ranks: the gate between generations, and requests that go on.
+    Hook(
+        _RECEIVER + "_pull_raw_reqs",
+        "after",
+        rank_main.after_pull_raw_reqs,
+        "leftovers for a dead rank 0 are dropped; every loop of the scheduler beats the heart",
+    ),
+    Hook(
+        _SCHEDULER + "_create_generation_req",
+        "after",
+        rank_main.after_create_generation_req,
+        "a resumed request starts where its last delivered token was",
+    ),
+    Hook(
+        _SCHEDULER + "_add_request_to_queue",
+        "before",
+        rank_main.before_add_request_to_queue,
+        "input logprobs that a client has are not computed again",
+    ),
+    Hook(
+        _SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
+        "after",
+        rank_main.after_penalizers,
+        "penalties count the tokens a resumed request already has",
+    ),
+    # The detokenizer's fence.
+    Hook(
+        _DETOKENIZER + "init_ipc_channels",
+        "after",
+        detokenizer.after_init_ipc_channels,
+        "its input socket's connections are watched, so that a drain is known to be complete",
+    ),
+    Hook(
+        _DETOKENIZER + "init_request_dispatcher",
+        "after",
+        detokenizer.after_init_request_dispatcher,
+        "it answers fences",
+    ),
+    # Main: launch, signals, TokenizerManager's traffic.
+    Hook(
+        _ENGINE + "Engine._launch_scheduler_processes",
+        "replace",
+        main.launch_scheduler_processes,
+        "ranks are forked from the zygote, one generation after the other",
+    ),
+    Hook(
+        _ENGINE + "Engine._launch_detokenizer_subprocesses",
+        "replace",
+        main.launch_detokenizer,
+        "the detokenizer is forked from the zygote too",
+    ),
+    Hook(
+        _ENGINE + "_set_envs_and_config",
+        "after",
+        main.after_set_envs,
+        "SIGQUIT from a dying child must not kill the server",
+    ),
+    Hook(
+        _TM + "SignalHandler.running_phase_sigquit_handler",
+        "replace",
+        main.on_sigquit,
+        "the same, once requests are served",
+    ),
+    Hook(
+        _TM_CLASS + "auto_create_handle_loop",
+        "after",
+        main.after_auto_create_handle_loop,
+        "the coordinator runs on TokenizerManager's event loop",
+    ),
+    Hook(
+        _TM_CLASS + "_tokenize_texts",
+        "around",
+        main.around_tokenize_texts,
+        "a long text would keep main from recoveries, probes and streams for seconds",
+    ),
+    Hook(
+        _TM_CLASS + "_dispatch_to_scheduler",
+        "around",
+        main.around_dispatch,
+        "requests are recorded for the replay, and held back in an outage",
+    ),
+    Hook(
+        _TM_CLASS + "_async_dispatch_to_scheduler",
+        "around",
+        main.around_async_dispatch,
+        "the same for control messages",
+    ),
+    Hook(
+        _SRT + "managers.communicator.FanOutCommunicator.__call__",
+        "around",
+        main.around_control_call,
+        "control calls end when the server goes down, instead of waiting for dead ranks",
+    ),
+    Hook(
+        _TM_CLASS + "_handle_batch_output",
+        "around",
+        main.around_handle_batch_output,
+        "a batch that would double or skip a token is stopped before it reaches a client",
+    ),
+    # Admission: what could not be continued after a fault, or would end a rank, is refused with a 400.
+    Hook(_TM_CLASS + "generate_request", "before", admission.before_generate_request, "every request passes here"),
+    Hook(
+        _TM_CLASS + "_create_tokenized_object",
+        "around",
+        admission.around_create_tokenized_object,
+        "every request passes here too, with its token ids: what would end a rank is refused",
+    ),
+    Hook(
+        _HTTP + "serve_generate_request",
+        "around",
+        admission.around_serve_generate_request,
+        "a stream's status is sent before its generator runs",
+    ),
+    Hook(
+        _SRT + "utils.hf_transformers.tokenizer.get_tokenizer",
+        "around",
+        preload.around_get_tokenizer,
+        "main loads the tokenizer once, before the zygote is forked",
+    ),
+    *(Hook(*row) for row in (*cpu.HOOKS, *groups.HOOKS)),
+    Hook(
+        _SRT + "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler",
+        "around",
+        latent_attention.around_get_handler,
+        "torch_native takes the latents of a prompt for its K and V, and fails",
+    ),
+    Hook(
+        _SRT + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
+        "around",
+        short_extends.around_run_sdpa_forward_extend,
+        "torch_native computes a kept prefix as if it were new, which takes seconds of a recovery",
+    ),
+    Hook(
+        _SRT + "mem_cache.memory_pool.ReqToTokenPool.__init__",
+        "around",
+        request_rows.around_req_to_token_pool_init,
+        "on CPU it zeroes memory that is never used for a third of a recovery",
+    ),
+    # GPUs.
+    Hook(
+        _SRT + "platforms.cuda.CudaDeviceMixin.get_torch_distributed_backend_str",
+        "around",
+        collectives.around_backend,
+        "NCCL refuses several ranks on one GPU",
+    ),
+    Hook(
+        _SCHEDULER + "init_request_dispatcher",
+        "after",
+        graphs.after_init_request_dispatcher,
+        "decode graphs are captured when main says so, after a generation's first tokens",
+    ),
+)
+
+
+def install_all(allow_drift: bool = False) -> None:
+    """Compare the table with the installed SGLang, install every hook and verify that it took.
+
+    Raises :class:`anchortp_sglang.hooks.manifest.DriftError` unless ``allow_drift``, and
+    :class:`anchortp_sglang.hooks.install.HookError` in any case.
+    """
+    # Before patching, though fingerprints are of files: a missing symbol is then named as such.
+    drifts = manifest.compare(HOOKS)
+    if drifts and not allow_drift:
+        raise manifest.DriftError(drifts)
+    for drift in drifts:
+        logger.warning("SGLang drifted, going on as --anchor-allow-drift says: %s", drift)
+    install.install(HOOKS)
+    logger.info("%d hooks into SGLang %s installed and verified", len(HOOKS), manifest.SGLANG_VERSION)

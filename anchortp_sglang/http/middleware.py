@@ -1,0 +1,123 @@
+"""Our routes and answers on SGLang's HTTP server, as one ASGI middleware."""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from anchortp_sglang.admission.checks import check_route
+from anchortp_sglang.http import probes
+from anchortp_sglang.http.body_limit import Receive, limited
+from anchortp_sglang.http.metrics import Metrics
+from anchortp_sglang.http.own_routes import Answer, OwnRoutes
+from anchortp_sglang.http.status import state_name, status
+from anchortp_sglang.recovery.coordinator import Coordinator
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_READ = ("GET", "HEAD")
+_KNOWN_WITHOUT_RANKS = ("", "/model_info", "/get_model_info", "/v1/models", "/metrics")
+"""What main answers by itself, to GET, when the server is down. Everything else is 503 then, new routes included."""
+
+_TRY_AGAIN_LATER = 1013  # RFC 6455's registry of close codes
+
+
+class AnchorMiddleware:
+    """Answers /anchortp/… and probes, refuses what cannot be served, limits bodies; the rest is SGLang's.
+
+    ``tokenizer_manager``: SGLang's; asked for with each probe, as it is made after the middleware.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        coordinator: Coordinator,
+        tokenizer_manager: Callable[[], Any],
+        on_startup: Callable[[], None],
+        allow_injection: bool,
+        max_body_bytes: int,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._app = app
+        self._coordinator = coordinator
+        self._tokenizer_manager = tokenizer_manager
+        self._on_startup = on_startup
+        self._own = OwnRoutes(coordinator, allow_injection)
+        self._max_body_bytes = max_body_bytes
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, self._notice_startup(send))
+        elif scope["type"] == "websocket" and self._refusal is not None:
+            await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": self._refusal})
+        elif scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif (answer := await self._answer(scope, receive)) is not None:
+            await _send(answer, send)
+        else:
+            if scope["method"] == "HEAD" and _path(scope) in probes.PROBES:
+                scope = {**scope, "method": "GET"}  # SGLang has no HEAD there; the HTTP server keeps the body back
+            way_out = "send less, or raise --anchor-max-body-mib"
+            await self._app(scope, limited(scope, receive, self._max_body_bytes, way_out), send)
+
+    def _notice_startup(self, send: Send) -> Send:
+        async def forward(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._on_startup()  # TokenizerManager's loop, so that deaths are seen before the first request
+            await send(message)
+
+        return forward
+
+    @property
+    def _refusal(self) -> str | None:
+        """Why the server is down; None if it is not."""
+        inflight = self._coordinator.inflight
+        return None if inflight is None else inflight.refusal
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Answer | None:
+        """Ours; None: SGLang's app has the answer."""
+        path, reads = _path(scope), scope["method"] in _READ
+        own = await self._own.answer(path, scope, receive)
+        if own is not None:
+            return own
+        if self._refusal is not None and not (reads and _is_known_without_ranks(path)):
+            return _error(503, self._refusal)
+        if path in probes.PROBES and reads:
+            return self._probe(path)
+        if path.startswith("/metrics") and self._metrics is not None:  # SGLang's route takes what follows as well
+            self._metrics.refresh(status(self._coordinator), self._coordinator.recoveries.totals())
+        refusal = check_route(scope["path"], scope.get("root_path", ""))
+        return None if refusal is None else _error(400, refusal)
+
+    def _probe(self, path: str) -> Answer | None:
+        from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+        manager = self._tokenizer_manager()
+        tokenizer = probes.Tokenizer(
+            starting=manager.server_status == ServerStatus.Starting,
+            leaving=manager.gracefully_exit,
+        )
+        code = probes.answer(path, self._coordinator.state.phase, tokenizer)
+        return None if code is None else Answer.of(code, {"status": state_name(self._coordinator)})
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _is_known_without_ranks(path: str) -> bool:
+    bare = path.rstrip("/")
+    return bare in _KNOWN_WITHOUT_RANKS or bare.startswith("/v1/models/")
+
+
+def _error(code: int, message: str) -> Answer:
+    """Clients of OpenAI's API read ``error.message``; those of Anthropic's want the outer ``type``, too."""
+    kind = "overloaded_error" if code == 503 else "invalid_request_error"
+    return Answer.of(code, {"type": "error", "error": {"type": kind, "message": message, "code": code}})
+
+
+async def _send(answer: Answer, send: Send) -> None:
+    headers = {"content-type": answer.content_type, "content-length": str(len(answer.body)), **answer.headers}
+    encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": answer.code, "headers": encoded})
+    await send({"type": "http.response.body", "body": answer.body})

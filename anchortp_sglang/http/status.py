@@ -1,0 +1,75 @@
+"""The coordinator's state as the JSON of ``GET /anchortp/status``."""
+
+from dataclasses import asdict
+from typing import Any
+
+from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.state_machine import Phase
+
+ENDED = ("unservable", "fruitless", "given_up")
+"""Why the server ends open requests (``Culprits.ended``)."""
+
+
+def status(coordinator: Coordinator) -> dict[str, Any]:
+    generation = coordinator.generation
+    ownership = generation.ownership if generation is not None else coordinator.configured
+    return {
+        "state": state_name(coordinator),
+        "generation": generation.number if generation is not None else 0,
+        "tp_size": ownership.tp_size,
+        "devices": [_device(coordinator, device) for device in coordinator.configured.devices],
+        "kv": None if coordinator.kv_usage is None else coordinator.kv_usage.to_json(),
+        "kv_capacity": asdict(coordinator.processes.kv_capacity(ownership)),
+        "run_dir": _run_dir(coordinator),
+        "recoveries": coordinator.recoveries.to_json(),
+        "fruitless_faults": coordinator.state.fruitless,
+        "suspects": 0 if coordinator.inflight is None else coordinator.inflight.isolation.suspects,
+        "requests_ended": {how: coordinator.culprits.ended[how] for how in ENDED},
+    }
+
+
+def state_name(coordinator: Coordinator) -> str:
+    """starting, serving, degraded (fewer devices than configured), recovering or down."""
+    phase = coordinator.state.phase
+    if phase in (Phase.DOWN, Phase.STOPPED) or coordinator.state.given_up:
+        return "down"
+    if phase is not Phase.SERVING:
+        return "recovering"
+    generation = coordinator.generation
+    if generation is None or coordinator.inflight is None:
+        return "starting"
+    fewer = generation.ownership.tp_size < coordinator.configured.tp_size
+    return "degraded" if fewer else "serving"
+
+
+def _run_dir(coordinator: Coordinator) -> dict[str, Any]:
+    """``lost``: why the directory is gone for good, so that a fault could not be survived; else None."""
+    keeper = coordinator.processes.keeper
+    lost, made_again = (None, 0) if keeper is None else (keeper.lost, keeper.made_again)
+    return {"path": str(coordinator.processes.plan.run_dir), "lost": lost, "made_again": made_again}
+
+
+def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
+    processes, generation = coordinator.processes, coordinator.generation
+    anchor = processes.anchors.processes.get(device)
+    alive = processes.anchors.alive(device)
+    entry: dict[str, Any] = {
+        "id": device,
+        "state": "idle" if alive else "lost",
+        "rank": None,
+        "rank_pid": None,
+        "anchor_pid": anchor.pid if anchor is not None and alive else None,
+        "weight_bytes": 0,
+        "kv_bytes": 0,
+    }
+    if generation is None or device not in generation.ownership.devices or not alive:
+        return entry
+    ownership, plan = generation.ownership, processes.plan
+    rank = ownership.devices.index(device)
+    return entry | {
+        "state": "serving",
+        "rank": rank,
+        "rank_pid": generation.ranks[rank].pid,
+        "weight_bytes": sum(generation.weights.shards[rank].sizes.values()),
+        "kv_bytes": plan.kv_layout(ownership, rank).total_bytes,
+    }

@@ -1,0 +1,176 @@
+"""A copy of committed KV in the host's memory, readable after everybody was killed at any instant.
+
+Row r of the mirror holds the KV of one slot over all layers and heads. Rank 0 says which slot a row is for
+(``assign``): the slot, then the chain hash of what the slot held. Every rank copies the heads it answers for, and then
+writes that hash as its own tag of the row. So a row counts if the tags of all writers equal the hash it was assigned
+for, and holds then the KV of that chain of tokens, in whichever slot it lay. Three rules make that safe:
+
+- a writer clears its tag before the first byte and sets it after the last, and only if the slot table says that the
+  slot held the same entry all the while;
+- a row's hash is cleared before it is given to another slot;
+- ``begin``, with which a generation takes over, first drops the rows that are not complete; then it does not matter who
+  wrote what of the others, and the new set of writers can have their tags.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
+from anchortp_sglang.kv.copy import KVSegment
+from anchortp_sglang.planning.layout.kv_layout import KVLayout
+
+__all__ = ["KVMirror", "MirrorMismatch", "MirrorShape"]
+
+_WORD = 8
+_HEADER_WORDS = 8
+_MAGIC, _ROWS, _ROW_BYTES, _SEED, _WRITERS, _GENERATION, _ASSIGNED = range(7)
+_MAGIC_VALUE = int.from_bytes(b"atpMIR01", "little")
+_PAGE_BYTES = 4096
+MAX_WRITERS = 64
+
+
+class MirrorMismatch(Exception):
+    """The buffer holds no mirror of this shape: nothing can be read from it."""
+
+
+@dataclass(frozen=True)
+class MirrorShape:
+    """``layout``: of the rows, all heads of all layers. ``seed``: the slot table's; it stands for the model."""
+
+    layout: KVLayout
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    @property
+    def row_bytes(self) -> int:
+        """KV of one slot."""
+        return self.layout.total_bytes // self.rows
+
+    @property
+    def payload_offset(self) -> int:
+        """Where the rows' KV begins; page-aligned."""
+        words = _HEADER_WORDS + (2 + MAX_WRITERS) * self.rows
+        return -(-words * _WORD // _PAGE_BYTES) * _PAGE_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        return self.payload_offset + self.layout.total_bytes
+
+
+class KVMirror:
+    """The mirror in ``buffer`` (``MirrorShape.nbytes`` bytes, zeroed when new). Read-only buffers will do to read."""
+
+    def __init__(self, buffer: bytes | bytearray | memoryview | mmap.mmap, shape: MirrorShape) -> None:
+        self.shape = shape
+        self._header = np.frombuffer(buffer, np.uint64, _HEADER_WORDS)
+        start = _HEADER_WORDS * _WORD
+        self.hashes: Hashes = np.frombuffer(buffer, np.uint64, shape.rows, start)
+        """uint64[rows]: the chain hash that a row was assigned for; ``UNKNOWN`` if for none."""
+        start += _WORD * shape.rows
+        self.slots: Ids = np.frombuffer(buffer, np.int64, shape.rows, start)
+        """int64[rows]: the slot to copy it from; without meaning for rows of an earlier generation."""
+        start += _WORD * shape.rows
+        self._tags = np.frombuffer(buffer, np.uint64, MAX_WRITERS * shape.rows, start)
+        self._tags = self._tags.reshape(MAX_WRITERS, shape.rows)
+        self.kv = KVSegment(buffer, shape.layout, shape.payload_offset)
+
+    @classmethod
+    def attach(cls, buffer: bytes | bytearray | memoryview | mmap.mmap, shape: MirrorShape) -> KVMirror:
+        """The mirror that is there. Raises MirrorMismatch."""
+        have = memoryview(buffer).nbytes
+        if have < shape.nbytes:
+            raise MirrorMismatch(f"a mirror of {shape.rows} rows needs {shape.nbytes} bytes, the buffer has {have}")
+        mirror = cls(buffer, shape)
+        if mirror._header[: _SEED + 1].tolist() != mirror._identity():
+            raise MirrorMismatch("the buffer holds no mirror, or one of another shape or model")
+        return mirror
+
+    @classmethod
+    def attach_or_create(cls, buffer: bytearray | memoryview | mmap.mmap, shape: MirrorShape) -> KVMirror:
+        """The mirror that is there, else an empty one. For rank 0."""
+        try:
+            return cls.attach(buffer, shape)
+        except MirrorMismatch:
+            mirror = cls(buffer, shape)
+            mirror._header[:] = 0
+            mirror.hashes[:] = UNKNOWN
+            mirror._header[: _SEED + 1] = mirror._identity()
+            return mirror
+
+    def complete(self) -> NDArray[np.bool_]:
+        """bool[rows]: the rows that every writer has finished."""
+        writers = int(self._header[_WRITERS])
+        done = self.hashes != UNKNOWN
+        if not 0 < writers <= MAX_WRITERS:
+            return np.zeros_like(done)
+        for writer in range(writers):
+            done &= self._tags[writer] == self.hashes
+        return done
+
+    def rows_of(self, hashes: Hashes) -> Ids:
+        """For chain hashes (uint64[n]) a complete row each, -1 where there is none: int64[n]."""
+        rows = np.flatnonzero(self.complete())
+        found = np.full(len(hashes), -1, np.int64)
+        if not rows.size or not hashes.size:
+            return found
+        held = self.hashes[rows]
+        order = np.argsort(held, kind="stable")
+        at = np.searchsorted(held, hashes, sorter=order)
+        candidates = order[np.minimum(at, len(order) - 1)]
+        same = held[candidates] == hashes
+        found[same] = rows[candidates[same]]
+        return found
+
+    # ---- rank 0
+
+    def begin(self, generation: int, writers: int) -> None:
+        """A generation takes over, when nobody restores from here any more. Cut off anywhere, it can be repeated."""
+        if not 0 < writers <= MAX_WRITERS:
+            raise ValueError(f"a mirror has 1 to {MAX_WRITERS} writers, not {writers}")
+        self._header[_GENERATION] = 0
+        self.hashes[~self.complete()] = UNKNOWN
+        # What one rank had written of a dropped row may not be what the rank of that number answers for now.
+        self._tags[: max(writers, int(self._header[_WRITERS]))] = self.hashes
+        self._header[_WRITERS] = writers
+        self._header[_GENERATION] = generation + 1
+
+    def assign(self, rows: Ids, slots: Ids, hashes: Hashes) -> None:
+        """From now on ``rows``, which must be free, are for ``slots`` with these entries."""
+        self.slots[rows] = slots
+        self.hashes[rows] = hashes
+        self._header[_ASSIGNED] += np.uint64(1)
+
+    def free(self, rows: Ids) -> None:
+        """Forget what these rows hold."""
+        self.hashes[rows] = UNKNOWN
+
+    # ---- every writer
+
+    def begun(self, generation: int) -> bool:
+        """Whether writers of this generation may write."""
+        return int(self._header[_GENERATION]) == generation + 1
+
+    @property
+    def assignments(self) -> int:
+        """Grows with each ``assign``."""
+        return int(self._header[_ASSIGNED])
+
+    def pending(self, writer: int) -> Ids:
+        """int64[n]: rows that a writer has not finished."""
+        hashes = self.hashes
+        return np.flatnonzero((self._tags[writer] != hashes) & (hashes != UNKNOWN))
+
+    def set_tags(self, writer: int, rows: Ids, hashes: Hashes | int) -> None:
+        """What a writer's part of these rows holds from now on; ``UNKNOWN`` while it is being written."""
+        self._tags[writer, rows] = hashes
+
+    def _identity(self) -> list[int]:
+        return [_MAGIC_VALUE, self.shape.rows, self.shape.row_bytes, self.shape.seed]

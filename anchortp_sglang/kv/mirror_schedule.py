@@ -1,0 +1,174 @@
+"""Which slots the mirror is to hold: decided by rank 0 from the slot table, in bounded memory and bandwidth.
+
+The newest entries come first. If the mirror has fewer rows than there are entries, it holds those that were used last,
+with all that is above them in the prefix forest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
+from anchortp_sglang.kv.mirror import KVMirror
+from anchortp_sglang.kv.prefix_forest import ROOT, Mask
+from anchortp_sglang.kv.retained_slots import most_wanted
+from anchortp_sglang.kv.slot_table import SlotTable
+
+_BURST_S = 0.25
+_CHOICE_INTERVAL_S = 1.0
+"""Choosing what a mirror that is too small should hold looks at the whole forest: not with every step."""
+
+
+class TokenBucket:
+    """At most ``bytes_per_s`` in the long run, and never more than a quarter of a second's worth at once."""
+
+    def __init__(self, bytes_per_s: float, piece_bytes: int) -> None:
+        self._bytes_per_s, self._piece_bytes = bytes_per_s, piece_bytes
+        self._most = max(bytes_per_s * _BURST_S, piece_bytes)
+        self._left, self._at = self._most, 0.0
+
+    def allowance(self, now: float) -> int:
+        """How many pieces may go now (``now``: monotonic seconds)."""
+        self._left = min(self._most, self._left + self._bytes_per_s * max(0.0, now - self._at))
+        self._at = now
+        return int(self._left // self._piece_bytes)
+
+    def spend(self, pieces: int) -> None:
+        self._left -= pieces * self._piece_bytes
+
+
+class MirrorSchedule:
+    """Assigns rows of ``mirror`` to slots of ``table``. Takes over the rows that an earlier generation left."""
+
+    def __init__(self, table: SlotTable, mirror: KVMirror, bytes_per_s: float) -> None:
+        self._table, self._mirror = table, mirror
+        self._bucket = TokenBucket(bytes_per_s, mirror.shape.row_bytes)
+        self._done_step = -1
+        self._row_of: Ids = np.full(table.slots, -1, np.int64)
+        """int64[slots]: the row that a slot was given last, whatever it held then; -1 for none."""
+        self._is_free: Mask = np.zeros(mirror.shape.rows, np.bool_)
+        self._n_free = 0
+        """Rows given to nobody; those of slots that have been freed since are not among them."""
+        self._chosen: Mask | None = None
+        self._chosen_step = -1
+        self._choose_at = 0.0
+        self._take_over()
+
+    def assign(self, now: float) -> int:
+        """Give rows to slots that lack one, as far as bandwidth and memory allow; how many."""
+        step = self._table.step
+        allowed = self._bucket.allowance(now)
+        if step == self._done_step or not allowed:
+            return 0
+        wanted, hashes = self._lacking(np.flatnonzero(self._table.last_use > self._done_step))
+        up_to_date = True
+        if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
+            self._collect_rows()
+            wanted, hashes = self._lacking(np.arange(self._table.slots))
+            if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
+                chosen = self._choose(now)[wanted]
+                wanted, hashes = wanted[chosen], hashes[chosen]
+                up_to_date = self._chosen_step >= step
+        newest_first = np.lexsort((wanted, -self._table.last_use[wanted]))
+        taken = np.sort(newest_first[: self._most(wanted[newest_first], allowed)])
+        if up_to_date and len(taken) == len(wanted):
+            self._done_step = step
+        if len(taken):
+            self._give_rows(wanted[taken], hashes[taken])
+            self._bucket.spend(len(taken))
+        return len(taken)
+
+    def _lacking(self, slots: Ids) -> tuple[Ids, Hashes]:
+        """Those of ``slots`` that have an entry and no row for it, and their hashes."""
+        hashes = self._table.hashes[slots]
+        rows = self._row_of[slots]
+        lacking = (hashes != UNKNOWN) & (slots != ROOT) & ((rows < 0) | (self._mirror.hashes[rows] != hashes))
+        return slots[lacking], hashes[lacking]
+
+    def _most(self, slots: Ids, allowed: int) -> int:
+        """How many of ``slots``, from the first on, can be given rows."""
+        new_rows = np.cumsum(self._row_of[slots] < 0)
+        return min(allowed, int(np.searchsorted(new_rows, self._n_free, side="right")))
+
+    def _give_rows(self, slots: Ids, hashes: Hashes) -> None:
+        """Each slot gets its old row, else a free one: that of its own number where it can be, so that runs of slots
+        are runs of rows."""
+        rows = self._row_of[slots]
+        new = np.flatnonzero(rows < 0)
+        in_range = slots[new] < len(self._is_free)
+        own = new[in_range][self._is_free[slots[new][in_range]]]
+        rows[own] = slots[own]
+        self._is_free[rows[own]] = False
+        other = np.flatnonzero(rows < 0)
+        if other.size:
+            rows[other] = np.flatnonzero(self._is_free)[: len(other)]
+            self._is_free[rows[other]] = False
+        self._n_free -= len(new)
+        self._mirror.free(rows)  # of what the slots held before
+        self._mirror.assign(rows, slots, hashes)
+        self._row_of[slots] = rows
+
+    def _take_over(self) -> None:
+        """Rows of the last generation are for whichever slots hold their chains now."""
+        table, mirror = self._table, self._mirror
+        slots = np.flatnonzero(table.hashes)
+        slots = slots[slots != ROOT]
+        rows = mirror.rows_of(table.hashes[slots])
+        slots, rows = slots[rows >= 0], rows[rows >= 0]
+        mirror.slots[:] = ROOT
+        mirror.slots[rows] = slots
+        self._collect_rows()
+
+    def _collect_rows(self) -> None:
+        """Free every row of which the slot does not hold the entry any more."""
+        table, mirror = self._table, self._mirror
+        used = mirror.hashes != UNKNOWN
+        used &= (table.hashes[mirror.slots] == mirror.hashes) & (mirror.slots != ROOT)
+        self._is_free = ~used
+        self._n_free = int(np.count_nonzero(self._is_free))
+        mirror.free(np.flatnonzero(self._is_free))
+        self._row_of[:] = -1
+        self._row_of[mirror.slots[used]] = np.flatnonzero(used)
+
+    def _choose(self, now: float) -> Mask:
+        """bool[slots]: what is mirrored when there is no room for everything; other rows are freed."""
+        mirror = self._mirror
+        if self._chosen is None or (now >= self._choose_at and self._table.step > self._chosen_step):
+            self._choose_at = now + _CHOICE_INTERVAL_S
+            entries = self._table.entries()
+            self._chosen = most_wanted(entries, entries.verified(), mirror.shape.rows, 1)
+            self._chosen_step = entries.step
+            mirror.free(np.flatnonzero(~self._chosen[mirror.slots]))
+            self._collect_rows()
+        return self._chosen
+
+
+@dataclass(frozen=True)
+class MirrorFacts:
+    """``used``: slots with an entry; ``mirrored``: of them, those whose KV the mirror holds completely."""
+
+    rows: int
+    used: int
+    mirrored: int
+
+    @property
+    def lag_slots(self) -> int:
+        """Slots that the mirror has room for and does not hold yet."""
+        return max(0, min(self.used, self.rows) - self.mirrored)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the used slots that a lost device would not take along."""
+        return self.mirrored / self.used if self.used else 1.0
+
+
+def mirror_facts(table: SlotTable, mirror: KVMirror) -> MirrorFacts:
+    """How far the mirror is. For any process that maps both, at any time."""
+    hashes = table.hashes
+    rows = np.flatnonzero(mirror.complete())
+    slots = mirror.slots[rows]
+    current = (slots > ROOT) & (slots < len(hashes))
+    mirrored = np.count_nonzero(hashes[slots[current]] == mirror.hashes[rows[current]])
+    return MirrorFacts(mirror.shape.rows, table.used(), int(mirrored))

@@ -1,0 +1,51 @@
+"""How kept KV gets into a rank's new segment: from old segments, and from the mirror what no survivor has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from anchortp_sglang.kv.copy import BRIDGED_SLOTS, KVSegment, copy_move
+from anchortp_sglang.kv.mirror import KVMirror
+from anchortp_sglang.kv.prefix_forest import Mask
+from anchortp_sglang.kv.retained_slots import Entries, RetainedSlots
+from anchortp_sglang.planning.layout.kv_layout import KVMove
+
+
+def restorable_slots(entries: Entries, mirror: KVMirror | None) -> Mask:
+    """bool[slots]: whose lost heads the mirror has."""
+    if mirror is None:
+        return np.zeros(len(entries.hashes), np.bool_)
+    return mirror.rows_of(entries.hashes) >= 0
+
+
+def move_kept(
+    kept: RetainedSlots,
+    into: KVSegment,
+    moves: Sequence[KVMove],
+    old_segment: Callable[[int], KVSegment],
+    mirror: KVMirror | None,
+) -> dict[str, int]:
+    """Fill ``into`` with the kept slots, layer by layer; bytes copied from devices ("kept") and mirror ("restored").
+
+    ``moves``: of ``kv_layout.kv_moves``. ``old_segment``: by device, asked once for each. ``mirror`` must hold all
+    kept slots if some move needs it.
+    """
+    moved = {"kept": 0, "restored": 0}
+    opened: dict[int, KVSegment] = {}
+    rows = None
+    for move in sorted(moves, key=lambda move: (move.first_layer, move.head)):
+        # Nobody misses what lies in the free slots between kept ones: gaps may be bridged.
+        if move.device is not None:
+            if move.device not in opened:
+                opened[move.device] = old_segment(move.device)
+            source = opened[move.device]
+            moved["kept"] += copy_move(into, kept.numbers, source, kept.slots, move, BRIDGED_SLOTS)
+            continue
+        if mirror is None:
+            raise ValueError("heads are lost and there is no mirror: no slot can be kept")
+        if rows is None:
+            rows = mirror.rows_of(kept.entries.hashes[kept.numbers])
+        moved["restored"] += copy_move(into, kept.numbers, mirror.kv, rows, move, BRIDGED_SLOTS)
+    return moved

@@ -1,0 +1,228 @@
+"""Which slots go over to the next generation, and under which numbers: pure functions over a slot table's entries.
+
+Every rank works this out for itself from the same shared memory and must come to the same result: nothing here depends
+on the rank. What is kept is closed under ancestors, in whole pages, and a copy is made before anything is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
+from anchortp_sglang.kv.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed, namespaces_used
+from anchortp_sglang.kv.prefix_forest import ROOT, Chain, Mask, chains_of, closed, newest_use, verified_slots
+
+__all__ = ["Entries", "RetainedSlots", "keep", "most_wanted"]
+
+
+Reason = Literal["broken_chain", "lost_with_device", "incomplete_page", "no_room"]
+"""Why a slot is not kept. What is above it is at least as good: that its parent is dropped is no reason of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """The arrays of a slot table, one element a slot: ``hashes`` uint64, the others int64. ``step``: of its clock.
+
+    ``namespaces``: by place; parent -1 - place is the root of one, parent 0 the plain root.
+    """
+
+    seed: int
+    step: int
+    hashes: Hashes
+    tokens: Ids
+    parents: Ids
+    last_use: Ids
+    namespaces: Mapping[int, Key]
+
+    @cached_property
+    def above(self) -> Ids:
+        """int64[slots]: parents, with slot 0 for every root."""
+        return np.maximum(self.parents, ROOT)
+
+    def verified(self) -> Mask:
+        """bool[slots]: the slots whose whole chain, up to a root, is intact."""
+        roots = np.zeros(MOST_NAMESPACES, np.uint64)
+        for place, key in self.namespaces.items():
+            roots[place] = namespace_seed(self.seed, key)
+        return verified_slots(self.hashes, self.tokens, self.parents, self.seed, roots)
+
+    def intact_chains(self) -> list[Chain]:
+        """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
+
+        Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
+        """
+        return self.chains(self.verified())
+
+    def chains(self, mask: Mask) -> list[Chain]:
+        """The chains that the slots of ``mask`` (verified, closed under ancestors) form, least recently used first."""
+        return chains_of(mask, self.tokens, self.above, self.last_use)
+
+    def namespace(self, chain: Chain) -> Key:
+        """Of a chain's tokens."""
+        parent = int(self.parents[chain.slots[0]])
+        return PLAIN if parent == ROOT else self.namespaces[-1 - parent]
+
+
+@dataclass(frozen=True, eq=False)
+class RetainedSlots:
+    """``slots`` (int64[n], ascending) of the old generation are ``numbers`` (int64[n]) in the new one.
+
+    ``entries``: of the new slot table. ``dropped``: how many other slots had an entry, by the reason.
+    """
+
+    slots: Ids
+    numbers: Ids
+    entries: Entries
+    dropped: dict[Reason, int]
+
+    def chains(self) -> list[Chain]:
+        """All kept chains in their new slots, least recently used first."""
+        mask = np.zeros(len(self.entries.hashes), np.bool_)
+        mask[self.numbers] = True
+        return self.entries.chains(mask)
+
+    def digest(self) -> str:
+        """Hex digest: ranks with one digest keep the same slots under the same numbers."""
+        digest = hashlib.blake2b(digest_size=16)
+        new = self.entries
+        for column in (self.slots, self.numbers, new.hashes, new.tokens, new.parents, new.last_use):
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+
+def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: Hashes | None = None) -> RetainedSlots:
+    """Choose from ``old``, of which only ``usable`` slots (bool[slots]; None: all) have their KV, for ``rows`` rows.
+
+    Of slots with equal chains one is kept, and the others' children hang on it. If fewer rows than before leave no room
+    for all, running requests come first, in the order in which ``running`` has the chain hashes of their tokens, then
+    what was used last; chains are cut at their ends. With fewer rows the slots get new numbers without gaps, in their
+    old order; else they keep theirs.
+    """
+    dropped: dict[Reason, int] = {}
+
+    def drop(before: Mask, after: Mask, reason: Reason) -> Mask:
+        dropped[reason] = int(np.count_nonzero(before)) - int(np.count_nonzero(after))
+        return after
+
+    known = old.hashes != UNKNOWN
+    known[ROOT] = False
+    mask = drop(known, old.verified(), "broken_chain")
+    mask = drop(mask, mask if usable is None else closed(mask & usable, old.above), "lost_with_device")
+    mask = drop(mask, mask if page_size == 1 else _whole_pages(mask, old.above, page_size), "incomplete_page")
+    mask, old = _without_copies(mask, old, page_size)
+    before = len(old.hashes)
+    fits = rows >= before
+    mask = drop(mask, mask if fits else most_wanted(old, mask, rows - page_size, page_size, running), "no_room")
+    slots = np.flatnonzero(mask)
+    numbers = slots if fits else _dense(slots, page_size)
+    return RetainedSlots(slots, numbers, _renumbered(old, slots, numbers, rows), dropped)
+
+
+def _without_copies(mask: Mask, old: Entries, page_size: int) -> tuple[Mask, Entries]:
+    """The first of all pages of ``mask`` that hold equal chains, and entries that have its slots as parents.
+
+    Requests that computed the same prefix at the same time have slots of their own until the prefix tree frees them.
+    """
+    pages = np.flatnonzero(mask[page_size - 1 :: page_size])
+    ends = old.hashes[page_size - 1 :: page_size][pages]
+    in_order = np.sort(ends)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return mask, old
+    pages = pages[np.argsort(ends, kind="stable")]
+    is_first = np.append(True, in_order[1:] != in_order[:-1])
+    first_page = np.arange(len(mask) // page_size)
+    first_page[pages] = pages[is_first][np.cumsum(is_first) - 1]
+    slots = np.arange(len(mask))
+    first_slot = first_page[slots // page_size] * page_size + slots % page_size
+    below = np.flatnonzero(mask & (old.parents > ROOT))
+    parents = old.parents.copy()
+    parents[below] = first_slot[parents[below]]
+    merged = replace(old, parents=parents)
+    alone = mask & (first_slot == slots)
+    # Equal hashes say that chains are equal; equal tokens after equal parents prove it, from the roots down.
+    proven = (old.tokens == old.tokens[first_slot]) & (parents == parents[first_slot])
+    if proven[mask].all():
+        return alone, merged
+    return closed(alone & closed(mask & proven, old.above), merged.above), merged
+
+
+def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
+    """Slots of pages that are full and hold consecutive tokens, as the prefix tree wants them."""
+    pages = mask.reshape(-1, page_size)
+    slots = np.arange(len(mask)).reshape(pages.shape)
+    above = parents.reshape(pages.shape)
+    follows = (above == slots - 1)[:, 1:].all(1)
+    begins = (above[:, 0] == ROOT) | ((above[:, 0] + 1) % page_size == 0)
+    whole = np.repeat(pages.all(1) & follows & begins, page_size)
+    return closed(whole, parents)
+
+
+def most_wanted(old: Entries, mask: Mask, capacity: int, page_size: int, running: Hashes | None = None) -> Mask:
+    """At most ``capacity`` slots of ``mask``, the most urgent ones; ``running``: as in ``keep``.
+
+    ``mask`` is closed under ancestors, and so is the result: what is above a slot is at least as urgent. One chain is
+    taken whole before the next, rather than a part of each.
+    """
+    slots = np.flatnonzero(mask)
+    if len(slots) <= capacity:
+        return mask
+    depth = _depth(slots, old.above)
+    # Unique, so that what hangs together has one rank, its best one, and goes together.
+    ranks = np.zeros(len(mask), np.int64)
+    ranks[slots[np.lexsort((depth[slots], _urgency(old, running)[slots]))]] = np.arange(1, len(slots) + 1)
+    best = newest_use(slots, old.above, ranks)
+    firsts = slots[slots % page_size == 0]
+    order = np.lexsort((depth[firsts], -best[firsts]))
+    taken = firsts[order[: capacity // page_size]]
+    wanted = np.zeros(len(mask), np.bool_)
+    wanted[(taken[:, None] + np.arange(page_size)).ravel()] = True
+    return closed(wanted, old.above)
+
+
+def _urgency(old: Entries, running: Hashes | None) -> Ids:
+    """int64[slots]: the step of the last use; beyond all steps for running requests, the first of them most."""
+    urgency = old.last_use.copy()
+    if running is None or not running.size:
+        return urgency
+    order = np.argsort(running, kind="stable")
+    at = order[np.minimum(np.searchsorted(running, old.hashes, sorter=order), len(running) - 1)]
+    is_running = running[at] == old.hashes
+    urgency[is_running] = old.step + len(running) - at[is_running]
+    return urgency
+
+
+def _depth(slots: Ids, parents: Ids) -> Ids:
+    """int64[slots]: tokens from the root to each of ``slots``."""
+    depth = np.zeros(len(parents), np.int64)
+    depth[slots] = 1
+    up = np.zeros(len(parents), np.int64)
+    up[slots] = parents[slots]
+    climbing = slots
+    while (climbing := climbing[up[climbing] != ROOT]).size:
+        above = up[climbing]
+        depth[climbing] += depth[above]
+        up[climbing] = up[above]
+    return depth
+
+
+def _dense(slots: Ids, page_size: int) -> Ids:
+    """New numbers without gaps, from the first page after the padding on."""
+    return page_size + np.arange(len(slots), dtype=np.int64)
+
+
+def _renumbered(old: Entries, slots: Ids, numbers: Ids, rows: int) -> Entries:
+    new_number = np.full(len(old.hashes), ROOT, np.int64)
+    new_number[slots] = numbers
+    hashes, (tokens, parents, last_use) = np.full(rows, UNKNOWN, np.uint64), np.zeros((3, rows), np.int64)
+    hashes[numbers], tokens[numbers], last_use[numbers] = old.hashes[slots], old.tokens[slots], old.last_use[slots]
+    parents[numbers] = np.where(old.parents[slots] < 0, old.parents[slots], new_number[old.above[slots]])
+    hashes[ROOT] = old.seed
+    used = namespaces_used(parents, hashes)
+    namespaces = {place: key for place, key in old.namespaces.items() if used[place]}
+    return Entries(old.seed, old.step, hashes, tokens, parents, last_use, namespaces)

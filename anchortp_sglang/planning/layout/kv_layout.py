@@ -1,0 +1,197 @@
+"""How KV lies in memory: which heads of which layers a rank holds, and what must move when ownership changes.
+
+Everything that places, copies or mirrors KV asks here, layer by layer: a model whose KV is not split over the ranks, or
+whose layers are shared out unequally, differs in ``held_heads``, ``planes`` and the sizes of ``KVPlan`` alone.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from anchortp_sglang.planning.intervals import Intervals, intersect, locate, normalize, subtract, total
+from anchortp_sglang.planning.layout.shards import shard_layout
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """KV slots of every rank: the same number everywhere, whatever the rank's share of the heads.
+
+    ``rows`` = slots + page_size, as SGLang's pools lay them out (the first page is padding).
+    """
+
+    slots: int
+    page_size: int
+    dtype_bytes: int
+
+    @property
+    def rows(self) -> int:
+        return self.slots + self.page_size
+
+    def unit_bytes(self, model: ModelAxes) -> int:
+        """Bytes of one head of one plane of one layer in one slot: the smallest piece that is ever moved."""
+        return model.kv_row // planes(model) * self.dtype_bytes
+
+    def slot_bytes(self, model: ModelAxes) -> int:
+        """Bytes of one slot over all heads and layers, each head counted once."""
+        return model.num_layers * model.num_kv_heads * model.kv_row * self.dtype_bytes
+
+
+def planes(model: ModelAxes) -> int:
+    """K and V are two planes of a layer, of equal shape; latents are one."""
+    return 1 if model.latent_kv else 2
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Consecutive layers of equal heads: an array of (layers, planes, rows, heads) units at ``offset_bytes``."""
+
+    first_layer: int
+    layers: int
+    heads: Intervals
+    offset_bytes: int
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """One rank's KV segment. Two layouts with one digest are the same bytes for the same slots."""
+
+    rows: int
+    planes: int
+    unit_bytes: int
+    groups: tuple[KVGroup, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.group_bytes(group) for group in self.groups)
+
+    def group_bytes(self, group: KVGroup) -> int:
+        return group.layers * self.planes * self.rows * total(group.heads) * self.unit_bytes
+
+    def shape(self, group: KVGroup) -> tuple[int, int, int, int]:
+        """(layers, planes, rows, heads), in units."""
+        return group.layers, self.planes, self.rows, total(group.heads)
+
+    def digest(self) -> str:
+        """16 hex characters."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class KVMove:
+    """Heads that a rank's new segment takes from elsewhere: ``count`` of them, in ``layers`` from ``first_layer`` on.
+
+    ``device``: whose old segment has them, from ``source_head`` (a position there) on; None if no survivor has
+    them: then ``source_head`` is the head's number in the model, as the mirror counts.
+    """
+
+    first_layer: int
+    layers: int
+    head: int
+    count: int
+    device: int | None
+    source_head: int
+
+
+def held_heads(model: ModelAxes, ownership: Ownership, rank: int, layer: int) -> Intervals:
+    """KV heads of a layer that a rank holds."""
+    return ownership.of("kv_head", rank, layer)
+
+
+def kv_layout(model: ModelAxes, plan: KVPlan, ownership: Ownership, rank: int) -> KVLayout:
+    """A rank's KV segment."""
+    groups: list[KVGroup] = []
+    offset_bytes, unit_bytes = 0, plan.unit_bytes(model)
+    heads_of = [held_heads(model, ownership, rank, layer) for layer in range(model.num_layers)]
+    first = 0
+    for heads, layers in groupby(heads_of):
+        count = len(list(layers))
+        groups.append(KVGroup(first, count, heads, offset_bytes))
+        offset_bytes += count * planes(model) * plan.rows * total(heads) * unit_bytes
+        first += count
+    return KVLayout(plan.rows, planes(model), unit_bytes, tuple(groups))
+
+
+def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes: int | None) -> KVPlan:
+    """As many slots, up to ``most``, as the fullest device has room for beside its weights; None: no limit.
+
+    Raises InvalidOwnership if there is no room for a page.
+    """
+    if device_bytes is None:
+        return most
+    slots = most.slots
+    for rank, device in enumerate(ownership.devices):
+        free = device_bytes - shard_layout(model, ownership, rank).total_bytes
+        rows = free // kv_layout(model, replace(most, slots=1, page_size=0), ownership, rank).total_bytes
+        slots = min(slots, (rows // most.page_size - 1) * most.page_size)
+        if slots < most.page_size:
+            raise InvalidOwnership(
+                f"device {device} has no room for KV: weights leave {max(0, free) >> 20} of {device_bytes >> 20} MiB"
+            )
+    return replace(most, slots=slots)
+
+
+def whole_layout(model: ModelAxes, rows: int, unit_bytes: int) -> KVLayout:
+    """All heads of all layers, as the mirror has them."""
+    return KVLayout(rows, planes(model), unit_bytes, (KVGroup(0, model.num_layers, ((0, model.num_kv_heads),), 0),))
+
+
+def kv_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership) -> tuple[KVMove, ...]:
+    """What fills a rank's new KV segment: from its device's old one, from another survivor's, from nobody's."""
+    return _merged([tuple(_layer_moves(model, new, rank, old, layer)) for layer in range(model.num_layers)])
+
+
+def lost_heads(model: ModelAxes, new: Ownership, old: Ownership) -> bool:
+    """Whether some KV heads were held by none of the devices that are left."""
+    return any(move.device is None for rank in range(new.tp_size) for move in kv_moves(model, new, rank, old))
+
+
+def mirrored_heads(model: ModelAxes, ownership: Ownership, rank: int, layer: int) -> Intervals:
+    """The heads of a layer that a rank copies to the mirror: those that no lower rank holds."""
+    lower = normalize(run for other in range(rank) for run in held_heads(model, ownership, other, layer))
+    return subtract(held_heads(model, ownership, rank, layer), lower)
+
+
+def mirror_moves(model: ModelAxes, ownership: Ownership, rank: int) -> tuple[KVMove, ...]:
+    """What a rank copies to the mirror. ``head``: the position there; ``device``: the rank's own."""
+    device = ownership.devices[rank]
+    by_layer = []
+    for layer in range(model.num_layers):
+        held = held_heads(model, ownership, rank, layer)
+        mine = mirrored_heads(model, ownership, rank, layer)
+        by_layer.append(tuple((start, stop - start, device, locate(held, start)) for start, stop in mine))
+    return _merged(by_layer)
+
+
+_Part = tuple[int, int, int | None, int]  # head, count, device, source_head
+
+
+def _merged(by_layer: Sequence[tuple[_Part, ...]]) -> tuple[KVMove, ...]:
+    """One move for consecutive layers that are alike."""
+    moves: list[KVMove] = []
+    first = 0
+    for parts, layers in groupby(by_layer):
+        count = len(list(layers))
+        moves += [KVMove(first, count, *part) for part in parts]
+        first += count
+    return tuple(moves)
+
+
+def _layer_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership, layer: int) -> Iterator[_Part]:
+    mine = held_heads(model, new, rank, layer)
+    missing = mine
+    for device in _in_turn(new, rank, old):
+        held = held_heads(model, old, old.devices.index(device), layer)
+        for start, stop in intersect(missing, held):
+            yield locate(mine, start), stop - start, device, locate(held, start)
+        missing = subtract(missing, held)
+    for start, stop in missing:
+        yield locate(mine, start), stop - start, None, start
+
+
+def _in_turn(new: Ownership, rank: int, old: Ownership) -> tuple[int, ...]:
+    """Survivors in the order in which a rank asks them: itself, then each rank beginning with another one."""
+    in_turn = new.devices[rank:] + new.devices[:rank]
+    return tuple(device for device in in_turn if device in old.devices)

@@ -1,0 +1,202 @@
+"""From a HF config.json to the axes a model can be split along and the parameters that lie on them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anchortp_sglang.planning.intervals import Intervals
+from anchortp_sglang.planning.model.families import FAMILIES
+from anchortp_sglang.planning.model.parameters import DTYPE_BYTES, Block, ParamSpec, param_specs
+from anchortp_sglang.planning.model.quantization import read_quantization
+from anchortp_sglang.planning.model.rules import REFUSED, UNUSED_SOURCES, Family
+from anchortp_sglang.planning.model.sizes import Columns, UnsupportedModel, positive_size, read_sizes
+
+__all__ = [
+    "Block",
+    "Columns",
+    "Intervals",
+    "ModelAxes",
+    "ParamSpec",
+    "UnsupportedModel",
+    "caveats",
+    "equal_vocab_cut",
+    "padded_vocab_rows",
+    "positive_size",
+    "read_model_axes",
+    "refuse_layout_only",
+]
+
+VOCAB_PADDING_ROWS = 64
+"""``DEFAULT_VOCAB_PADDING_SIZE`` of sglang.srt.layers.vocab_parallel_embedding."""
+
+# `_STR_DTYPE_TO_TORCH_DTYPE` of sglang.srt.configs.model_config.
+_DTYPE_NAMES = {
+    "half": "float16",
+    "float16": "float16",
+    "float": "float32",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class ModelAxes:
+    """What a model is made of. Sizes are the whole model's, in elements unless named otherwise.
+
+    ``columns`` are the axes besides heads and vocabulary; ``params`` are in the order of execution;
+    ``unused_sources`` are regular expressions (searched) for checkpoint tensors that nobody needs. ``kv_row`` is how
+    many elements a KV head keeps of a token in a layer. ``latent_kv``: there is a single one, of the latents.
+    ``heads_per_unit``: query heads that are dealt together. ``quantization``: its name, if the checkpoint is quantized.
+    """
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_q_heads: int
+    heads_per_unit: int
+    num_kv_heads: int
+    head_dim: int
+    kv_row: int
+    latent_kv: bool
+    vocab_size: int
+    tie_word_embeddings: bool
+    dtype: str
+    dtype_bytes: int
+    columns: tuple[Columns, ...]
+    params: tuple[ParamSpec, ...]
+    unused_sources: tuple[str, ...]
+    quantization: str | None
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Units of each axis. "vocab" is the padded rows of a single rank; with more ranks the padding may
+        grow, see ``padded_vocab_rows``."""
+        return {
+            "q_head": self.num_q_heads // self.heads_per_unit,
+            "kv_head": self.num_kv_heads,
+            **{columns.axis: columns.units for columns in self.columns},
+            "vocab": padded_vocab_rows(self.vocab_size, 1),
+        }
+
+    @property
+    def group_size(self) -> int:
+        """Units of query heads per KV head."""
+        return self.axes["q_head"] // self.num_kv_heads
+
+
+def padded_vocab_rows(vocab_size: int, tp_size: int) -> int:
+    """Rows of the vocabulary after padding, over all ranks (``VocabParallelEmbedding.__init__``)."""
+    padding = VOCAB_PADDING_ROWS
+    if _round_up(vocab_size, padding) % tp_size:
+        padding *= tp_size
+    return _round_up(vocab_size, padding)
+
+
+def equal_vocab_cut(vocab_size: int, tp_size: int) -> tuple[Intervals, ...]:
+    """SGLang's own split: per rank an equal run of padded rows; rows from ``vocab_size`` on are padding."""
+    rows = padded_vocab_rows(vocab_size, tp_size) // tp_size
+    return tuple(((rank * rows, (rank + 1) * rows),) for rank in range(tp_size))
+
+
+def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whole_experts: bool = False) -> ModelAxes:
+    """Read a config.json. Experts are cut along their columns, or with ``whole_experts`` dealt whole.
+
+    ``dtype`` is SGLang's ``--dtype``: None keeps the dtype that the config names, "auto" follows SGLang
+    (``_get_and_verify_dtype``: float32 checkpoints are served in float16).
+    Raises UnsupportedModel, with the reason, for what cannot be served.
+    """
+    architecture = _architecture(config)
+    family = FAMILIES[architecture]
+    _refuse(config, architecture, family)
+    config = {**dict(family.defaults), **config}
+    quantization = read_quantization(config)
+    group = 1 if quantization is None else quantization.group
+    if whole_experts and not family.experts:
+        raise UnsupportedModel(f"this {architecture} has no experts: leave --ep-size out")
+    heads, columns, sizes = read_sizes(family, config, group, whole_experts)
+    num_layers = positive_size(config, "num_hidden_layers")
+    tied = bool(config.get("tie_word_embeddings", False))
+    dtype = _dtype(config, dtype)
+    return ModelAxes(
+        architecture=architecture,
+        hidden_size=sizes["hidden"].elements,
+        num_layers=num_layers,
+        num_q_heads=heads.num_q_heads,
+        heads_per_unit=heads.heads_per_unit,
+        num_kv_heads=heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        kv_row=heads.kv_row,
+        latent_kv=family.latent_kv,
+        vocab_size=sizes["vocab"].elements,
+        tie_word_embeddings=tied,
+        dtype=dtype,
+        dtype_bytes=DTYPE_BYTES[dtype],
+        columns=columns,
+        params=param_specs(family, config, sizes, num_layers, dtype, whole_experts, quantization),
+        unused_sources=(
+            *UNUSED_SOURCES,
+            *(() if quantization is None else quantization.unused),
+            *((r"^lm_head\.weight$",) if tied else ()),
+            *(rf"^model\.layers\.{num_layers + n}\." for n in range(_left_out(family, config))),
+        ),
+        quantization=None if quantization is None else quantization.name,
+    )
+
+
+def refuse_layout_only(model: ModelAxes) -> None:
+    """Raise UnsupportedModel if there are rules for a model, but SGLang cannot serve it on this platform."""
+    reason = FAMILIES[model.architecture].layout_only
+    if model.quantization is not None:
+        reason = (
+            f"SGLang has no kernels for {model.quantization} on a CPU without AMX, and its quantization_config "
+            "asks for them; use an unquantized checkpoint"
+        )
+    if reason is not None:
+        raise UnsupportedModel(f"this {model.architecture} cannot be served: {reason}")
+
+
+def caveats(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What SGLang does otherwise on this platform than the released model, for the operator to know."""
+    family = FAMILIES[_architecture(config)]
+    config = {**dict(family.defaults), **config}
+    return tuple(text for key, text in family.caveats if config.get(key))
+
+
+def _left_out(family: Family, config: Mapping[str, Any]) -> int:
+    return int(config.get(family.left_out) or 0) if family.left_out else 0
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures") or ["(none named)"]
+    if architectures[0] not in FAMILIES:
+        raise UnsupportedModel(
+            f"architecture {architectures[0]} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return str(architectures[0])
+
+
+def _refuse(config: Mapping[str, Any], architecture: str, family: Family) -> None:
+    for key, reason in REFUSED + family.refused:
+        if config.get(key):
+            raise UnsupportedModel(f"this {architecture} has {key} set in its config.json: {reason}")
+    other = sorted(set(config.get("layer_types") or ()) - set(family.layer_types))
+    if other:
+        raise UnsupportedModel(
+            f"this {architecture} has layers of type {', '.join(other)}; "
+            f"it is supported with {', '.join(family.layer_types)} alone"
+        )
+
+
+def _dtype(config: Mapping[str, Any], wanted: str | None) -> str:
+    # transformers 5 writes `dtype`, earlier releases `torch_dtype`.
+    declared = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if wanted == "auto":
+        wanted = "float16" if declared == "float32" else declared
+    name = (wanted or declared).lower().removeprefix("torch.")
+    if name not in _DTYPE_NAMES:
+        raise UnsupportedModel(f"dtype {name} is not supported; use one of {', '.join(_DTYPE_NAMES)}")
+    return _DTYPE_NAMES[name]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple

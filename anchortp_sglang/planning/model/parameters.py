@@ -1,0 +1,144 @@
+"""The parameters of a model: what SGLang creates, of which checkpoint tensors it is made, and where it is split."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from anchortp_sglang.planning.model.quantization import FP8, Quantization, quantized, scaled_size
+from anchortp_sglang.planning.model.rules import Family, Rule
+from anchortp_sglang.planning.model.sizes import Size
+
+DTYPE_BYTES = {FP8: 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
+"""By the names that torch has for them."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of one parameter along its split dimension that comes from one checkpoint tensor, from its element
+    ``offset`` on.
+
+    ``axis`` None: every rank holds the whole extent, which is ``elements_per_unit``; with ``first_rank_only`` it is
+    zero on all but the first.
+    """
+
+    source: str
+    axis: str | None
+    elements_per_unit: int
+    offset: int = 0
+    first_rank_only: bool = False
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """An SGLang parameter: its blocks stacked along ``dim``, ``rest`` the sizes of its other dimensions.
+
+    A rank's shape is ``rest`` with the extent of its units inserted at ``dim``. ``layer`` None: outside of
+    the decoder layers. The slices of a parameter over experts are specs of their own, named ``parameter[expert]``
+    and in order: those that a rank holds lie side by side. ``expert`` is given where experts are dealt whole: a rank
+    holds the slice if it holds that unit of the axis "expert". ``transposed``: the last two dimensions are the other
+    way round in the checkpoint. ``scalars``: each of its elements is a tensor without dimensions there.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    dim: int
+    rest: tuple[int, ...]
+    layer: int | None
+    dtype: str
+    expert: int | None = None
+    transposed: bool = False
+    scalars: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element in the anchors' memory."""
+        return DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def likeness(self) -> tuple[object, ...]:
+        """Equal for parameters that differ in names only, as those of layers and experts do."""
+        blocks = tuple((one.axis, one.elements_per_unit, one.offset, one.first_rank_only) for one in self.blocks)
+        return blocks, self.dim, self.rest, self.dtype, self.transposed
+
+
+def param_specs(
+    family: Family,
+    config: Mapping[str, Any],
+    sizes: Mapping[str, Size],
+    num_layers: int,
+    dtype: str,
+    whole_experts: bool,
+    quantization: Quantization | None,
+) -> tuple[ParamSpec, ...]:
+    """All parameters of a model in the order of execution, from its family's rules and the numbers of ``sizes``."""
+
+    def specs(rules: Iterable[Rule], prefix: str = "", layer: int | None = None) -> Iterator[ParamSpec]:
+        present = [rule for rule in rules if rule.exists(config)]
+        for rule in present if quantization is None else quantized(present, quantization, prefix):
+            if rule.rest[:1] == ("experts",):
+                yield _stacked(rule, sizes, prefix, layer, dtype, whole_experts)
+            elif rule.over_experts:
+                yield from _per_expert(rule, sizes, prefix, layer, dtype, whole_experts)
+            else:
+                yield _spec(rule, sizes, prefix, layer, dtype)
+
+    def layer_rules(layer: int) -> Iterable[Rule]:
+        return (*family.layer, *(family.sparse if family.is_sparse(config, layer) else family.dense))
+
+    return (
+        *specs(family.before),
+        *(spec for n in range(num_layers) for spec in specs(layer_rules(n), f"model.layers.{n}.", n)),
+        *specs(family.after),
+    )
+
+
+def _spec(rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None, dtype: str) -> ParamSpec:
+    blocks, ends = [], defaultdict[str, int](int)
+    for tensor, name in rule.sources:
+        source, size = prefix + tensor, _size(sizes, name)
+        blocks.append(Block(source, size.axis, size.per_unit, ends[source], rule.first_rank_only))
+        ends[source] += size.elements
+    return ParamSpec(
+        prefix + rule.name,
+        tuple(blocks),
+        rule.dim,
+        tuple(_size(sizes, name).elements for name in rule.rest),
+        layer,
+        rule.dtype or dtype,
+        transposed=rule.transposed,
+        scalars=rule.sources[0][1] == "scalar",
+    )
+
+
+def _size(sizes: Mapping[str, Size], name: str) -> Size:
+    """Of "mlp/128", for instance, that of a tensor with an element for each 128 columns."""
+    whole, _, per = name.partition("/")
+    return scaled_size(whole, sizes[whole], int(per)) if per else sizes[whole]
+
+
+def _per_expert(
+    rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None, dtype: str, whole_experts: bool
+) -> Iterator[ParamSpec]:
+    like = _spec(rule, sizes, prefix, layer, dtype)
+    for expert in range(sizes["experts"].elements):
+        blocks = tuple(
+            Block(one.source.format(expert=expert), one.axis, one.elements_per_unit, one.offset) for one in like.blocks
+        )
+        dealt = expert if whole_experts else None
+        yield ParamSpec(
+            f"{like.name}[{expert}]", blocks, like.dim, like.rest, layer, like.dtype, dealt, scalars=like.scalars
+        )
+
+
+def _stacked(
+    rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None, dtype: str, whole_experts: bool
+) -> ParamSpec:
+    """All experts in one tensor; dealt whole, it is split along them, and no expert is on two ranks."""
+    spec = _spec(rule, sizes, prefix, layer, dtype)
+    if not whole_experts:
+        return spec
+    (block,) = spec.blocks
+    shape = (*spec.rest[1 : spec.dim], block.elements_per_unit, *spec.rest[spec.dim :])
+    return replace(spec, blocks=(Block(block.source, "expert", 1),), dim=0, rest=shape)

@@ -1,0 +1,147 @@
+"""Which device holds which units of each axis of each layer: the ownership that the planner reasons about.
+
+``ownership.Ownership`` is what runs today: one share per axis, the same in all layers, the vocabulary cut
+equally with SGLang's padding. Here every layer has shares of its own, and vocabulary rows are an axis like any
+other: cut unequally and never padded.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from anchortp_sglang.planning.intervals import Intervals, normalize, subtract, total
+from anchortp_sglang.planning.model.plan_model import AxisGroup, PlanModel
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
+
+Layout = tuple[Intervals, ...]
+"""The units of one axis group that rank 0, 1, … hold."""
+
+
+@dataclass(frozen=True)
+class LayerOwnership:
+    """``devices`` in rank order; ``shares`` pairs the name of each sharded group with the index of its layout
+    in ``layouts``, which are distinct and in the order of their first use: equal ownerships are equal values.
+    """
+
+    devices: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    shares: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.devices or len(set(self.devices)) != len(self.devices):
+            raise InvalidOwnership(f"devices {list(self.devices)} must be distinct, and at least one")
+        for layout in self.layouts:
+            if len(layout) != len(self.devices):
+                raise InvalidOwnership(f"a layout of {len(layout)} shares for {len(self.devices)} devices")
+            if any(runs != normalize(runs) for runs in layout):
+                raise InvalidOwnership(f"intervals must be sorted, disjoint and coalesced: {layout}")
+        first_uses = list(dict.fromkeys(index for _, index in self.shares))
+        if first_uses != list(range(len(self.layouts))) or len(set(self.layouts)) != len(self.layouts):
+            raise InvalidOwnership("layouts must be distinct, and listed in the order of their first use")
+
+    @cached_property
+    def ranks(self) -> dict[int, int]:
+        """Rank of each device."""
+        return {device: rank for rank, device in enumerate(self.devices)}
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return dict(self.shares)
+
+    def layout(self, group: str) -> Layout:
+        """Shares of all ranks. Raises KeyError for a group that is unknown or not sharded."""
+        return self.layouts[self._index[group]]
+
+    def of(self, group: str, device: int) -> Intervals:
+        """Units of a group that a device holds; none if the device is not part of this."""
+        rank = self.ranks.get(device)
+        return () if rank is None else self.layout(group)[rank]
+
+    def to_json(self) -> str:
+        """Canonical JSON text: equal ownerships give equal text."""
+        value = {"devices": self.devices, "layouts": self.layouts, "shares": self.shares}
+        return json.dumps(value, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "LayerOwnership":
+        """The inverse of ``to_json``. Raises InvalidOwnership for any other text."""
+        try:
+            value = json.loads(text)
+            devices = tuple(int(device) for device in value["devices"])
+            layouts = tuple(
+                tuple(tuple((int(a), int(b)) for a, b in runs) for runs in layout) for layout in value["layouts"]
+            )
+            shares = tuple((str(group), int(index)) for group, index in value["shares"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidOwnership(f"not the JSON of an ownership by layer: {error!r}") from error
+        return cls(devices, layouts, shares)
+
+    def digest(self) -> str:
+        """16 hex characters that name this ownership."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def layer_ownership(devices: Iterable[int], shares: Mapping[str, Layout]) -> LayerOwnership:
+    """The canonical value of these shares. Raises InvalidOwnership."""
+    known: dict[Layout, int] = {}
+    indices = tuple((group, known.setdefault(layout, len(known))) for group, layout in shares.items())
+    return LayerOwnership(tuple(devices), tuple(known), indices)
+
+
+def check_layer_ownership(model: PlanModel, ownership: LayerOwnership) -> None:
+    """Raise InvalidOwnership unless each unit of a split axis is on exactly one device, each of a shared one on
+    at least one, and an axis that follows another is held exactly where that one needs it."""
+    if [group.name for group in model.sharded] != [name for name, _ in ownership.shares]:
+        raise InvalidOwnership(f"the shares do not name the axes of this {model.architecture} in its order")
+    checked: set[tuple[object, ...]] = set()
+    for group in model.sharded:
+        layout = ownership.layout(group.name)
+        leader = ownership.layout(group.follows) if group.follows else ()
+        # Layers are alike: what was checked once need not be checked again.
+        key = (group.kind, group.units, group.grain, id(layout), id(leader))
+        if key not in checked:
+            _check_layout(group, layout)
+            _check_follows(group, layout, leader)
+            checked.add(key)
+
+
+def weight_bytes(model: PlanModel, ownership: LayerOwnership) -> tuple[int, ...]:
+    """Bytes of weights by rank, replicated parts included."""
+    held = [model.replicated_bytes] * len(ownership.devices)
+    for group in model.sharded:
+        for rank, runs in enumerate(ownership.layout(group.name)):
+            held[rank] += group.nbytes(runs)
+    return tuple(held)
+
+
+def kv_bytes_per_token(model: PlanModel, ownership: LayerOwnership) -> tuple[int, ...]:
+    """What one token of context costs each rank. Layers with a sliding window count as if they had none."""
+    latent = sum(group.kv_bytes_per_token for group in model.replicated)
+    held = [latent] * len(ownership.devices)
+    for group in model.sharded:
+        if group.kv_bytes_per_token:
+            for rank, runs in enumerate(ownership.layout(group.name)):
+                held[rank] += total(runs) * group.kv_bytes_per_token
+    return tuple(held)
+
+
+def followed(leader: Layout, grain: int) -> Layout:
+    """Shares of an axis whose unit is held wherever any of its ``grain`` units of the leader is."""
+    return tuple(normalize((start // grain, -(-stop // grain)) for start, stop in runs) for runs in leader)
+
+
+def _check_layout(group: AxisGroup, layout: Sequence[Intervals]) -> None:
+    together = normalize(run for runs in layout for run in runs)
+    if missing := subtract(((0, group.units),), together):
+        raise InvalidOwnership(f"{group.name}: units {missing} are on no device")
+    if together != ((0, group.units),):
+        raise InvalidOwnership(f"{group.name}: units beyond the {group.units} of the model")
+    if group.kind == "split" and sum(map(total, layout)) != group.units:
+        raise InvalidOwnership(f"{group.name}: units are on two devices")
+
+
+def _check_follows(group: AxisGroup, layout: Layout, leader: Layout) -> None:
+    if group.follows and layout != followed(leader, group.grain):
+        raise InvalidOwnership(f"{group.name} does not follow {group.follows}")

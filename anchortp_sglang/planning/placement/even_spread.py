@@ -1,0 +1,82 @@
+"""Cuts that move by a unit over the layers as evenly as can be, at the best places for it.
+
+All devices together keep a constant and, for each cut, the units that its left device has below it less those that
+its right one has: every cut counts for itself. A dynamic program over the cuts, with the sum of a cut over the
+layers as its state, chooses these sums. That is all there is to choose if a sum is spread evenly over the layers.
+"""
+
+from collections.abc import Sequence
+
+from anchortp_sglang.planning.intervals import Intervals
+from anchortp_sglang.planning.ownership.layer_ownership import Layout
+from anchortp_sglang.planning.placement.rotation import layer_order
+
+WINDOW = 64
+"""How many totals of a cut are tried. It is never fewer than there are for up to 64 devices; for more it keeps the
+work in proportion to their number."""
+
+Chain = tuple[int, "Chain"] | None
+
+
+def evenly_spread(units: int, weights: Sequence[int], held: Sequence[Layout]) -> list[tuple[int, ...]]:
+    """For each layer, where the interval of each device ends: widths are rounded down or up, in every layer and over
+    all of them."""
+    layers = len(held)
+    order = layer_order(layers)
+    totals = _best_totals(units, weights, [held[layer] for layer in order])
+    # Cut i ends at totals[i] / layers: one unit later in the first layers of the order.
+    by_place = (tuple((total + layers - 1 - place) // layers for total in totals) for place in range(layers))
+    return [cuts for _, cuts in sorted(zip(order, by_place, strict=True))]
+
+
+def _best_totals(units: int, weights: Sequence[int], held: Sequence[Layout]) -> list[int]:
+    """Where each cut ends, summed over the layers: most kept, then nearest to what is due up to there.
+
+    One state of the dynamic program is the sum for one cut; ``held`` is in the order in which layers get their
+    cuts one unit later.
+    """
+    layers, parts = len(held), sum(weights)
+    # sum of a cut -> (units kept so far, less how far the cuts are off), the sums that led there
+    states: dict[int, tuple[tuple[int, int], Chain]] = {0: ((0, 0), None)}
+    before = 0
+    for cut, weight in enumerate(weights):
+        before += weight
+        width, uneven = divmod(layers * units * weight, parts)
+        ideal = layers * units * before // parts
+        last = cut == len(weights) - 1
+        low, high = (ideal, ideal) if last else (ideal - WINDOW // 2, ideal + WINDOW // 2)
+        sums = sorted({end + width + more for end in states for more in range(1 + (uneven > 0))})
+        sums = [end for end in sums if low <= end <= high]
+        gains = [0] if last else _gains(sums, [(layout[cut], layout[cut + 1]) for layout in held])
+        step: dict[int, tuple[tuple[int, int], Chain]] = {}
+        for end, gain in zip(sums, gains, strict=True):
+            reached = [states[start] for start in (end - width, end - width - 1) if start in states]
+            if not uneven:
+                reached = [states[end - width]]
+            (kept, off), chain = max(reached, key=lambda state: state[0])
+            step[end] = ((kept + gain, off - abs(end - ideal)), (end, chain))
+        states = step
+    chain = next(iter(states.values()))[1]
+    totals: list[int] = []
+    while chain is not None:
+        totals.append(chain[0])
+        chain = chain[1]
+    return totals[::-1]
+
+
+def _gains(sums: Sequence[int], sides: Sequence[tuple[Intervals, Intervals]]) -> list[int]:
+    """Units more that are kept if a cut has each of these sums, than if it has the first. ``sides`` are what the
+    devices before and after the cut held, by layer."""
+    gains, gained, at = [], 0, sums[0]
+    for end in sums:
+        while at < end:
+            unit, layer = divmod(at, len(sides))
+            left, right = sides[layer]
+            gained += _holds(left, unit) - _holds(right, unit)
+            at += 1
+        gains.append(gained)
+    return gains
+
+
+def _holds(runs: Intervals, unit: int) -> bool:
+    return any(start <= unit < stop for start, stop in runs)

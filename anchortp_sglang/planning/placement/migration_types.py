@@ -1,0 +1,126 @@
+"""What a migration plan is: the transfers that turn one ownership into another, and their totals."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from anchortp_sglang.planning.intervals import Intervals
+from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership
+
+Family = Literal["contiguous", "adopt"]
+TransferKind = Literal["p2p", "reload", "copy"]
+TRANSFER_KINDS: tuple[TransferKind, ...] = ("p2p", "copy", "reload")
+
+
+class InfeasiblePlan(ValueError):
+    """No plan meets the demands; the text names the device or the axis, and what is short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Units of one axis group that a device lacks, and where they come from.
+
+    ``kind``: "p2p" from the memory of the device ``source``; "copy" from a copy in host memory; "reload" from
+    the checkpoint. ``source`` is None for the latter two. What a device holds before and after is no transfer.
+    ``stage`` is the place in the order of execution (0: before the layers, ``layer + 1``, then what follows
+    them); ``layer`` is None outside of the layers. ``runs`` are units of ``group``, which
+    ``tensor_ranges`` turns into ranges of checkpoint tensors.
+    """
+
+    kind: TransferKind
+    device: int
+    source: int | None
+    group: str
+    layer: int | None
+    stage: int
+    runs: Intervals
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTotals:
+    """One device of the new ownership. Bytes of weights, except for ``kv_bytes_per_token``.
+
+    ``kept_bytes`` + ``p2p_in_bytes`` + ``reload_bytes`` = ``weight_bytes``. ``reload_bytes`` are those that
+    come through the host, ``copy_bytes`` of them from host memory, the others from the checkpoint.
+    ``weight_bytes_before`` is 0 for a device that joins.
+    """
+
+    id: int
+    kept_bytes: int
+    p2p_in_bytes: int
+    p2p_out_bytes: int
+    reload_bytes: int
+    copy_bytes: int
+    weight_bytes: int
+    weight_bytes_before: int
+    kv_bytes_per_token: int
+    kv_bytes_per_token_before: int
+
+
+@dataclass(frozen=True)
+class MigrationPlan:
+    """From ``old`` to ``new``. ``devices`` and ``transfers`` are in rank order and in order of execution:
+    sorted by stage, then group, then rank of the receiver.
+
+    ``reload_lower_bound_bytes`` are the bytes of the model that no surviving device holds: no plan can reload
+    fewer. ``sharded_bytes`` are those of all split and shared axes, each unit counted once;
+    ``replicated_bytes`` what every device holds besides.
+    """
+
+    family: Family
+    old: LayerOwnership
+    new: LayerOwnership
+    transfers: tuple[Transfer, ...]
+    devices: tuple[DeviceTotals, ...]
+    reload_lower_bound_bytes: int
+    sharded_bytes: int
+    replicated_bytes: int
+
+    @property
+    def reload_bytes(self) -> int:
+        """Bytes that come through the host: from the checkpoint or from a copy in host memory."""
+        return sum(device.reload_bytes for device in self.devices)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Those of ``reload_bytes`` that come from host memory."""
+        return sum(device.copy_bytes for device in self.devices)
+
+    @property
+    def p2p_bytes(self) -> int:
+        """Bytes that move between devices."""
+        return sum(device.p2p_in_bytes for device in self.devices)
+
+    @property
+    def kept_bytes(self) -> Mapping[int, int]:
+        """By device id."""
+        return {device.id: device.kept_bytes for device in self.devices}
+
+    @property
+    def weight_bytes(self) -> Mapping[int, int]:
+        """By device id, replicated parts included."""
+        return {device.id: device.weight_bytes for device in self.devices}
+
+    @property
+    def kv_bytes_per_token(self) -> Mapping[int, int]:
+        """By device id."""
+        return {device.id: device.kv_bytes_per_token for device in self.devices}
+
+    @property
+    def imbalance(self) -> float:
+        """The fullest device's weight bytes over the mean, less one."""
+        held = [device.weight_bytes for device in self.devices]
+        return max(held) * len(held) / sum(held) - 1 if sum(held) else 0.0
+
+    def as_json(self) -> dict[str, object]:
+        """The numbers of the plan, as JSON types; the ownerships have ``to_json`` of their own."""
+        return {
+            "family": self.family,
+            "reload_bytes": self.reload_bytes,
+            "reload_lower_bound_bytes": self.reload_lower_bound_bytes,
+            "p2p_bytes": self.p2p_bytes,
+            "sharded_bytes": self.sharded_bytes,
+            "replicated_bytes": self.replicated_bytes,
+            "devices": [asdict(device) for device in self.devices],
+        }

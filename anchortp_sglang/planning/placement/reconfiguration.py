@@ -1,0 +1,109 @@
+"""The planner's answer in the terms of what runs: the vocabulary cut equally, and shares that are alike in all layers,
+or heads and whole experts that rotate over them.
+
+For the planner an axis is then one group that takes in all layers, or a group in each; the rest of its rules hold as
+they are.
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Sequence
+
+from anchortp_sglang.planning.layout.shards import block_extent
+from anchortp_sglang.planning.model.axes import ModelAxes, equal_vocab_cut
+from anchortp_sglang.planning.model.plan_model import AxisGroup, PlanModel, TensorPart, axis_group
+from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership, Layout, layer_ownership
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, ownership_by_layer, validate
+from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan
+from anchortp_sglang.planning.placement.place import equal_split, place
+
+ROTATING = ("q_head", "kv_head", "expert")
+"""Axes of few units. Of columns there are so many that one more in every layer is nothing."""
+
+
+def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
+    """A contiguous split of each layer, in device order: heads and whole experts that do not divide go to other
+    devices from layer to layer, so that over all layers each device has its due to within one of them.
+
+    Raises InvalidOwnership if there are too few units for so many devices.
+    """
+    planned = planned_axes(model, ROTATING)
+    try:
+        return _as_it_runs(model, planned, equal_split(planned, devices))
+    except InfeasiblePlan as error:
+        raise InvalidOwnership(str(error)) from error
+
+
+def reconfigure(model: ModelAxes, previous: Ownership, survivors: Sequence[int], rotate: bool = False) -> Ownership:
+    """Who holds what once only ``survivors`` are left, in the order of ``previous``.
+
+    They keep all that they have and share out what is lost ("adopt"): nothing moves between them but the rows of the
+    vocabulary whose cut shifts, and heads where all devices with some KV head died. What differs by layer, or with
+    ``rotate`` may, is shared out in each layer for itself. Raises InvalidOwnership if a survivor is none of the
+    previous devices, or if there are too few units for all of them.
+    """
+    if not survivors or set(survivors) - set(previous.devices):
+        raise InvalidOwnership(f"survivors {list(survivors)} must be some of {list(previous.devices)}")
+    devices = tuple(device for device in previous.devices if device in set(survivors))
+    if devices == previous.devices:
+        return previous
+    planned = planned_axes(model, previous.by_layer.union(ROTATING if rotate else ()))
+    held = {group.name: previous.ranks(group.axis, group.layer) for group in planned.sharded}
+    try:
+        new = place(planned, layer_ownership(previous.devices, held), devices, "adopt", (1,) * len(devices))
+    except InfeasiblePlan as error:
+        raise InvalidOwnership(str(error)) from error
+    return _as_it_runs(model, planned, new)
+
+
+def _as_it_runs(model: ModelAxes, planned: PlanModel, made: LayerOwnership) -> Ownership:
+    alike: dict[str, Layout] = {"vocab": equal_vocab_cut(model.vocab_size, len(made.devices))}
+    by_layer: defaultdict[int, dict[str, Layout]] = defaultdict(dict)
+    for group in planned.sharded:
+        layout = made.layout(group.name)
+        # A layer that lacks an axis takes its shares from the first one that has it, so that layouts are few.
+        alike.setdefault(group.axis, layout)
+        if group.layer is not None:
+            by_layer[group.layer][group.axis] = layout
+    ownership = ownership_by_layer(made.devices, [alike | by_layer[layer] for layer in range(model.num_layers)])
+    validate(model, ownership)
+    return ownership
+
+
+def planned_axes(model: ModelAxes, by_layer: Container[str] = ()) -> PlanModel:
+    """The model with the groups that the planner is free to cut: one per axis for all layers together, or of the axes
+    ``by_layer`` one in each layer that has it."""
+    parts: defaultdict[str, defaultdict[int | None, list[TensorPart]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(axis: str, layer: int | None, part: TensorPart) -> None:
+        parts[axis][layer if axis in by_layer else None].append(part)
+
+    for spec in model.params:
+        for block in spec.blocks:
+            shape = (*spec.rest[: spec.dim], block_extent(model, block), *spec.rest[spec.dim :])
+            if spec.expert is not None:
+                if spec.expert == 0:  # the others are as large
+                    add("expert", spec.layer, TensorPart(f"{spec.name}{{unit}}", shape, spec.element_bytes))
+            elif block.axis not in (None, "vocab"):
+                per_unit = block.elements_per_unit
+                add(block.axis, spec.layer, TensorPart(block.source, shape, spec.element_bytes, spec.dim, per_unit))
+    groups = [
+        _group(model, axis, layer, tuple(parts[axis][layer]))
+        for axis in ("q_head", "kv_head", *(each.axis for each in model.columns))
+        for layer in tuple(parts["q_head" if axis == "kv_head" else axis])
+    ]
+    return PlanModel(model.architecture, model.num_layers, model.dtype, "", None, tuple(groups))
+
+
+def _group(model: ModelAxes, axis: str, layer: int | None, parts: tuple[TensorPart, ...]) -> AxisGroup:
+    where = "" if layer is None else f" of layer {layer}"
+    follows = "q_head" + where if axis == "kv_head" else None
+    return axis_group(
+        axis + where,
+        axis,
+        model.axes[axis],
+        parts,
+        kind="shared" if follows else "split",
+        layer=layer,
+        grain=model.group_size if axis in ("q_head", "kv_head") else 1,
+        follows=follows,
+    )

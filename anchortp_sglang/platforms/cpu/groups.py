@@ -1,0 +1,69 @@
+"""Process groups of a rank on the CPU: few of them, as every one costs the start a round of all ranks.
+
+SGLang makes two for each list of ranks of each kind of parallelism: at TP=4 some 36, one after the other, of which each
+ends in a barrier of all ranks over the TCPStore. But only two lists are ever different: all ranks, and each rank alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from anchortp_sglang.rank.attachment import current
+
+_BACKEND = "gloo"
+
+
+class Groups:
+    """Stands in for ``torch.distributed.new_group`` while group coordinators are built.
+
+    All ranks: the default group, which torch has made already. One rank: a group that it makes alone. They are shared
+    by all coordinators: a scheduler has one thread that uses them, in an order that is the same on all ranks.
+    """
+
+    def __init__(self, new_group: Callable[..., Any]) -> None:
+        self._new_group = new_group
+        self._alone: Any = None
+
+    def __call__(self, ranks: Sequence[int], backend: str, **more: Any) -> Any:
+        world = dist.group.WORLD
+        if backend != _BACKEND or dist.get_backend(world) != _BACKEND:
+            return self._new_group(ranks, backend=backend, **more)
+        if len(ranks) == dist.get_world_size():
+            return world
+        if len(ranks) > 1:
+            return self._new_group(ranks, backend=backend, **more)
+        if list(ranks) != [dist.get_rank()]:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        if self._alone is None:
+            self._alone = self._new_group(ranks, backend=backend, use_local_synchronization=True)
+        return self._alone
+
+
+_groups: Groups | None = None
+
+
+def around_group_coordinator_init(original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND GroupCoordinator.__init__, which calls torch.distributed.new_group by that name."""
+    global _groups
+    attachment = current()
+    if attachment is None or attachment.assignment.gpu:
+        return original(coordinator, *args, **kwargs)
+    stock = dist.new_group
+    _groups = _groups or Groups(stock)
+    dist.new_group = _groups
+    try:
+        original(coordinator, *args, **kwargs)
+    finally:
+        dist.new_group = stock
+
+
+HOOKS: tuple[tuple[str, str, Callable[..., Any], str], ...] = (
+    (
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.__init__",
+        "around",
+        around_group_coordinator_init,
+        "on CPU coordinators share their process groups, of which it makes dozens",
+    ),
+)
+"""Target, kind, hook, reason."""

@@ -1,0 +1,147 @@
+"""Puts the shared-memory collectives in the place of gloo inside SGLang 0.5.23, on CPU.
+
+Functions for HookType.AROUND: the original first, then its own arguments. Each takes the shared-memory path
+if the call is for all ranks of the generation and on CPU tensors, else it calls the original. What the choice
+depends on is alike on all ranks. A process that never called attach() runs stock code.
+
+On CPU these four cover a dense or MoE forward pass. ``RowParallelLinear``, ``VocabParallelEmbedding``,
+``ColumnParallelLinear(gather_output=True)`` and ``LogitsProcessor._logits_gatherer`` (which falls back to
+``tensor_model_parallel_all_gather``) all end in the TP ``GroupCoordinator``; ``broadcast_pyobj`` is how
+``SchedulerRequestReceiver`` shares the requests of each scheduler step.
+"""
+
+import logging
+import pickle
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+
+from anchortp_sglang.platforms.cpu import futex
+from anchortp_sglang.platforms.cpu.collectives import Lane, SharedMemoryGroup
+
+logger = logging.getLogger(__name__)
+
+_SUMMABLE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64))
+
+
+@dataclass(frozen=True)
+class _Attachment:
+    tensors: SharedMemoryGroup
+    objects: SharedMemoryGroup
+    thread: int
+    on_progress: Callable[[], None]
+
+    def spans(self, world_size: int) -> bool:
+        """Whether a call of this thread on a group of that size is one that all ranks make in one order.
+
+        Other threads (HiCache's prefetch thread calls broadcast_pyobj too) have an order of their own.
+        """
+        return world_size == self.tensors.world_size and threading.get_ident() == self.thread
+
+
+_attached: _Attachment | None = None
+
+
+def attach(buffer: object, rank: int, world_size: int, on_progress: Callable[[], None] = lambda: None) -> bool:
+    """Use ``buffer`` (region_bytes(world_size), zeroed, mapped by all ranks of the generation) from now on.
+
+    Call it in every rank, in the thread that runs the scheduler, before the process groups are built. Returns
+    False, and leaves gloo in place, for a single rank and on machines that futex.supported() refuses.
+    """
+    global _attached
+    if world_size == 1:
+        return False
+    if not futex.supported():
+        logger.warning("shared-memory collectives need Linux on x86-64; gloo stays, expect slow decoding")
+        return False
+    _attached = _Attachment(
+        tensors=SharedMemoryGroup(buffer, rank, world_size, Lane.TENSORS),
+        objects=SharedMemoryGroup(buffer, rank, world_size, Lane.OBJECTS),
+        thread=threading.get_ident(),
+        on_progress=on_progress,
+    )
+    return True
+
+
+def detach() -> None:
+    """Back to gloo, for this process."""
+    global _attached
+    _attached = None
+
+
+def all_reduce(original: Callable[..., torch.Tensor], group: Any, input_: torch.Tensor) -> torch.Tensor:
+    """AROUND GroupCoordinator.all_reduce(self, input_): in place on CPU, as the original is there."""
+    attached = _attached
+    if attached is None or input_.dtype not in _SUMMABLE or not _applies(attached, group, input_):
+        return original(group, input_)
+    attached.on_progress()
+    return attached.tensors.all_reduce(input_)
+
+
+def all_gather(
+    original: Callable[..., torch.Tensor | None],
+    group: Any,
+    input_: torch.Tensor,
+    dim: int = -1,
+    output_tensor_list: list[torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """AROUND GroupCoordinator.all_gather(self, input_, dim, output_tensor_list)."""
+    attached = _attached
+    # output_tensor_list comes with attention DP only (attn_tp_all_gather), where sizes may differ by rank.
+    if attached is None or output_tensor_list is not None or not _applies(attached, group, input_):
+        return original(group, input_, dim, output_tensor_list)
+    return attached.tensors.all_gather(input_, dim)
+
+
+def all_gather_into_tensor(
+    original: Callable[..., None], group: Any, output: torch.Tensor, input: torch.Tensor
+) -> None:
+    """AROUND GroupCoordinator.all_gather_into_tensor(self, output, input)."""
+    attached = _attached
+    if attached is None or not output.is_contiguous() or not _applies(attached, group, input):
+        return original(group, output, input)
+    return attached.tensors.all_gather_into(output, input)
+
+
+def broadcast_pyobj(
+    original: Callable[..., list[Any]],
+    data: list[Any] | None,
+    rank: int,
+    dist_group: torch.distributed.ProcessGroup | None = None,
+    src: int = 0,
+    force_cpu_device: bool = True,
+) -> list[Any]:
+    """AROUND srt.utils.common.broadcast_pyobj: ``rank`` and ``src`` are global ranks; ``src`` gets back its
+    own ``data``, the others a copy."""
+    attached = _attached
+    if attached is None or not attached.spans(_size(dist_group)) or not force_cpu_device:
+        return original(data, rank, dist_group, src, force_cpu_device)
+    if rank == src:
+        # Nearly every step of a scheduler has nothing to share: an empty message says so.
+        attached.objects.broadcast_bytes(pickle.dumps(data) if data else b"", src)
+        return data if data is not None else []
+    payload = attached.objects.broadcast_bytes(None, src)
+    return pickle.loads(payload) if payload else []
+
+
+def _applies(attached: _Attachment, group: Any, tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and attached.spans(group.world_size) and not torch.compiler.is_compiling()
+
+
+def _size(dist_group: torch.distributed.ProcessGroup | None) -> int:
+    return torch.distributed.get_world_size() if dist_group is None else dist_group.size()
+
+
+_COORDINATOR = "sglang.srt.distributed.parallel_state.GroupCoordinator"
+
+HOOKS: tuple[tuple[str, str, Callable[..., Any], str], ...] = (
+    (f"{_COORDINATOR}.all_reduce", "around", all_reduce, "gloo needs ~1 ms for a decode step's floats"),
+    (f"{_COORDINATOR}.all_gather", "around", all_gather, "the same, for logits"),
+    (f"{_COORDINATOR}.all_gather_into_tensor", "around", all_gather_into_tensor, "the same"),
+    ("sglang.srt.utils.common.broadcast_pyobj", "around", broadcast_pyobj, "runs in every scheduler step"),
+)
+"""Target, kind (a value of sglang's HookType), hook, reason."""

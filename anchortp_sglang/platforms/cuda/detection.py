@@ -1,0 +1,61 @@
+"""What main learns of its GPUs: told by the health process, and asked for when ranks have died."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.platforms.cuda import health, probe
+from anchortp_sglang.threads import in_thread
+
+log = logging.getLogger(__name__)
+
+_PROBE_TIMEOUT_S = 10.0
+_RESTART_AFTER_S = 10.0
+
+
+class GpuDetection:
+    """``errors``: device -> why its GPU is lost, for good. Without GPUs it does nothing."""
+
+    def __init__(self, gpus: Sequence[GpuShare], on_fault: Callable[[str], None]) -> None:
+        self.errors: dict[int, str] = {}
+        self._gpus = gpus
+        self._on_fault = on_fault
+
+    async def watch(self) -> None:
+        """Follow what the health process says, as long as the server runs."""
+        uuids = tuple(dict.fromkeys(gpu.uuid for gpu in self._gpus))
+        while self._gpus:
+            process = await asyncio.create_subprocess_exec(
+                *health.command(uuids), stdout=asyncio.subprocess.PIPE, stderr=sys.stderr
+            )
+            assert process.stdout is not None
+            async for line in process.stdout:
+                self.lost(msgspec.json.decode(line, type=health.GpuLost))
+            log.warning("anchortp: the health process of the GPUs has ended (%s)", await process.wait())
+            await asyncio.sleep(_RESTART_AFTER_S)
+
+    async def probe(self) -> None:
+        """Whether the GPUs answer at all; no fault is reported, as one is being answered."""
+        if self._gpus:
+            uuids = {gpu.uuid for device, gpu in enumerate(self._gpus) if device not in self.errors}
+            failures = await in_thread(probe.touch_all, uuids, _PROBE_TIMEOUT_S)
+            for uuid, reason in failures.items():
+                self._note(health.GpuLost(uuid, reason))
+
+    def lost(self, gpu: health.GpuLost) -> None:
+        """A GPU is lost, while others serve."""
+        devices = self._note(gpu)
+        if devices:
+            self._on_fault(f"device {devices[0]}: {gpu.reason}")
+
+    def _note(self, gpu: health.GpuLost) -> list[int]:
+        devices = [device for device, share in enumerate(self._gpus) if share.uuid == gpu.uuid]
+        new = [device for device in devices if device not in self.errors]
+        for device in new:
+            log.error("anchortp: the GPU of device %d (%s) is lost: %s", device, gpu.uuid, gpu.reason)
+            self.errors[device] = gpu.reason
+        return new

@@ -1,0 +1,101 @@
+"""What is planned for GPU ranks before they start: KV slots within the GPUs' budgets, and decode graphs."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.layout.kv_layout import KVPlan, kv_layout
+from anchortp_sglang.planning.layout.shards import shard_layout
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership
+from anchortp_sglang.planning.placement.reconfiguration import reconfigure
+
+EAGER_START: dict[str, Any] = {
+    "disable_cuda_graph": True,
+    "cuda_graph_config": None,
+    "cuda_graph_backend_decode": None,
+    "cuda_graph_backend_prefill": None,
+}
+"""ServerArgs of ranks: no graph at start (parse_cuda_graph_config), whatever the operator wants later."""
+
+_ROUNDING_BYTES = 32 << 20
+"""Left of each budget for segments rounded up to the driver's granularity, which is not known here."""
+
+
+def graph_batch_sizes(view: Any, gpus: Sequence[GpuShare]) -> tuple[int, ...]:
+    """For which decode graphs are wanted. None with gloo, whose collectives cannot be captured.
+
+    ``view``: SGLang's resolved arguments, of the first generation's TP size.
+    """
+    if not gpus or (len(gpus) > 1 and not all(gpu.alone for gpu in gpus)):
+        return ()
+    decode = view.cuda_graph_config.decode
+    return () if decode.backend == "disabled" else tuple(decode.bs or ())
+
+
+def check_gpu_plan(model: ModelAxes, view: Any, options: AnchorOptions, spreads: bool) -> None:
+    """Raise ValueError for what the CPU platform has and this one has not. ``spreads``: experts dealt by counts."""
+    wrong = {
+        "latent KV (DeepSeek) has no pool on GPUs; use --device cpu": model.latent_kv,
+        f"--page-size {view.page_size} is not supported on GPUs; use 1": (view.page_size or 1) != 1,
+        f"--kv-cache-dtype {view.kv_cache_dtype} is not supported on GPUs, whose KV has the model's dtype; "
+        "leave it out": view.kv_cache_dtype not in (None, "auto"),
+        "--anchor-kv-mirror host is not supported on GPUs, whose KV nothing copies yet; leave it and its other "
+        "flags out": options.kv_mirror == "host" or options.kv_mirror_gib is not None,
+        "--anchor-device-gib is not supported on GPUs; use --mem-fraction-static": options.device_gib is not None,
+        "--anchor-rotate-heads is not supported on GPUs, where a rank's attention is planned for one number of heads; "
+        "leave it out": options.rotate_heads,
+        "--init-expert-location is not supported on GPUs, whose slots are planned without it; leave it out": spreads,
+    }
+    for reason, applies in wrong.items():
+        if applies:
+            raise ValueError(reason)
+
+
+def plan_gpu_kv(
+    model: ModelAxes, ownership: Ownership, gpus: Sequence[GpuShare], min_devices: int, view: Any
+) -> KVPlan:
+    """As many slots as fit all generations down to ``min_devices``, or those the operator asks for, if they do.
+
+    Devices are lost from the last to the first here. A survivor must hold, for a moment, its old and its new weights
+    besides the new KV. Raises ValueError for the operator.
+    """
+    page_size = view.page_size or 1
+    fits = min(_slots_that_fit(model, old, new, gpus) for old, new in _down_to(model, ownership, min_devices))
+    fits = max(0, fits - page_size) // page_size * page_size
+    slots = min(view.max_total_tokens or fits, fits) // page_size * page_size
+    if slots < 1 or slots < (view.max_total_tokens or 0):
+        raise ValueError(
+            f"the GPUs have room for {fits} KV slots besides weights, down to {min_devices} of {len(gpus)} devices: "
+            "lower --max-total-tokens, raise --anchor-min-devices or --mem-fraction-static, or use a smaller model"
+        )
+    return KVPlan(slots, page_size, model.dtype_bytes)
+
+
+def _down_to(model: ModelAxes, ownership: Ownership, min_devices: int) -> Iterator[tuple[Ownership | None, Ownership]]:
+    """(old, new): the first generation, and what follows the loss of one device after the other."""
+    old: Ownership | None = None
+    new = ownership
+    while True:
+        yield old, new
+        if new.tp_size <= min_devices:
+            return
+        try:
+            old, new = new, reconfigure(model, new, list(new.devices[:-1]))
+        except InvalidOwnership:
+            return  # too few devices for this model: the server goes down by then
+
+
+def _slots_that_fit(model: ModelAxes, old: Ownership | None, new: Ownership, gpus: Sequence[GpuShare]) -> int:
+    return min(
+        (gpus[device].budget_bytes - _ROUNDING_BYTES - _weights(model, new, device) - _weights(model, old, device))
+        // kv_layout(model, KVPlan(1, 0, model.dtype_bytes), new, rank).total_bytes
+        for rank, device in enumerate(new.devices)
+    )
+
+
+def _weights(model: ModelAxes, ownership: Ownership | None, device: int) -> int:
+    if ownership is None:
+        return 0
+    return shard_layout(model, ownership, ownership.devices.index(device)).total_bytes

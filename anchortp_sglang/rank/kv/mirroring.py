@@ -1,0 +1,86 @@
+"""The thread of each rank that copies committed KV to the mirror, beside the decode loop and never in its way.
+
+Copies go through numpy, which lets the GIL go meanwhile, a few MiB at a time.
+"""
+
+import logging
+import mmap
+import threading
+import time
+
+from anchortp_sglang.kv.copy import KVSegment
+from anchortp_sglang.kv.mirror import KVMirror, MirrorMismatch
+from anchortp_sglang.kv.mirror_schedule import MirrorSchedule
+from anchortp_sglang.kv.mirror_writer import MirrorWriter
+from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.planning.layout.kv_layout import mirror_moves
+from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, mirror_segment
+from anchortp_sglang.rank.kv.restore import mirror_shape
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+"""Each turn disturbs the decode loop a little, and what is committed between two turns is lost with a device."""
+
+
+class Mirroring(threading.Thread):
+    """One per rank. ``memory``, ``table_memory``: of the mirror and of the generation's slot table.
+
+    To be started on rank 0 when it begins to write the slot table; on the others at any time before.
+    """
+
+    def __init__(self, attachment: Attachment, kv: KVSegment, memory: mmap.mmap, table_memory: mmap.mmap) -> None:
+        super().__init__(name="anchortp-mirror", daemon=True)
+        self._attachment, self._kv, self._memory, self._table_memory = attachment, kv, memory, table_memory
+
+    def run(self) -> None:
+        try:
+            self._mirror_on()
+        except Exception:
+            # The rank goes on; what a lost device takes along is then computed again.
+            log.exception("anchortp: KV is not mirrored any more")
+
+    def _mirror_on(self) -> None:
+        at = self._attachment.assignment
+        assert at.mirror is not None
+        mirror = self._begin() if at.rank == 0 else self._await_begun()
+        table = SlotTable.attach(self._table_memory, at.kv.rows, self._attachment.namespace)
+        schedule = MirrorSchedule(table, mirror, at.mirror.bytes_per_s) if at.rank == 0 else None
+        moves = mirror_moves(at.model, at.ownership, at.rank)
+        writer = MirrorWriter(at.rank, moves, self._kv, table, mirror)
+        seen = -1
+        while True:
+            if schedule is not None:
+                schedule.assign(time.monotonic())
+            assigned = mirror.assignments
+            if assigned == seen:
+                time.sleep(_POLL_S)
+            elif not writer.write_some():
+                seen = assigned
+
+    def _begin(self) -> KVMirror:
+        at = self._attachment.assignment
+        mirror = KVMirror.attach_or_create(self._memory, mirror_shape(self._attachment))
+        mirror.begin(at.generation, at.ownership.tp_size)
+        return mirror
+
+    def _await_begun(self) -> KVMirror:
+        """The mirror, once rank 0 of this generation has taken it over: the slot table is being written then."""
+        while True:
+            try:
+                mirror = KVMirror.attach(self._memory, mirror_shape(self._attachment))
+            except MirrorMismatch:
+                pass  # rank 0 has not made it yet
+            else:
+                if mirror.begun(self._attachment.assignment.generation):
+                    return mirror
+            time.sleep(_POLL_S)
+
+
+def open_mirroring(attachment: Attachment, kv: KVSegment, table_memory: mmap.mmap) -> Mirroring | None:
+    """Map the mirror, if there is to be one. A single rank has no survivor to restore anything for."""
+    at = attachment.assignment
+    if at.mirror is None or at.ownership.tp_size == 1:
+        return None
+    memory = attachment.map(HOST_DEVICE, mirror_segment(at.mirror), writable=True)
+    return Mirroring(attachment, kv, memory, table_memory)

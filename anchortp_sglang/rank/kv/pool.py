@@ -1,0 +1,86 @@
+"""KV buffers in the anchor's memory, of the same number of slots on every rank."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from anchortp_sglang.planning.intervals import total
+from anchortp_sglang.rank.attachment import Attachment, current
+
+
+def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
+    """AROUND MHATokenToKVPool._create_buffers_normal: views of the anchor's memory, never zeroed on rebind.
+
+    Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim); layers follow one
+    another, each with as many heads as the rank has there.
+    """
+    attachment = current()
+    if attachment is None:
+        original(pool)
+        return
+    at, layout = attachment.assignment, attachment.kv_layout
+    shape = (at.kv.rows, max(total(group.heads) for group in layout.groups), at.model.head_dim)
+    _check_pool(pool, attachment, MHATokenToKVPool, shape, *pool._kv_buffer_shapes())
+    pool.k_buffer, pool.v_buffer = [], []
+    for k, v in _layers(pool, attachment, at.model.head_dim):
+        pool.k_buffer.append(k)
+        pool.v_buffer.append(v)
+
+
+def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> None:
+    """AROUND MLATokenToKVPool._create_buffers: the same for latents, of which every rank has all."""
+    attachment = current()
+    if attachment is None:
+        original(pool)
+        return
+    at = attachment.assignment
+    shape = (at.kv.rows, 1, at.model.kv_row)
+    _check_pool(pool, attachment, MLATokenToKVPool, shape, (pool.size + pool.page_size, 1, pool.kv_cache_dim))
+    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, at.model.kv_row)]
+
+
+def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
+    """Each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
+    layout = attachment.kv_layout
+    flat = attachment.kv_tensor()
+    if flat.is_cuda and not attachment.assignment.restore_prefixes:
+        flat.zero_()  # a new memfd holds zeros, a GPU's memory what its last owner left: attention reads NaNs too
+    for group in layout.groups:
+        units = flat[group.offset_bytes : group.offset_bytes + layout.group_bytes(group)].view(pool.store_dtype)
+        yield from units.view(*layout.shape(group), unit)
+
+
+def _check_pool(
+    pool: Any, attachment: Attachment, kind: type, planned: tuple[int, ...], *shapes: tuple[int, ...]
+) -> None:
+    """Raise RuntimeError unless SGLang's pool is of the planned kind and ``shapes``; one of layers with a sliding
+    window apart, for instance, is not."""
+    at = attachment.assignment
+    found = (type(pool), pool.layer_num, pool.store_dtype.itemsize)
+    if found != (kind, at.model.num_layers, at.kv.dtype_bytes) or any(tuple(one) != planned for one in shapes):
+        raise RuntimeError(
+            f"the KV pool is {type(pool).__name__} {shapes} x {pool.layer_num} layers of {pool.store_dtype}; "
+            f"the plan says {kind.__name__} {planned} x {at.model.num_layers} of {at.kv.dtype_bytes} bytes"
+        )
+
+
+def around_resolve_memory_pool_config(
+    original: Callable[..., Any], configurator: Any, pre_model_load_memory: Any
+) -> Any:
+    """AROUND KVCacheConfigurator._resolve_memory_pool_config: the planned number of slots.
+
+    Stock divides the free bytes by each rank's own bytes per token: with unequal heads the ranks would get
+    unequal pools and their lock-step allocators would part ways.
+    """
+    attachment = current()
+    if attachment is None:
+        return original(configurator, pre_model_load_memory)
+    from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+
+    plan = attachment.assignment.kv
+    sizes = create_memory_pool_configurator(configurator)
+    config = sizes.calculate_pool_sizes_from_max_tokens(plan.slots, plan.page_size)
+    config.max_running_requests = configurator.resolve_max_num_reqs(config.max_total_num_tokens)
+    return sizes.finalize_with_max_running_requests(config)

@@ -1,0 +1,117 @@
+"""KV that goes over to a new generation: found, and put in place while the main thread builds the rest of the rank.
+
+Each rank decides alone, from the same shared memory, which slots are kept (``kv/retained_slots.py``). A device whose
+heads and slots stay the same has its KV in place. Else kept heads are copied from the old segments of this device and
+its peers, lost ones from the mirror; both lie in anchors, and nobody writes to them any more.
+"""
+
+import threading
+import time
+from concurrent.futures import Future
+
+import numpy as np
+
+from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.kv.chain_hash import root_hash
+from anchortp_sglang.kv.copy import KVSegment
+from anchortp_sglang.kv.mirror import KVMirror, MirrorMismatch, MirrorShape
+from anchortp_sglang.kv.moving import move_kept, restorable_slots
+from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
+from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.planning.layout.kv_layout import KVLayout, kv_layout, kv_moves, lost_heads, whole_layout
+from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, kv_segment, mirror_segment
+
+
+def mirror_shape(attachment: Attachment) -> MirrorShape:
+    """Of the mirror that this server was planned with."""
+    at = attachment.assignment
+    assert at.mirror is not None
+    layout = whole_layout(at.model, at.mirror.rows, at.kv.unit_bytes(at.model))
+    return MirrorShape(layout, root_hash(attachment.namespace))
+
+
+class RestorationFailed(RuntimeError):
+    """The kept KV, or what describes it, cannot be used."""
+
+
+class Restoration(threading.Thread):
+    """Keeps what can be kept of the last generation's KV. ``table``: its slot table; nobody writes to it. ``into``:
+    None where KV can only stay in place."""
+
+    def __init__(self, attachment: Attachment, table: SlotTable, into: KVSegment | None) -> None:
+        super().__init__(name="anchortp-kv", daemon=True)
+        self._attachment, self._table, self._into = attachment, table, into
+        self._kept: Future[RetainedSlots] = Future()
+        self._done: Future[None] = Future()
+        self.moved: dict[str, int] = {"kept": 0, "restored": 0}
+        """Bytes of KV copied from devices, and from the mirror."""
+        self.restored_slots = 0
+        """Slots of which some heads came from the mirror, on this rank."""
+        self.finished_at = 0.0
+
+    def run(self) -> None:
+        try:
+            self._restore()
+            self.finished_at = time.monotonic()
+            self._done.set_result(None)
+        except BaseException as error:
+            # An anchor that does not answer has died: another fault, which says nothing about the KV.
+            seen = error if isinstance(error, AnchorError) else RestorationFailed(repr(error))
+            for future in (self._kept, self._done):
+                if not future.done():
+                    future.set_exception(seen)
+
+    def _restore(self) -> None:
+        at = self._attachment.assignment
+        assert at.previous is not None
+        entries, mirror, usable = self._table.entries(), None, None
+        held = at.previous.ownership
+        if held != at.ownership and lost_heads(at.model, at.ownership, held):
+            mirror = self._mirror()
+            usable = restorable_slots(entries, mirror)
+        running = np.frombuffer(at.running, np.uint64)
+        kept = keep(entries, usable, at.kv.rows, at.kv.page_size, running)
+        self._kept.set_result(kept)
+        self._move(kept, mirror)
+
+    def kept(self) -> RetainedSlots:
+        """What is kept; before its bytes are in place. Raises what went wrong."""
+        return self._kept.result()
+
+    def wait(self) -> None:
+        """Until every byte is in place. Raises what went wrong."""
+        self._done.result()
+
+    def _mirror(self) -> KVMirror | None:
+        at = self._attachment.assignment
+        if at.mirror is None:
+            return None
+        memory = self._attachment.map_briefly(HOST_DEVICE, mirror_segment(at.mirror))
+        try:
+            return KVMirror.attach(memory, mirror_shape(self._attachment))
+        except MirrorMismatch:
+            return None  # nothing was ever written to it
+
+    def _move(self, kept: RetainedSlots, mirror: KVMirror | None) -> None:
+        at = self._attachment.assignment
+        assert at.previous is not None
+        held = at.previous.ownership
+        stays = at.device in held.devices and self._old_layout(at.device) == self._attachment.kv_layout
+        if not len(kept.slots) or stays:
+            return
+        if self._into is None:
+            raise RestorationFailed("KV does not move between GPUs")
+        moves = kv_moves(at.model, at.ownership, at.rank, held)
+        self.moved = move_kept(kept, self._into, moves, self._old_segment, mirror)
+        if self.moved["restored"]:
+            self.restored_slots = len(kept.slots)
+
+    def _old_layout(self, device: int) -> KVLayout:
+        at = self._attachment.assignment
+        assert at.previous is not None
+        held = at.previous.ownership
+        return kv_layout(at.model, at.previous_kv, held, held.devices.index(device))
+
+    def _old_segment(self, device: int) -> KVSegment:
+        layout = self._old_layout(device)
+        return KVSegment(self._attachment.map_briefly(device, kv_segment(layout)), layout)

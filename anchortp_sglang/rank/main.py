@@ -1,0 +1,199 @@
+"""Inside a rank: entry point, generation gate, seeding of resumed requests.
+
+Stands in for ``run_scheduler_process`` (managers/scheduler.py), which answers an exception with SIGQUIT to its
+parent: here that is the zygote. A rank that fails says so on its pipe and dies; the coordinator sees its pidfd.
+"""
+
+import logging
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from anchortp_sglang.memory.cuda_driver import device_by_uuid
+from anchortp_sglang.platforms.cpu import hooks as cpu_hooks
+from anchortp_sglang.rank import handover, heartbeat
+from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, attach, control_segment, current
+from anchortp_sglang.rank.crash import describe
+from anchortp_sglang.rank.kv import prefixes
+from anchortp_sglang.rank.kv.restore import RestorationFailed
+from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Resume
+from anchortp_sglang.rank.spare import rendezvous
+from anchortp_sglang.rank.stamps import Stamps
+from anchortp_sglang.rank.weights import loader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What turns a forked process into rank ``assignment.rank``."""
+
+    assignment: Assignment
+    server_args: Any
+    port_args: Any
+    store_port: int
+
+
+def run(spec: RankSpec, pipe: Connection) -> None:
+    """Be one rank until killed.
+
+    Sends ("ready", info), ("unrestored", text) or ("failed", text) to main; after "ready" a Crash, if it comes to that.
+    """
+    stamps = Stamps()
+    try:
+        scheduler, info = _start(spec, stamps)
+    except BaseException as error:
+        traceback.print_exc()
+        kind = "unrestored" if isinstance(error, RestorationFailed) else "failed"
+        pipe.send((kind, f"{type(error).__name__}: {error}"))
+        return
+    pipe.send(("ready", info | {"stamps": stamps.taken}))
+    handover.answer_on(pipe, lambda: [fd for fd, _ in info["fds"].values()])
+    try:
+        scheduler.run_event_loop()
+    except BaseException as error:
+        pipe.send(("crashed", describe(error)))
+        raise
+
+
+def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
+    assignment = spec.assignment
+    attachment = attach(assignment)
+    filler = loader.start_filling(attachment)
+    control = attachment.map(HOST_DEVICE, control_segment(assignment.generation), writable=True)
+    world_size = assignment.ownership.tp_size
+    heartbeat.open_counters(control, assignment.rank)
+    collectives = memoryview(control)[heartbeat.BYTES :]
+    cpu_hooks.attach(collectives, assignment.rank, world_size, on_progress=heartbeat.beat)
+    prefixes.open_table(attachment)
+    stamps.take("attached")
+    rendezvous(spec.store_port)
+    scheduler = _make_scheduler(spec)
+    kv_kept_at = prefixes.finish()
+    stamps.take("bound")
+    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
+    if prefixes.rebuilt:
+        stamps.taken["prefixes"] = prefixes.rebuilt["at"]
+    if kv_kept_at:
+        stamps.taken["kv_kept"] = kv_kept_at
+    return scheduler, {
+        "scheduler": scheduler.get_init_info(),  # SGLang's own, which /server_info shows to everybody
+        "rank": assignment.rank,
+        "device": assignment.device,
+        "moved_bytes": filler.moved,
+        "rebuilt": prefixes.rebuilt,
+        "fds": attachment.fds,
+    }
+
+
+def _make_scheduler(spec: RankSpec) -> Any:
+    from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
+    from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
+
+    rank, gpu = spec.assignment.rank, spec.assignment.gpu
+    gpu_id = rank if gpu is None else device_by_uuid(gpu.uuid)
+    world_rank = spawn_world_rank(spec.server_args, tp_rank=rank, pp_rank=0)
+    publish(
+        spec.server_args,
+        role="scheduler",
+        ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=gpu_id),
+    )
+    configure_scheduler_process(spec.server_args, gpu_id)
+    return Scheduler(spec.server_args, spec.port_args)
+
+
+_gate_open = False
+
+
+def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] | None:
+    """AFTER SchedulerRequestReceiver._pull_raw_reqs: every rank's loop passes here, rank 0 with requests.
+
+    A generation starts when all its ranks are ready. TokenizerManager's PUSH socket may still hold requests meant for
+    the dead rank 0; they arrive first.
+    """
+    global _gate_open
+    attachment = current()
+    if attachment is None:
+        return requests
+    heartbeat.beat()
+    if not requests:
+        return requests
+    kept = []
+    for request in requests:
+        if isinstance(request, GenerationStart):
+            if request.generation == attachment.assignment.generation:
+                _gate_open = True
+                prefixes.start_writing()
+        elif _gate_open:
+            kept.append(request)
+    return kept
+
+
+def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER Scheduler._create_generation_req: the state that a request had when its last token was delivered."""
+    if isinstance(received, Resume):
+        req.anchortp_resumed_at = len(req.origin_input_ids) + len(received.delivered)
+        if received.delivered:
+            _seed(scheduler, req, received)
+    return req
+
+
+def before_add_request_to_queue(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE Scheduler._add_request_to_queue: a client that has tokens has the input's logprobs, too.
+
+    From where logprobs are wanted no kept KV is used (``Req._compute_max_prefix_len``), so that start is set behind all
+    there is. handle_generate_request sets it after the request is made, and takes none behind the prompt.
+    """
+    if getattr(req, "anchortp_resumed_at", None) and req.return_logprob and req.output_ids:
+        req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)
+
+
+def _seed(scheduler: Any, req: Any, received: Resume) -> None:
+    delivered = len(received.delivered)
+    req.output_ids.extend(received.delivered)
+    req.send_token_offset = delivered
+    req.send_decode_id_offset = min(CONTEXT_TOKENS, len(req.origin_input_ids_unpadded)) + delivered
+    # As after a retraction: origin + output are prefilled again (refresh_fill_ids). The stain freezes
+    # cached_tokens, which the client has been told already.
+    req.retracted_stain = req.is_retracted = True
+    req.cached_tokens = received.cached_tokens
+    if req.return_logprob:
+        _seed_logprobs(req, delivered)
+    scheduler.batch_result_processor._maybe_update_reasoning_tokens(req, list(received.delivered))
+
+
+def _seed_logprobs(req: Any, delivered: int) -> None:
+    """Lists are sliced by output index when sent: pad what was delivered, and never send input logprobs again."""
+    req.input_logprob_sent = True
+    logprob = req.logprob
+    logprob.input_token_logprobs_val = logprob.input_token_logprobs_val or []
+    logprob.output_token_logprobs_val.extend([0.0] * delivered)
+    logprob.output_token_logprobs_idx.extend([0] * delivered)
+    for name in ("top_logprobs_val", "top_logprobs_idx", "token_ids_logprobs_val", "token_ids_logprobs_idx"):
+        getattr(logprob, f"output_{name}").extend([[]] * delivered)
+    req.send_output_token_logprobs_offset = delivered
+
+
+def before_process_batch_result_prefill(processor: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE SchedulerBatchResultProcessor.process_batch_result_prefill: what resumed requests reused is counted."""
+    attachment = current()
+    if attachment is None or attachment.assignment.rank != 0:
+        return
+    for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+        end = getattr(req, "anchortp_resumed_at", None)
+        if end is None:
+            continue
+        first_chunk = not hasattr(req, "anchortp_counted")
+        heartbeat.count_tokens(prefix_len if first_chunk else 0, extend_len)
+        req.anchortp_counted = True
+        if prefix_len + extend_len >= end:
+            req.anchortp_resumed_at = None
+
+
+def after_penalizers(result: Any, orchestrator: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER BatchedPenalizerOrchestrator.__init__: stock starts a retracted request's counters at zero."""
+    from anchortp_sglang.rank.penalties import restore_counts
+
+    if any(req.output_ids for req in orchestrator.reqs()):
+        restore_counts(orchestrator)

@@ -1,0 +1,77 @@
+"""The life of a spare: a child that warms up and meets the others, until main says which rank it is.
+
+It also says where a rank meets the others of its generation, spare or not (``rendezvous``).
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.distributed as dist
+
+from anchortp_sglang.rank.warmup import warm_up
+
+log = logging.getLogger(__name__)
+
+STORE_HOST = "127.0.0.1"
+ARE_YOU_THERE = "are you there"
+
+_joined_port: int | None = None
+"""Port of the store where this process has met its group, if it was a spare."""
+
+
+@dataclass(frozen=True)
+class SpareSpec:
+    """Which rank of how many a spare would be, and where it meets the others; ``timeout_s``: None for torch's own."""
+
+    rank: int
+    world_size: int
+    store_port: int
+    timeout_s: float | None
+
+
+def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
+    """A spare's life until main says what to be, or closes the pipe. Sends None when it is ready to be told."""
+    try:
+        warm_up()
+    except Exception:
+        log.exception("anchortp: a spare child was not warmed up")  # it can do without
+    if spec is not None:
+        _join(spec)
+    pipe.send(None)
+    while (order := pipe.recv()) == ARE_YOU_THERE:
+        pipe.send(None)
+    target, argument = order
+    target(argument, pipe)
+
+
+def _join(spec: SpareSpec) -> None:
+    """The group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
+    global _joined_port
+    _stay_on_loopback()
+    timeout: dict[str, Any] = {} if spec.timeout_s is None else {"timeout": timedelta(seconds=spec.timeout_s)}
+    store = dist.TCPStore(STORE_HOST, spec.store_port, is_master=False, wait_for_workers=False, **timeout)
+    dist.init_process_group("gloo", store=store, rank=spec.rank, world_size=spec.world_size, **timeout)
+    _joined_port = spec.store_port
+
+
+def rendezvous(store_port: int) -> None:
+    """Let SGLang meet the other ranks at this store of main's (torch: agent store).
+
+    A spare that has met them there stays in that group, and SGLang makes no other; it leaves any other.
+    """
+    if dist.is_initialized() and _joined_port != store_port:
+        dist.destroy_process_group()
+    _stay_on_loopback()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(store_port)
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{STORE_HOST}:{store_port}"
+
+
+def _stay_on_loopback() -> None:
+    """Gloo and NCCL listen in every rank, by default where the host's name leads to. All ranks are on this host."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["NCCL_SOCKET_IFNAME"] = "=lo"

@@ -1,0 +1,138 @@
+"""Every rank sees a model config whose even split is its own share.
+
+On rank r each shardable size S becomes local_r(S) * tp_size: SGLang divides by tp_size and gets local_r(S) in
+attention modules, MLPs, the KV pool and every attention backend, with all its assertions intact. Where shares differ
+by layer, the config has those of a layer while that one is built, and otherwise the largest.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from anchortp_sglang.rank.attachment import Assignment, current
+
+_DONE = "_anchortp_scaled"
+
+
+def after_from_server_args(model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER ModelConfig.from_server_args (called twice per rank, in Scheduler and in TpModelWorker)."""
+    attachment = current()
+    if attachment is not None and not getattr(model_config, _DONE, False):
+        _scale(model_config, attachment.assignment)
+        setattr(model_config, _DONE, True)
+    return model_config
+
+
+class _HeadCount(int):
+    """The pretended number of query heads, by which the hidden size still divides into heads of the true size: some
+    model files (mixtral.py among them) do not read ``head_dim``."""
+
+    _hidden_size: int
+    _head_dim: int
+
+    def __new__(cls, heads: int, hidden_size: int, head_dim: int) -> "_HeadCount":
+        count = super().__new__(cls, heads)
+        count._hidden_size, count._head_dim = hidden_size, head_dim
+        return count
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:  # gemma3_causal.py copies its config
+        return type(self), (int(self), self._hidden_size, self._head_dim)
+
+    def __rfloordiv__(self, size: int) -> int:
+        return self._head_dim if size == self._hidden_size else size // int(self)
+
+    def __rmod__(self, size: int) -> int:
+        return 0 if size == self._hidden_size else size % int(self)
+
+
+def _scale(model_config: Any, at: Assignment) -> None:
+    model, sizes = at.model, _largest(at)
+    _show(model_config, sizes)
+    for config in _hf_configs(model_config):
+        # Many model files derive head_dim as hidden_size // num_attention_heads unless the config names it.
+        if not model.latent_kv:
+            config.head_dim = model.head_dim
+        # models/qwen2.py derives it from this one on CPU, where update_config.py sets it.
+        config.original_num_attention_heads = model.num_q_heads
+        config.original_total_num_kv_heads = model.num_kv_heads
+    model_config.num_attention_heads = sizes["num_attention_heads"]
+    model_config.num_key_value_heads = sizes["num_key_value_heads"]
+    if not model.latent_kv and model_config.head_dim != model.head_dim:
+        raise RuntimeError(f"SGLang reads head_dim={model_config.head_dim}, the plan {model.head_dim}")
+
+
+def _largest(at: Assignment) -> dict[str, int]:
+    by_layer = [_sizes(at, layer) for layer in range(at.model.num_layers)]
+    return {name: max(sizes[name] for sizes in by_layer) for name in by_layer[0]}
+
+
+def _sizes(at: Assignment, layer: int) -> dict[str, int]:
+    """The pretended sizes of a layer, by their names in the config."""
+    model, tp_size = at.model, at.ownership.tp_size
+    q_heads = at.ownership.units("q_head", at.rank, layer) * model.heads_per_unit * tp_size
+    kv_heads = at.ownership.units("kv_head", at.rank, layer) * tp_size
+    return {
+        "num_attention_heads": _HeadCount(q_heads, model.hidden_size, model.head_dim),
+        # Latent attention has no KV heads to divide: its configs have as many as query heads.
+        "num_key_value_heads": q_heads if model.latent_kv else kv_heads,
+        **{
+            each.config_key: at.ownership.units(each.axis, at.rank, layer) * each.unit * tp_size
+            for each in model.columns
+            if each.config_key is not None
+        },
+    }
+
+
+def _show(model_config: Any, sizes: dict[str, int]) -> None:
+    for config in _hf_configs(model_config):
+        for name, size in sizes.items():
+            if hasattr(config, name):
+                setattr(config, name, size)
+
+
+_built: Any = None
+"""The ModelConfig of the model that is being built."""
+
+
+@contextmanager
+def building(model_config: Any) -> Iterator[None]:
+    """While this lasts, a layer that is made (``around_make_layers``) finds its own sizes in this config."""
+    global _built
+    _built = model_config
+    try:
+        yield
+    finally:
+        _built = None
+
+
+def around_make_layers(
+    original: Callable[..., Any], num_hidden_layers: int, layer_fn: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND utils.common.make_layers, which builds the decoder layers of a model one after the other."""
+    attachment, model_config = current(), _built
+    if attachment is None or model_config is None or not attachment.assignment.ownership.layers:
+        return original(num_hidden_layers, layer_fn, *args, **kwargs)
+    at = attachment.assignment
+    if num_hidden_layers != at.model.num_layers:
+        raise RuntimeError(f"SGLang makes {num_hidden_layers} layers, the plan has {at.model.num_layers}")
+
+    def make_one(idx: int, prefix: str) -> Any:
+        _show(model_config, _sizes(at, idx))
+        return layer_fn(idx=idx, prefix=prefix)
+
+    try:
+        return original(num_hidden_layers, make_one, *args, **kwargs)
+    finally:
+        _show(model_config, _largest(at))
+
+
+def _hf_configs(model_config: Any) -> list[Any]:
+    configs = {id(c): c for c in (model_config.hf_config, model_config.hf_text_config) if c is not None}
+    return list(configs.values())
+
+
+def around_unaligned_cpu_tp(original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
+    """AROUND update_config.adjust_config_with_unaligned_cpu_tp: it would pad the shares we already made."""
+    if current() is None:
+        return original(model_config, load_config, tp_size)
+    return model_config

@@ -1,0 +1,84 @@
+"""Expert parallelism with unequal, scattered shares: a rank has the experts that the plan gives it.
+
+SGLang deals ``num_experts / ep_size`` consecutive experts to each rank. Here each layer is built as if all ranks had as
+many as this one, so that every assertion holds; then the true number comes back, and a map from experts to places.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from anchortp_sglang.rank.attachment import Assignment, current
+
+
+def _dealing() -> Assignment | None:
+    """This rank's assignment, if it deals whole experts."""
+    attachment = current()
+    deals = attachment is not None and "expert" in attachment.assignment.model.axes
+    return attachment.assignment if attachment is not None and deals else None
+
+
+def around_fused_moe_init(
+    original: Callable[..., None],
+    layer: Any,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    layer_id: int,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """AROUND FusedMoE.__init__ (layers/moe/fused_moe_triton/layer.py)."""
+    sizes = (hidden_size, intermediate_size, layer_id)
+    at = _dealing()
+    if at is None:
+        return original(layer, num_experts, *sizes, *args, **kwargs)
+    mine = [expert for start, stop in at.ownership.of("expert", at.rank, layer_id) for expert in range(start, stop)]
+    if num_experts != at.model.axes["expert"]:
+        raise RuntimeError(f"a layer has {num_experts} experts, the plan {at.model.axes['expert']}")
+    original(layer, len(mine) * at.ownership.tp_size, *sizes, *args, **kwargs)
+    layer.num_experts = layer._num_global_routed = num_experts
+    layer.moe_runner_config.num_experts = num_experts
+    layer.dispatcher.num_experts = num_experts
+    # The dispatcher makes a map of equal shares itself unless it has one.
+    layer.dispatcher.local_expert_mapping = torch.full((num_experts,), -1, dtype=torch.int32)
+    layer.dispatcher.local_expert_mapping[mine] = torch.arange(len(mine), dtype=torch.int32)
+
+
+def around_init_expert_location(original: Callable[..., Any], model_config: Any) -> Any:
+    """AROUND ExpertLocationMetadata._init_common: its tables are of equal shares, and only EPLB needs them."""
+    return original(model_config) if _dealing() is None else None
+
+
+def around_moe_forward_native(
+    original: Callable[..., torch.Tensor], layer: Any, x: torch.Tensor, topk_output: Any, runner_config: Any
+) -> torch.Tensor:
+    """AROUND fused_moe_native.moe_forward_native (CPU), which cannot take the id -1 of an expert elsewhere.
+
+    Each choice of an expert that is here becomes a token of its own, with that expert alone.
+    """
+    if _dealing() is None:
+        return original(layer, x, topk_output, runner_config)
+    token, choice = torch.where(topk_output.topk_ids >= 0)
+    summed = torch.zeros_like(x)
+    if len(token):
+        here = topk_output._replace(
+            topk_weights=topk_output.topk_weights[token, choice, None],
+            topk_ids=topk_output.topk_ids[token, choice, None],
+        )
+        summed.index_add_(0, token, original(layer, x[token], here, runner_config).to(x.dtype))
+    return summed
+
+
+def around_deepseek_mlp_init(
+    original: Callable[..., None], mlp: Any, hidden_size: int, intermediate_size: int, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND DeepseekV2MLP.__init__: SGLang gives shared experts a multiple of the routed ones' columns, here their
+    share is their own. (Of a dense layer the config says it.)"""
+    attachment = current()
+    if attachment is not None and kwargs.get("prefix", "").endswith("shared_experts"):
+        at = attachment.assignment
+        (columns,) = (each for each in at.model.columns if each.axis == "shared_expert")
+        intermediate_size = at.ownership.units("shared_expert", at.rank) * columns.unit * at.ownership.tp_size
+    original(mlp, hidden_size, intermediate_size, *args, **kwargs)

@@ -1,0 +1,62 @@
+"""OLMo-2's norms of q and k span all heads: each rank has its heads' part, and the mean is summed over the ranks.
+
+SGLang gathers q and k of all ranks, norms them whole and takes its part back, which wants equal parts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from anchortp_sglang.rank.attachment import Assignment, current
+
+_SHARE = "_anchortp_kv_share"
+
+
+def after_olmo2_attention_init(result: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER Olmo2Attention.__init__: the norms' weights are those of this rank's heads."""
+    attachment = current()
+    if attachment is not None:
+        from sglang.srt.layers.layernorm import RMSNorm
+
+        eps = attention.config.rms_norm_eps
+        attention.q_norm, attention.k_norm = RMSNorm(attention.q_size, eps=eps), RMSNorm(attention.kv_size, eps=eps)
+        setattr(attention, _SHARE, _kv_share(attachment.assignment, attention.attn.layer_id))
+    return result
+
+
+def _kv_share(at: Assignment, layer: int) -> torch.Tensor:
+    """Of each of this rank's KV heads the part that is its own: half, if another rank has the head too."""
+    holders = [0] * at.model.num_kv_heads
+    for rank in range(at.ownership.tp_size):
+        for head in _kv_heads(at, rank, layer):
+            holders[head] += 1
+    return torch.tensor([1 / holders[head] for head in _kv_heads(at, at.rank, layer)], dtype=torch.float32)
+
+
+def _kv_heads(at: Assignment, rank: int, layer: int) -> list[int]:
+    return [head for start, stop in at.ownership.of("kv_head", rank, layer) for head in range(start, stop)]
+
+
+def around_apply_qk_norm(
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor]], attention: Any, q: torch.Tensor, k: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AROUND Olmo2Attention._apply_qk_norm; ``q`` is (tokens, columns of this rank's query heads), ``k`` alike."""
+    attachment = current()
+    if attachment is None:
+        return original(attention, q, k)
+    from sglang.srt.distributed import tensor_model_parallel_all_reduce
+
+    model = attachment.assignment.model
+    q_squares = q.float().square().sum(-1)
+    k_squares = k.float().square().unflatten(-1, (-1, model.head_dim)).sum(-1) @ getattr(attention, _SHARE)
+    squares = tensor_model_parallel_all_reduce(torch.stack([q_squares, k_squares]))
+    columns = squares.new_tensor([[model.num_q_heads], [model.num_kv_heads]]) * model.head_dim
+    q_mean, k_mean = squares / columns
+    return _normed(q, q_mean, attention.q_norm), _normed(k, k_mean, attention.k_norm)
+
+
+def _normed(x: torch.Tensor, mean: torch.Tensor, norm: Any) -> torch.Tensor:
+    """As `RMSNorm.forward_native`, given the mean of the squares."""
+    scaled = x.float() * torch.rsqrt(mean[:, None] + norm.variance_epsilon)
+    return (scaled * norm.weight).to(x.dtype)

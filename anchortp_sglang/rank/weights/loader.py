@@ -1,0 +1,236 @@
+"""Model parameters bound to the anchor's memory, and filled there.
+
+The parameters are views of a read-only mapping; the bytes arrive through a second, writable one in a background
+thread that starts when the rank does, while the main thread builds process groups and the model skeleton.
+"""
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+from sglang.srt.model_loader.loader import (
+    BaseModelLoader,
+    _get_quantization_config,
+    _initialize_model,
+    _modules_with_quant_method,
+    post_load_weights,
+)
+from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+from anchortp_sglang.planning.layout.extents import ShardExtents
+from anchortp_sglang.planning.layout.moves import Move, fill_moves, moved_bytes
+from anchortp_sglang.planning.layout.shards import ParamSlot, ShardLayout, shard_layout
+from anchortp_sglang.rank.attachment import Attachment, current
+from anchortp_sglang.rank.weights.checkpoint import Checkpoint
+from anchortp_sglang.rank.weights.config import building
+from anchortp_sglang.rank.weights.mover import HostMover, Mover, gpu_mover
+from anchortp_sglang.rank.weights.skeleton import Skeleton, placeholders
+
+log = logging.getLogger(__name__)
+
+
+def _views(flat: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
+    """Each parameter as a tensor over ``flat`` (the bytes of a weights segment); no copy."""
+
+    def view(placed: ParamSlot) -> torch.Tensor:
+        piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes].view(getattr(torch, placed.dtype))
+        return piece.view(placed.shape[::-1]).t() if placed.column_major else piece.view(placed.shape)
+
+    return {placed.name: view(placed) for placed in layout.params}
+
+
+def _stacked(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's parameters: slices over experts, which lie side by side, as one tensor each."""
+    slices: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+    whole = {}
+    for name, view in views.items():
+        stacked, _, expert = name.partition("[")
+        if expert:
+            slices[stacked].append(view)
+        else:
+            whole[name] = view
+    for name, (first, *others) in slices.items():
+        whole[name] = first.as_strided((1 + len(others), *first.shape), (first.numel(), *first.stride()))
+    return whole
+
+
+class Filler(threading.Thread):
+    """Fills this rank's weights segment: what anchors held before from there, the rest from disk."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        super().__init__(name="anchortp-fill", daemon=True)
+        self.attachment = attachment
+        self.moved: dict[str, int] = {}
+        self.waited_from = 0.0
+        """When the main thread came to load the model: its process groups are ready then."""
+        self.finished_at = 0.0
+        self.bound_at = 0.0
+        """When the model was complete: skeleton built, parameters bound, every byte in place."""
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            if self.attachment.assignment.previous != self.attachment.assignment.weights:
+                self._fill()
+        except BaseException as error:
+            self._error = error
+        self.finished_at = time.monotonic()
+
+    def wait(self) -> None:
+        """Block until every byte is in place. Raises what went wrong while filling."""
+        self.join()
+        if self._error is not None:
+            raise RuntimeError(f"weights could not be filled: {self._error}") from self._error
+
+    def _fill(self) -> None:
+        at, layout = self.attachment.assignment, self.attachment.layout
+        before = None if at.previous is None else at.previous.ownership
+        shard = at.weights.shards[at.rank]
+        moves = fill_moves(at.model, at.ownership, at.rank, before)
+        with ExitStack() as stack:
+            memory = self.attachment.shard_briefly(at.device, shard, writable=True)
+            target = _Shard(stack.enter_context(memory), layout)
+            sources = {
+                device: self._previous(device, stack)
+                for device in {move.device for move in moves if move.device is not None}
+            }
+            checkpoint = stack.enter_context(Checkpoint(at.checkpoint))
+            mover = stack.enter_context(self._mover(target, shard, stack))  # left first, when all has arrived
+            for name, start, length in layout.padding:
+                mover.clear(target.views[name].narrow(target.placed[name].dim, start, length))
+            for layer, of_layer in groupby(moves, key=lambda move: target.placed[move.param].layer):
+                for move in of_layer:
+                    if move.device is None:
+                        into = target.elements(move)
+                        mover.load(into, checkpoint.read(move, into.dtype))
+                    else:
+                        for into, source in _copies(move, target, sources[move.device], shard):
+                            mover.copy(into, source)
+                mover.layer_done(layer)
+        log.info("anchortp: weights of rank %d: %d MiB stay; %s", at.rank, shard.kept_bytes >> 20, mover.moved)
+        self.moved = moved_bytes(moves)
+        self.moved["copy"] -= shard.kept_bytes
+
+    def _mover(self, target: "_Shard", shard: ShardExtents, stack: ExitStack) -> Mover:
+        at = self.attachment.assignment
+        if at.gpu is not None:
+            return gpu_mover(at.gpu)
+        write = stack.enter_context(self.attachment.shard_writer(at.device, shard))
+        return HostMover(lambda part, data: write(part.data_ptr() - target.flat.data_ptr(), data))
+
+    def _previous(self, device: int, stack: ExitStack) -> "_Shard":
+        at = self.attachment.assignment
+        assert at.previous is not None
+        layout = shard_layout(at.model, at.previous.ownership, at.previous.ownership.devices.index(device))
+        memory = self.attachment.shard_briefly(device, at.previous.shard_of(device), writable=False)
+        return _Shard(stack.enter_context(memory), layout)
+
+
+class _Shard:
+    """The bytes of a shard, and its parameters as tensors over them."""
+
+    def __init__(self, flat: torch.Tensor, layout: ShardLayout) -> None:
+        self.flat = flat
+        self.placed = {each.name: each for each in layout.params}
+        self.views = _views(flat, layout)
+
+    def elements(self, move: Move) -> torch.Tensor:
+        """What a move fills."""
+        return self.views[move.param].narrow(move.dim, move.start, move.length)
+
+
+def _copies(
+    move: Move, target: _Shard, source: _Shard, shard: ShardExtents
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What is to be copied for a move, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
+    into = target.placed[move.param].run(move.start, move.length)
+    of = source.placed[move.source].run(move.source_start, move.length)
+    if into is None or of is None:
+        yield target.elements(move), source.views[move.source].narrow(move.dim, move.source_start, move.length)
+        return
+    for start, stop in shard.to_fill(into):
+        yield target.flat[start:stop], source.flat[start - into[0] + of[0] : stop - into[0] + of[0]]
+
+
+_filler: Filler | None = None
+
+
+def start_filling(attachment: Attachment) -> Filler:
+    """Start moving bytes at once; the loader below waits for them."""
+    global _filler
+    _filler = Filler(attachment)
+    _filler.start()
+    return _filler
+
+
+class AnchorModelLoader(BaseModelLoader):
+    """Builds the skeleton and binds every parameter to the anchor's memory."""
+
+    def download_model(self, model_config: Any) -> None:
+        """The launcher has checked the checkpoint already."""
+
+    def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
+        attachment, filler = current(), _filler
+        assert attachment is not None and filler is not None
+        filler.waited_from = time.monotonic()
+        # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
+        skeleton = Skeleton() if attachment.assignment.gpu else nullcontext()
+        device = torch.device(device_config.device)
+        with set_default_torch_dtype(model_config.dtype), device, building(model_config), skeleton:
+            quantization = _get_quantization_config(model_config, self.load_config)
+            model = _initialize_model(model_config, self.load_config, quantization)
+        addresses = bind(model, attachment)
+        if attachment.assignment.gpu and (unbound := list(placeholders(model))):
+            raise RuntimeError(
+                f"tensors of the model are no parameters and were never filled: {', '.join(unbound[:8])}"
+            )
+        filler.wait()
+        post_load_weights(model)  # what load_weights would derive: DeepSeek's w_kc and w_vc
+        for module, quant_method in _modules_with_quant_method(model):
+            quant_method.process_weights_after_loading(module)
+        _check_bound(model, addresses)
+        filler.bound_at = time.monotonic()
+        return model.eval()
+
+
+def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
+    """Point every parameter at its range in the anchor's memory; returns their addresses.
+
+    Raises RuntimeError unless the model's parameters are exactly those of the layout, shape by shape.
+    """
+    views = _stacked(_views(attachment.weights(), attachment.layout))
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != views.keys():
+        odd = sorted(parameters.keys() ^ views.keys())
+        raise RuntimeError(f"parameters of the model and of the plan differ: {', '.join(odd[:8])}")
+    for name, parameter in parameters.items():
+        view = views[name]
+        if (parameter.shape, parameter.dtype) != (view.shape, view.dtype):
+            raise RuntimeError(
+                f"{name}: the model has {tuple(parameter.shape)} {parameter.dtype}, the plan "
+                f"{tuple(view.shape)} {view.dtype}"
+            )
+        parameter.data = view
+    return {name: view.data_ptr() for name, view in views.items()}
+
+
+def _check_bound(model: torch.nn.Module, addresses: dict[str, int]) -> None:
+    moved = [name for name, p in model.named_parameters() if p.data_ptr() != addresses.get(name)]
+    if moved:
+        raise RuntimeError(
+            f"post-processing took {len(moved)} parameters out of the anchor's memory (first: {moved[0]}); "
+            "kernels that pack weights their own way (on CPUs those for AMX) are not supported yet"
+        )
+
+
+def around_get_model_loader(original: Callable[..., Any], load_config: Any, model_config: Any = None) -> Any:
+    """AROUND model_loader.loader.get_model_loader."""
+    if current() is None:
+        return original(load_config=load_config, model_config=model_config)
+    return AnchorModelLoader(load_config)

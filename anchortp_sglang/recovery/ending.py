@@ -1,0 +1,130 @@
+"""How a server ends on SIGTERM and SIGINT: at once while it starts, after its open requests while it serves.
+
+A handler is there from the first moment, since the kernel drops these signals for a PID 1 without one. What has to be
+put away is registered as it comes into being; it is put away right in the handler, as an exception might be swallowed
+on its way out of SGLang's start.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import psutil
+
+from anchortp_sglang.recovery.state_machine import Phase
+
+if TYPE_CHECKING:
+    from anchortp_sglang.recovery.coordinator import Coordinator
+
+log = logging.getLogger("anchortp_sglang")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_POLL_S = 0.2
+_LAST_WORDS_S = 0.5  # for answers that are on their way to clients
+
+_put_away: list[Callable[[], None]] = []
+_serving = False
+
+
+def on_end(put_away: Callable[[], None]) -> None:
+    """Call it before the process ends by a signal, the last one first; it may come when some of it is gone already."""
+    _put_away.append(put_away)
+
+
+def end_at_once_on_signals() -> None:
+    """While the server starts."""
+    for number in _SIGNALS:
+        signal.signal(number, _on_start_signal)
+
+
+def ignore_signals() -> None:
+    """While everything is being put away, which must not be begun a second time."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_by(number: int) -> NoReturn:
+    """Put everything away and end as a process does that this signal has killed."""
+    _say(f"{signal.Signals(number).name}: ending at once")
+    _clean_up()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # PID 1 is not killed
+
+
+def drain_on_signals(loop: asyncio.AbstractEventLoop, tokenizer_manager: Any, coordinator: "Coordinator") -> None:
+    """While the server serves: the first signal lets open requests finish, the second ends it at once.
+
+    Call it on the loop, once SGLang has installed its handler of SIGTERM (TokenizerManager.auto_create_handle_loop) and
+    uvicorn that of SIGINT (Server.capture_signals).
+    """
+    global _serving
+    _serving = True
+    draining = _Draining(tokenizer_manager, coordinator)
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, draining.on_signal, number, signal.getsignal(number))
+
+
+def _on_start_signal(number: int, frame: Any) -> None:
+    if _serving and number == signal.SIGINT:
+        raise KeyboardInterrupt  # uvicorn has drained, and raises again what it had caught; it expects this answer
+    end_by(number)
+
+
+class _Draining:
+    def __init__(self, tokenizer_manager: Any, coordinator: "Coordinator") -> None:
+        self._tm = tokenizer_manager
+        self._coordinator = coordinator
+        self._task: asyncio.Task[None] | None = None
+
+    def on_signal(self, number: int, stock: Any) -> None:
+        if self._task is not None:
+            end_by(number)
+        if number == signal.SIGTERM:
+            self._tm.signal_handler_class(self._tm).sigterm_handler(number)
+        else:
+            stock(number, None)
+        self._task = asyncio.get_running_loop().create_task(self._end_unless_serving())
+
+    async def _end_unless_serving(self) -> None:
+        """SGLang ends a server that serves (TokenizerManager.sigterm_watchdog), once nothing is open. When down it may
+        have requests that nobody will answer; in a recovery it would wait for ranks that cannot be asked to leave."""
+        while self._awaits_answers():
+            await asyncio.sleep(_POLL_S)
+        inflight = self._coordinator.inflight
+        if inflight is not None and inflight.refusal is not None:
+            inflight.give_up(inflight.refusal)
+        await asyncio.sleep(_LAST_WORDS_S)
+        _say("nothing is left to be answered: ending")
+        _clean_up()
+        os._exit(0)
+
+    def _awaits_answers(self) -> bool:
+        phase = self._coordinator.state.phase
+        return phase is Phase.SERVING or (phase is not Phase.DOWN and bool(self._tm.rid_to_state))
+
+
+def _clean_up() -> None:
+    ignore_signals()
+    for put_away in reversed(_put_away):
+        try:
+            put_away()
+        except Exception:
+            traceback.print_exc()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _say(text: str) -> None:
+    """Not by print: it must not be entered again while a signal interrupts it."""
+    os.write(2, f"anchortp: {text}\n".encode())

@@ -1,0 +1,138 @@
+"""Who comes next after a fault: the verdict on each device, the next ownership, and its generation."""
+
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anchortp_sglang import start_log
+from anchortp_sglang.anchor.client import AnchorRefused
+from anchortp_sglang.kv.chain_hash import RunHasher, root_hash
+from anchortp_sglang.kv.namespaces import Key, namespace_seed
+from anchortp_sglang.planning.layout.extents import WeightPlacement
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership
+from anchortp_sglang.planning.placement.expert_load import spread_hot_experts
+from anchortp_sglang.planning.placement.reconfiguration import reconfigure
+from anchortp_sglang.rank.attachment import HOST_DEVICE
+from anchortp_sglang.recovery import state_machine
+from anchortp_sglang.recovery.detection import Detection
+from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.server_plan import ServerPlan
+from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
+
+_NO_MEMORY_PAUSE_S = 0.5
+
+
+class Unrecoverable(RuntimeError):
+    """No new generation is possible; the text says why."""
+
+
+class NextGeneration:
+    """Which generation follows which. Its methods block, but for ``judge`` and ``plan``.
+
+    ``number``: of the generation that was made last. ``held``: the complete weights that the anchors hold.
+    ``kv_valid``: whether the KV and the slot table of their ownership can be taken over.
+    """
+
+    def __init__(self, processes: ServerProcesses, configured: Ownership, min_devices: int) -> None:
+        self.number = 0
+        self.held: WeightPlacement | None = None
+        self.kv_valid = False
+        self._processes = processes
+        self._configured = configured
+        self._min_devices = min_devices
+
+    def first(self) -> Generation:
+        """Anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
+        anchors, devices = self._processes.anchors, self._configured.devices
+        weights = self._processes.plan.hold(self._configured, None)
+        taken = anchors.take_over(weights)
+        if taken is not None:
+            self.number, self.held, self.kv_valid = taken + 1, weights, True
+        anchors.start(devices)
+        anchors.fence(self.number, devices)
+        anchors.allocate(self.number, weights)
+        start_log.step("anchors hold their memory")
+        return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid)
+
+    def judge(
+        self, generation: Generation, detection: Detection, gpu_errors: Mapping[int, str], reason: str
+    ) -> state_machine.Verdict:
+        """What has failed. ``generation``: whose ranks ``detection`` watched."""
+        assert self.held is not None
+        serving = generation.ownership.devices
+        died, hung = ({serving[rank] for rank in ranks} for ranks in (detection.died, detection.hung))
+        evidence = [
+            state_machine.DeviceEvidence(
+                device=device,
+                anchor_alive=self._processes.anchors.alive(device),
+                rank_died=device in died,
+                rank_hung=device in hung,
+                device_error=gpu_errors.get(device, ""),
+            )
+            for device in self.held.ownership.devices
+        ]
+        return state_machine.judge(evidence, reason)
+
+    def plan(self, lost: Collection[int]) -> Ownership:
+        """The next ownership, and the next number. Raises Unrecoverable."""
+        assert self.held is not None
+        plan, held = self._processes.plan, self.held.ownership
+        if not self._processes.anchors.alive(HOST_DEVICE):
+            self.kv_valid = False  # nobody knows what the slots hold
+        if plan.gpus and lost:
+            self.kv_valid = False  # KV does not move between GPUs
+        survivors = [device for device in held.devices if device not in lost]
+        if len(survivors) < self._min_devices:
+            raise Unrecoverable(
+                f"{len(survivors)} of {self._configured.tp_size} devices are left, "
+                f"--anchor-min-devices is {self._min_devices}"
+            )
+        ownership = _reconfigured(plan, held, survivors) if lost else held
+        self.number += 1
+        return ownership
+
+    def kept_first(self, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]) -> bytes:
+        """Chain hashes (uint64) of what open requests have, where there is less room for KV than before.
+
+        ``open_tokens``: of each request, int64[n], after its extra key and cache salt; not asked for where all fits.
+        """
+        assert self.held is not None
+        plan = self._processes.plan
+        if plan.kv_of(ownership).slots >= plan.kv_of(self.held.ownership).slots:
+            return b""
+        hasher, root = RunHasher(), root_hash(plan.namespace)
+        return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)
+
+    def fork(self, ownership: Ownership, running: bytes) -> Generation:
+        """Segments and ranks of the planned generation. ``running``: from ``kept_first``."""
+        assert self.held is not None
+        anchors, plan = self._processes.anchors, self._processes.plan
+        if not anchors.alive(HOST_DEVICE):
+            anchors.start_one(HOST_DEVICE, self.number)
+        anchors.fence(self.number, ownership.devices)
+        weights = plan.hold(ownership, self.held)
+        anchors.free_unneeded(self.number, self.held, weights, self.kv_valid)
+        try:
+            anchors.allocate(self.number, weights)
+        except AnchorRefused as refusal:
+            if refusal.code == "no_memory":
+                time.sleep(_NO_MEMORY_PAUSE_S)  # it will be asked for again, until the deadline
+            raise
+        return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid, running)
+
+    def on_generation_ready(self, generation: Generation) -> None:
+        """All its ranks are ready: its weights are complete, its KV and slot table are in use."""
+        self.held, self.kv_valid = generation.weights, True
+
+
+def _reconfigured(plan: ServerPlan, held: Ownership, survivors: Sequence[int]) -> Ownership:
+    try:
+        ownership = reconfigure(plan.model, held, survivors, plan.rotate_heads)
+        if plan.expert_counts is not None:
+            ownership = spread_hot_experts(plan.model, ownership, plan.expert_counts, held)
+        plan.kv_of(ownership)
+        return ownership
+    except InvalidOwnership as error:
+        raise Unrecoverable(str(error)) from error

@@ -1,0 +1,53 @@
+"""An anchor that does not answer: its memory is taken out of it before it is killed."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.anchor.launch import AnchorProcess
+from anchortp_sglang.recovery.processes.pidfd import died_within, fetch_descriptor
+from anchortp_sglang.recovery.processes.stops import end
+
+log = logging.getLogger(__name__)
+
+_DEATH_TIMEOUT_S = 5.0
+_MEMFD = "/memfd:"
+_DELETED = " (deleted)"
+
+
+@contextmanager
+def taken_out_of(anchor: AnchorProcess, device: int, in_host_memory: bool) -> Iterator[dict[str, int]]:
+    """Kill an anchor that does not answer; yield the descriptors of its segments by name, open until the block ends.
+
+    A duplicate of a memfd's descriptor (pidfd_getfd) keeps the memory, even of a process that does nothing any more.
+    Memory of a GPU (not ``in_host_memory``) has no such descriptor, and where the kernel forbids pidfd_getfd there is
+    none either: the memory goes with the anchor, and the device is lost. Raises AnchorError.
+    """
+    with ExitStack() as held:
+        segments: dict[str, int] = {}
+        try:
+            for name, remote_fd in _segments(anchor.pid).items() if in_host_memory else ():
+                segments[name] = fetch_descriptor(anchor.pidfd, remote_fd)
+                held.callback(os.close, segments[name])
+        except OSError as error:
+            log.error("anchortp: the memory of the anchor of device %d is out of reach: %s", device, error)
+            segments = {}
+        end(anchor.pidfd)
+        if not died_within(anchor.pidfd, _DEATH_TIMEOUT_S):
+            raise AnchorError(f"the anchor of device {device} (pid {anchor.pid}) has been killed, but is not dead yet")
+        if not segments:
+            raise AnchorError(f"the anchor of device {device} did not answer and was killed; its memory is gone")
+        yield segments
+
+
+def _segments(pid: int) -> dict[str, int]:
+    """Descriptors of the memfds that a process has open, by name."""
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(link)
+        if target.startswith(_MEMFD):
+            found[target.removeprefix(_MEMFD).removesuffix(_DELETED)] = int(link.name)
+    return found

@@ -1,0 +1,255 @@
+"""The anchors of a server, and the segments they hold for one generation after the other.
+
+Everything here blocks, with timeouts.
+"""
+
+import contextlib
+import logging
+import mmap
+import os
+import signal
+from collections.abc import Collection, Sequence
+
+from anchortp_sglang.anchor.client import AnchorClient, AnchorError, AnchorTimeout
+from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
+from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.memory.arena import map_fd
+from anchortp_sglang.planning.layout.extents import WeightPlacement
+from anchortp_sglang.platforms.cpu.collectives import region_bytes
+from anchortp_sglang.rank import heartbeat
+from anchortp_sglang.rank.attachment import (
+    HOST_DEVICE,
+    control_segment,
+    kv_segment,
+    mirror_segment,
+    slot_table_segment,
+)
+from anchortp_sglang.recovery.processes.anchor_rescue import taken_out_of
+from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.pidfd import died_within, is_dead
+from anchortp_sglang.recovery.processes.server_plan import ServerPlan
+from anchortp_sglang.recovery.processes.stops import end, resume
+from anchortp_sglang.recovery.report.kv_usage import KVUsage
+
+log = logging.getLogger(__name__)
+
+ANCHOR_TIMEOUT_S = 10.0
+_FENCE_TIMEOUT_S = 2.0  # nothing is to be done for it
+_END_TIMEOUT_S = 3.0
+
+
+class Anchors:
+    """``processes`` by device (HOST_DEVICE: the host anchor)."""
+
+    def __init__(self, plan: ServerPlan) -> None:
+        self.plan = plan
+        self.processes: dict[int, AnchorProcess] = {}
+        self._clients: dict[tuple[int, float], AnchorClient] = {}
+
+    def start(self, devices: Sequence[int]) -> None:
+        """Start the missing anchors of ``devices`` and the host anchor."""
+        for device in (HOST_DEVICE, *devices):
+            if device not in self.processes:
+                self.start_one(device)
+
+    def start_one(self, device: int, generation: int = 0) -> None:
+        """Start an anchor, or an empty one in place of a dead one, fenced at ``generation``."""
+        self.replace(device, self.launch(device, generation))
+
+    def launch(self, device: int, generation: int) -> AnchorProcess:
+        """Start an anchor that is not yet one of these."""
+        plan = self.plan
+        return start_anchor(
+            plan.run_dir,
+            plan.run_id,
+            device,
+            plan.identity,
+            plan.controller_pid,
+            plan.linger_s,
+            ANCHOR_TIMEOUT_S,
+            generation,
+            plan.gpu(device),
+        )
+
+    def replace(self, device: int, anchor: AnchorProcess) -> None:
+        """``anchor`` is the device's from now on; the one before is dead."""
+        before = self.processes.get(device)
+        self.processes[device] = anchor
+        if before is not None:
+            os.close(before.pidfd)
+
+    def take_over(self, weights: WeightPlacement) -> int | None:
+        """Anchors that linger from a server that died: attach to them if they hold all of ``weights``.
+
+        Returns their generation; None if there is nothing to take over. Others are shut down.
+        """
+        found = {device: find_anchor(self.plan.run_dir, device) for device in self.plan.stale_anchors}
+        anchors = {device: anchor for device, anchor in found.items() if anchor is not None}
+        if not anchors:
+            return None
+        ownership, generation = weights.ownership, 0
+        try:
+            for anchor in anchors.values():
+                resume(anchor.pid, anchor.pidfd)
+            generation = 1 + max(self.client(device).status().generation for device in anchors)
+            for device in (HOST_DEVICE, *ownership.devices):
+                self.client(device).attach(generation, os.getpid(), self.plan.identity, self.plan.linger_s)
+            complete = all(self._holds(device, weights) for device in ownership.devices)
+        except AnchorError as error:
+            log.info("anchortp: lingering anchors cannot be taken over: %s", error)
+            complete = False
+        if complete and anchors.keys() == {HOST_DEVICE, *ownership.devices}:
+            log.info("anchortp: weights and KV of %d lingering anchors are taken over", len(anchors))
+            self.processes = anchors
+            return generation
+        for anchor in anchors.values():
+            _terminate(anchor)
+            os.close(anchor.pidfd)
+        return None
+
+    def _holds(self, device: int, weights: WeightPlacement) -> bool:
+        """Whether the weights lie complete on this device."""
+        sealed = {segment.name for segment in self.client(device).status().segments if segment.sealed}
+        return weights.shard_of(device).sizes.keys() <= sealed
+
+    def client(self, device: int, timeout_s: float = ANCHOR_TIMEOUT_S) -> AnchorClient:
+        """``timeout_s``: of each call."""
+        key = device, timeout_s
+        if key not in self._clients:
+            self._clients[key] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, timeout_s)
+        return self._clients[key]
+
+    def alive(self, device: int) -> bool:
+        anchor = self.processes.get(device)
+        return anchor is not None and not is_dead(anchor.pidfd)
+
+    def fence(self, generation: int, devices: Sequence[int]) -> None:
+        """From now on the anchors refuse messages and attachments of older generations. One that does not answer is
+        replaced, with what it holds; all that follows may then rely on answers."""
+        for device in (HOST_DEVICE, *devices):
+            try:
+                self.client(device, _FENCE_TIMEOUT_S).fence(generation)
+            except AnchorTimeout as error:
+                log.warning("anchortp: %s: its memory goes to a new one", error)
+                self._replace_silent(device, generation)
+
+    def _replace_silent(self, device: int, generation: int) -> None:
+        """Give all that a silent anchor holds to a new one, fenced at ``generation``.
+
+        Raises AnchorError, AnchorStartError.
+        """
+        in_host_memory = self.plan.gpu(device) is None
+        with taken_out_of(self.processes[device], device, in_host_memory) as segments:
+            self.start_one(device, generation)
+            for name, fd in segments.items():
+                self.client(device).adopt_handle(generation, name, fd, os.fstat(fd).st_size, sealed=False)
+
+    def allocate(self, number: int, weights: WeightPlacement) -> None:
+        """Segments of a generation; those that exist already are kept as they are."""
+        plan, ownership = self.plan, weights.ownership
+        for index, (device, shard) in enumerate(zip(ownership.devices, weights.shards, strict=True)):
+            kv, client = plan.kv_layout(ownership, index), self.client(device)
+            client.allocate(number, shard.added, shard.added_bytes, lazy=False)
+            client.allocate(number, kv_segment(kv), kv.total_bytes, lazy=True)
+        host = self.client(HOST_DEVICE)
+        slots = plan.kv_of(ownership)
+        host.allocate(number, slot_table_segment(ownership, slots), SlotTable.nbytes(slots.rows), lazy=True)
+        mirror = plan.mirror_shape()
+        if plan.mirror is not None and mirror is not None:
+            host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
+        control = heartbeat.BYTES + region_bytes(ownership.tp_size)
+        host.allocate(number, control_segment(number), control, lazy=True)
+
+    def free_unneeded(self, number: int, held: WeightPlacement, weights: WeightPlacement, kv_valid: bool) -> None:
+        """Before generation ``number`` is allocated: free what neither it nor ``held`` needs, as of an attempt that was
+        broken off, and unless ``kv_valid`` also the KV and the slot table of ``held``.
+
+        Raises AnchorError if a device lacks weights that are to stay where they are.
+        """
+        old, new = self.segments_of(number, held), self.segments_of(number, weights)
+        slot_tables = {slot_table_segment(each, self.plan.kv_of(each)) for each in (held.ownership, weights.ownership)}
+        for device in (HOST_DEVICE, *weights.ownership.devices):
+            keep = old[device] | new[device]
+            if not kv_valid:
+                keep -= slot_tables if device == HOST_DEVICE else {name for name in keep if name.startswith("kv-")}
+            there = self._release(device, number, keep)
+            if device != HOST_DEVICE and not held.shard_of(device).sizes.keys() <= there:
+                raise AnchorError(f"the anchor of device {device} holds less than it did")
+
+    def seal_and_free(self, generation: Generation) -> None:
+        """Seal this generation's weights and free whatever belongs to no generation any more.
+
+        Raises AnchorError after the last device, if one of them failed.
+        """
+        failed: AnchorError | None = None
+        keep = self.segments_of(generation.number, generation.weights)
+        for device in (HOST_DEVICE, *generation.ownership.devices):
+            try:
+                if device != HOST_DEVICE:
+                    for segment in generation.weights.shard_of(device).sizes:
+                        self.client(device).seal(generation.number, segment)
+                self._release(device, generation.number, keep[device])
+            except AnchorError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    def segments_of(self, number: int, weights: WeightPlacement) -> dict[int, set[str]]:
+        """Names of all segments that a generation uses, by the device of their anchor."""
+        plan, ownership = self.plan, weights.ownership
+        names = {
+            device: {kv_segment(plan.kv_layout(ownership, rank)), *weights.shards[rank].sizes}
+            for rank, device in enumerate(ownership.devices)
+        }
+        names[HOST_DEVICE] = {slot_table_segment(ownership, plan.kv_of(ownership)), control_segment(number)}
+        if plan.mirror is not None:
+            names[HOST_DEVICE].add(mirror_segment(plan.mirror))
+        return names
+
+    def map_control(self, number: int) -> mmap.mmap:
+        """A generation's counters and collectives, read only."""
+        return self._map_host(number, control_segment(number))
+
+    def open_kv_usage(self, generation: Generation) -> KVUsage:
+        """What a generation's slots and the mirror hold, read only."""
+        plan, number = self.plan, generation.number
+        slots = plan.kv_of(generation.ownership)
+        table = self._map_host(number, slot_table_segment(generation.ownership, slots))
+        mirror = plan.mirror if generation.ownership.tp_size > 1 else None  # a single rank writes to none
+        memory = None if mirror is None else self._map_host(number, mirror_segment(mirror))
+        return KVUsage(slots, plan.namespace, table, plan.mirror_shape(), memory)
+
+    def _map_host(self, number: int, segment: str) -> mmap.mmap:
+        fd, nbytes, _ = self.client(HOST_DEVICE).open_handle(number, segment)
+        try:
+            return map_fd(fd, nbytes, writable=False)
+        finally:
+            os.close(fd)
+
+    def _release(self, device: int, number: int, keep: Collection[str]) -> set[str]:
+        """Free all others; the names of those that are left."""
+        client = self.client(device)
+        there = {segment.name for segment in client.status().segments}
+        for name in there.difference(keep):
+            client.release(number, name)
+        return there.intersection(keep)
+
+    def shut_down(self, number: int) -> None:
+        """End them and free all memory. Those that do not answer are killed."""
+        for device, anchor in self.processes.items():
+            resume(anchor.pid, anchor.pidfd)
+            if not is_dead(anchor.pidfd):
+                try:
+                    self.client(device, _END_TIMEOUT_S).shutdown(number)
+                except Exception as error:
+                    log.warning("anchortp: anchor %s did not take the shutdown (%s)", device, error)
+                    _terminate(anchor)
+
+
+def _terminate(anchor: AnchorProcess) -> None:
+    """SIGTERM, then SIGKILL."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(anchor.pidfd, signal.SIGTERM)
+    if not died_within(anchor.pidfd, _END_TIMEOUT_S):
+        end(anchor.pidfd)
+        died_within(anchor.pidfd, _END_TIMEOUT_S)

@@ -1,0 +1,57 @@
+"""Fetches a rank's descriptors of its memory when their anchor has died: by the kernel, or from the rank.
+
+The kernel's way (pidfd_getfd) needs nothing of the rank, but Docker's default seccomp profile and yama forbid it. Then
+the rank is asked (rank/handover.py). Main keeps no descriptor: outside a move, memory is held by its anchor and its
+rank alone.
+"""
+
+import errno
+import logging
+import os
+
+from anchortp_sglang.rank.handover import ANSWER_TIMEOUT_S, ask
+from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.pidfd import fetch_descriptor
+from anchortp_sglang.recovery.processes.zygote import Child
+
+log = logging.getLogger(__name__)
+
+_FORBIDDEN = {errno.EPERM, errno.EACCES, errno.ENOSYS}
+
+
+def fetch(child: Child, number: int, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
+    """A duplicate of the rank's descriptor ``number``, from the kernel or, where that is forbidden, from the rank.
+
+    Raises OSError.
+    """
+    try:
+        return fetch_descriptor(child.pidfd, number)
+    except OSError as refused:
+        if refused.errno not in _FORBIDDEN:
+            raise
+        try:
+            return ask(child.pipe, number, timeout_s)
+        except OSError as error:
+            raise OSError(f"{refused.strerror}; the rank, asked for it: {error}") from error
+
+
+def log_ways(generation: Generation) -> None:
+    """Try how a rank's descriptors can be fetched here, and log it unless it is the kernel's way."""
+    child, (number, _) = generation.ranks[0], next(iter(generation.infos[0]["fds"].values()))
+    try:
+        os.close(fetch_descriptor(child.pidfd, number))
+    except OSError as refused:
+        try:
+            os.close(ask(child.pipe, number))
+        except OSError as error:
+            log.warning(
+                "anchortp: %s, and ranks do not hand descriptors over (%s): the death of an anchor alone loses its "
+                "device; see anchortp doctor",
+                refused.strerror,
+                error,
+            )
+        else:
+            log.info(
+                "anchortp: %s: when an anchor dies alone, its rank is asked for the memory; it must not hang then",
+                refused.strerror,
+            )

@@ -1,0 +1,115 @@
+"""A generation: one configuration and its rank processes."""
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from anchortp_sglang.planning.layout.extents import WeightPlacement
+from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.rank.crash import Crash
+from anchortp_sglang.recovery.processes.pidfd import died_within, is_dead, process_state, usage
+from anchortp_sglang.recovery.processes.stall import StallWatch
+from anchortp_sglang.recovery.processes.zygote import Child
+
+log = logging.getLogger(__name__)
+
+
+class StartFailed(RuntimeError):
+    """Ranks did not come up. ``own``: what one of them failed of by itself, empty if it did not say."""
+
+    def __init__(self, text: str, own: str = "") -> None:
+        super().__init__(text)
+        self.own = own
+
+
+class KVUnusable(StartFailed):
+    """The KV of the last generation cannot be used, or ranks disagree about it: to be tried again without."""
+
+
+@dataclass
+class Generation:
+    """One configuration and its rank processes, in rank order."""
+
+    number: int
+    weights: WeightPlacement
+    ranks: list[Child]
+    infos: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ownership(self) -> Ownership:
+        return self.weights.ownership
+
+    def kill(self) -> None:
+        for child in self.ranks:
+            child.kill()
+
+    def dead(self) -> tuple[int, ...]:
+        """Ranks whose process is dead right now."""
+        return tuple(rank for rank, child in enumerate(self.ranks) if is_dead(child.pidfd))
+
+    def close(self) -> None:
+        for child in self.ranks:
+            child.close()
+
+
+def wait_dead(generation: Generation) -> None:
+    """Until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
+    for child in generation.ranks:
+        while not died_within(child.pidfd, 1.0):
+            log.warning("anchortp: process %d is not dead yet", child.pid)
+
+
+def wait_ready(generation: Generation, timeout_s: float, stall: StallWatch | None = None) -> None:
+    """Wait until every rank is ready. ``stall``: judges whether they still get on, None: they are given all the time.
+
+    Raises StartFailed as soon as one fails or dies, or if they get on no more; KVUnusable unless all have kept the same
+    slots, in the same order of what is free.
+    """
+    deadline = time.monotonic() + timeout_s
+    generation.infos = [_wait_one(generation, index, deadline, stall) for index in range(len(generation.ranks))]
+    digests = {info["rebuilt"].get("digest") for info in generation.infos}
+    if len(digests) > 1:
+        raise KVUnusable(f"ranks kept different slots: {sorted(map(str, digests))}")
+
+
+def _wait_one(generation: Generation, index: int, deadline: float, stall: StallWatch | None) -> dict[str, Any]:
+    pipe = generation.ranks[index].pipe
+    while not pipe.poll(0.02):
+        for dead in generation.dead():
+            _receive(generation, dead)  # a dead rank's pipe ends, after its last words if it had any
+        if stall is not None and stall.stalled([usage(child.pid) for child in generation.ranks], time.monotonic()):
+            stopped = [rank for rank, child in enumerate(generation.ranks) if process_state(child.pid) == "T"]
+            who = f"rank {stopped[0]} is stopped" if stopped else "all of them wait"
+            raise StartFailed(f"the ranks do not get on with their start: {who}")
+        if time.monotonic() > deadline:
+            raise StartFailed(f"rank {index} was not ready in time")
+    return _receive(generation, index)
+
+
+def _receive(generation: Generation, index: int) -> dict[str, Any]:
+    try:
+        status, payload = generation.ranks[index].pipe.recv()
+    except (EOFError, OSError):
+        crash = generation.ranks[index].crash()
+        own = "a crash" if crash else ""  # the handler of one signal may die of another
+        raise StartFailed(f"rank {index} died while it was starting {crash}".rstrip(), own=own) from None
+    if status != "ready":
+        kind = KVUnusable if status == "unrestored" else StartFailed
+        raise kind(f"rank {index}: {payload}", own=str(payload))
+    return dict(payload)
+
+
+def last_words(generation: Generation, ranks: Collection[int]) -> list[Crash | None]:
+    """What each of these dead ranks said of its end, None if it said nothing."""
+    return [_crash(generation.ranks[rank].pipe) for rank in sorted(ranks)]
+
+
+def _crash(pipe: Connection) -> Crash | None:
+    try:
+        status, payload = pipe.recv() if pipe.poll() else ("", None)
+    except (EOFError, OSError):
+        return None
+    return payload if status == "crashed" else None

@@ -1,0 +1,74 @@
+"""What does not change over a server's life."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchortp_sglang.kv.chain_hash import root_hash
+from anchortp_sglang.kv.mirror import MirrorShape
+from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.planning.layout.extents import WeightPlacement, hold
+from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, fit_slots, kv_layout, whole_layout
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.planning.placement.expert_load import ExpertCounts
+from anchortp_sglang.rank.attachment import HOST_DEVICE, MirrorPlan, kv_namespace
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """What does not change over a server's life.
+
+    ``kv``: the most slots that any generation has. ``device_bytes``: of a device's memory, for weights and KV; None
+    if it is not limited. ``rotate_heads``: heads and experts that do not divide rotate over the layers.
+    ``expert_counts``: by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved
+    ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
+    ``gpus``: of each device, none on CPU. ``graph_batch_sizes``: for which decode graphs are captured, none if the
+    ranks stay eager.
+    """
+
+    run_dir: Path
+    run_id: str
+    identity: str
+    checkpoint: Path
+    model: ModelAxes
+    kv: KVPlan
+    rotate_heads: bool
+    expert_counts: ExpertCounts | None
+    device_bytes: int | None
+    mirror: MirrorPlan | None
+    linger_s: float
+    server_args: Callable[[int], Any]
+    controller_pid: int
+    stale_anchors: tuple[int, ...] = ()
+    gpus: tuple[GpuShare, ...] = ()
+    graph_batch_sizes: tuple[int, ...] = ()
+
+    def gpu(self, device: int) -> GpuShare | None:
+        """Where the memory of a device (not of the host anchor) is; None: in the host's."""
+        return self.gpus[device] if self.gpus and device != HOST_DEVICE else None
+
+    def kv_of(self, ownership: Ownership) -> KVPlan:
+        """Slots of a generation with this ownership. Raises InvalidOwnership if there is no room for any."""
+        return fit_slots(self.model, self.kv, ownership, self.device_bytes)
+
+    def kv_layout(self, ownership: Ownership, rank: int) -> KVLayout:
+        """Of a rank's KV segment."""
+        return kv_layout(self.model, self.kv_of(ownership), ownership, rank)
+
+    def hold(self, ownership: Ownership, before: WeightPlacement | None) -> WeightPlacement:
+        """Where the weights of an ownership shall lie. On a GPU, which maps no single pages, they are copied."""
+        return hold(self.model, ownership, None if self.gpus else before)
+
+    @property
+    def namespace(self) -> bytes:
+        """Of slot tables."""
+        return kv_namespace(self.checkpoint, self.model)
+
+    def mirror_shape(self) -> MirrorShape | None:
+        """Of the mirror, if there is one."""
+        if self.mirror is None:
+            return None
+        layout = whole_layout(self.model, self.mirror.rows, self.kv.unit_bytes(self.model))
+        return MirrorShape(layout, root_hash(self.namespace))

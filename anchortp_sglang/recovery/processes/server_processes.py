@@ -1,0 +1,200 @@
+"""The processes of a server: its anchors, the zygote, and one generation of ranks after the other.
+
+Everything here blocks, with timeouts; the coordinator calls it from a worker thread.
+"""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from anchortp_sglang.anchor.keeper import RunDirKeeper
+from anchortp_sglang.anchor.outside import remove_files
+from anchortp_sglang.kv.capacity import KVCapacity, kv_capacity
+from anchortp_sglang.planning.layout.extents import WeightPlacement
+from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.rank.attachment import Assignment
+from anchortp_sglang.rank.main import RankSpec
+from anchortp_sglang.rank.main import run as run_rank
+from anchortp_sglang.recovery.processes import detokenizer
+from anchortp_sglang.recovery.processes.anchors import Anchors
+from anchortp_sglang.recovery.processes.generation import Generation, StartFailed, wait_dead
+from anchortp_sglang.recovery.processes.pidfd import died_within
+from anchortp_sglang.recovery.processes.server_plan import ServerPlan
+from anchortp_sglang.recovery.processes.spares import Spares
+from anchortp_sglang.recovery.processes.stops import Reaper, resume
+from anchortp_sglang.recovery.processes.zygote import Child, Zygote, ZygoteError
+from anchortp_sglang.recovery.processes.zygotes import Zygotes
+
+log = logging.getLogger(__name__)
+
+_DETOKENIZER_TIMEOUT_S = 10.0
+_DEATH_TIMEOUT_S = 5.0
+
+
+class ServerProcesses:
+    """Anchors, zygotes, their spare children and the detokenizer."""
+
+    def __init__(
+        self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None, keeper: RunDirKeeper | None = None
+    ) -> None:
+        self.plan = plan
+        self._zygotes = Zygotes(zygote, reserve)
+        self._reaper = Reaper()
+        self.keeper = keeper
+        self.anchors = Anchors(plan)
+        self._capacities: dict[Ownership, KVCapacity] = {}
+        self._spares = Spares()
+        self._store: Any = None
+        self.port_args: Any = None
+        self._outside: list[str] = []
+        self.detokenizer: Child | None = None
+        self._detokenizer_args: Any = None
+
+    def kv_capacity(self, ownership: Ownership) -> KVCapacity:
+        """How many KV slots fit with this ownership and with the other kind; worked out once for each."""
+        if ownership not in self._capacities:
+            plan = self.plan
+            self._capacities[ownership] = kv_capacity(plan.model, plan.kv_of(ownership), ownership, plan.rotate_heads)
+        return self._capacities[ownership]
+
+    def take_ports(self, port_args: Any) -> None:
+        """Move SGLang's sockets (PortArgs.init_new) into a folder of their own, where nobody else can reach them.
+
+        They take pickles (io_struct.sock_recv): whoever connects to one runs code in this server. The run directory is
+        no place for them: it may vanish and be made again, and sockets of SGLang's processes are not bound again.
+        """
+        from sglang.srt.managers.load_snapshot import shm_path_for
+
+        folder = tempfile.mkdtemp(prefix="anchortp-zmq-")
+        for name in [field for field in vars(port_args) if field.endswith("_ipc_name") and getattr(port_args, field)]:
+            Path(getattr(port_args, name).removeprefix("ipc://")).unlink(missing_ok=True)
+            setattr(port_args, name, f"ipc://{folder}/{name.removesuffix('_ipc_name')}")
+        self.port_args = port_args
+        # ShmLoadSnapshotWriter (managers/load_snapshot.py) makes the file in /dev/shm, and nobody removes it.
+        self._outside = [folder, shm_path_for(port_args.instance_id)]
+        if self.keeper is not None:
+            self.keeper.note_outside(self._outside)
+
+    # ---- detokenizer
+
+    def start_detokenizer(self, server_args: Any) -> None:
+        self._detokenizer_args = server_args
+        child = self._zygotes.fork()
+        try:
+            child.start(detokenizer.run, detokenizer.DetokenizerSpec(server_args, self.port_args))
+        except BaseException:
+            child.kill()
+            child.close()
+            raise
+        self.detokenizer = child
+
+    def end_detokenizer(self) -> None:
+        """One that does not answer: its death is noticed like any other."""
+        assert self.detokenizer is not None
+        log.warning("anchortp: the detokenizer (pid %d) does not answer; it is killed", self.detokenizer.pid)
+        self.detokenizer.kill()
+
+    def restart_detokenizer(self) -> None:
+        """In place of a dead or killed one. Raises StartFailed, ZygoteError; the next call tries another."""
+        old = self.detokenizer
+        assert old is not None
+        if not died_within(old.pidfd, _DEATH_TIMEOUT_S):
+            raise StartFailed(f"the detokenizer (pid {old.pid}) has been killed, but is not dead yet")
+        self.start_detokenizer(self._detokenizer_args)
+        old.close()
+        assert self.detokenizer is not None
+        if not _is_ready(self.detokenizer):
+            self.detokenizer.kill()
+            raise StartFailed(f"the detokenizer did not start in {_DETOKENIZER_TIMEOUT_S:g} s")
+
+    # ---- what stands still
+
+    def resume_stopped(self) -> None:
+        """Let all but the ranks go on that somebody stopped (SIGSTOP): in the worst case their memory is needed."""
+        found = [(f"zygote {zygote.pid}", resume(zygote.pid, zygote.pidfd)) for zygote in self._zygotes.all()]
+        found += [(f"anchor {a.pid}", resume(a.pid, a.pidfd)) for a in list(self.anchors.processes.values())]
+        if self.detokenizer is not None:
+            found += [("detokenizer", resume(self.detokenizer.pid, self.detokenizer.pidfd))]
+        found += [("spare ranks", self._spares.resume() > 0)]
+        for name, was_stopped in found:
+            if was_stopped:
+                log.warning("anchortp: %s was stopped, and goes on now", name)
+
+    # ---- ranks
+
+    def prepare_next(self, tp_size: int, spare_ranks: bool) -> None:
+        """What the next recovery would otherwise wait for: spare children, configurations, a zygote in reserve. Called
+        again and again, as helpers die or stop unnoticed."""
+        for size in range(max(1, tp_size - 1), tp_size + 1):
+            self.plan.server_args(size)
+        self.resume_stopped()
+        self._reaper.reap()
+        try:
+            self._zygotes.renew()
+            if spare_ranks:
+                timeout_s = self.plan.server_args(tp_size).dist_timeout
+                self._spares.prepare(self._zygotes.fork, tp_size, not self.plan.gpus, timeout_s)
+        except (ZygoteError, OSError) as error:
+            log.warning("anchortp: no spare ranks for now: %s", error)
+
+    def start_ranks(
+        self,
+        number: int,
+        weights: WeightPlacement,
+        previous: WeightPlacement | None,
+        restore_prefixes: bool,
+        running: bytes = b"",
+    ) -> Generation:
+        """Fork a generation. Its anchors must be fenced and its segments allocated. ``running``: as in Assignment."""
+        plan, ownership = self.plan, weights.ownership
+        server_args = plan.server_args(ownership.tp_size)
+        spares, self._store = self._spares.take(ownership.tp_size)
+        generation = Generation(number, weights, [])
+        try:
+            for index, device in enumerate(ownership.devices):
+                assignment = Assignment(
+                    generation=number,
+                    rank=index,
+                    device=device,
+                    run_dir=plan.run_dir,
+                    run_id=plan.run_id,
+                    checkpoint=plan.checkpoint,
+                    model=plan.model,
+                    weights=weights,
+                    previous=previous,
+                    kv=plan.kv_of(ownership),
+                    previous_kv=plan.kv_of(ownership if previous is None else previous.ownership),
+                    restore_prefixes=restore_prefixes,
+                    mirror=plan.mirror,
+                    running=running,
+                    gpu=plan.gpu(device),
+                )
+                child = spares.pop(0) if spares else self._zygotes.fork()
+                generation.ranks.append(child)
+                child.start(run_rank, RankSpec(assignment, server_args, self.port_args, self._store.port))
+        except BaseException:
+            for child in spares:
+                child.kill()
+                child.close()
+            generation.kill()
+            wait_dead(generation)
+            generation.close()
+            raise
+        return generation
+
+    # ---- end
+
+    def shut_down(self, number: int) -> None:
+        """End ranks, zygote and anchors; free all memory."""
+        self._zygotes.kill()
+        self.anchors.shut_down(number)
+        remove_files(self._outside)
+
+
+def _is_ready(child: Child) -> bool:
+    """Whether it says so in time; one that dies does not."""
+    try:
+        return child.pipe.poll(_DETOKENIZER_TIMEOUT_S) and child.pipe.recv()[0] == "ready"
+    except (EOFError, OSError):
+        return False

@@ -1,0 +1,116 @@
+"""Spare ranks: children forked ahead of the next fault, which have warmed up and met each other in a process group.
+
+They are of use to a generation as wide as the one that serves. To another they are children forked ahead: they leave
+their group and join the others in a new one.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch.distributed as dist
+
+from anchortp_sglang.rank.spare import ARE_YOU_THERE, STORE_HOST, SpareSpec, stand_by
+from anchortp_sglang.recovery.processes.pidfd import is_dead
+from anchortp_sglang.recovery.processes.stops import resume
+from anchortp_sglang.recovery.processes.zygote import Child
+
+_ANSWER_TIMEOUT_S = 1.0
+
+
+def make_store() -> dist.TCPStore:
+    """A generation's rendezvous, served by main, so that no rank has to listen first.
+
+    On loopback only: a store that makes its own socket listens on all interfaces, and none asks who a client is.
+    Raises OSError.
+    """
+    with socket.create_server((STORE_HOST, 0), backlog=socket.SOMAXCONN) as listener:
+        port = listener.getsockname()[1]
+        fd = listener.detach()  # the store closes it
+    try:
+        return dist.TCPStore(STORE_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
+    except RuntimeError as error:  # DistStoreError: no descriptors, no threads
+        raise OSError(f"ranks have no store to meet at: {error}") from error
+
+
+class Spares:
+    """Main's end. Its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._children: list[Child] = []
+        self._store: dist.TCPStore | None = None
+
+    def prepare(self, fork: Callable[[], Child], world_size: int, joining: bool, timeout_s: float | None) -> None:
+        """Fork them for ``world_size`` ranks, unless that has been done. Not ``joining``: they meet in no group."""
+        with self._lock:
+            if len(self._children) == world_size and not any(is_dead(child.pidfd) for child in self._children):
+                return
+            _end(self._children)
+            self._children = []
+            self._store = make_store() if joining else None
+            for rank in range(world_size):
+                child = fork()
+                self._children.append(child)
+                spec = self._store and SpareSpec(rank, world_size, self._store.port, timeout_s)
+                child.start(stand_by, spec)
+
+    def take(self, world_size: int) -> tuple[list[Child], dist.TCPStore]:
+        """At most ``world_size`` spares in rank order, and the store of the generation that they will be part of.
+
+        If one has died or does not answer, the group that it has joined is of no use, and the others join anew.
+        """
+        with self._lock:
+            children, self._children = self._children, []
+            store, self._store = self._store, None
+        ready = _answering([child for child in children if _stands_by(child)])
+        if store is None or not len(ready) == len(children) == world_size:
+            store = make_store()
+        _end(child for child in children if child not in ready[:world_size])
+        return ready[:world_size], store
+
+    def resume(self) -> int:
+        """Let those go on that somebody stopped; how many. None while they are being forked or taken."""
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            return sum(resume(child.pid, child.pidfd) for child in self._children)
+        finally:
+            self._lock.release()
+
+
+def _end(children: Iterable[Child]) -> None:
+    for child in children:
+        child.kill()
+        child.close()
+
+
+def _stands_by(child: Child) -> bool:
+    """What a child said when it was ready outlives it."""
+    try:
+        return child.pipe.poll() and child.pipe.recv() is None and not is_dead(child.pidfd)
+    except (EOFError, OSError):
+        return False
+
+
+def _answering(children: Sequence[Child]) -> list[Child]:
+    """Those that answer at once. They do nothing else: one that does not is stopped, or stuck."""
+    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+    asked = [child for child in children if _told(child, ARE_YOU_THERE)]
+    return [child for child in asked if _answered(child, deadline - time.monotonic())]
+
+
+def _told(child: Child, message: str) -> bool:
+    try:
+        child.pipe.send(message)
+        return True
+    except OSError:
+        return False
+
+
+def _answered(child: Child, timeout_s: float) -> bool:
+    try:
+        return child.pipe.poll(max(0.0, timeout_s)) and child.pipe.recv() is None
+    except (EOFError, OSError):
+        return False

@@ -1,0 +1,332 @@
+"""The zygote: one process that has imported SGLang once and forks ranks in milliseconds.
+
+It keeps a single thread and touches no device, so that its children may. Each request on its socket forks one
+child, which then waits on its own pipe for what to be: spare ranks are nothing but children forked early.
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from anchortp_sglang.anchor.pids import wait_readable
+from anchortp_sglang.recovery.processes.exits import Exits
+from anchortp_sglang.recovery.processes.pidfd import is_dead
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_MESSAGE_BYTES = 64
+_ANSWER_TIMEOUT_S = 2.0
+_SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
+_SEND_TIMEOUT_S = 2
+_FORK, _PING = b"fork", b"ping"
+_CUDA_ERROR_NOT_INITIALIZED = 3
+_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
+"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
+
+
+class ZygoteError(RuntimeError):
+    """The zygote is gone or does not answer."""
+
+
+class ForkFailed(ZygoteError):
+    """The zygote answers, but the kernel forks no process for it: another zygote would fare no better."""
+
+
+@dataclass
+class Child:
+    """A forked process. ``pidfd`` becomes readable when it is dead and its memory torn down.
+
+    ``pipe``: the child first receives a (target, argument) pair and calls target(argument, pipe). ``exits``: where its
+    zygote notes how it ended.
+    """
+
+    pid: int
+    pidfd: int
+    pipe: Connection
+    exits: Exits | None = None
+
+    def crash(self) -> str:
+        """Name the signal by which it ended itself, once it is dead; empty if it did not."""
+        return "" if self.exits is None else self.exits.crash_of(self.pid)
+
+    def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
+        """Raises ZygoteError if it does not read what it is told (a stopped process, once the pipe is full)."""
+        try:
+            self.pipe.send((target, argument))
+        except BlockingIOError as error:
+            raise ZygoteError(f"process {self.pid} does not read what it is told") from error
+
+    def kill(self) -> None:
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        """Give back the descriptors of a dead child."""
+        self.pipe.close()
+        os.close(self.pidfd)
+
+
+def _limit_sends(pipe: Connection) -> None:
+    """A send that makes no progress for so long raises BlockingIOError: a stopped child does not empty its pipe."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
+
+
+class Zygote:
+    """Main's end. ``fork`` and ``answers`` may be called from any thread.
+
+    ``first_timeout_s``: for the first answer of one that imports SGLang first, and then says so; None of others.
+    """
+
+    def __init__(
+        self, pid: int, control: socket.socket, first_timeout_s: float | None = None, exits: Exits | None = None
+    ) -> None:
+        self.pid = pid
+        self._exits = exits
+        self.pidfd = os.pidfd_open(pid)
+        self._first_timeout_s = first_timeout_s
+        self._made_at = time.monotonic()
+        self._control = control
+        self._lock = threading.Lock()
+        self._owed = 0 if first_timeout_s is None else 1  # answers to come: such a one says by itself that it is ready
+
+    def fork(self) -> Child:
+        """Fork one child. Raises ZygoteError."""
+        ours, theirs = Pipe()
+        try:
+            answer, fds = self._ask(_FORK, [theirs.fileno()])
+            if not fds:
+                if answer:
+                    raise ForkFailed(f"the zygote (pid {self.pid}) could not fork: {answer.decode()}")
+                raise ZygoteError(f"the zygote (pid {self.pid}) is gone")
+        except BaseException:
+            ours.close()  # a child that is forked late finds it closed, and ends
+            raise
+        finally:
+            theirs.close()
+        _limit_sends(ours)
+        return Child(int(answer), fds[0], ours, self._exits)
+
+    @property
+    def importing(self) -> bool:
+        """Whether it has not said yet that it is ready."""
+        return self._first_timeout_s is not None
+
+    def close(self) -> None:
+        """Give back the descriptors of a dead zygote."""
+        os.close(self.pidfd)
+        self._control.close()
+        if self._exits is not None:
+            self._exits.close()
+
+    def answers(self) -> bool:
+        """Whether it would fork in time; of one that still imports SGLang: whether it may get there."""
+        if self._first_timeout_s is not None and not wait_readable(self._control.fileno(), 0.0):
+            return not is_dead(self.pidfd) and time.monotonic() < self._made_at + self._first_timeout_s
+        try:
+            return self._ask(_PING, [])[0] == _PING
+        except ZygoteError:
+            return False
+
+    def _ask(self, request: bytes, fds: list[int]) -> tuple[bytes, list[int]]:
+        """Its answer. An earlier one that came too late is let go of, so that a slow zygote can be asked again."""
+        try:
+            with self._lock:
+                deadline = time.monotonic() + (self._first_timeout_s or _ANSWER_TIMEOUT_S)
+                self._control.settimeout(_ANSWER_TIMEOUT_S)
+                socket.send_fds(self._control, [request], fds)
+                self._owed += 1
+                while True:
+                    self._control.settimeout(max(0.001, deadline - time.monotonic()))
+                    answer, received, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
+                    self._owed -= 1
+                    self._first_timeout_s = None
+                    if not self._owed or not answer:
+                        return answer, received
+                    for fd in received:
+                        os.close(fd)
+        except OSError as error:
+            raise ZygoteError(f"the zygote (pid {self.pid}) does not answer: {error}") from error
+
+    def kill(self) -> None:
+        """End the zygote and, by their parent-death signal, all its children."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def unfit_to_fork() -> str | None:
+    """Why this process must not become a zygote; None if it may."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        return f"it has {threads} threads"
+    torch = sys.modules.get("torch")
+    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
+        return "CUDA is initialised"
+    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
+    return f"it has {opened.pop()} open" if opened else None
+
+
+def _driver_is_initialised() -> bool:
+    """Whether anything in this process has called cuInit: the driver does not survive a fork then."""
+    with open("/proc/self/maps") as maps:
+        if "/libcuda.so" not in maps.read():
+            return False
+    context = ctypes.c_void_p()
+    return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""  # of listing the folder itself
+
+
+def fork_zygote() -> Zygote:
+    """Turn a fork of this process into the zygote. The caller must have checked ``unfit_to_fork``."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent, exits = os.getpid(), Exits()
+    gc.collect()
+    gc.freeze()  # the children then share these pages for good
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            die_with_parent(parent)  # not by the end of its socket, as a zygote forked later has main's end of it too
+            serve(theirs, exits)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    theirs.close()
+    return Zygote(pid, ours, exits=exits)
+
+
+def spawn_zygote() -> Zygote:
+    """A zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    exits = Exits()
+    fds = [theirs.fileno(), exits.fd]
+    process = subprocess.Popen([sys.executable, "-m", "anchortp_sglang.zygote_main", *map(str, fds)], pass_fds=fds)
+    theirs.close()
+    return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S, exits)
+
+
+def announce(control: socket.socket) -> None:
+    """Say that ``serve`` is about to begin, for a main that was told to wait for it (``first_timeout_s``)."""
+    control.send(_PING)
+
+
+def serve(control: socket.socket, exits: Exits) -> None:
+    """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes.
+
+    ``exits``: where it notes how its children ended.
+    """
+    _set_title("anchortp::reserve")  # until it is needed
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main's handler would put away what is main's
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
+    selector.register(wake_read, selectors.EVENT_READ)
+    while True:
+        ready = {key.fd for key, _ in selector.select()}
+        if wake_read in ready:
+            os.read(wake_read, 4096)
+            _reap(exits)
+        if control.fileno() in ready and not _answer_one(control, (wake_read, wake_write)):
+            return
+
+
+def _answer_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
+    request, fds, _, _ = socket.recv_fds(control, _MESSAGE_BYTES, 1)
+    if request == _PING:
+        control.send(_PING)
+        return True
+    if not request or not fds:
+        return False  # main is gone
+    _set_title("anchortp::zygote")
+    zygote = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        control.send(str(error).encode()[:_MESSAGE_BYTES])
+        os.close(fds[0])
+        return True
+    if pid == 0:
+        _become_child(zygote, control, close_in_child, fds[0])
+    # Reaping happens in this thread only, so the pid cannot be reused before its pidfd is open.
+    pidfd = os.pidfd_open(pid)
+    socket.send_fds(control, [str(pid).encode()], [pidfd])
+    os.close(pidfd)
+    os.close(fds[0])
+    return True
+
+
+def _become_child(zygote: int, control: socket.socket, close: tuple[int, ...], pipe_fd: int) -> None:
+    try:
+        die_with_parent(zygote)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        control.close()
+        for fd in close:
+            os.close(fd)
+        pipe = Connection(pipe_fd)
+        target, argument = pipe.recv()
+        target(argument, pipe)
+    except EOFError:
+        pass  # main let go of a spare
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)  # no atexit, no collective teardown with dead peers
+
+
+def _reap(exits: Exits) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        exits.note(pid, status)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask for SIGKILL when the forking thread of ``parent`` ends; exit at once if it already has."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _set_title(title: str) -> None:
+    try:
+        import setproctitle
+    except ImportError:
+        return
+    setproctitle.setproctitle(title)

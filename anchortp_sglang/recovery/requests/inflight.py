@@ -1,0 +1,271 @@
+"""What main must know of every open request to go on with it in another generation.
+
+Lives beside TokenizerManager (TM), on its event loop. In an outage nothing is sent to the dead scheduler: messages
+are held back in order and follow the replays, else an abort could overtake its request.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq, ShutdownReq
+
+from anchortp_sglang.kv.namespaces import Key
+from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Reseed
+from anchortp_sglang.recovery.requests.down import ControlCalls, ServerDown
+from anchortp_sglang.recovery.requests.isolation import Evidence, Isolation
+from anchortp_sglang.recovery.requests.records import Record, encode, records_of
+
+log = logging.getLogger(__name__)
+
+
+_REPEATABLE: dict[str, type] = {
+    "get_internal_state_communicator": GetInternalStateReq,
+    "flush_cache_communicator": FlushCacheReqInput,
+}
+"""TokenizerManager's control calls, by the attribute that awaits their answer: all that reach ranks
+(``check_message``), and each may be sent twice."""
+
+_STALE_RECORDS = 64
+
+
+class TokenCountMismatch(AssertionError):
+    """A batch would have left a gap in, or doubled, a client's tokens."""
+
+
+class InflightRequests:
+    """Requests between TM and the scheduler. ``send``: takes an encoded message to the scheduler.
+
+    ``isolation``: decides which open requests go to a new generation, and when.
+    """
+
+    def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any]) -> None:
+        self._tm = tokenizer_manager
+        self._send = send
+        self._records: dict[str, Record] = {}
+        self._held: list[tuple[type, bytes]] = []
+        """Control messages of an outage; requests wait in ``isolation``."""
+        self._control: dict[type, bytes] = {}  # the last message of each repeatable kind
+        self._wake: Any = None
+        self.isolation = Isolation()
+        self.outage = True  # until the first generation is ready
+        self.refusal: str | None = None
+        """Why nothing is served any more; set by ``give_up``."""
+        self.control_calls = ControlCalls(lambda: self.refusal)
+
+    def dispatch(self, message: Any) -> None:
+        """Take a message that TM wants to send to the scheduler. Raises ServerDown if nobody will answer it."""
+        if isinstance(message, AbortReq):
+            return self._abort(message)
+        if self.refusal is not None and not isinstance(message, ShutdownReq):  # TM's sigterm_watchdog must not fail
+            raise ServerDown(self.refusal)
+        encoded = encode(message)
+        requests = records_of(message, encoded)
+        if requests and not requests.keys() & self._tm.rid_to_state.keys():
+            return None  # aborted in an outage, before it came here
+        self._records |= requests
+        if not requests:
+            self._dispatch_control(type(message), encoded)
+        elif not self.outage:
+            admitted = {rid for rid in requests if self.isolation.admit(rid, time.monotonic())}
+            self._begin(requests, admitted, encoded)
+        if len(self._records) > 2 * len(self._tm.rid_to_state) + _STALE_RECORDS:
+            self.forget_finished()
+
+    def _dispatch_control(self, kind: type, encoded: bytes) -> None:
+        if kind in _REPEATABLE.values():
+            self._control[kind] = encoded
+        if self.outage:
+            self._held.append((kind, encoded))
+        else:
+            self._send(encoded)
+
+    def _begin(self, requests: dict[str, Record], admitted: Collection[str], encoded: bytes) -> None:
+        for rid in admitted:
+            requests[rid].begun = True
+        if len(admitted) == len(requests):
+            return self._send(encoded)
+        for rid in admitted:
+            self._send(requests[rid].message)
+        self._release()
+
+    def delivered(self, output: Any) -> int:
+        """Check a batch for gaps and doubles before TM takes it; how many new tokens it carries.
+
+        Raises TokenCountMismatch, which must end the requests concerned: their streams would be wrong.
+        """
+        counts, ids = getattr(output, "completion_tokens", None), getattr(output, "output_ids", None)
+        if counts is None or ids is None:
+            return 0
+        fresh, now = 0, time.monotonic()
+        for rid, count, new, cached in zip(output.rids, counts, ids, output.cached_tokens, strict=True):
+            state, record = self._tm.rid_to_state.get(rid), self._records.get(rid)
+            if state is None or record is None:
+                continue
+            if count != len(state.output_ids) + len(new):
+                raise TokenCountMismatch(
+                    f"request {rid} has {len(state.output_ids)} tokens, got {len(new)} and should then have {count}"
+                )
+            record.cached_tokens = cached
+            fresh += len(new)
+            self.isolation.progressed(rid, len(new), now)
+        return fresh
+
+    def forget(self, rids: Sequence[str]) -> None:
+        """Drop those of these requests that TM is done with, and release what waited for them."""
+        for rid in rids:
+            if rid not in self._tm.rid_to_state:
+                self._forget(rid)
+        self._release()
+
+    def forget_finished(self) -> None:
+        """Drop the records of all requests that TM is done with (an abort is answered without a batch)."""
+        open_requests = self._tm.rid_to_state
+        for rid in [rid for rid in self._records if rid not in open_requests]:
+            self._forget(rid)
+
+    def _forget(self, rid: str) -> None:
+        self._records.pop(rid, None)
+        self.isolation.close(rid)
+
+    # ---- from one generation to the next
+
+    def struck(self, evidence: Evidence) -> dict[str, str]:
+        """Judge a fault of the generation that serves, and end requests that ranks cannot serve: rid -> reason."""
+        self.outage = True
+        self.forget_finished()
+        named = evidence.rids.intersection(self._records)
+        ended = self.isolation.struck(replace(evidence, rids=named), time.monotonic())
+        for rid, reason in ended.items():
+            self._forget(rid)
+            self._finish(rid, reason, status_code=500)
+        return ended
+
+    def replay(self, generation: int) -> int:
+        """Open the new generation's gate, send what was held back, and resume what is open in the order of isolation.
+
+        Returns how many requests go on.
+        """
+        self.forget_finished()
+        self.outage, self.refusal = False, None
+        self.send(GenerationStart(generation=generation))
+        self._repeat_control()
+        for rid in [rid for rid in self._records if self._tm.rid_to_state[rid].abort_sent]:
+            self._drop(rid)  # the abort died with the scheduler
+        states = self._tm.rid_to_state
+        resumed = sum(record.begun for record in self._records.values())
+        self.isolation.replay([(rid, bool(states[rid].output_ids)) for rid in self._records], time.monotonic())
+        self._release()
+        held, self._held = self._held, []
+        for _, message in held:
+            self._send(message)
+        return resumed
+
+    def send(self, message: Any) -> None:
+        """Send a message of our own to the scheduler."""
+        self._send(encode(message))
+
+    def _release(self) -> None:
+        """Send what may go to the ranks by now."""
+        if self.outage or not self.isolation.waiting:
+            return
+        self.forget_finished()  # what waits may have ended by itself: its client left, or it was aborted
+        now = time.monotonic()
+        for rid in self.isolation.release(now):
+            record = self._records.get(rid)
+            if record is None:
+                self.isolation.close(rid)
+                continue
+            delivered = list(self._tm.rid_to_state[rid].output_ids)
+            self._send(record.resume(delivered) if record.begun else record.message)
+            record.begun = True
+        if self._wake is not None:
+            self._wake.cancel()
+        at = self.isolation.wake_at(now)
+        self._wake = None if at is None else self._tm.event_loop.call_later(at - now, self._release)
+
+    def open_tokens(self) -> Iterator[tuple[Key, NDArray[np.int64]]]:
+        """Prompt and delivered tokens of each open request, after its extra key and cache salt."""
+        self.forget_finished()
+        for rid, record in self._records.items():
+            request, delivered = record.request(), self._tm.rid_to_state[rid].output_ids
+            tokens = np.array([*request.input_ids, *delivered], np.int64)
+            yield (request.extra_key, request.cache_salt or None), tokens
+
+    def reseed(self) -> Reseed:
+        """What a new detokenizer must know of the requests that have delivered tokens."""
+        self.forget_finished()
+        message = Reseed(rids=[], decode_ids=[], context_tokens=[], sent_chars=[], skip_special=[], space_special=[])
+        for rid, record in self._records.items():
+            state = self._tm.rid_to_state[rid]
+            if state.output_ids:
+                request = record.request()
+                context = list(request.input_ids[-CONTEXT_TOKENS:])
+                message.rids.append(rid)
+                message.decode_ids.append([*context, *state.output_ids])
+                message.context_tokens.append(len(context))
+                message.sent_chars.append(len(state.get_text()))
+                message.skip_special.append(request.sampling_params.skip_special_tokens)
+                message.space_special.append(request.sampling_params.spaces_between_special_tokens)
+        return message
+
+    def end_open(self, reason: str) -> int:
+        """End every open request with a clear error; returns how many. New ones are taken as before."""
+        rids = list(self._tm.rid_to_state)
+        for rid in rids:
+            self._forget(rid)
+            self._finish(rid, reason, status_code=503)
+        return len(rids)
+
+    def give_up(self, reason: str) -> int:
+        """End every open request with a clear error, and refuse new ones until a replay; returns how many ended."""
+        self.refusal = reason
+        self._held.clear()
+        self.control_calls.end()
+        return self.end_open(reason)
+
+    def _repeat_control(self) -> None:
+        """Ask again what the dead scheduler did not answer."""
+        held = {kind for kind, _ in self._held}
+        for name, kind in _REPEATABLE.items():
+            call: Any = getattr(self._tm, name, None)
+            if call is None or call._result_event is None or call._result_event.is_set():
+                continue
+            if kind in self._control and kind not in held:
+                call._result_values.clear()
+                self._send(self._control[kind])
+
+    def _abort(self, message: AbortReq) -> None:
+        """End what is not with the ranks; tell them of the rest (``Scheduler.abort_request`` matches by prefix)."""
+        matching = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
+        here = set(matching) if self.outage else set(self.isolation.waiting).intersection(matching)
+        for rid in here:
+            self._drop(rid)
+        for rid in set(matching) - here:
+            self._tm.rid_to_state[rid].abort_sent = True  # should the ranks die before they have heard of it
+        if not self.outage:
+            self._send(encode(message))
+            self._release()
+
+    def _drop(self, rid: str) -> None:
+        self._forget(rid)
+        self._finish(rid, "Aborted while the server was recovering", status_code=None)
+
+    def _finish(self, rid: str, text: str, status_code: int | None) -> None:
+        reason: dict[str, Any] = {"type": "abort", "message": text}
+        if status_code is not None:
+            err_type = "InternalServerError" if status_code == 500 else "ServiceUnavailable"
+            # A bare number would not do: streams of OpenAI's and Anthropic's APIs then end as if they were complete
+            # (serving_chat._generate_chat_stream, serving_completions).
+            reason |= {"status_code": HTTPStatus(status_code), "err_type": err_type}
+        self._tm._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))
+        state = self._tm.rid_to_state.pop(rid, None)
+        if state is not None:  # a health check of SGLang's, which _handle_abort_req passes over
+            state.finished = True
+            state.out_list.append({"text": "", "output_ids": [], "meta_info": {"id": rid, "finish_reason": reason}})
+            state.event.set()

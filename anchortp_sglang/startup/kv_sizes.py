@@ -1,0 +1,101 @@
+"""How much KV a server holds, and how much of it the mirror: from flags, the model and the memory that is available.
+
+Pure: what is available is an argument. Bytes are of memory before anything of this server is allocated, and
+``MemoryRoom.less`` what its processes will take (``process_bytes``).
+"""
+
+from typing import Any
+
+from anchortp_sglang.admission.checks import KV_DTYPE_BYTES
+from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.layout.kv_layout import KVPlan, fit_slots, kv_layout, mirror_moves
+from anchortp_sglang.planning.layout.shards import shard_layout
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.rank.attachment import MirrorPlan
+from anchortp_sglang.startup.cgroups import MemoryRoom
+
+_MOST_OF_MEMORY = 0.9
+"""What of the available memory weights, KV and mirror may take together, before the mirror is left out."""
+
+_SERVER_BYTES = 1024 << 20
+_RANK_BYTES = 128 << 20
+"""What zygotes, detokenizer and anchors, and each rank with its spare, add to a main that has imported SGLang: 0.6 GiB
+with four ranks of a tiny model, 0.2 GiB with one. The rest is for activations, and for a zygote in reserve that had to
+import SGLang anew (0.75 GiB that it shares with nobody)."""
+
+
+def process_bytes(tp_size: int) -> int:
+    """Memory that a server's processes take beside weights, KV and mirror."""
+    return _SERVER_BYTES + tp_size * _RANK_BYTES
+
+
+def plan_kv(
+    model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None, available: MemoryRoom
+) -> KVPlan:
+    """Slots of the first generation, and the most of any: what the operator says, else what memory allows.
+
+    On CPU all virtual devices share the host's memory: unless each is given a limit (``device_bytes``), fewer of them
+    hold just as many slots. If nobody chose their number, what is available also holds the second copy of the KV that
+    the loss of a device makes. ``view``: resolved ServerArgs. Raises ValueError if there is too little memory.
+    """
+    page_size = view.page_size or 1
+    weights = _weight_bytes(model, ownership)
+    dtype_bytes = KV_DTYPE_BYTES.get(view.kv_cache_dtype, model.dtype_bytes)
+    slot_bytes = _kv_bytes(model, ownership, KVPlan(1, 0, dtype_bytes))
+    free = int(available.nbytes * (view.mem_fraction_static or 0.8)) - weights
+    if ownership.tp_size > 1:
+        free = min(free, (available.nbytes - weights) // 2)
+    slots = view.max_total_tokens or max(0, free) // slot_bytes
+    slots = slots // page_size * page_size
+    plan = fit_slots(model, KVPlan(slots, page_size, dtype_bytes), ownership, device_bytes)
+    if view.max_total_tokens and plan.slots < slots:
+        raise ValueError(
+            f"--anchor-device-gib has room for {plan.slots} of {slots} KV slots; raise it, or lower --max-total-tokens"
+        )
+    needed = weights + _kv_bytes(model, ownership, plan)
+    if slots < 1 or needed > available.nbytes:
+        raise ValueError(
+            f"weights ({weights >> 20} MiB) and {slots} KV slots take {needed >> 20} MiB, {available}; "
+            "lower --max-total-tokens, use a smaller model, or allow more memory"
+        )
+    return plan
+
+
+def plan_mirror(
+    model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available: MemoryRoom
+) -> tuple[MirrorPlan | None, str]:
+    """The KV mirror, and in a few words what was decided and why.
+
+    Raises ValueError for a mirror that was asked for and cannot be.
+    """
+    if options.kv_mirror == "off":
+        return None, "off, as --anchor-kv-mirror says"
+    if not any(mirror_moves(model, ownership, rank) for rank in range(1, ownership.tp_size)):
+        return None, "off, as every device holds all KV heads"
+    # The loss of a device makes a second copy of the KV (plan_kv), which is what the mirror is for.
+    spare = (
+        int(_MOST_OF_MEMORY * available.nbytes) - _weight_bytes(model, ownership) - 2 * _kv_bytes(model, ownership, kv)
+    )
+    row_bytes = kv.slot_bytes(model)
+    rows = kv.rows if options.kv_mirror_gib is None else min(kv.rows, int(options.kv_mirror_gib * 2**30) // row_bytes)
+    said = f"{rows * row_bytes / 2**30:.2f} GiB for {rows} of {kv.rows} slots"
+    if rows < kv.page_size or rows * row_bytes > spare:
+        if options.kv_mirror is None and options.kv_mirror_gib is None:
+            return None, f"off: it would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared"
+        raise ValueError(
+            f"the KV mirror would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared and one slot takes "
+            f"{row_bytes} bytes; change --anchor-kv-mirror-gib, lower --max-total-tokens, or use --anchor-kv-mirror off"
+        )
+    plan = MirrorPlan(rows, options.kv_mirror_gbps * 1e9)
+    return plan, f"at most {said} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
+
+
+def _weight_bytes(model: ModelAxes, ownership: Ownership) -> int:
+    """Over all ranks."""
+    return sum(shard_layout(model, ownership, rank).total_bytes for rank in range(ownership.tp_size))
+
+
+def _kv_bytes(model: ModelAxes, ownership: Ownership, plan: KVPlan) -> int:
+    """Over all ranks; heads that several of them hold count several times."""
+    return sum(kv_layout(model, plan, ownership, rank).total_bytes for rank in range(ownership.tp_size))

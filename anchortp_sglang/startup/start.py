@@ -1,0 +1,300 @@
+"""From SGLang's arguments to a coordinator: checks, plan, hooks, zygote, anchors. Shared by all faces."""
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from anchortp_sglang import start_log
+from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
+from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.anchor.keeper import RunDirKeeper
+from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.hooks.install import HookError
+from anchortp_sglang.hooks.manifest import DriftError
+from anchortp_sglang.http import metrics
+from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources
+from anchortp_sglang.planning.layout.kv_layout import KVPlan
+from anchortp_sglang.planning.layout.shards import shard_layout
+from anchortp_sglang.planning.model.axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
+from anchortp_sglang.planning.ownership.ownership import Ownership, split, validate
+from anchortp_sglang.planning.placement.expert_load import ExpertCounts, imbalance, spread_hot_experts
+from anchortp_sglang.planning.placement.reconfiguration import rotating_split
+from anchortp_sglang.platforms.cuda.plan import EAGER_START, check_gpu_plan, graph_batch_sizes, plan_gpu_kv
+from anchortp_sglang.platforms.cuda.probe import GpuFacts
+from anchortp_sglang.platforms.cuda.shares import share_out
+from anchortp_sglang.rank import messages
+from anchortp_sglang.rank.attachment import MirrorPlan
+from anchortp_sglang.rank.weights.checkpoint import Checkpoint, CheckpointError
+from anchortp_sglang.recovery import ending
+from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery.hooks import install_coordinator
+from anchortp_sglang.recovery.processes.generation import StartFailed
+from anchortp_sglang.recovery.processes.server_plan import ServerPlan
+from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
+from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
+from anchortp_sglang.recovery.report import tracing
+from anchortp_sglang.startup.cgroups import memory_room
+from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
+from anchortp_sglang.startup.kv_sizes import plan_kv, plan_mirror, process_bytes
+from anchortp_sglang.startup.preflight import read_config, reserve_port
+
+log = logging.getLogger(__name__)
+
+_PINNED = (
+    "attention_backend",
+    "chunked_prefill_size",
+    "context_length",
+    "dtype",
+    "kv_cache_dtype",
+    "max_prefill_tokens",
+    "mem_fraction_static",
+    "page_size",
+    "random_seed",
+    "sampling_backend",
+    "schedule_conservativeness",
+)
+"""Resolved values of the first generation that later ones keep; SGLang derives some of them from tp_size."""
+
+_FIXED = {
+    # KV of layers with a sliding window is kept as of the others: one pool, one set of slots, one slot table.
+    "disable_hybrid_swa_memory": True,
+    # Shared experts are an axis of their own.
+    "disable_shared_experts_fusion": True,
+}
+"""What every generation runs with, whatever was given."""
+
+REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
+"""What ``start`` raises for the operator to mend: wrong flags, models, files, directories, another SGLang."""
+
+START_FAILURES = (StartFailed, AnchorError, AnchorStartError)
+"""What SGLang's launch raises when our processes do not come up."""
+
+
+@dataclass
+class Runtime:
+    """A prepared server, before SGLang's own launch."""
+
+    coordinator: Coordinator
+    keeper: RunDirKeeper
+    port: socket.socket | None
+    """Keeps the port that SGLang binds at the end of its launch."""
+
+    def close(self) -> None:
+        """End ranks, zygote and anchors, free their memory, remove the run directory."""
+        self.coordinator.shut_down()
+        self.keeper.stop()
+        remove_run_dir(self.keeper.run_dir)
+        if self.port is not None:
+            self.port.close()
+
+
+def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: Sequence[GpuFacts] = ()) -> Runtime:
+    """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
+
+    A server is known by its port, so that it finds its anchors again after a crash; an Engine by its process.
+    ``gpus``: those of ``platform.gpus_for``, none on CPU.
+
+    Raises ValueError subclasses with a text for the operator; nothing is left behind then.
+    """
+    from sglang.srt.plugins import load_plugins
+
+    from anchortp_sglang.hooks.table import install_all
+
+    raw = msgspec.structs.asdict(server_args)
+    _refuse(server_args, options)
+    checkpoint = Path(server_args.model_path)
+    config = read_config(checkpoint)
+    expert_counts = server_args.init_expert_location
+    # Experts are dealt by us: SGLang's own tables have as many on each rank.
+    server_args.init_expert_location = raw["init_expert_location"] = NONE
+    server_args.resolve_once()
+    view = _view(server_args)
+    _refuse(view, options)
+    options.check_tp_size(view.tp_size)
+    _check_ep_size(view)
+    port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
+    model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
+    refuse_layout_only(model)
+    for caveat in caveats(config):
+        log.warning("anchortp: %s", caveat)
+    devices = tuple(range(view.tp_size))
+    ownership = rotating_split(model, devices) if options.rotate_heads else split(model, devices, options.widths)
+    counts = None if expert_counts == NONE else read_expert_counts(expert_counts, model)
+    if counts is not None:
+        ownership = _spread(model, ownership, counts)
+    _check_plan(model, ownership, checkpoint)
+    device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
+    room = memory_room(psutil.virtual_memory().available)
+    log.info("anchortp: %s", room)
+    available = room.less(process_bytes(view.tp_size))
+    shares: tuple[GpuShare, ...] = ()
+    mirror: MirrorPlan | None
+    if gpus:
+        check_gpu_plan(model, view, options, spreads=counts is not None)
+        shares = share_out(gpus, view.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
+        _tell(shares)
+        kv = plan_gpu_kv(model, ownership, shares, options.min_devices, view)
+        mirror, mirror_said = None, "off: KV in a GPU's memory is not mirrored yet, and goes with a lost device"
+    else:
+        kv = plan_kv(model, ownership, view, device_bytes, available)
+        mirror, mirror_said = plan_mirror(model, ownership, kv, options, available)
+    log.info("anchortp: KV mirror: %s", mirror_said)
+    start_log.step("flags, model and plan are checked")
+    install_all(allow_drift=options.allow_drift)
+    load_plugins()  # the operator's own, for all processes: SGLang loads them in each, after the fork
+    messages.register()
+    start_log.step("hooks are installed")
+    metrics_folder = metrics.prepare_folder() if view.enable_metrics else None
+    zygote, reserve = _make_zygotes(view)
+    start_log.step("the zygote is forked")
+    base = Path(options.run_dir) if options.run_dir else None
+    key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
+    try:
+        run_dir = prepare_run_dir(base, key)
+    except BaseException:
+        zygote.kill()
+        if reserve is not None:
+            reserve.kill()
+        raise
+    ending.on_end(lambda: remove_run_dir(run_dir) if run_dir.path.exists() else None)
+    plan = ServerPlan(
+        run_dir=run_dir.path,
+        run_id=run_dir.run_id,
+        identity=_identity(checkpoint, model, ownership, kv, view.kv_cache_dtype, shares),
+        checkpoint=checkpoint.resolve(),
+        model=model,
+        kv=kv,
+        device_bytes=device_bytes,
+        rotate_heads=options.rotate_heads,
+        expert_counts=counts,
+        mirror=mirror,
+        linger_s=options.linger_s,
+        server_args=_records(raw, view, kv, EAGER_START if gpus else {}),
+        controller_pid=os.getpid(),
+        stale_anchors=run_dir.stale_anchors,
+        gpus=shares,
+        graph_batch_sizes=graph_batch_sizes(view, shares),
+    )
+    keeper = RunDirKeeper(run_dir)
+    if metrics_folder is not None:
+        keeper.note_outside([metrics_folder])
+    keeper.start()
+    processes = ServerProcesses(plan, zygote, reserve, keeper)
+    log.info("anchortp: %s", processes.kv_capacity(ownership))
+    coordinator = Coordinator(processes, ownership, _policy(options))
+    if view.enable_trace:
+        coordinator.recoveries.on_finished.append(tracing.export)
+    install_coordinator(coordinator)
+    return Runtime(coordinator, keeper, port)
+
+
+def _view(server_args: Any) -> Any:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return resolving_view(server_args)
+
+
+def _refuse(view: Any, options: AnchorOptions) -> None:
+    refusals = check_server_args(view, experimental_cuda=options.experimental_cuda)
+    if refusals:
+        raise UnsupportedError(refusals)
+
+
+def _check_ep_size(view: Any) -> None:
+    if view.ep_size not in (None, 1, view.tp_size):
+        raise ValueError(
+            f"--ep-size {view.ep_size} with --tp-size {view.tp_size} is not supported: experts are dealt to all "
+            "devices (the same size) or cut over all of them (leave --ep-size out)"
+        )
+
+
+def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Ownership:
+    spread = spread_hot_experts(model, ownership, counts)
+    log.info(
+        "anchortp: by %s the busiest device has %.2f times the mean load of experts; in order it would have %.2f",
+        FLAG,
+        imbalance(spread, counts),
+        imbalance(ownership, counts),
+    )
+    return spread
+
+
+def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:
+    """Fail closed: every element of every shard comes from exactly one place, every tensor is used."""
+    validate(model, ownership)
+    layouts = [shard_layout(model, ownership, rank) for rank in range(ownership.tp_size)]
+    for layout in layouts:
+        check_coverage(layout)
+    with Checkpoint(checkpoint) as opened:
+        shapes = opened.shapes()
+    unused = check_sources(model, layouts, shapes.keys(), shapes)
+    if unused:
+        log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
+
+
+def _tell(shares: Sequence[GpuShare]) -> None:
+    log.warning("anchortp: --device cuda has never run on a GPU before this; see docs/cuda.md")
+    for device, gpu in enumerate(shares):
+        log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
+    if any(gpu.sharing == "ipc" for gpu in shares):
+        log.warning("anchortp: the driver exports no memory here, so CUDA IPC it is: it dies with a device's anchor")
+
+
+def _identity(
+    checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, kv_dtype: str, gpus: Sequence[GpuShare]
+) -> str:
+    """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
+    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv), kv_dtype, *map(str, gpus)]
+    for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
+        stat = path.stat()
+        parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
+    """The zygote, and another in reserve for its death: idle, and nearly all of its memory is shared."""
+    from anchortp_sglang.hooks import preload
+
+    preload.preload(view)
+    reason = unfit_to_fork()
+    if reason is None:
+        return fork_zygote(), fork_zygote()
+    log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
+    return spawn_zygote(), None
+
+
+def _policy(options: AnchorOptions) -> Policy:
+    return Policy(
+        min_devices=options.min_devices,
+        hang_timeout_s=options.hang_timeout_s,
+        deadline_s=options.recovery_deadline_s,
+        spare_ranks=options.spare_ranks,
+    )
+
+
+def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: dict[str, Any]) -> Any:
+    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations, but for
+    what is ``changed`` for ranks."""
+    from sglang.srt.server_args import ServerArgs
+
+    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots} | changed
+    made: dict[int, Any] = {}
+
+    def record(tp_size: int) -> Any:
+        if tp_size not in made:
+            ep_size = tp_size if (view.ep_size or 1) > 1 else 1
+            made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
+            made[tp_size].resolve_once()
+        return made[tp_size]
+
+    return record

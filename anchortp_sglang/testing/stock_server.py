@@ -1,0 +1,56 @@
+"""``python -m anchortp_sglang.testing.stock_server <flags of sglang.launch_server>``: stock SGLang, to compare with.
+
+No hook of ours is installed. With ``--device cpu``, the default here as for our launcher, SGLang is told what it needs
+on a machine without a GPU; with any other device this is ``python -m sglang.launch_server`` and nothing else. With
+``--absorb-latents`` DeepSeek's latent attention is registered for the CPU too (platforms/cpu/latent_attention.py):
+without it stock serves no such model here.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+from anchortp_sglang.platforms.cpu import sgl_kernel_stub
+from anchortp_sglang.platforms.cpu.environment import cpu_defaults
+from anchortp_sglang.startup.device import as_arguments, given_flags, tp_size_of
+
+ABSORB_LATENTS = "--absorb-latents"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serve until stopped."""
+    absorb = ABSORB_LATENTS in argv
+    argv = [argument for argument in argv if argument != ABSORB_LATENTS]
+    given = given_flags(argv)
+    if (given.get("device") or "cpu") == "cpu":
+        argv = [*argv, *_prepare_cpu(given)]
+    if absorb:
+        from anchortp_sglang.platforms.cpu import latent_attention
+
+        latent_attention.register()
+    sys.argv = [sys.argv[0], *argv]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+def _prepare_cpu(given: dict[str, str]) -> list[str]:
+    """Set the environment and install the stand-in for sgl_kernel; the arguments to add."""
+    defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
+    os.environ.update(defaults.env)
+    sgl_kernel_stub.install()
+    _fork_children()
+    return as_arguments(defaults.flags)
+
+
+def _fork_children() -> None:
+    """SGLang's processes inherit the stand-in, and need not import SGLang again.
+
+    Engine's _set_envs_and_config (sglang.srt.entrypoints.engine) would set the method back to spawn.
+    """
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda *args, **kwargs: None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
