@@ -53,7 +53,7 @@ def _info(distribution):
 
 
 def test_the_installed_package_finds_its_manifest(installed):
-    code = "from anchortp_sglang import manifest; print(manifest.manifest_path(), manifest.installed_drift())"
+    code = "from anchortp_sglang.hooks import manifest; print(manifest.manifest_path(), manifest.installed_drift())"
     assert run([sys.executable, "-c", code], installed).split() == [
         str(installed / "anchortp_sglang" / "_patches" / "sglang-0.5.23.toml"),
         "[]",
