@@ -1,9 +1,12 @@
 """What a server holds when it is quiet, before a storm and after it: descriptors, threads, memory, processes, files."""
 
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -15,7 +18,9 @@ _POLL_S = 0.5
 
 # What may be more: pools grow to their size with use, the first recovery imports and opens what it needs.
 _FEW = {"descriptors of main": 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
-_ALLOWED = _FEW | {"memory of all (MiB)": 256, "files in the run directory": 3}  # series of the dead are summed there
+_ALLOWED = _FEW | {"memory of all (MiB)": 256}
+_SUMS_OF_THE_DEAD = "_0.db"
+"""How the files end, one of each kind of series, in which http/dead_series.py adds up what dead ranks have counted."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,10 @@ class Holdings:
     def leaked(self, after: "Holdings") -> list[str]:
         """What ``after`` has more of than it may; roles that it has not filled as it should."""
         found = []
-        for name, before in self.figures.items():
-            more = after.figures[name] - before
-            if more > _ALLOWED.get(name, 0):
-                found.append(f"{name}: {before} before, {after.figures[name]} after")
+        for name, there in after.figures.items():
+            before = self.figures.get(name, 0)
+            if there - before > _ALLOWED.get(name, 0):
+                found.append(f"{name}: {before} before, {there} after")
         for role, (there, wanted) in after.roles.items():
             if there != wanted:
                 found.append(f"processes ({role}): {there} instead of {wanted}")
@@ -50,11 +55,20 @@ def holdings(tree: Tree) -> Holdings:
         "memory of all (MiB)": total_bytes([process.pid for process in processes]) >> 20,
         "zombies": sum(_is_zombie(process) for process in processes),
         "files in /dev/shm": len(os.listdir("/dev/shm")),
-        "files in the run directory": sum(1 for path in tree.folder.rglob("*") if path.suffix != ".log"),
     }
+    figures |= {f"files {kind}": count for kind, count in kinds_of_files(tree.folder).items()}
     width = tree.server.status()["tp_size"]
     wanted = {"rank": width, "anchor": width, "spare": width}
     return Holdings(figures, {role: (len(pids), wanted.get(role, 1)) for role, pids in tree.roles().items()})
+
+
+def kinds_of_files(folder: Path) -> Mapping[str, int]:
+    """Count the files below ``folder`` by their names with all numbers (of processes, generations) left out.
+
+    Not the log, nor the sums of dead ranks' series.
+    """
+    names = [path.name for path in folder.rglob("*") if path.suffix != ".log"]
+    return Counter(re.sub(r"\d+", "#", name) for name in names if not name.endswith(_SUMS_OF_THE_DEAD))
 
 
 def settled(tree: Tree, before: Holdings | None = None, timeout_s: float = _SETTLE_S) -> Holdings:

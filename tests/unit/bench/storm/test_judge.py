@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from anchortp_sglang.bench.storm import log as storm_log
 from anchortp_sglang.bench.storm.faults import Struck
 from anchortp_sglang.bench.storm.judge import RIGHT, Answer, Verdict, judge
-from anchortp_sglang.bench.storm.leaks import Holdings
+from anchortp_sglang.bench.storm.leaks import Holdings, kinds_of_files
 from anchortp_sglang.bench.storm.requests import Ask, asks
 from anchortp_sglang.bench.storm.run import Report
 from anchortp_sglang.bench.storm.schedule import KINDS, TARGETS, Blow, bursts, chosen
@@ -216,11 +216,19 @@ BEFORE = Holdings(FIGURES, {"rank": (4, 4), "spare": (4, 4), "detokenizer": (1, 
         ({"memory of main (MiB)": 900}, "memory of main"),
         ({"zombies": 1}, "zombies"),
         ({"files in /dev/shm": 4}, "files in /dev/shm"),
+        ({"files anchor-#.sock": 1}, "files anchor-#.sock: 0 before, 1 after"),
     ],
 )
 def test_a_leak_is_noticed(more, said):
     (told,) = BEFORE.leaked(Holdings(FIGURES | more, BEFORE.roles))
     assert said in told
+
+
+def test_files_are_counted_by_kind_whichever_process_they_are_of(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("anchor-0.sock", "run/anchor-11.sock", "gauge_mostrecent_71.db", "counter_0.db", "server.log"):
+        (tmp_path / name).touch()
+    assert kinds_of_files(tmp_path) == {"run": 1, "anchor-#.sock": 2, "gauge_mostrecent_#.db": 1}
 
 
 @pytest.mark.parametrize(("role", "filled"), [("spare", (0, 4)), ("detokenizer", (2, 1))])
