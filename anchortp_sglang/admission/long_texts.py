@@ -2,7 +2,8 @@
 
 SGLang tokenizes the text of /generate and /v1/completions on the loop (TokenizerManager._tokenize_texts): 20 MB take
 about 20 s, in which no probe is answered, no token is delivered and no recovery begins. Chats it tokenizes in a thread
-already (serving_base.handle_request), as the tokenizer leaves Python's lock alone.
+already (serving_base.handle_request), as the tokenizer leaves Python's lock alone. /tokenize and /detokenize take texts
+of any length, and work on the loop as well.
 """
 
 import asyncio
@@ -31,6 +32,11 @@ def _chars(texts: Any) -> int:
 async def run_in_thread(function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
     """What a coroutine function that awaits nothing returns, or raises, without keeping the event loop."""
     return await asyncio.get_running_loop().run_in_executor(_threads, _run, function, args)
+
+
+async def around_tokenize_request(original: Callable[..., Any], serving: Any, *requests: Any) -> Any:
+    """AROUND OpenAIServingTokenize and OpenAIServingDetokenize._handle_non_streaming_request: in a thread."""
+    return await run_in_thread(original, serving, *requests)
 
 
 def _run(function: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from anchortp_sglang.admission import hooks as admission
+from anchortp_sglang.admission import long_texts
 from anchortp_sglang.hooks import install, manifest, preload
 from anchortp_sglang.hooks.install import Hook
 from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows, short_extends
@@ -233,6 +234,15 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         main.around_tokenize_texts,
         "a long text would keep main from recoveries, probes and streams for seconds",
+    ),
+    *(
+        Hook(
+            f"{_SRT}entrypoints.openai.serving_tokenize.{serving}._handle_non_streaming_request",
+            "around",
+            long_texts.around_tokenize_request,
+            "the same of /tokenize and /detokenize",
+        )
+        for serving in ("OpenAIServingTokenize", "OpenAIServingDetokenize")
     ),
     Hook(
         _TM_CLASS + "_dispatch_to_scheduler",

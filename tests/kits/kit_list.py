@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 MODE = os.environ.get("ANCHORTP_KITS", "quick")
-"""quick, all, or stock: all on stock SGLang, and what is left out because stock fails it as well."""
+"""quick, all, or stock: all of them on stock SGLang."""
 STOCK = MODE == "stock"
 
 QUICK = [
