@@ -14,7 +14,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from anchortp_sglang.recovery.requests.isolation import Evidence, Isolation
@@ -238,7 +238,7 @@ class World:
 
         def report() -> None:
             if self.state.attempt == attempt and (event := work()) is not None:
-                self._advance(Event(event.kind, event.reason, attempt, event.failure))
+                self._advance(replace(event, attempt=attempt))
 
         return report
 
