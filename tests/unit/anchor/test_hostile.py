@@ -248,8 +248,7 @@ class TestHandles:
                 time.sleep(0.02)
         adopt = m.AdoptHandle(run_id=rig.run.run_id, generation=0, name="new", nbytes=8, sealed=False)
         assert isinstance(send_frame(rig, m.encode(adopt)), m.Refused)
-        assert dropped(rig, "bad_handle") == 1
-        assert dropped(rig, "too_many_handles") == 2
+        assert eventually(lambda: (dropped(rig, "bad_handle"), dropped(rig, "too_many_handles")) == (1, 2))
         assert eventually(lambda: anchor.num_fds() == before)
         os.close(reader)
         os.close(writer)
