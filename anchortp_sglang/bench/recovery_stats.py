@@ -39,7 +39,7 @@ class Stream:
         return self.arrivals[-1][0] if self.arrivals else self.sent_s
 
     def waits(self, moment: float, fault_s: float) -> bool:
-        """Return whether its user waits for a token at ``moment``. After a fault that broke the stream the user does."""
+        """Return whether its user waits for a token at ``moment``; if the fault broke it, also after its end."""
         broke = self.error is not None and self.ended_s >= fault_s
         return self.sent_s <= moment and (broke or moment < self.last_s)
 

@@ -37,7 +37,7 @@ class Asked:
 
 
 class Clients:
-    """``count`` clients and one that polls ``polled`` while the block runs; on leaving it they finish their requests."""
+    """``count`` clients and one that polls ``polled``, for the length of the block; its end waits for open requests."""
 
     def __init__(
         self, url: str, asks: Sequence[Ask], seed: int, count: int, polled: Sequence[str], timeout_s: float
