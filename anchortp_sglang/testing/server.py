@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -174,11 +173,3 @@ class Server:
         if not self.log.exists():
             return ""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def run_streams(server: Server, requests: Sequence[dict[str, Any]]) -> "list[Any]":
-    """Convenience of streams.Streams: open, wait, return the histories."""
-    from anchortp_sglang.testing.streams import Streams
-
-    with Streams(server.url, requests) as streams:
-        return streams.wait()

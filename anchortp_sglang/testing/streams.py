@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -40,7 +40,6 @@ class History:
         """Return the longest gap between two messages; 0 with fewer than two."""
         times = [at for at, _ in self.arrivals]
         return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
-
 
     def take(self, message: dict[str, Any]) -> None:
         if "error" in message:
@@ -90,6 +89,17 @@ class Streams:
             time.sleep(0.005)
 
 
+def events(reply: http.client.HTTPResponse) -> Generator[dict[str, Any], None, bool]:
+    """Yield the JSON objects of a stream of server-sent events; return whether ``[DONE]`` came."""
+    done = False
+    for line in reply:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+        elif line.startswith(b"data: [DONE]"):
+            done = True
+    return done
+
+
 def follow(address: str, history: History) -> None:
     """Send ``history.request`` to ``address`` (host:port) as a stream and record what comes."""
     connection = http.client.HTTPConnection(address, timeout=_READ_TIMEOUT_S)
@@ -101,9 +111,8 @@ def follow(address: str, history: History) -> None:
         if answer.status != 200:
             history.error = f"{answer.status} {answer.read().decode(errors='replace')}"
             return
-        for line in answer:
-            if line.startswith(b"data: {"):
-                history.take(json.loads(line[6:]))
+        for message in events(answer):
+            history.take(message)
         if history.error is None and history.finish_reason is None:  # http.client raises nothing
             history.error = "the connection ended before the answer did"
         elif history.error is None and history.finish_reason["type"] == "abort":

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from anchortp_sglang.bench.storm.judge import Answer
 from anchortp_sglang.bench.storm.requests import Ask
+from anchortp_sglang.testing.streams import events
 
 _REFERENCE_CLIENTS = 16
 _POLL_S = 0.3
@@ -143,12 +144,8 @@ def _messages(reply: http.client.HTTPResponse, streams: bool, answer: Answer) ->
         for number, message in enumerate(told if isinstance(told, list) else [told]):
             yield message | {"index": number}
         answer.ended = True
-        return
-    for line in reply:
-        if line.startswith(b"data: {"):
-            yield json.loads(line[6:])
-        elif line.startswith(b"data: [DONE]"):
-            answer.ended = True
+    else:
+        answer.ended = yield from events(reply)
 
 
 def call(url: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> tuple[int, str]:
