@@ -20,7 +20,7 @@ from anchortp_sglang.startup import start  # noqa: E402
 
 
 class Engine(_StockEngine):
-    """``sglang.Engine`` with ``anchor_*`` keyword arguments (AnchorOptions) beside SGLang's own.
+    """An ``sglang.Engine`` with ``anchor_*`` keyword arguments (AnchorOptions) beside SGLang's own.
 
     Raises ValueError for unsupported arguments. A process can have one, as hooks and coordinator are the process's.
     """

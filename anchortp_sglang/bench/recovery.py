@@ -31,7 +31,7 @@ _DEVICES = (1, 2, 0, 3)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. ``seeds``: repetitions of each fault, with different arrivals and moments.
+    """The measurement to make. ``seeds``: repetitions of each fault, with different arrivals and moments.
 
     The fault comes ``before_s`` after the first arrival, give or take a fifth, as soon as a client is being served;
     arrivals go on for ``after_s`` after the first token that follows it.
@@ -68,7 +68,7 @@ class SideResult:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the clients of one run saw, before their answers are judged."""
+    """The clients' histories of one run, before their answers are judged."""
 
     began_s: float
     fault_s: float

@@ -91,7 +91,7 @@ class Ours:
 
 
 class Stock:
-    """``sglang.launch_server`` as released, started again as soon as its main process has ended.
+    """A released ``sglang.launch_server``, started again as soon as its main process has ended.
 
     Faults end in the death of the main process, by SGLang's own watchdog. The supervisor kills a hung server after the
     time in which ours detects a hang. A lost device is back at once, as stock could serve most models at no other

@@ -2,7 +2,7 @@
 
 prometheus_client's multiprocess mode reads ``counter_PID.db``, ``histogram_PID.db`` and ``gauge_MODE_PID.db`` of all
 processes, dead ones included. Its mark_process_dead removes only gauges of the modes "live…". SGLang's have the mode
-"mostrecent" and a label tp_rank, so those of former ranks would stay for ever.
+"mostrecent" and a label tp_rank, so those of former ranks would never go away.
 """
 
 import os

@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 class Server:
-    """``python -m MODULE --model-path … --port …``, stopped (SIGTERM, then SIGKILL) at the end of the block.
+    """A process of ``python -m MODULE --model-path …``, stopped (SIGTERM, then SIGKILL) at the end of the block.
 
     ``module``: anchortp_sglang.launch_server, or sglang.launch_server for comparison.
     """

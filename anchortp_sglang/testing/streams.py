@@ -17,7 +17,7 @@ _READ_TIMEOUT_S = 300.0
 
 @dataclass
 class History:
-    """What one client saw. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens.
+    """One client's history. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens.
 
     ``sent_at``, ``ended_at``: time.monotonic() before the request was sent and at the end of its answer.
     """

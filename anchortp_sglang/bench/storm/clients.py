@@ -38,7 +38,10 @@ class Asked:
 
 
 class Clients:
-    """``count`` clients and one that polls ``polled``, for the length of the block; its end waits for open requests."""
+    """A storm's ``count`` clients, and one that polls the routes ``polled``, while the block runs.
+
+    Leaving the block waits for open requests.
+    """
 
     def __init__(
         self, url: str, asks: Sequence[Ask], seed: int, count: int, polled: Sequence[str], timeout_s: float

@@ -23,7 +23,7 @@ _KEPT_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 @dataclass
 class Answer:
-    """What a client received. ``choices``: by number, each with the fields that must not depend on faults.
+    """A client's answer. ``choices``: by number, each with the fields that must not depend on faults.
 
     ``code``: the HTTP status, or 0. ``ended``: the answer is complete. ``error``: what went wrong.
     """

@@ -25,7 +25,7 @@ _SUMS_OF_THE_DEAD = "_0.db"
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a server holds. ``figures``: by name. ``roles``: (number of processes, the number there should be)."""
+    """A server's holdings. ``figures``: by name. ``roles``: (number of processes, the number there should be)."""
 
     figures: Mapping[str, int]
     roles: Mapping[str, tuple[int, int]]

@@ -11,7 +11,7 @@ from anchortp_sglang.bench.storm.schedule import Burst, bursts, chosen
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that a storm's choices depend on. ``requests``: the kinds of requests, all if empty."""
+    """A storm's schedule, on which all its choices depend. ``requests``: the kinds of requests, all if empty."""
 
     seed: int
     tp_size: int

@@ -40,13 +40,13 @@ _REFUSAL_TIMEOUT_S = 15.0
 _CALM_TIMEOUT_S = 60.0
 _MIN_WIDTH = 2
 _SAMPLED = 4
-"""Before its storm, a later server is asked every n-th request."""
+"""A later server is asked only every fourth request before its storm."""
 _LOOKED_AT = ("/anchortp/status", "/health", "/metrics", "/server_info", "/v1/models")
 
 
 @dataclass
 class Report:
-    """All that happened. ``asked``: (request, its verdict). ``tfs_s``: one for each recovery."""
+    """A storm's report. ``asked``: (request, its verdict). ``tfs_s``: one for each recovery."""
 
     servers: int = 0
     struck: list[Struck] = field(default_factory=list)
