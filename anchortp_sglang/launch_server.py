@@ -1,4 +1,4 @@
-"""``python -m anchortp_sglang.launch_server``: SGLang's server, which survives the loss of ranks and devices."""
+"""``python -m anchortp_sglang.launch_server``: an SGLang server that survives the loss of ranks and devices."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ log = logging.getLogger("anchortp_sglang")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve until stopped. Refuses with a message on stderr and exit code 2."""
+    """Serve until stopped. A refused start ends with a message on stderr and exit code 2."""
     ending.end_at_once_on_signals()
     try:
         options, rest = split_argv(argv)
@@ -94,14 +94,14 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
 
 
 def _end_start(runtime: Any, reason: str) -> None:
-    """End a server whose ranks cannot serve its own first request; stock's end at their first error."""
+    """End a server whose ranks fail on its own first request, as stock SGLang does."""
     print(f"anchortp: the server did not start: {reason}", file=sys.stderr, flush=True)
     runtime.close()
     os._exit(1)
 
 
 def _metrics(server_args: Any, runtime: Any) -> Any:
-    """Our series, if SGLang serves /metrics."""
+    """Make our series, if SGLang serves /metrics."""
     if not server_args.enable_metrics:
         return None
     from anchortp_sglang.http.metrics import Metrics

@@ -1,4 +1,4 @@
-"""Starting anchors, and finding those that run."""
+"""Starts anchors and finds running ones."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class AnchorStartError(Exception):
 
 @dataclass(frozen=True)
 class AnchorProcess:
-    """A running anchor. ``pidfd`` becomes readable when it ends; whoever asked for this closes it."""
+    """A running anchor. ``pidfd`` becomes readable when it ends; the receiver closes it."""
 
     device: int
     pid: int
@@ -69,12 +69,12 @@ def start_anchor(
     generation: int = 0,
     gpu: GpuShare | None = None,
 ) -> AnchorProcess:
-    """Start the anchor of ``device`` (-1: the host) outside our own process tree; wait until it answers.
+    """Start the anchor of ``device`` (-1: the host) outside our process tree, and wait until it answers.
 
-    It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` died. ``identity``
-    names the model and ownership that its memory is for. ``generation``: what it is fenced at from its first
-    moment, for one that replaces a dead anchor. ``gpu``: whose memory it owns, None for the host's.
-    ``AnchorStartError`` if it is not ready within ``timeout_s``, or if the device has an anchor here already.
+    It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` has died. ``identity`` names the
+    model and ownership that its memory is for. ``generation``: the one at which it is fenced from the start, if it
+    replaces a dead anchor. ``gpu``: the GPU whose memory it owns; None for host memory. Raises ``AnchorStartError`` if
+    it is not ready within ``timeout_s``, or if the device already has an anchor here.
     """
     files = AnchorFiles(str(run_dir), device)
     options = {
@@ -93,7 +93,7 @@ def start_anchor(
     if rival := find_anchor(run_dir, device):
         os.close(rival.pidfd)
         raise AnchorStartError(f"the {name} runs in {run_dir} already: process {rival.pid}")
-    make_private(run_dir)  # somebody may have removed it
+    make_private(run_dir)  # it may have been removed
     failure = _spawn(arguments, files, time.monotonic() + timeout_s)
     anchor = find_anchor(run_dir, device)
     if failure or anchor is None:
@@ -104,7 +104,7 @@ def start_anchor(
 
 
 def find_anchor(run_dir: Path, device: int) -> AnchorProcess | None:
-    """The running anchor of ``device`` in ``run_dir``, if there is one."""
+    """Return the running anchor of ``device`` in ``run_dir``, or None."""
     record = AnchorRecord.read(AnchorFiles(str(run_dir), device).record)
     if record is None:
         return None
@@ -119,7 +119,7 @@ def find_anchor(run_dir: Path, device: int) -> AnchorProcess | None:
 
 
 def _spawn(arguments: list[str], files: AnchorFiles, deadline: float) -> str | None:
-    """Why it failed, or None."""
+    """Spawn an anchor; return why it failed, or None."""
     ready, signal_ready = os.pipe()
     try:
         try:

@@ -1,7 +1,7 @@
 """The anchor process: ``python -m anchortp_sglang.anchor.server``.
 
-Started by ``launch.start_anchor``. Whatever comes in, it goes on: it ends by SIGTERM, a ``Shutdown``, or
-when its controller is dead and nobody attached in time, and then removes its files.
+``launch.start_anchor`` starts it. No input makes it fail: it ends by SIGTERM, by a ``Shutdown``, or if its controller
+is dead and no other attaches in time. It then removes its files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOG_TIMEOUT_S = 1.0  # an anchor that is just ending may still hold the device'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Become an anchor in the background; returns in the background process when the anchor ends."""
+    """Become an anchor in a background process. Returns in that process when the anchor ends."""
     options = _parse(argv)
     files = AnchorFiles(os.path.abspath(options.run_dir), options.device)
     state = AnchorState(
