@@ -1,8 +1,10 @@
-"""What a rank is attached to: its share of the model and the anchors' memory that holds it.
+"""Attaches a rank to its share of the model and to the anchors' memory that holds it.
 
-One rank process is one attachment. Hooks ask ``current()``; without an attachment (main, the detokenizer, the
-zygote) they leave SGLang as it is.
+One rank process is one attachment, and what such a process has only once is held by it. Hooks ask ``current()``;
+without an attachment (main, the detokenizer, the zygote) they leave SGLang as it is.
 """
+
+from __future__ import annotations
 
 import mmap
 import os
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +25,13 @@ from anchortp_sglang.planning.layout.shards import ShardLayout, shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.rank.device_memory import byte_tensor
+from anchortp_sglang.rank.heartbeat import Counters
+
+if TYPE_CHECKING:  # what hangs on an attachment knows it, and not the other way round
+    from anchortp_sglang.platforms.cpu.groups import Groups
+    from anchortp_sglang.platforms.cpu.hooks import SharedMemoryCollectives
+    from anchortp_sglang.rank.kv.prefixes import Prefixes
+    from anchortp_sglang.rank.weights.loader import Filler
 
 HOST_DEVICE = -1
 
@@ -93,7 +103,15 @@ def control_segment(generation: int) -> str:
 
 
 class Attachment:
-    """A rank's open segments. Mappings live as long as the process."""
+    """A rank's open segments, and what else it has only once. Mappings live as long as the process.
+
+    ``rank/main.py`` sets ``counters``, ``filler`` and ``prefixes``, in this order, before SGLang's scheduler is made.
+    """
+
+    counters: Counters
+    filler: Filler
+    """Fills this rank's weights."""
+    prefixes: Prefixes
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
@@ -103,6 +121,14 @@ class Attachment:
         self.fds: dict[tuple[int, str], tuple[int, int]] = {}
         """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
         self._kv_memory: mmap.mmap | None = None
+        self.collectives: SharedMemoryCollectives | None = None
+        """Takes gloo's place on the CPU; None where it stays."""
+        self.groups: Groups | None = None
+        """The process groups that SGLang's coordinators share on the CPU."""
+        self.built_config: Any = None
+        """The ModelConfig of the model that is being built; None before and after."""
+        self.serving = False
+        """Whether all ranks of the generation are ready, so that requests are taken; only rank 0 is told."""
 
     def kv_memory(self) -> mmap.mmap:
         """This rank's KV segment in host memory, writable; mapped once."""
@@ -207,6 +233,7 @@ _current: Attachment | None = None
 
 
 def attach(assignment: Assignment) -> Attachment:
+    """Attach this process, once and for good. Raises RuntimeError if it is attached."""
     global _current
     if _current is not None:
         raise RuntimeError("this process is already attached: a new generation needs new processes")
@@ -215,4 +242,5 @@ def attach(assignment: Assignment) -> Attachment:
 
 
 def current() -> Attachment | None:
+    """Return this process's attachment; None if it is no rank."""
     return _current

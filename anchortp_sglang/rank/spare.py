@@ -19,9 +19,6 @@ log = logging.getLogger(__name__)
 STORE_HOST = "127.0.0.1"
 ARE_YOU_THERE = "are you there"
 
-_joined_port: int | None = None
-"""Port of the store where this process has met its group, if it was a spare."""
-
 
 @dataclass(frozen=True)
 class SpareSpec:
@@ -50,12 +47,11 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
 
 def _join(spec: SpareSpec) -> None:
     """The group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
-    global _joined_port
     _stay_on_loopback()
     timeout: dict[str, Any] = {} if spec.timeout_s is None else {"timeout": timedelta(seconds=spec.timeout_s)}
     store = dist.TCPStore(STORE_HOST, spec.store_port, is_master=False, wait_for_workers=False, **timeout)
     dist.init_process_group("gloo", store=store, rank=spec.rank, world_size=spec.world_size, **timeout)
-    _joined_port = spec.store_port
+    _name_store(spec.store_port)
 
 
 def rendezvous(store_port: int) -> None:
@@ -63,12 +59,17 @@ def rendezvous(store_port: int) -> None:
 
     A spare that has met them there stays in that group, and SGLang makes no other; it leaves any other.
     """
-    if dist.is_initialized() and _joined_port != store_port:
+    if dist.is_initialized() and os.environ.get("MASTER_PORT") != str(store_port):
         dist.destroy_process_group()
     _stay_on_loopback()
+    _name_store(store_port)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(store_port)
     os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{STORE_HOST}:{store_port}"
+
+
+def _name_store(store_port: int) -> None:
+    """Say in torch's variables where this process meets its group, or has met it."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(store_port)
 
 
 def _stay_on_loopback() -> None:

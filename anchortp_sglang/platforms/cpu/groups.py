@@ -40,18 +40,14 @@ class Groups:
         return self._alone
 
 
-_groups: Groups | None = None
-
-
 def around_group_coordinator_init(original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND GroupCoordinator.__init__, which calls torch.distributed.new_group by that name."""
-    global _groups
     attachment = current()
     if attachment is None or attachment.assignment.gpu:
         return original(coordinator, *args, **kwargs)
     stock = dist.new_group
-    _groups = _groups or Groups(stock)
-    dist.new_group = _groups
+    attachment.groups = attachment.groups or Groups(stock)
+    dist.new_group = attachment.groups
     try:
         original(coordinator, *args, **kwargs)
     finally:

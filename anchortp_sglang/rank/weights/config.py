@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from anchortp_sglang.rank.attachment import Assignment, current
+from anchortp_sglang.rank.attachment import Assignment, Attachment, current
 
 _DONE = "_anchortp_scaled"
 
@@ -90,26 +90,22 @@ def _show(model_config: Any, sizes: dict[str, int]) -> None:
                 setattr(config, name, size)
 
 
-_built: Any = None
-"""The ModelConfig of the model that is being built."""
-
-
 @contextmanager
-def building(model_config: Any) -> Iterator[None]:
+def building(attachment: Attachment, model_config: Any) -> Iterator[None]:
     """While this lasts, a layer that is made (``around_make_layers``) finds its own sizes in this config."""
-    global _built
-    _built = model_config
+    attachment.built_config = model_config
     try:
         yield
     finally:
-        _built = None
+        attachment.built_config = None
 
 
 def around_make_layers(
     original: Callable[..., Any], num_hidden_layers: int, layer_fn: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND utils.common.make_layers, which builds the decoder layers of a model one after the other."""
-    attachment, model_config = current(), _built
+    attachment = current()
+    model_config = None if attachment is None else attachment.built_config
     if attachment is None or model_config is None or not attachment.assignment.ownership.layers:
         return original(num_hidden_layers, layer_fn, *args, **kwargs)
     at = attachment.assignment

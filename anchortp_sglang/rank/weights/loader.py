@@ -158,15 +158,11 @@ def _copies(
         yield target.flat[start:stop], source.flat[start - into[0] + of[0] : stop - into[0] + of[0]]
 
 
-_filler: Filler | None = None
-
-
 def start_filling(attachment: Attachment) -> Filler:
     """Start moving bytes at once; the loader below waits for them."""
-    global _filler
-    _filler = Filler(attachment)
-    _filler.start()
-    return _filler
+    filler = Filler(attachment)
+    filler.start()
+    return filler
 
 
 class AnchorModelLoader(BaseModelLoader):
@@ -176,13 +172,14 @@ class AnchorModelLoader(BaseModelLoader):
         """The launcher has checked the checkpoint already."""
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
-        attachment, filler = current(), _filler
-        assert attachment is not None and filler is not None
+        attachment = current()
+        assert attachment is not None
+        filler = attachment.filler
         filler.waited_from = time.monotonic()
         # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
         skeleton = Skeleton() if attachment.assignment.gpu else nullcontext()
         device = torch.device(device_config.device)
-        with set_default_torch_dtype(model_config.dtype), device, building(model_config), skeleton:
+        with set_default_torch_dtype(model_config.dtype), device, building(attachment, model_config), skeleton:
             quantization = _get_quantization_config(model_config, self.load_config)
             model = _initialize_model(model_config, self.load_config, quantization)
         addresses = bind(model, attachment)

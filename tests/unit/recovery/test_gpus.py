@@ -132,15 +132,11 @@ class TestGraphCapture:
 
 def test_a_rank_beats_while_it_captures_but_not_for_ever() -> None:
     memory = mmap.mmap(-1, heartbeat.BYTES)
-    heartbeat.open_counters(memory, 3)
-    try:
-        with heartbeat.beating(limit_s=0.05, every_s=0.01):
-            time.sleep(0.3)
-        assert 3 <= heartbeat.read_beats(memory, 4)[3] <= 5
-        heartbeat.note_graphs()
-        assert not heartbeat.read_graphs(memory)  # rank 0's to say
-        heartbeat.open_counters(memory, 0)
-        heartbeat.note_graphs()
-        assert heartbeat.read_graphs(memory) and heartbeat.read_tokens(memory) == (0, 0)
-    finally:
-        heartbeat._counters = None
+    first, other = heartbeat.Counters(memory, 0), heartbeat.Counters(memory, 3)
+    with other.beating(limit_s=0.05, every_s=0.01):
+        time.sleep(0.3)
+    assert 3 <= heartbeat.read_beats(memory, 4)[3] <= 5
+    other.note_graphs()
+    assert not heartbeat.read_graphs(memory), "it is rank 0's to say"
+    first.note_graphs()
+    assert heartbeat.read_graphs(memory) and heartbeat.read_tokens(memory) == (0, 0)
