@@ -1,4 +1,4 @@
-"""Who comes next after a fault: the verdict on each device, the next ownership, and its generation."""
+"""Finds what comes next after a fault: the verdict on each device, the next ownership, and its generation."""
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +16,6 @@ from anchortp_sglang.planning.placement.expert_load import spread_hot_experts
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
 from anchortp_sglang.rank.attachment import HOST_DEVICE
 from anchortp_sglang.recovery import state_machine
-from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
@@ -56,13 +55,11 @@ class NextGeneration:
         start_log.step("anchors hold their memory")
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid)
 
-    def judge(
-        self, generation: Generation, detection: Detection, gpu_errors: Mapping[int, str], reason: str
-    ) -> state_machine.Verdict:
-        """What has failed. ``generation``: whose ranks ``detection`` watched."""
+    def judge(self, generation: Generation, gpu_errors: Mapping[int, str], reason: str) -> state_machine.Verdict:
+        """Judge what of a generation has failed, once its ranks are dead."""
         assert self.held is not None
         serving = generation.ownership.devices
-        died, hung = ({serving[rank] for rank in ranks} for ranks in (detection.died, detection.hung))
+        died, hung = ({serving[rank] for rank in ranks} for ranks in (generation.died, generation.hung))
         evidence = [
             state_machine.DeviceEvidence(
                 device=device,

@@ -1,19 +1,12 @@
-"""Detection: dead processes by pidfd, hung ranks by their counters."""
-
-from __future__ import annotations
+"""Watches processes for their death, by pidfd, and ranks for a hang, by their counters."""
 
 import asyncio
-import mmap
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
-from anchortp_sglang.rank import heartbeat
+from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.pidfd import Usage, process_state, usage
-
-if TYPE_CHECKING:
-    from anchortp_sglang.recovery.processes.generation import Generation
 
 _HANG_POLL_S = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -112,17 +105,15 @@ class HangWatch:
         self._seen = None
 
 
-async def watch_for_hang(
-    watch: HangWatch, current: Callable[[], Generation | None], control: Mapping[int, mmap.mmap]
-) -> Generation:
-    """Return the generation that hangs. ``current``: the one that serves, or None; ``control``: by generation."""
+async def watch_for_hang(watch: HangWatch, serving: Callable[[], Generation | None]) -> Generation:
+    """Return the generation that hangs. ``serving``: the one that serves, or None."""
     while True:
         await asyncio.sleep(watch.poll_s)
-        generation = current()
-        if generation is None or generation.number not in control:
+        generation = serving()
+        beats = None if generation is None else generation.beats()
+        if generation is None or beats is None:
             watch.reset()
             continue
-        beats = heartbeat.read_beats(control[generation.number], generation.ownership.tp_size)
         seen = {child.pid: usage(child.pid) for child in generation.ranks}
         now = watch.time.advance(time.monotonic(), {pid: used for pid, used in seen.items() if used is not None})
         if watch.hung(generation.number, beats, now):

@@ -33,7 +33,7 @@ class RecoveryProgress:
         self._throughput = Throughput()
 
     def begin(self) -> None:
-        """A fault of a server that served; one that nobody has been given a token since is over with it."""
+        """Begin the record of a recovery; ends the previous one if no token was delivered since."""
         self.finish()
         self.recovery = self._recoveries.begin()
 
@@ -54,8 +54,15 @@ class RecoveryProgress:
         if self.recovery is not None:
             self._spawn(self._finish_unless_awaited(self.recovery))
 
+    def give_up(self, reason: str) -> None:
+        """End the recovery under way, if there is one, as one that has failed."""
+        if self.recovery is not None:
+            self.recovery.failed = reason
+            self.recovery.stage("gave_up")
+            self.finish()
+
     def finish(self) -> None:
-        """It is over, if one is under way."""
+        """End the recovery under way, if there is one."""
         recovery, self.recovery = self.recovery, None
         if recovery is not None:
             self._recoveries.finish(recovery)

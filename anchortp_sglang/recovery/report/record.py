@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anchortp_sglang.recovery.state_machine import Cause
+from anchortp_sglang.recovery.state_machine import Cause, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,13 @@ class Recovery:
             "stages": [{"name": name, "at_s": round(at - self.began, 4)} for at, name in stamps],
             "moved_bytes": sum(info["moved_bytes"].values()),
         }
+
+    def take_verdict(self, verdict: Verdict) -> None:
+        """Note what has failed; devices that earlier attempts have lost stay lost."""
+        self.cause, self.device, self.reason = verdict.cause, verdict.device, verdict.reason
+        if self.exception:
+            self.reason += f"; it failed with {self.exception}"
+        self.lost = sorted({*self.lost, *verdict.lost})
 
     def close(self) -> None:
         """Its generation is about to be replaced: what it counted so far is final."""
