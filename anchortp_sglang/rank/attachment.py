@@ -115,9 +115,8 @@ class Attachment:
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
-        at = assignment
-        self.layout: ShardLayout = shard_layout(at.model, at.ownership, at.rank)
-        self.kv_layout: KVLayout = kv_layout(at.model, at.kv, at.ownership, at.rank)
+        self.layout: ShardLayout = shard_layout(assignment.model, assignment.ownership, assignment.rank)
+        self.kv_layout: KVLayout = kv_layout(assignment.model, assignment.kv, assignment.ownership, assignment.rank)
         self.fds: dict[tuple[int, str], tuple[int, int]] = {}
         """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
         self._kv_memory: mmap.mmap | None = None
@@ -165,9 +164,10 @@ class Attachment:
 
     def weights(self) -> torch.Tensor:
         """The bytes of this rank's shard, read-only. Raises like ``map``."""
-        at = self.assignment
-        shard = at.weights.shards[at.rank]
-        return self._shard_tensor(shard, {name: self._keep(at.device, name).fd for name in shard.sizes}, False)[0]
+        assignment = self.assignment
+        shard = assignment.weights.shards[assignment.rank]
+        fds = {name: self._keep(assignment.device, name).fd for name in shard.sizes}
+        return self._shard_tensor(shard, fds, writable=False)[0]
 
     @contextmanager
     def shard_briefly(self, device: int, shard: ShardExtents, writable: bool) -> Iterator[torch.Tensor]:
@@ -218,9 +218,9 @@ class Attachment:
         return grant
 
     def _open(self, device: int, segment: str) -> HandleGrant:
-        at = self.assignment
-        client = AnchorClient(at.run_dir, at.run_id, device, _ANCHOR_TIMEOUT_S)
-        return client.open_handle(at.generation, segment)
+        assignment = self.assignment
+        client = AnchorClient(assignment.run_dir, assignment.run_id, device, _ANCHOR_TIMEOUT_S)
+        return client.open_handle(assignment.generation, segment)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -20,11 +20,11 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
     if attachment is None:
         original(pool)
         return
-    at, layout = attachment.assignment, attachment.kv_layout
-    shape = (at.kv.rows, max(total(group.heads) for group in layout.groups), at.model.head_dim)
+    assignment, layout = attachment.assignment, attachment.kv_layout
+    shape = (assignment.kv.rows, max(total(group.heads) for group in layout.groups), assignment.model.head_dim)
     _check_pool(pool, attachment, MHATokenToKVPool, shape, *pool._kv_buffer_shapes())
     pool.k_buffer, pool.v_buffer = [], []
-    for k, v in _layers(pool, attachment, at.model.head_dim):
+    for k, v in _layers(pool, attachment, assignment.model.head_dim):
         pool.k_buffer.append(k)
         pool.v_buffer.append(v)
 
@@ -35,10 +35,10 @@ def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> Non
     if attachment is None:
         original(pool)
         return
-    at = attachment.assignment
-    shape = (at.kv.rows, 1, at.model.kv_row)
+    assignment = attachment.assignment
+    shape = (assignment.kv.rows, 1, assignment.model.kv_row)
     _check_pool(pool, attachment, MLATokenToKVPool, shape, (pool.size + pool.page_size, 1, pool.kv_cache_dim))
-    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, at.model.kv_row)]
+    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, assignment.model.kv_row)]
 
 
 def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
@@ -57,12 +57,12 @@ def _check_pool(
 ) -> None:
     """Raise RuntimeError unless SGLang's pool is of the planned kind and ``shapes``; one of layers with a sliding
     window apart, for instance, is not."""
-    at = attachment.assignment
+    layers, dtype_bytes = attachment.assignment.model.num_layers, attachment.assignment.kv.dtype_bytes
     found = (type(pool), pool.layer_num, pool.store_dtype.itemsize)
-    if found != (kind, at.model.num_layers, at.kv.dtype_bytes) or any(tuple(one) != planned for one in shapes):
+    if found != (kind, layers, dtype_bytes) or any(tuple(one) != planned for one in shapes):
         raise RuntimeError(
             f"the KV pool is {type(pool).__name__} {shapes} x {pool.layer_num} layers of {pool.store_dtype}; "
-            f"the plan says {kind.__name__} {planned} x {at.model.num_layers} of {at.kv.dtype_bytes} bytes"
+            f"the plan says {kind.__name__} {planned} x {layers} of {dtype_bytes} bytes"
         )
 
 

@@ -157,20 +157,20 @@ def open_prefixes(attachment: Attachment) -> Prefixes:
 
     Raises RestorationFailed, AnchorError.
     """
-    at = attachment.assignment
+    assignment = attachment.assignment
     # On a GPU KV stays where it is, or is dropped: nothing copies it.
-    kv = None if at.gpu else KVSegment(attachment.kv_memory(), attachment.kv_layout)
-    segment = slot_table_segment(at.ownership, at.kv)
-    memory = attachment.map(HOST_DEVICE, segment, writable=at.rank == 0)
+    kv = None if assignment.gpu else KVSegment(attachment.kv_memory(), attachment.kv_layout)
+    segment = slot_table_segment(assignment.ownership, assignment.kv)
+    memory = attachment.map(HOST_DEVICE, segment, writable=assignment.rank == 0)
     mirroring = open_mirroring(attachment, kv, memory) if kv else None
-    prefixes = Prefixes(at.rank, at.kv.rows, attachment.namespace, memory, mirroring)
-    if not at.restore_prefixes:
+    prefixes = Prefixes(assignment.rank, assignment.kv.rows, attachment.namespace, memory, mirroring)
+    if not assignment.restore_prefixes:
         return prefixes
-    assert at.previous is not None
-    old = slot_table_segment(at.previous.ownership, at.previous_kv)
+    assert assignment.previous is not None
+    old = slot_table_segment(assignment.previous.ownership, assignment.previous_kv)
     old_memory = memory if old == segment else attachment.map_briefly(HOST_DEVICE, old)
     try:
-        table = SlotTable.attach(old_memory, at.previous_kv.rows, attachment.namespace)
+        table = SlotTable.attach(old_memory, assignment.previous_kv.rows, attachment.namespace)
     except SlotTableMismatch as error:
         raise RestorationFailed(str(error)) from error
     prefixes.restore(Restoration(attachment, table, kv), table if old == segment else None)

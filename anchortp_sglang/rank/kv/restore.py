@@ -24,9 +24,9 @@ from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, kv_segment,
 
 def mirror_shape(attachment: Attachment) -> MirrorShape:
     """Of the mirror that this server was planned with."""
-    at = attachment.assignment
-    assert at.mirror is not None
-    layout = whole_layout(at.model, at.mirror.rows, at.kv.unit_bytes(at.model))
+    assignment = attachment.assignment
+    assert assignment.mirror is not None
+    layout = whole_layout(assignment.model, assignment.mirror.rows, assignment.kv.unit_bytes(assignment.model))
     return MirrorShape(layout, root_hash(attachment.namespace))
 
 
@@ -62,15 +62,15 @@ class Restoration(threading.Thread):
                     future.set_exception(seen)
 
     def _restore(self) -> None:
-        at = self._attachment.assignment
-        assert at.previous is not None
+        assignment = self._attachment.assignment
+        assert assignment.previous is not None
         entries, mirror, usable = self._table.entries(), None, None
-        held = at.previous.ownership
-        if held != at.ownership and lost_heads(at.model, at.ownership, held):
+        held = assignment.previous.ownership
+        if held != assignment.ownership and lost_heads(assignment.model, assignment.ownership, held):
             mirror = self._mirror()
             usable = restorable_slots(entries, mirror)
-        running = np.frombuffer(at.running, np.uint64)
-        kept = keep(entries, usable, at.kv.rows, at.kv.page_size, running)
+        running = np.frombuffer(assignment.running, np.uint64)
+        kept = keep(entries, usable, assignment.kv.rows, assignment.kv.page_size, running)
         self._kept.set_result(kept)
         self._move(kept, mirror)
 
@@ -83,34 +83,34 @@ class Restoration(threading.Thread):
         self._done.result()
 
     def _mirror(self) -> KVMirror | None:
-        at = self._attachment.assignment
-        if at.mirror is None:
+        assignment = self._attachment.assignment
+        if assignment.mirror is None:
             return None
-        memory = self._attachment.map_briefly(HOST_DEVICE, mirror_segment(at.mirror))
+        memory = self._attachment.map_briefly(HOST_DEVICE, mirror_segment(assignment.mirror))
         try:
             return KVMirror.attach(memory, mirror_shape(self._attachment))
         except MirrorMismatch:
             return None  # nothing was ever written to it
 
     def _move(self, kept: RetainedSlots, mirror: KVMirror | None) -> None:
-        at = self._attachment.assignment
-        assert at.previous is not None
-        held = at.previous.ownership
-        stays = at.device in held.devices and self._old_layout(at.device) == self._attachment.kv_layout
+        assignment = self._attachment.assignment
+        assert assignment.previous is not None
+        held = assignment.previous.ownership
+        stays = assignment.device in held.devices and self._old_layout(assignment.device) == self._attachment.kv_layout
         if not len(kept.slots) or stays:
             return
         if self._into is None:
             raise RestorationFailed("KV does not move between GPUs")
-        moves = kv_moves(at.model, at.ownership, at.rank, held)
+        moves = kv_moves(assignment.model, assignment.ownership, assignment.rank, held)
         self.moved = move_kept(kept, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:
             self.restored_slots = len(kept.slots)
 
     def _old_layout(self, device: int) -> KVLayout:
-        at = self._attachment.assignment
-        assert at.previous is not None
-        held = at.previous.ownership
-        return kv_layout(at.model, at.previous_kv, held, held.devices.index(device))
+        assignment = self._attachment.assignment
+        assert assignment.previous is not None
+        held = assignment.previous.ownership
+        return kv_layout(assignment.model, assignment.previous_kv, held, held.devices.index(device))
 
     def _old_segment(self, device: int) -> KVSegment:
         layout = self._old_layout(device)

@@ -45,8 +45,8 @@ class _HeadCount(int):
         return 0 if size == self._hidden_size else size % int(self)
 
 
-def _scale(model_config: Any, at: Assignment) -> None:
-    model, sizes = at.model, _largest(at)
+def _scale(model_config: Any, assignment: Assignment) -> None:
+    model, sizes = assignment.model, _largest(assignment)
     _show(model_config, sizes)
     for config in _hf_configs(model_config):
         # Many model files derive head_dim as hidden_size // num_attention_heads unless the config names it.
@@ -61,22 +61,22 @@ def _scale(model_config: Any, at: Assignment) -> None:
         raise RuntimeError(f"SGLang reads head_dim={model_config.head_dim}, the plan {model.head_dim}")
 
 
-def _largest(at: Assignment) -> dict[str, int]:
-    by_layer = [_sizes(at, layer) for layer in range(at.model.num_layers)]
+def _largest(assignment: Assignment) -> dict[str, int]:
+    by_layer = [_sizes(assignment, layer) for layer in range(assignment.model.num_layers)]
     return {name: max(sizes[name] for sizes in by_layer) for name in by_layer[0]}
 
 
-def _sizes(at: Assignment, layer: int) -> dict[str, int]:
+def _sizes(assignment: Assignment, layer: int) -> dict[str, int]:
     """The pretended sizes of a layer, by their names in the config."""
-    model, tp_size = at.model, at.ownership.tp_size
-    q_heads = at.ownership.units("q_head", at.rank, layer) * model.heads_per_unit * tp_size
-    kv_heads = at.ownership.units("kv_head", at.rank, layer) * tp_size
+    model, tp_size = assignment.model, assignment.ownership.tp_size
+    q_heads = assignment.ownership.units("q_head", assignment.rank, layer) * model.heads_per_unit * tp_size
+    kv_heads = assignment.ownership.units("kv_head", assignment.rank, layer) * tp_size
     return {
         "num_attention_heads": _HeadCount(q_heads, model.hidden_size, model.head_dim),
         # Latent attention has no KV heads to divide: its configs have as many as query heads.
         "num_key_value_heads": q_heads if model.latent_kv else kv_heads,
         **{
-            each.config_key: at.ownership.units(each.axis, at.rank, layer) * each.unit * tp_size
+            each.config_key: assignment.ownership.units(each.axis, assignment.rank, layer) * each.unit * tp_size
             for each in model.columns
             if each.config_key is not None
         },
@@ -108,18 +108,18 @@ def around_make_layers(
     model_config = None if attachment is None else attachment.built_config
     if attachment is None or model_config is None or not attachment.assignment.ownership.layers:
         return original(num_hidden_layers, layer_fn, *args, **kwargs)
-    at = attachment.assignment
-    if num_hidden_layers != at.model.num_layers:
-        raise RuntimeError(f"SGLang makes {num_hidden_layers} layers, the plan has {at.model.num_layers}")
+    assignment = attachment.assignment
+    if num_hidden_layers != assignment.model.num_layers:
+        raise RuntimeError(f"SGLang makes {num_hidden_layers} layers, the plan has {assignment.model.num_layers}")
 
     def make_one(idx: int, prefix: str) -> Any:
-        _show(model_config, _sizes(at, idx))
+        _show(model_config, _sizes(assignment, idx))
         return layer_fn(idx=idx, prefix=prefix)
 
     try:
         return original(num_hidden_layers, make_one, *args, **kwargs)
     finally:
-        _show(model_config, _largest(at))
+        _show(model_config, _largest(assignment))
 
 
 def _hf_configs(model_config: Any) -> list[Any]:

@@ -89,18 +89,18 @@ class Filler(threading.Thread):
             raise RuntimeError(f"weights could not be filled: {self._error}") from self._error
 
     def _fill(self) -> None:
-        at, layout = self.attachment.assignment, self.attachment.layout
-        before = None if at.previous is None else at.previous.ownership
-        shard = at.weights.shards[at.rank]
-        moves = fill_moves(at.model, at.ownership, at.rank, before)
+        assignment, layout = self.attachment.assignment, self.attachment.layout
+        before = None if assignment.previous is None else assignment.previous.ownership
+        shard = assignment.weights.shards[assignment.rank]
+        moves = fill_moves(assignment.model, assignment.ownership, assignment.rank, before)
         with ExitStack() as stack:
-            memory = self.attachment.shard_briefly(at.device, shard, writable=True)
+            memory = self.attachment.shard_briefly(assignment.device, shard, writable=True)
             target = _Shard(stack.enter_context(memory), layout)
             sources = {
                 device: self._previous(device, stack)
                 for device in {move.device for move in moves if move.device is not None}
             }
-            checkpoint = stack.enter_context(Checkpoint(at.checkpoint))
+            checkpoint = stack.enter_context(Checkpoint(assignment.checkpoint))
             mover = stack.enter_context(self._mover(target, shard, stack))  # left first, when all has arrived
             for name, start, length in layout.padding:
                 mover.clear(target.views[name].narrow(target.placed[name].dim, start, length))
@@ -113,22 +113,24 @@ class Filler(threading.Thread):
                         for into, source in _copies(move, target, sources[move.device], shard):
                             mover.copy(into, source)
                 mover.layer_done(layer)
-        log.info("anchortp: weights of rank %d: %d MiB stay; %s", at.rank, shard.kept_bytes >> 20, mover.moved)
+        log.info("anchortp: weights of rank %d: %d MiB stay; %s", assignment.rank, shard.kept_bytes >> 20, mover.moved)
         self.moved = moved_bytes(moves)
         self.moved["copy"] -= shard.kept_bytes
 
     def _mover(self, target: "_Shard", shard: ShardExtents, stack: ExitStack) -> Mover:
-        at = self.attachment.assignment
-        if at.gpu is not None:
-            return gpu_mover(at.gpu)
-        write = stack.enter_context(self.attachment.shard_writer(at.device, shard))
+        assignment = self.attachment.assignment
+        if assignment.gpu is not None:
+            return gpu_mover(assignment.gpu)
+        write = stack.enter_context(self.attachment.shard_writer(assignment.device, shard))
         return HostMover(lambda part, data: write(part.data_ptr() - target.flat.data_ptr(), data))
 
     def _previous(self, device: int, stack: ExitStack) -> "_Shard":
-        at = self.attachment.assignment
-        assert at.previous is not None
-        layout = shard_layout(at.model, at.previous.ownership, at.previous.ownership.devices.index(device))
-        memory = self.attachment.shard_briefly(device, at.previous.shard_of(device), writable=False)
+        assignment = self.attachment.assignment
+        assert assignment.previous is not None
+        layout = shard_layout(
+            assignment.model, assignment.previous.ownership, assignment.previous.ownership.devices.index(device)
+        )
+        memory = self.attachment.shard_briefly(device, assignment.previous.shard_of(device), writable=False)
         return _Shard(stack.enter_context(memory), layout)
 
 
