@@ -12,7 +12,7 @@ def main(control_fd: int, exits_fd: int) -> None:
     started the zygote ends (prctl(2)).
     """
     from anchortp_sglang.recovery.processes.exits import Exits
-    from anchortp_sglang.recovery.processes.zygote import announce, serve, unfit_to_fork
+    from anchortp_sglang.recovery.processes.zygote_loop import announce, serve, unfit_to_fork
     from anchortp_sglang.startup import device
 
     device.install_stand_ins()

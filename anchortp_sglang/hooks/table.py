@@ -13,7 +13,7 @@ from anchortp_sglang.platforms.cpu import hooks as cpu
 from anchortp_sglang.platforms.cuda import collectives, graphs
 from anchortp_sglang.rank import main as rank_main
 from anchortp_sglang.rank.kv import pool as kv_pool
-from anchortp_sglang.rank.kv import prefixes
+from anchortp_sglang.rank.kv import slot_table_hooks
 from anchortp_sglang.rank.weights import config, experts, head_norms, loader
 from anchortp_sglang.recovery import hooks as main
 from anchortp_sglang.recovery.processes import detokenizer
@@ -114,31 +114,31 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         _MEMORY + "allocator.token.TokenToKVPoolAllocator.free",
         "before",
-        prefixes.before_free,
+        slot_table_hooks.before_free,
         "a freed slot's entry leaves the slot table",
     ),
     Hook(
         _MEMORY + "unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
         "around",
-        prefixes.around_checkpoint_into_tree,
+        slot_table_hooks.around_checkpoint_into_tree,
         "slots after tokens that another request has computed as well keep their place in the slot table",
     ),
     Hook(
         _SRT + "models.gemma3_causal.Gemma3TextScaledWordEmbedding.forward",
         "after",
-        prefixes.after_whole_embedding,
+        slot_table_hooks.after_whole_embedding,
         "no rank writes KV before rank 0 has freed and allocated the slots",
     ),
     Hook(
         _MEMORY + "allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
         "before",
-        prefixes.before_release_page_ids,
+        slot_table_hooks.before_release_page_ids,
         "freed pages of several slots leave the slot table",
     ),
     Hook(
         _SCHEDULER + "process_batch_result",
         "before",
-        prefixes.before_process_batch_result,
+        slot_table_hooks.before_process_batch_result,
         "the KV of a finished forward pass is entered in the slot table",
     ),
     Hook(
@@ -151,13 +151,13 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         _SCHEDULER + "flush_cache",
         "after",
-        prefixes.after_flush_cache,
+        slot_table_hooks.after_flush_cache,
         "a flushed cache does not come back with the next generation",
     ),
     Hook(
         _MEMORY + "kv_cache_builder.build_kv_cache",
         "after",
-        prefixes.after_build_kv_cache,
+        slot_table_hooks.after_build_kv_cache,
         "a new generation starts with the prefix tree of the last one",
     ),
     # Ranks: the gate between generations, and requests that go on.

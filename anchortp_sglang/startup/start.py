@@ -36,12 +36,14 @@ from anchortp_sglang.rank import messages
 from anchortp_sglang.rank.attachment import MirrorPlan
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.recovery import ending
-from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.hooks import install_coordinator
+from anchortp_sglang.recovery.policy import Policy
 from anchortp_sglang.recovery.processes.generation import StartFailed
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
-from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
+from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote
+from anchortp_sglang.recovery.processes.zygote_loop import unfit_to_fork
 from anchortp_sglang.recovery.report import tracing
 from anchortp_sglang.startup.cgroups import memory_room
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts

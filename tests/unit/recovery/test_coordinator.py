@@ -15,7 +15,9 @@ from planning_cases import model
 from anchortp_sglang.planning.layout.extents import WeightPlacement, hold
 from anchortp_sglang.planning.ownership.ownership import split
 from anchortp_sglang.recovery import coordinator as module
-from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery import steps
+from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.policy import Policy
 from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.pidfd import process_state
 from anchortp_sglang.recovery.processes.zygote import Child
@@ -81,7 +83,7 @@ class SlowNextGeneration:
 def next_generation(monkeypatch: pytest.MonkeyPatch) -> SlowNextGeneration:
     slow = SlowNextGeneration()
     monkeypatch.setattr(module, "NextGeneration", lambda *about: slow)
-    monkeypatch.setattr(module, "wait_ready", report)
+    monkeypatch.setattr(steps, "wait_ready", report)
     return slow
 
 
@@ -106,7 +108,7 @@ def processes() -> SimpleNamespace:
 async def prepared(next_generation: SlowNextGeneration) -> Coordinator:
     """A coordinator that serves."""
     made = Coordinator(processes(), OWNERSHIP, Policy(1, 30.0, 60.0, spare_ranks=False))
-    made.generation = sleeping_generation(0, next_generation.weights)
+    made._steps.generation = sleeping_generation(0, next_generation.weights)
     made._tm = SimpleNamespace(rid_to_state={"a": 1}, gracefully_exit=False, server_status=SimpleNamespace(value="Up"))
     made._loop = asyncio.get_running_loop()
     made._fence_line = SimpleNamespace(drain=nothing)

@@ -22,11 +22,13 @@ from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.recovery import graphs
 from anchortp_sglang.recovery.graphs import GraphCapture
 from anchortp_sglang.recovery.next_generation import NextGeneration
+from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote
 from anchortp_sglang.recovery.state_machine import DeviceEvidence, judge
 
+SERVING = Generation(1, None, [])
 SHARES = [GpuShare("GPU-a", 1), GpuShare("GPU-b", 1), GpuShare("GPU-a", 1)]
 
 
@@ -100,47 +102,50 @@ class TestGraphCapture:
         monkeypatch.setattr(graphs, "_POLL_S", 0.01)
         monkeypatch.setattr(graphs, "_PATIENCE_S", 0.1)
 
-    def capture(self, of: GraphCapture, idle: bool = True, generation: Any = None) -> list[list[int]]:
-        asked: list[list[int]] = []
-        asyncio.run(of.capture(generation, lambda: idle, asked.append))
-        return asked
+    def made(self, *sizes: int, idle: bool = True) -> GraphCapture:
+        self.sent: list[list[int]] = []
+        return GraphCapture(sizes, lambda: SERVING, lambda: idle, lambda message: self.sent.append(message.batch_sizes))
+
+    def capture(self, capture: GraphCapture, generation: Any = None) -> list[list[int]]:
+        self.sent.clear()
+        asyncio.run(capture.capture(SERVING if generation is None else generation))
+        return list(self.sent)
 
     def test_ranks_are_asked_when_nobody_waits(self) -> None:
-        assert self.capture(GraphCapture([1, 2], lambda: None, lambda: False)) == [[1, 2]]
+        assert self.capture(self.made(1, 2)) == [[1, 2]]
 
     def test_under_constant_load_they_are_asked_in_the_end(self) -> None:
         started = time.monotonic()
-        assert len(self.capture(GraphCapture([1], lambda: None, lambda: False), idle=False)) == 1
+        assert len(self.capture(self.made(1, idle=False))) == 1
         assert time.monotonic() - started > 0.1
 
     def test_a_superseded_generation_is_not_asked_and_none_where_ranks_stay_eager(self) -> None:
-        assert self.capture(GraphCapture([1], lambda: None, lambda: False), generation=object()) == []
-        assert self.capture(GraphCapture([], lambda: None, lambda: False)) == []
+        assert self.capture(self.made(1), generation=Generation(0, None, [])) == []
+        assert self.capture(self.made()) == []
 
     @pytest.mark.parametrize("captured", [True, False])
     def test_ranks_that_die_while_they_capture_are_not_asked_again(self, captured: bool) -> None:
-        capture = GraphCapture([1], lambda: None, lambda: captured)
+        capture = self.made(1)
         assert len(self.capture(capture)) == 1
-        capture.on_fault()
+        memory = mmap.mmap(-1, heartbeat.BYTES)
+        if captured:
+            heartbeat.Counters(memory, 0).note_graphs()
+        capture.on_fault(Generation(1, None, [], control=memory))
         assert len(self.capture(capture)) == (1 if captured else 0)
 
     def test_a_fault_before_they_were_asked_changes_nothing(self) -> None:
-        capture = GraphCapture([1], lambda: None, lambda: False)
-        capture.on_fault()
+        capture = self.made(1)
+        capture.on_fault(SERVING)
         assert len(self.capture(capture)) == 1
 
 
 def test_a_rank_beats_while_it_captures_but_not_for_ever() -> None:
     memory = mmap.mmap(-1, heartbeat.BYTES)
-    heartbeat.open_counters(memory, 3)
-    try:
-        with heartbeat.beating(limit_s=0.05, every_s=0.01):
-            time.sleep(0.3)
-        assert 3 <= heartbeat.read_beats(memory, 4)[3] <= 5
-        heartbeat.note_graphs()
-        assert not heartbeat.read_graphs(memory)  # rank 0's to say
-        heartbeat.open_counters(memory, 0)
-        heartbeat.note_graphs()
-        assert heartbeat.read_graphs(memory) and heartbeat.read_tokens(memory) == (0, 0)
-    finally:
-        heartbeat._counters = None
+    first, other = heartbeat.Counters(memory, 0), heartbeat.Counters(memory, 3)
+    with other.beating(limit_s=0.05, every_s=0.01):
+        time.sleep(0.3)
+    assert 3 <= heartbeat.read_beats(memory, 4)[3] <= 5
+    other.note_graphs()
+    assert not heartbeat.read_graphs(memory), "it is rank 0's to say"
+    first.note_graphs()
+    assert heartbeat.read_graphs(memory) and heartbeat.read_tokens(memory) == (0, 0)

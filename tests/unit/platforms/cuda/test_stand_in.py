@@ -168,7 +168,7 @@ def test_a_process_that_has_initialised_the_driver_is_unfit_to_fork(
         environment,
         *code(f"""
         import ctypes
-        from anchortp_sglang.recovery.processes.zygote import unfit_to_fork
+        from anchortp_sglang.recovery.processes.zygote_loop import unfit_to_fork
         {before}
         print(unfit_to_fork())
     """),

@@ -11,6 +11,7 @@ PRELUDE = """
     import os, signal, time
     from anchortp_sglang.recovery.processes.exits import Exits
     from anchortp_sglang.recovery.processes.zygote import *
+    from anchortp_sglang.recovery.processes.zygote_loop import announce, serve, unfit_to_fork
     from anchortp_sglang.recovery.processes.pidfd import died_within
     from zygote_targets import *
 """
