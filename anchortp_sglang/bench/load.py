@@ -44,3 +44,8 @@ class Load:
         while True:
             at_s += rng.expovariate(self.rate_per_s)
             yield at_s, rng.randrange(self.pool)
+
+
+def wanted_tokens(request: dict[str, Any]) -> int:
+    """Return the number of new tokens that a body of ``POST /generate`` asks for."""
+    return int(request["sampling_params"]["max_new_tokens"])

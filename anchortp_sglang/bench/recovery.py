@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from anchortp_sglang.bench.load import Load
+from anchortp_sglang.bench.load import Load, wanted_tokens
 from anchortp_sglang.bench.open_loop import OpenLoop
 from anchortp_sglang.bench.recovery_stats import Outcome, Stream, outcome, ratios, side_summary
 from anchortp_sglang.bench.sides import Ours, Side, SideName, Stock, memory_bytes
@@ -209,14 +209,10 @@ def _unbroken(side: Side, requests: Sequence[dict[str, Any]]) -> dict[int, tuple
         with Streams(side.server.url, requests[start : start + _REFERENCE_CLIENTS]) as streams:
             histories = streams.wait()
         for number, history in enumerate(histories, start):
-            if history.error is not None or len(history.output_ids) != _wanted(history.request):
+            if history.error is not None or len(history.output_ids) != wanted_tokens(history.request):
                 raise ServerFailed(f"{side.name}: an unbroken request failed: {history.error}")
             answers[number] = tuple(history.output_ids)
     return answers
-
-
-def _wanted(request: dict[str, Any]) -> int:
-    return int(request["sampling_params"]["max_new_tokens"])
 
 
 def _judge(recorded: Recorded, expected: dict[int, tuple[int, ...]]) -> Outcome:
