@@ -12,8 +12,9 @@ def main(control_fd: int, exits_fd: int) -> None:
     started it ends (prctl(2)), which may be long before.
     """
     from anchortp_sglang.recovery.processes.exits import Exits
-    from anchortp_sglang.recovery.processes.zygote import announce, serve, unfit_to_fork
+    from anchortp_sglang.recovery.processes.zygote import announce, serve
     from anchortp_sglang.startup import device
+    from anchortp_sglang.startup.fork_guard import unfit_to_fork
 
     device.install_stand_ins()
     from anchortp_sglang.hooks import (

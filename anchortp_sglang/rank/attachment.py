@@ -15,25 +15,16 @@ import torch
 
 from anchortp_sglang.anchor.client import AnchorClient, HandleGrant
 from anchortp_sglang.memory.arena import Part, map_fd
-from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.layout.extents import ShardExtents, WeightPlacement
-from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, kv_layout
+from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, MirrorPlan, kv_layout
 from anchortp_sglang.planning.layout.shards import ShardLayout, shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.rank.device_memory import byte_tensor
+from anchortp_sglang.platforms.base import Platform
 
 HOST_DEVICE = -1
 
 _ANCHOR_TIMEOUT_S = 4.0  # it has answered main a moment ago, and a handle takes it microseconds
-
-
-@dataclass(frozen=True)
-class MirrorPlan:
-    """The KV mirror in host memory: slots it can hold, and the bytes per second that may be copied to it."""
-
-    rows: int
-    bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Assignment:
     ``weights``: where they are, or shall be. ``previous``: the complete weights that the anchors still hold, None when
     there are none; equal to ``weights`` when nothing is to be moved. ``previous_kv``: the slots of its KV.
     ``restore_prefixes``: whether its KV and slot table may be used. ``running``: chain hashes of the open requests'
-    tokens, as bytes of uint64. ``gpu``: where the device's memory is, None for the host's.
+    tokens, as bytes of uint64.
     """
 
     generation: int
@@ -59,8 +50,8 @@ class Assignment:
     previous_kv: KVPlan
     restore_prefixes: bool
     mirror: MirrorPlan | None
+    platform: Platform
     running: bytes = b""
-    gpu: GpuShare | None = None
 
     @property
     def ownership(self) -> Ownership:
@@ -102,20 +93,19 @@ class Attachment:
         self.kv_layout: KVLayout = kv_layout(at.model, at.kv, at.ownership, at.rank)
         self.fds: dict[tuple[int, str], tuple[int, int]] = {}
         """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
-        self._kv_memory: mmap.mmap | None = None
-
-    def kv_memory(self) -> mmap.mmap:
-        """This rank's KV segment in host memory, writable; mapped once."""
-        if self._kv_memory is None:
-            self._kv_memory = self.map(self.assignment.device, kv_segment(self.kv_layout), writable=True)
-        return self._kv_memory
+        self._kv_bytes: torch.Tensor | None = None
 
     def kv_tensor(self) -> torch.Tensor:
-        """The bytes of this rank's KV segment, in whichever memory."""
-        if self.assignment.gpu is None:
-            return torch.frombuffer(self.kv_memory(), dtype=torch.uint8)
-        fd, nbytes, _ = self._keep(self.assignment.device, kv_segment(self.kv_layout))
-        return byte_tensor([Part(fd, 0, nbytes, writable=True)], self.assignment.gpu)[0]
+        """The bytes of this rank's KV segment, writable; mapped once."""
+        if self._kv_bytes is None:
+            at = self.assignment
+            fd, nbytes, _ = self._keep(at.device, kv_segment(self.kv_layout))
+            self._kv_bytes, _ = at.platform.byte_tensor(at.device, [Part(fd, 0, nbytes, writable=True)])
+        return self._kv_bytes
+
+    def kv_memory(self) -> memoryview:
+        """The same for host code, where the platform has it in host memory."""
+        return memoryview(self.kv_tensor().numpy())
 
     @property
     def namespace(self) -> bytes:
@@ -184,7 +174,7 @@ class Attachment:
             Part(fds[extent.segment], extent.offset, extent.nbytes, writable and extent.segment == shard.added)
             for extent in shard.extents
         ]
-        return byte_tensor(parts, self.assignment.gpu)
+        return self.assignment.platform.byte_tensor(self.assignment.device, parts)
 
     def _keep(self, device: int, segment: str) -> HandleGrant:
         grant = self._open(device, segment)

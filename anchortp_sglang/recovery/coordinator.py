@@ -16,7 +16,6 @@ from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.platforms.cuda.detection import GpuDetection
 from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.rank.messages import CaptureGraphs
 from anchortp_sglang.recovery import state_machine
@@ -85,7 +84,7 @@ class Coordinator:
         )
         self._detection = Detection(processes, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
         self._housekeeping = Housekeeping(processes, policy.spare_ranks, self._serving)
-        self._gpus = GpuDetection(processes.plan.gpus, self._fault)
+        self._devices = processes.plan.platform.watch(self._fault)
         self._graphs = GraphCapture(processes.plan.graph_batch_sizes, self._serving, self._graphs_captured)
         self._tm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -120,7 +119,7 @@ class Coordinator:
         self._detection.begin(tokenizer_manager.event_loop)
         self._detection.watch(self.generation)
         self._spawn(self._fence_line.watch(self.processes, lambda: self._serving() is not None))
-        self._spawn(self._gpus.watch())
+        self._spawn(self._devices.watch())
         self._spawn(self._capture_graphs(self.generation))
         self._spawn(self._housekeeping.look_after_helpers(self.generation))
 
@@ -248,7 +247,7 @@ class Coordinator:
             await asyncio.wait([self._forking])  # of an attempt that is given up: its ranks are killed, too
         generation, recovery = self.generation, self._progress.recovery
         assert generation is not None and recovery is not None
-        await asyncio.gather(in_thread(wait_dead, generation), self._gpus.probe())
+        await asyncio.gather(in_thread(wait_dead, generation), self._devices.probe())
         recovery.stage("reaped")
         assert self._fence_line is not None and self.inflight is not None
         await self._fence_line.drain(generation.number, self.processes, self.inflight)
@@ -293,7 +292,7 @@ class Coordinator:
             raise Unrecoverable("abandoned")
 
     def _judge(self, generation: Generation, recovery: Recovery) -> state_machine.Verdict:
-        verdict = self._next.judge(generation, self._detection, self._gpus.errors, recovery.reason)
+        verdict = self._next.judge(generation, self._detection, self._devices.errors, recovery.reason)
         recovery.cause, recovery.device, recovery.reason = verdict.cause, verdict.device, verdict.reason
         if recovery.exception:
             recovery.reason += f"; it failed with {recovery.exception}"

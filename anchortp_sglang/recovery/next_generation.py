@@ -57,7 +57,7 @@ class NextGeneration:
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid)
 
     def judge(
-        self, generation: Generation, detection: Detection, gpu_errors: Mapping[int, str], reason: str
+        self, generation: Generation, detection: Detection, device_errors: Mapping[int, str], reason: str
     ) -> state_machine.Verdict:
         """What has failed. ``generation``: whose ranks ``detection`` watched."""
         assert self.held is not None
@@ -69,7 +69,7 @@ class NextGeneration:
                 anchor_alive=self._processes.anchors.alive(device),
                 rank_died=device in died,
                 rank_hung=device in hung,
-                device_error=gpu_errors.get(device, ""),
+                device_error=device_errors.get(device, ""),
             )
             for device in self.held.ownership.devices
         ]
@@ -81,8 +81,8 @@ class NextGeneration:
         plan, held = self._processes.plan, self.held.ownership
         if not self._processes.anchors.alive(HOST_DEVICE):
             self.kv_valid = False  # nobody knows what the slots hold
-        if plan.gpus and lost:
-            self.kv_valid = False  # KV does not move between GPUs
+        if lost and not plan.platform.moves_kv:
+            self.kv_valid = False
         survivors = [device for device in held.devices if device not in lost]
         if len(survivors) < self._min_devices:
             raise Unrecoverable(

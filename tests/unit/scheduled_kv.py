@@ -19,6 +19,7 @@ import torch
 from anchortp_sglang.hooks import table
 from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
 from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank.kv import prefixes
 
 MODEL = b"model"
@@ -49,6 +50,7 @@ def hooked_memory() -> Iterator[None]:
                     patch.setattr(of, name, _wrapped(hook, getattr(of, name)))
         for name in ("_table", "_next", "_allocator", "_restoration", "_mirroring", "_freed"):
             patch.setattr(prefixes, name, None)
+        patch.setattr(prefixes, "_platform", CpuPlatform())
         yield
 
 

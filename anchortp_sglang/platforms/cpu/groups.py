@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank.attachment import current
 
 _BACKEND = "gloo"
@@ -47,7 +48,7 @@ def around_group_coordinator_init(original: Callable[..., None], coordinator: An
     """AROUND GroupCoordinator.__init__, which calls torch.distributed.new_group by that name."""
     global _groups
     attachment = current()
-    if attachment is None or attachment.assignment.gpu:
+    if attachment is None or not isinstance(attachment.assignment.platform, CpuPlatform):
         return original(coordinator, *args, **kwargs)
     stock = dist.new_group
     _groups = _groups or Groups(stock)

@@ -29,6 +29,9 @@ _table_memory: Any = None
 _restoration: Restoration | None = None
 _mirroring: Mirroring | None = None
 
+_platform: Any = None
+"""This rank's ``platforms.base.Platform``; set before any table is."""
+
 _allocator: Any = None
 """Of the slots of ``_next``, when they are kept ones."""
 
@@ -43,10 +46,10 @@ ranks."""
 
 def open_table(attachment: Attachment) -> None:
     """Map KV and slot table; begin to keep what may be kept of the last generation's. Before the pools are built."""
-    global _next, _table_memory, _restoration, _mirroring
+    global _next, _table_memory, _restoration, _mirroring, _platform
     at = attachment.assignment
-    # On a GPU KV stays where it is, or is dropped: nothing copies it.
-    kv = None if at.gpu else KVSegment(attachment.kv_memory(), attachment.kv_layout)
+    _platform = at.platform
+    kv = KVSegment(attachment.kv_memory(), attachment.kv_layout) if _platform.moves_kv else None
     segment = slot_table_segment(at.ownership, at.kv)
     _table_memory = attachment.map(HOST_DEVICE, segment, writable=at.rank == 0)
     _mirroring = open_mirroring(attachment, kv, _table_memory) if kv else None
@@ -134,14 +137,13 @@ def _slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
 def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
 
-    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. On a GPU to return is only to
-    have been launched: wait for it, as SGLang will do next to read the tokens.
+    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. Where to return is only to have
+    been launched, wait for it, as SGLang will do next to read the tokens.
     """
     if _table is None or batch is None or not batch.reqs:
         return
     rows = scheduler.req_to_token_pool.req_to_token
-    if rows.is_cuda:
-        torch.cuda.synchronize()
+    _platform.wait_for_forward()
     if batch.forward_mode.is_decode():
         _commit_decode(_table, batch, rows)
     elif batch.forward_mode.is_extend():
@@ -150,7 +152,7 @@ def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs
 
 def _commit_decode(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
     # The input of this step is the last token that was put out; the new one is appended afterwards.
-    if len(batch.reqs) <= FEW_REQUESTS and rows.is_cpu:
+    if len(batch.reqs) <= FEW_REQUESTS and _platform.in_host_memory:
         slots = memoryview(rows.numpy())
         places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
         table.commit_tokens((slots[row, end - 1], token, slots[row, end - 2]) for row, end, token in places)

@@ -35,9 +35,6 @@ _ANSWER_TIMEOUT_S = 2.0
 _SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
 _SEND_TIMEOUT_S = 2
 _FORK, _PING = b"fork", b"ping"
-_CUDA_ERROR_NOT_INITIALIZED = 3
-_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
-"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
 
 
 class ZygoteError(RuntimeError):
@@ -174,36 +171,8 @@ class Zygote:
             pass
 
 
-def unfit_to_fork() -> str | None:
-    """Why this process must not become a zygote; None if it may."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        return f"it has {threads} threads"
-    torch = sys.modules.get("torch")
-    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
-        return "CUDA is initialised"
-    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
-    return f"it has {opened.pop()} open" if opened else None
-
-
-def _driver_is_initialised() -> bool:
-    """Whether anything in this process has called cuInit: the driver does not survive a fork then."""
-    with open("/proc/self/maps") as maps:
-        if "/libcuda.so" not in maps.read():
-            return False
-    context = ctypes.c_void_p()
-    return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
-
-
-def _target(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except FileNotFoundError:
-        return ""  # of listing the folder itself
-
-
 def fork_zygote() -> Zygote:
-    """Turn a fork of this process into the zygote. The caller must have checked ``unfit_to_fork``."""
+    """Turn a fork of this process into the zygote. The caller must have checked ``fork_guard.unfit_to_fork``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent, exits = os.getpid(), Exits()
     gc.collect()
