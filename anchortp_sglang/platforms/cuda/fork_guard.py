@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 
-__all__ = ["driver_in_use"]
+__all__ = ["HARMLESS_THREADS", "driver_in_use"]
 
 _CUDA_ERROR_NOT_INITIALIZED = 3
 
-_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
-"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
+HARMLESS_THREADS = ("cuda0", "jemalloc_bg_thd")
+"""Beginnings of names of threads that a fork may lose: libcuda's own, which it starts when it is first asked anything,
+before any cuInit (seen as cuda00001800007), and the one that pyarrow's allocator has."""
 
 
-def driver_in_use() -> str | None:
-    """Say how this process shows that it uses the CUDA driver; None if it does not. Calls nothing that would."""
+def driver_in_use() -> bool:
+    """Whether torch or anything else in this process has initialised CUDA. Calls nothing that would.
+
+    That ``/dev/nvidia-uvm`` is open is no sign of it: NVML alone opens it, too (driver 580).
+    """
     torch = sys.modules.get("torch")
-    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
-        return "CUDA is initialised"
-    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
-    return f"it has {opened.pop()} open" if opened else None
-
-
-def _target(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except FileNotFoundError:
-        return ""  # of listing the folder itself
+    return bool(torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised()
 
 
 def _driver_is_initialised() -> bool:

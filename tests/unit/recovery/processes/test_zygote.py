@@ -181,17 +181,6 @@ def test_a_spawned_zygote_is_waited_for_until_it_says_that_it_is_ready():
     assert out.splitlines() == ["True True", "True", "42 True", "False True"]
 
 
-def test_a_process_with_threads_is_unfit_to_fork():
-    out = run("""
-        import threading
-        from anchortp_sglang.startup.fork_guard import unfit_to_fork
-        print(unfit_to_fork())
-        threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
-        print(unfit_to_fork())
-    """)
-    assert out.splitlines() == ["None", "it has 2 threads"]
-
-
 def test_sigint_to_the_group_does_not_end_zygote_or_children():
     out = run("""
         zygote = fork_zygote()
