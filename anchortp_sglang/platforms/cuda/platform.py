@@ -100,7 +100,11 @@ class CudaPlatform:
         return CudaMover(torch.device("cuda", device_by_uuid(self.shares[device].uuid)))
 
     def gpu_id(self, device: int, rank: int) -> int:
-        """The GPU's ordinal in this process."""
+        """The GPU's ordinal in this process. Has torch initialise CUDA first: ranks whose first call came from
+        cuda-bindings ended with a segmentation fault in torch's."""
+        import torch
+
+        torch.cuda.init()
         return device_by_uuid(self.shares[device].uuid)
 
     def attach_collectives(self, buffer: object, rank: int, world_size: int, on_progress: Callable[[], None]) -> None:

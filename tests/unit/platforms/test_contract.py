@@ -309,6 +309,19 @@ def test_a_machine_without_visible_gpus_is_told_where_to_look() -> None:
         CudaPlatform().defaults({"device": "cuda"}, {}, 1)
 
 
+def test_a_rank_has_torch_initialise_cuda_before_anything_else_calls_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks whose first call came from cuda-bindings died of a segmentation fault in torch's own."""
+    from anchortp_sglang.platforms.cuda import platform as module
+
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("torch"))
+    monkeypatch.setattr(module, "device_by_uuid", lambda uuid: calls.append(uuid) or 5)
+    assert plan(CudaPlatform(gpus=GPUS)).platform.gpu_id(2, 1) == 5
+    assert calls == ["torch", "GPU-2"]
+
+
 def server_plan(platform: Platform) -> ServerPlan:
     return ServerPlan(
         run_dir=Path("/nowhere"), run_id="r", identity="i", checkpoint=Path("/nowhere"), model=LARGE,
