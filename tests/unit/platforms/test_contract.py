@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import os
 import pickle
 import subprocess
@@ -21,6 +23,7 @@ from arena_platforms import BUDGET_BYTES, gpu_uuid
 from planning_cases import model
 
 from anchortp_sglang.admission.checks import check_server_args
+from anchortp_sglang.hooks import preload
 from anchortp_sglang.memory.arena import Part
 from anchortp_sglang.memory.arena_kinds import HOST_MEMORY
 from anchortp_sglang.options import AnchorOptions
@@ -41,6 +44,8 @@ OWNERSHIP = split(MODEL, DEVICES)
 KV = KVPlan(slots=64, page_size=1, dtype_bytes=4)
 KV_BYTES = kv_layout(MODEL, KV, OWNERSHIP, 0).total_bytes
 GIB = 1 << 30
+FOLDERS = ("anchortp_sglang.platforms.cpu", "anchortp_sglang.platforms.cuda")
+MAIN_ONLY = {"anchortp_sglang.platforms.cpu.kv_sizes", "anchortp_sglang.platforms.cuda.detection"}
 UUIDS = [f"GPU-{device}" for device in DEVICES]
 GPUS = tuple(
     GpuFacts(uuid=uuid, name="H100", total_bytes=80 * GIB, free_bytes=79 * GIB, sharing="vmm", peers=UUIDS)
@@ -284,6 +289,21 @@ def test_both_can_be_chosen_without_numpy_or_torch() -> None:
         print(sorted({"numpy", "torch", "sglang"} & sys.modules.keys()))
     """
     assert run(script) == "[]"
+
+
+@pytest.mark.parametrize("platform", [CpuPlatform, CudaPlatform])
+def test_what_a_platform_imports_in_a_rank_is_there_before_the_fork(platform: type) -> None:
+    """In a rank it would be part of every recovery."""
+    late = imported(inspect.getsource(platform)) - MAIN_ONLY
+    with_the_table = imported(Path(preload.__file__).with_name("table.py").read_text())
+    assert late and late <= with_the_table | {"anchortp_sglang.platforms.cpu.collectives"} | set(preload._LATE)
+
+
+def imported(source: str) -> set[str]:
+    """Modules of the platforms that a source imports anywhere."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+    of_folders = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names if node.module in FOLDERS}
+    return of_folders | {str(node.module) for node in nodes if str(node.module).startswith(FOLDERS)} - set(FOLDERS)
 
 
 def test_an_anchor_needs_no_implementation() -> None:
