@@ -11,7 +11,8 @@ MAX_TP_SIZE = 8
 
 # SGLang reads its environment when imported, before the number of ranks is known: it is prepared for the most.
 # Thread bindings set by the user are checked later, when the number is known.
-device.prepare({"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
+_PLATFORM = device.choose_platform({})
+device.prepare(_PLATFORM, {"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
 
 from sglang.srt.entrypoints.engine import Engine as _StockEngine  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
@@ -32,7 +33,7 @@ class Engine(_StockEngine):
         if tp_size > MAX_TP_SIZE:
             raise ValueError(f"tp_size is {tp_size}; an Engine takes at most {MAX_TP_SIZE}")
         server_args = server_args or _record(rest)
-        self._anchor_runtime: start.Runtime | None = start.start(server_args, options, serves_http=False)
+        self._anchor_runtime: start.Runtime | None = start.start(server_args, options, _PLATFORM, serves_http=False)
         try:
             super().__init__(server_args=server_args)
         except BaseException:
@@ -53,5 +54,5 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any]) -> Any:
-    flags = device.prepare(kwargs).flags
+    flags = device.prepare(device.choose_platform(kwargs), kwargs).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))

@@ -157,6 +157,11 @@ class AnchorOptions:
                 " every layer; leave one of them out"
             )
 
+    @property
+    def device_bytes(self) -> int | None:
+        """Return ``device_gib`` in bytes."""
+        return None if self.device_gib is None else int(self.device_gib * 2**30)
+
     def check_tp_size(self, tp_size: int) -> None:
         """Raise OptionsError if an option contradicts SGLang's ``--tp-size``."""
         if self.widths is not None and len(self.widths) != tp_size:

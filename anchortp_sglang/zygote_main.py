@@ -12,8 +12,9 @@ def main(control_fd: int, exits_fd: int) -> None:
     started the zygote ends (prctl(2)).
     """
     from anchortp_sglang.recovery.processes.exits import Exits
-    from anchortp_sglang.recovery.processes.zygote_loop import announce, serve, unfit_to_fork
+    from anchortp_sglang.recovery.processes.zygote_loop import announce, serve
     from anchortp_sglang.startup import device
+    from anchortp_sglang.startup.fork_guard import unfit_to_fork
 
     device.install_stand_ins()
     from anchortp_sglang.hooks import preload, table  # after the stand-ins, which SGLang needs

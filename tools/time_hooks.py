@@ -26,7 +26,8 @@ def serve() -> None:
     from anchortp_sglang import launch_server
     from anchortp_sglang.startup import device
 
-    device.prepare(device.given_flags(sys.argv[1:]))  # before SGLang is imported
+    given = device.given_flags(sys.argv[1:])
+    device.prepare(device.choose_platform(given), given)  # before SGLang is imported
     from anchortp_sglang.hooks import table
     from anchortp_sglang.rank.attachment import current
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.admission.flags import ENVIRONMENT, FLAG_OF_FIELD, FLAG_RULES, FlagRule
 from anchortp_sglang.admission.requests import REQUEST_FIELDS, ROUTES, SAMPLING_KEYS, SERVED_MESSAGES
 
@@ -42,14 +43,11 @@ class UnsupportedError(ValueError):
         super().__init__(f"not supported by anchortp-sglang (stock SGLang is):{lines}")
 
 
-def check_server_args(
-    view: Any, environ: Mapping[str, str] = os.environ, experimental_cuda: bool = False
-) -> list[Refusal]:
+def check_server_args(view: Any, rules: DeviceRules, environ: Mapping[str, str] = os.environ) -> list[Refusal]:
     """Return the refusals of ``view``, in the order of the tables; none if the server may start.
 
     ``view`` is a ServerArgs, its resolving view, or a mapping with the same names. Check the raw record for a fast
-    answer, and the resolved one for what SGLang derives from the checkpoint. ``experimental_cuda``: the operator
-    accepts GPU code that has never run on one.
+    answer, and the resolved one for what SGLang derives from the checkpoint. ``rules``: those of the server's platform.
     """
     refusals = [
         _refusal(name, value, rule.why, rule.way_out)
@@ -57,7 +55,7 @@ def check_server_args(
         for name in rule.fields.split()
         if not _may_be(value := _get(view, name), rule)
     ]
-    refusals += _check_device(view, experimental_cuda) + _check_kv_cache_dtype(view)
+    refusals += _check_device(view, rules) + _check_kv_cache_dtype(view, rules)
     refusals += [
         Refusal(variable, environ[variable], why, f"unset {variable}")
         for variable, why in ENVIRONMENT.items()
@@ -130,29 +128,27 @@ def _refusal(name: str, value: Any, why: str, way_out: str) -> Refusal:
     return Refusal(FLAG_OF_FIELD.get(name, "--" + name.replace("_", "-")), value, why, way_out)
 
 
-_ATTENTION_BACKENDS = {"cpu": ("torch_native",), "cuda": ("flashinfer", "triton", "fa3")}
+_NO_SUCH_DEVICE = "anchors hold no memory of such devices"
 
 
-def _check_device(view: Any, experimental_cuda: bool) -> list[Refusal]:
+def _check_device(view: Any, rules: DeviceRules) -> list[Refusal]:
     device = _get(view, "device")
     if device is None:  # SGLang chooses it; the resolved record is checked again
         return []
-    if device not in _ATTENTION_BACKENDS:
-        return [_refusal("device", device, "anchors hold no memory of such devices", "use --device cpu")]
-    if device == "cuda" and not experimental_cuda:
-        way_out = "use --device cpu, or try it with --anchor-experimental-cuda"
-        return [_refusal("device", device, "what is written for GPUs has never run on one", way_out)]
-    known = _ATTENTION_BACKENDS[device]
+    if device != rules.device:
+        why, way_out = dict(rules.others).get(device, (_NO_SUCH_DEVICE, f"use --device {rules.device}"))
+        return [_refusal("device", device, why, way_out)]
+    known = rules.attention_backends
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return [
         _refusal(name, value, f"no kernels for ranks on --device {device}", f"use {' or '.join(known)}")
         for name in names
         if (value := _get(view, name)) not in (None, *known)
-    ] + _check_overlap(view, device)
+    ] + _check_overlap(view, rules)
 
 
-def _check_overlap(view: Any, device: Any) -> list[Refusal]:
-    if device != "cuda" or _get(view, "disable_overlap_schedule") is not False:
+def _check_overlap(view: Any, rules: DeviceRules) -> list[Refusal]:
+    if rules.may_overlap or _get(view, "disable_overlap_schedule") is not False:
         return []  # None: the launcher will set it
     why = "a step is entered in the slot table before the next may start"
     return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it")]
@@ -162,11 +158,10 @@ KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}
 """Bytes of a stored element for each ``--kv-cache-dtype`` except "auto", which is the model's dtype."""
 
 
-def _check_kv_cache_dtype(view: Any) -> list[Refusal]:
+def _check_kv_cache_dtype(view: Any, rules: DeviceRules) -> list[Refusal]:
     kv_dtype = _get(view, "kv_cache_dtype") or "auto"
-    if kv_dtype.startswith("fp8") and _get(view, "device") == "cpu":
-        why = "SGLang has it on CPUs with AMX only, whose kernels are not supported"
-        return [_refusal("kv_cache_dtype", kv_dtype, why, "use auto or bf16")]
+    if kv_dtype.startswith("fp8") and rules.why_no_fp8_kv and _get(view, "device") == rules.device:
+        return [_refusal("kv_cache_dtype", kv_dtype, rules.why_no_fp8_kv, "use auto or bf16")]
     if kv_dtype == "auto" or kv_dtype in KV_DTYPE_BYTES:
         return []
     why = "KV buffers of packed elements or with scales of their own are not kept in the anchors"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from anchortp_sglang.hooks import manifest
-from anchortp_sglang.startup.cgroups import memory_room
+from anchortp_sglang.platforms.cpu.cgroups import memory_room
 
 GIB = 1 << 30
 OLDEST_PYTHON = (3, 11)
@@ -192,17 +192,6 @@ def check_memory() -> Check:
 
 def check_gpus() -> Check:
     """Check the GPUs for anchors, from another process."""
-    from anchortp_sglang.platforms.cuda.probe import ProbeError, visible_gpus
+    from anchortp_sglang.platforms.cuda.report import report
 
-    if not os.path.exists("/dev/nvidiactl"):
-        return Check("GPUs", "PASS", "none: --device cpu")
-    try:
-        gpus = visible_gpus()
-    except ProbeError as error:
-        return Check("GPUs", "WARN", str(error), "see nvidia-smi, or use --device cpu")
-    detail = ", ".join(f"{gpu.name} ({gpu.total_bytes / GIB:.0f} GiB, {gpu.sharing})" for gpu in gpus)
-    if any(gpu.sharing == "ipc" for gpu in gpus):
-        return Check("GPUs", "WARN", detail, "VMM export is refused: memory dies with its anchor; see docs/cuda.md")
-    if any(len(gpu.peers) < len(gpus) for gpu in gpus):
-        return Check("GPUs", "WARN", f"{detail}; not all reach each other", "choose some that do: CUDA_VISIBLE_DEVICES")
-    return Check("GPUs", "PASS", detail)
+    return Check("GPUs", *report())

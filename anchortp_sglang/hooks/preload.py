@@ -37,6 +37,9 @@ _LATE = (
     "sglang.srt.mem_cache.rust_tree_core.adapter",
     "sglang.srt.mem_cache.rust_tree_core.extension",
     "sglang.srt.mem_cache.rust_tree_core.mem_cache",
+    "anchortp_sglang.platforms.cpu.mover",
+    "anchortp_sglang.platforms.cuda.device_memory",
+    "anchortp_sglang.platforms.cuda.mover",
     "anchortp_sglang.rank.penalties",
     "anchortp_sglang.rank.warmup",
 )

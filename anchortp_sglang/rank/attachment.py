@@ -18,18 +18,15 @@ import torch
 
 from anchortp_sglang.anchor.client import AnchorClient, HandleGrant
 from anchortp_sglang.memory.arena import Part, map_fd
-from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.layout.extents import ShardExtents, WeightPlacement
-from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, kv_layout
+from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, MirrorPlan, kv_layout
 from anchortp_sglang.planning.layout.shards import ShardLayout, shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.rank.device_memory import byte_tensor
+from anchortp_sglang.platforms.base import Platform
 from anchortp_sglang.rank.heartbeat import Counters
 
 if TYPE_CHECKING:  # what hangs on an attachment knows it, and not the other way round
-    from anchortp_sglang.platforms.cpu.groups import Groups
-    from anchortp_sglang.platforms.cpu.hooks import SharedMemoryCollectives
     from anchortp_sglang.rank.kv.prefixes import Prefixes
     from anchortp_sglang.rank.weights.loader import Filler
 
@@ -39,21 +36,13 @@ _ANCHOR_TIMEOUT_S = 4.0  # it has answered main a moment ago, and a handle takes
 
 
 @dataclass(frozen=True)
-class MirrorPlan:
-    """The KV mirror in host memory: slots it can hold, and the bytes per second that may be copied to it."""
-
-    rows: int
-    bytes_per_s: float
-
-
-@dataclass(frozen=True)
 class Assignment:
     """One rank's part of a generation; made by the coordinator, sent to the rank over its pipe.
 
     ``weights``: where they are, or shall be. ``previous``: the complete weights that the anchors still hold, None when
     there are none; equal to ``weights`` when nothing is to be moved. ``previous_kv``: the slots of its KV.
     ``restore_prefixes``: whether its KV and slot table may be used. ``running``: chain hashes of the open requests'
-    tokens, as bytes of uint64. ``gpu``: where the device's memory is, None for the host's.
+    tokens, as bytes of uint64.
     """
 
     generation: int
@@ -69,8 +58,8 @@ class Assignment:
     previous_kv: KVPlan
     restore_prefixes: bool
     mirror: MirrorPlan | None
+    platform: Platform
     running: bytes = b""
-    gpu: GpuShare | None = None
 
     @property
     def ownership(self) -> Ownership:
@@ -119,28 +108,28 @@ class Attachment:
         self.kv_layout: KVLayout = kv_layout(assignment.model, assignment.kv, assignment.ownership, assignment.rank)
         self.fds: dict[tuple[int, str], tuple[int, int]] = {}
         """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
-        self._kv_memory: mmap.mmap | None = None
-        self.collectives: SharedMemoryCollectives | None = None
-        """Takes gloo's place on the CPU; None where it stays."""
-        self.groups: Groups | None = None
-        """The process groups that SGLang's coordinators share on the CPU."""
+        self._kv_bytes: torch.Tensor | None = None
+        self.collectives: Any = None
+        """What the platform has made to take the place of SGLang's collectives; None where those stay."""
+        self.groups: Any = None
+        """The process groups that SGLang's coordinators share, where the platform has them do so."""
         self.built_config: Any = None
         """The ModelConfig of the model that is being built; None before and after."""
         self.serving = False
         """Whether all ranks of the generation are ready, so that requests are taken; only rank 0 is told."""
 
-    def kv_memory(self) -> mmap.mmap:
-        """Map this rank's KV segment in host memory, writable; once."""
-        if self._kv_memory is None:
-            self._kv_memory = self.map(self.assignment.device, kv_segment(self.kv_layout), writable=True)
-        return self._kv_memory
-
     def kv_tensor(self) -> torch.Tensor:
-        """Return the bytes of this rank's KV segment, in host memory or on the GPU."""
-        if self.assignment.gpu is None:
-            return torch.frombuffer(self.kv_memory(), dtype=torch.uint8)
-        fd, nbytes, _ = self._keep(self.assignment.device, kv_segment(self.kv_layout))
-        return byte_tensor([Part(fd, 0, nbytes, writable=True)], self.assignment.gpu)[0]
+        """Map this rank's KV segment, writable, once; return its bytes."""
+        if self._kv_bytes is None:
+            assignment = self.assignment
+            fd, nbytes, _ = self._keep(assignment.device, kv_segment(self.kv_layout))
+            parts = [Part(fd, 0, nbytes, writable=True)]
+            self._kv_bytes, _ = assignment.platform.byte_tensor(assignment.device, parts)
+        return self._kv_bytes
+
+    def kv_memory(self) -> memoryview:
+        """Return the same for host code. Only where the platform has it in host memory."""
+        return memoryview(self.kv_tensor().numpy())
 
     @property
     def namespace(self) -> bytes:
@@ -173,8 +162,8 @@ class Attachment:
     def shard_briefly(self, device: int, shard: ShardExtents, writable: bool) -> Iterator[torch.Tensor]:
         """Map a shard for the time of a block, and yield its bytes.
 
-        When the block has been left and the tensor is gone, this process holds the shard no longer. ``writable``: what was
-        added for the shard may be written to; the rest must stay as it is.
+        When the block has been left and the tensor is gone, this process holds the shard no longer. ``writable``: what
+        was added for the shard may be written to; the rest must stay as it is.
         """
         with ExitStack() as stack:
             fds = {}
@@ -214,7 +203,7 @@ class Attachment:
             Part(fds[extent.segment], extent.offset, extent.nbytes, writable and extent.segment == shard.added)
             for extent in shard.extents
         ]
-        return byte_tensor(parts, self.assignment.gpu)
+        return self.assignment.platform.byte_tensor(self.assignment.device, parts)
 
     def _keep(self, device: int, segment: str) -> HandleGrant:
         grant = self._open(device, segment)

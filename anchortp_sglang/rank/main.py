@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from anchortp_sglang.memory.cuda_driver import device_by_uuid
-from anchortp_sglang.platforms.cpu import hooks as cpu_hooks
 from anchortp_sglang.rank import handover, heartbeat
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
@@ -65,7 +63,9 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     world_size = assignment.ownership.tp_size
     attachment.counters = heartbeat.Counters(control, assignment.rank)
     region = memoryview(control)[heartbeat.BYTES :]
-    attachment.collectives = cpu_hooks.share(region, assignment.rank, world_size, attachment.counters.beat)
+    attachment.collectives = assignment.platform.make_collectives(
+        region, assignment.rank, world_size, attachment.counters.beat
+    )
     attachment.prefixes = open_prefixes(attachment)
     stamps.take("attached")
     rendezvous(spec.store_port)
@@ -92,8 +92,8 @@ def _make_scheduler(spec: RankSpec) -> Any:
     from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
-    rank, gpu = spec.assignment.rank, spec.assignment.gpu
-    gpu_id = rank if gpu is None else device_by_uuid(gpu.uuid)
+    rank = spec.assignment.rank
+    gpu_id = spec.assignment.platform.gpu_id(spec.assignment.device, rank)
     world_rank = spawn_world_rank(spec.server_args, tp_rank=rank, pp_rank=0)
     publish(
         spec.server_args,

@@ -14,7 +14,6 @@ from typing import Any
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.platforms.cuda.detection import GpuDetection
 from anchortp_sglang.recovery import state_machine
 from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.graphs import GraphCapture
@@ -57,9 +56,9 @@ class Coordinator:
         )
         self._detection = Detection(processes, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
         self._housekeeping = Housekeeping(processes, policy.spare_ranks, self._serving)
-        self._gpus = GpuDetection(processes.plan.gpus, self._fault)
+        self._devices = processes.plan.platform.watch(self._fault)
         self._graphs = GraphCapture(processes.plan.graph_batch_sizes, self._serving, self._idle, self._send)
-        self._steps = Steps(processes, self._next, self._gpus)
+        self._steps = Steps(processes, self._next, self._devices)
         self._tm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fence_line: FenceLine | None = None
@@ -96,7 +95,7 @@ class Coordinator:
         self.inflight.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)
         self._spawn(self._fence_line.watch(self.processes, lambda: self._serving() is not None))
-        self._spawn(self._gpus.watch())
+        self._spawn(self._devices.watch())
         self._watch_over(self.generation)
 
     def on_tokens(self, tokens: int) -> None:

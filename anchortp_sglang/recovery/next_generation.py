@@ -55,7 +55,7 @@ class NextGeneration:
         start_log.step("anchors hold their memory")
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid)
 
-    def judge(self, generation: Generation, gpu_errors: Mapping[int, str], reason: str) -> state_machine.Verdict:
+    def judge(self, generation: Generation, device_errors: Mapping[int, str], reason: str) -> state_machine.Verdict:
         """Judge what of a generation has failed, once its ranks are dead."""
         assert self.held is not None
         serving = generation.ownership.devices
@@ -66,7 +66,7 @@ class NextGeneration:
                 anchor_alive=self._processes.anchors.alive(device),
                 rank_died=device in died,
                 rank_hung=device in hung,
-                device_error=gpu_errors.get(device, ""),
+                device_error=device_errors.get(device, ""),
             )
             for device in self.held.ownership.devices
         ]
@@ -78,8 +78,8 @@ class NextGeneration:
         plan, held = self._processes.plan, self.held.ownership
         if not self._processes.anchors.alive(HOST_DEVICE):
             self.kv_valid = False  # what the slots hold is not known any more
-        if plan.gpus and lost:
-            self.kv_valid = False  # KV does not move between GPUs
+        if lost and not plan.platform.moves_kv:
+            self.kv_valid = False
         survivors = [device for device in held.devices if device not in lost]
         if len(survivors) < self._min_devices:
             raise Unrecoverable(

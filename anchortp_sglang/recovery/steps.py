@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchortp_sglang import start_log
-from anchortp_sglang.platforms.cuda.detection import GpuDetection
+from anchortp_sglang.platforms.base import DeviceWatch
 from anchortp_sglang.recovery.next_generation import NextGeneration, Unrecoverable
 from anchortp_sglang.recovery.processes.generation import Generation, KVUnusable, wait_dead, wait_ready
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
@@ -51,13 +51,13 @@ class Steps:
     /server_info.
     """
 
-    def __init__(self, processes: ServerProcesses, next_generation: NextGeneration, gpus: GpuDetection) -> None:
+    def __init__(self, processes: ServerProcesses, next_generation: NextGeneration, devices: DeviceWatch) -> None:
         self.generation: Generation | None = None
         self.ready: Generation | None = None
         self.scheduler_info: dict[str, Any] = {}
         self._processes = processes
         self._next = next_generation
-        self._gpus = gpus
+        self._devices = devices
         self._forking: asyncio.Future[Generation] | None = None
 
     def start_first(self) -> None:
@@ -80,7 +80,7 @@ class Steps:
             await asyncio.wait([self._forking])  # of an attempt that is given up: its ranks are killed, too
         generation = self.generation
         assert generation is not None
-        await asyncio.gather(in_thread(wait_dead, generation), self._gpus.probe())
+        await asyncio.gather(in_thread(wait_dead, generation), self._devices.probe())
         recovery.stage("reaped")
         await line.drain(generation.number, self._processes, inflight)
         recovery.stage("fenced")
@@ -92,7 +92,7 @@ class Steps:
         assert old is not None
         await asyncio.sleep(attempt.back_off_s)
         attempt.check()
-        verdict = self._next.judge(old, self._gpus.errors, recovery.reason)
+        verdict = self._next.judge(old, self._devices.errors, recovery.reason)
         recovery.take_verdict(verdict)
         log.info("anchortp: verdict: %s: %s", verdict.cause, recovery.reason)
         ownership = self._next.plan(verdict.lost)

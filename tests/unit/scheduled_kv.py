@@ -19,6 +19,7 @@ import torch
 from anchortp_sglang.hooks import table
 from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
 from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank import attachment
 from anchortp_sglang.rank.kv import slot_table_hooks
 from anchortp_sglang.rank.kv.prefixes import Prefixes, slots_of_pages
@@ -121,7 +122,7 @@ class Server:
         return kept
 
     def _begin(self, buffer: bytearray) -> None:
-        self.prefixes = Prefixes(0, self.rows, MODEL, buffer)
+        self.prefixes = Prefixes(0, self.rows, MODEL, buffer, CpuPlatform())
         held = attachment.current()
         assert held is not None
         held.prefixes = self.prefixes

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank.attachment import current
 
 _BACKEND = "gloo"
@@ -43,7 +44,7 @@ class Groups:
 def around_group_coordinator_init(original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND GroupCoordinator.__init__, which calls torch.distributed.new_group by that name."""
     attachment = current()
-    if attachment is None or attachment.assignment.gpu:
+    if attachment is None or not isinstance(attachment.assignment.platform, CpuPlatform):
         return original(coordinator, *args, **kwargs)
     stock = dist.new_group
     attachment.groups = attachment.groups or Groups(stock)

@@ -44,9 +44,9 @@ def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> Non
 def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
     """Yield each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
     layout = attachment.kv_layout
-    flat = attachment.kv_tensor()
-    if flat.is_cuda and not attachment.assignment.restore_prefixes:
-        flat.zero_()  # a new memfd holds zeros, a GPU's memory what its last owner left: attention reads NaNs too
+    flat, assignment = attachment.kv_tensor(), attachment.assignment
+    if not (assignment.platform.new_memory_is_zero or assignment.restore_prefixes):
+        flat.zero_()  # it may hold NaNs of its last owner, and attention reads those too
     for group in layout.groups:
         units = flat[group.offset_bytes : group.offset_bytes + layout.group_bytes(group)].view(pool.store_dtype)
         yield from units.view(*layout.shape(group), unit)

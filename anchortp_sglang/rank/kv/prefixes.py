@@ -19,6 +19,7 @@ import torch
 from anchortp_sglang.kv.copy import KVSegment
 from anchortp_sglang.kv.retained_slots import RetainedSlots
 from anchortp_sglang.kv.slot_table import SlotTable, SlotTableMismatch
+from anchortp_sglang.platforms.base import Platform
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, slot_table_segment
 from anchortp_sglang.rank.kv.mirroring import Mirroring, open_mirroring
 from anchortp_sglang.rank.kv.restore import Restoration, RestorationFailed
@@ -39,13 +40,21 @@ class WrongOrder(RuntimeError):
 
 class Prefixes:
     """A rank's prefixes. ``memory``: the slot table of ``rows`` slots for this generation's ownership, writable on
-    rank 0, which alone writes it. Not thread-safe: all calls come from the scheduler's thread.
+    rank 0, which alone writes it. ``platform``: of this rank. Not thread-safe: all calls come from the scheduler's
+    thread.
     """
 
     def __init__(
-        self, rank: int, rows: int, namespace: bytes, memory: mmap.mmap | bytearray, mirroring: Mirroring | None = None
+        self,
+        rank: int,
+        rows: int,
+        namespace: bytes,
+        memory: mmap.mmap | bytearray,
+        platform: Platform,
+        mirroring: Mirroring | None = None,
     ) -> None:
         self.state = State.OPENED
+        self.platform = platform
         self.table: SlotTable | None = None
         """The table that this rank writes: None until WRITING, and always None on ranks other than 0."""
         self.report: dict[str, Any] = {}
@@ -158,12 +167,13 @@ def open_prefixes(attachment: Attachment) -> Prefixes:
     Raises RestorationFailed, AnchorError.
     """
     assignment = attachment.assignment
-    # On a GPU KV stays where it is, or is dropped: nothing copies it.
-    kv = None if assignment.gpu else KVSegment(attachment.kv_memory(), attachment.kv_layout)
+    kv = KVSegment(attachment.kv_memory(), attachment.kv_layout) if assignment.platform.moves_kv else None
     segment = slot_table_segment(assignment.ownership, assignment.kv)
     memory = attachment.map(HOST_DEVICE, segment, writable=assignment.rank == 0)
     mirroring = open_mirroring(attachment, kv, memory) if kv else None
-    prefixes = Prefixes(assignment.rank, assignment.kv.rows, attachment.namespace, memory, mirroring)
+    prefixes = Prefixes(
+        assignment.rank, assignment.kv.rows, attachment.namespace, memory, assignment.platform, mirroring
+    )
     if not assignment.restore_prefixes:
         return prefixes
     assert assignment.previous is not None

@@ -100,7 +100,7 @@ class Restoration(threading.Thread):
         if not len(kept.slots) or stays:
             return
         if self._into is None:
-            raise RestorationFailed("KV does not move between GPUs")
+            raise RestorationFailed("KV does not move between devices here")
         moves = kv_moves(assignment.model, assignment.ownership, assignment.rank, held)
         self.moved = move_kept(kept, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:

@@ -83,24 +83,24 @@ def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: in
 def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
 
-    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. On a GPU to return is only to
-    have been launched: wait for it, as SGLang will do next to read the tokens.
+    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. Where to return is only to have
+    been launched, wait for it, as SGLang will do next to read the tokens.
     """
     attachment = current()
     if attachment is None or (table := attachment.prefixes.table) is None or batch is None or not batch.reqs:
         return
     rows = scheduler.req_to_token_pool.req_to_token
-    if rows.is_cuda:
-        torch.cuda.synchronize()
+    platform = attachment.prefixes.platform
+    platform.wait_for_forward()
     if batch.forward_mode.is_decode():
-        _commit_decode(table, batch, rows)
+        _commit_decode(table, batch, rows, platform.in_host_memory)
     elif batch.forward_mode.is_extend():
         _commit_extend(table, batch, rows)
 
 
-def _commit_decode(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
+def _commit_decode(table: SlotTable, batch: Any, rows: torch.Tensor, in_host_memory: bool) -> None:
     # The input of this step is the last token that was put out; the new one is appended afterwards.
-    if len(batch.reqs) <= FEW_REQUESTS and rows.is_cpu:
+    if len(batch.reqs) <= FEW_REQUESTS and in_host_memory:
         slots = memoryview(rows.numpy())
         places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
         table.commit_tokens((slots[row, end - 1], token, slots[row, end - 2]) for row, end, token in places)

@@ -26,10 +26,10 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from anchortp_sglang.planning.layout.extents import ShardExtents
 from anchortp_sglang.planning.layout.moves import Move, fill_moves, moved_bytes
 from anchortp_sglang.planning.layout.shards import ParamSlot, ShardLayout, shard_layout
+from anchortp_sglang.platforms.mover import Mover, Write
 from anchortp_sglang.rank.attachment import Attachment, current
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint
 from anchortp_sglang.rank.weights.config import building
-from anchortp_sglang.rank.weights.mover import HostMover, Mover, gpu_mover
 from anchortp_sglang.rank.weights.skeleton import Skeleton, placeholders
 
 log = logging.getLogger(__name__)
@@ -119,10 +119,12 @@ class Filler(threading.Thread):
 
     def _mover(self, target: "_Shard", shard: ShardExtents, stack: ExitStack) -> Mover:
         assignment = self.attachment.assignment
-        if assignment.gpu is not None:
-            return gpu_mover(assignment.gpu)
-        write = stack.enter_context(self.attachment.shard_writer(assignment.device, shard))
-        return HostMover(lambda part, data: write(part.data_ptr() - target.flat.data_ptr(), data))
+
+        def open_writer() -> Write:
+            write = stack.enter_context(self.attachment.shard_writer(assignment.device, shard))
+            return lambda part, data: write(part.data_ptr() - target.flat.data_ptr(), data)
+
+        return assignment.platform.mover(assignment.device, open_writer)
 
     def _previous(self, device: int, stack: ExitStack) -> "_Shard":
         assignment = self.attachment.assignment
@@ -178,14 +180,15 @@ class AnchorModelLoader(BaseModelLoader):
         assert attachment is not None
         filler = attachment.filler
         filler.waited_from = time.monotonic()
-        # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
-        skeleton = Skeleton() if attachment.assignment.gpu else nullcontext()
+        # Lazy memory is not taken until it is touched, and no parameter is: binding replaces them.
+        lazy = attachment.assignment.platform.lazy_memory
+        skeleton = nullcontext() if lazy else Skeleton()
         device = torch.device(device_config.device)
         with set_default_torch_dtype(model_config.dtype), device, building(attachment, model_config), skeleton:
             quantization = _get_quantization_config(model_config, self.load_config)
             model = _initialize_model(model_config, self.load_config, quantization)
         addresses = bind(model, attachment)
-        if attachment.assignment.gpu and (unbound := list(placeholders(model))):
+        if not lazy and (unbound := list(placeholders(model))):
             raise RuntimeError(
                 f"tensors of the model are no parameters and were never filled: {', '.join(unbound[:8])}"
             )

@@ -168,7 +168,7 @@ class Zygote:
 
 
 def fork_zygote() -> Zygote:
-    """Turn a fork of this process into the zygote. The caller must have checked ``zygote_loop.unfit_to_fork``."""
+    """Turn a fork of this process into the zygote. The caller must have checked ``fork_guard.unfit_to_fork``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent, exits = os.getpid(), Exits()
     gc.collect()

@@ -21,37 +21,6 @@ FORK, PING = b"fork", b"ping"
 MESSAGE_BYTES = 64
 
 _PR_SET_PDEATHSIG = 1
-_CUDA_ERROR_NOT_INITIALIZED = 3
-_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
-"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
-
-
-def unfit_to_fork() -> str | None:
-    """Return why this process must not become a zygote; None if it may."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        return f"it has {threads} threads"
-    torch = sys.modules.get("torch")
-    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
-        return "CUDA is initialised"
-    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
-    return f"it has {opened.pop()} open" if opened else None
-
-
-def _driver_is_initialised() -> bool:
-    """Return whether anything in this process has called cuInit: the driver does not survive a fork then."""
-    with open("/proc/self/maps") as maps:
-        if "/libcuda.so" not in maps.read():
-            return False
-    context = ctypes.c_void_p()
-    return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
-
-
-def _target(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except FileNotFoundError:
-        return ""  # of listing the folder itself
 
 
 def announce(control: socket.socket) -> None:

@@ -14,6 +14,7 @@ from planning_cases import model
 
 from anchortp_sglang.planning.layout.extents import WeightPlacement, hold
 from anchortp_sglang.planning.ownership.ownership import split
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.recovery import coordinator as module
 from anchortp_sglang.recovery import steps
 from anchortp_sglang.recovery.coordinator import Coordinator
@@ -100,8 +101,8 @@ def processes() -> SimpleNamespace:
         processes=dict.fromkeys((-1, 0, 1), SimpleNamespace(pidfd=here)),
     )  # fmt: skip
     return SimpleNamespace(
-        plan=SimpleNamespace(gpus=(), graph_batch_sizes=()), anchors=anchors, detokenizer=SimpleNamespace(pidfd=here),
-        kv_capacity=lambda ownership: None,
+        plan=SimpleNamespace(platform=CpuPlatform(), graph_batch_sizes=()), anchors=anchors,
+        detokenizer=SimpleNamespace(pidfd=here), kv_capacity=lambda ownership: None,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +14,12 @@ from planning_cases import model
 from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.ownership.ownership import split
+from anchortp_sglang.platforms.base import Platform
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.platforms.cuda import probe
 from anchortp_sglang.platforms.cuda.detection import GpuDetection
 from anchortp_sglang.platforms.cuda.health import GpuLost
+from anchortp_sglang.platforms.cuda.platform import CudaPlatform
 from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.recovery import graphs
 from anchortp_sglang.recovery.graphs import GraphCapture
@@ -29,7 +31,8 @@ from anchortp_sglang.recovery.processes.zygote import Zygote
 from anchortp_sglang.recovery.state_machine import DeviceEvidence, judge
 
 SERVING = Generation(1, None, [])
-SHARES = [GpuShare("GPU-a", 1), GpuShare("GPU-b", 1), GpuShare("GPU-a", 1)]
+SHARES = (GpuShare("GPU-a", 1), GpuShare("GPU-b", 1), GpuShare("GPU-a", 1))
+CUDA = CudaPlatform(shares=SHARES)
 
 
 def test_a_failed_gpu_is_lost_though_its_anchor_lives() -> None:
@@ -43,16 +46,18 @@ def test_a_failed_gpu_is_lost_though_its_anchor_lives() -> None:
 
 
 @pytest.mark.parametrize(
-    "gpus, lost, kept", [((), (1,), True), (SHARES, (1,), False), (SHARES, (), True)], ids=["cpu", "gpu", "process"]
+    "platform, lost, kept",
+    [(CpuPlatform(), (1,), True), (CUDA, (1,), False), (CUDA, (), True)],
+    ids=["cpu", "gpu", "process"],
 )
 def test_kv_of_gpus_stays_after_the_death_of_a_process_and_goes_with_a_device(
-    gpus: Sequence[GpuShare], lost: tuple[int, ...], kept: bool, monkeypatch: pytest.MonkeyPatch
+    platform: Platform, lost: tuple[int, ...], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     axes = model((12, 4))
     plan = ServerPlan(
         run_dir=Path("/nowhere"), run_id="r", identity="i", checkpoint=Path("/nowhere"), model=axes,
         kv=KVPlan(100, 1, 4), rotate_heads=False, expert_counts=None, device_bytes=None, mirror=None, linger_s=0.0,
-        server_args=lambda tp_size: None, controller_pid=0, gpus=tuple(gpus),
+        server_args=lambda tp_size: None, controller_pid=0, platform=platform,
     )  # fmt: skip
     processes = ServerProcesses(plan, cast(Zygote, None))
     monkeypatch.setattr(processes.anchors, "alive", lambda device: True)
@@ -86,14 +91,6 @@ class TestDetection:
         asyncio.run(detection.probe())
         assert asked == [{"GPU-b"}] and detection.errors[1] == "does not answer within 10 s"
         assert len(faults) == 1  # the probe is part of answering a fault, and makes none
-
-    def test_without_gpus_nothing_is_asked_or_started(self) -> None:
-        async def both() -> None:
-            detection = GpuDetection((), lambda reason: None)
-            await detection.probe()
-            await asyncio.wait_for(detection.watch(), 1)
-
-        asyncio.run(both())
 
 
 class TestGraphCapture:

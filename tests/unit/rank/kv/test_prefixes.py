@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank.attachment import current
 from anchortp_sglang.rank.kv import slot_table_hooks
 from anchortp_sglang.rank.kv.prefixes import Prefixes, State, WrongOrder
@@ -15,7 +16,7 @@ BUILT = SimpleNamespace(token_to_kv_pool_allocator=None, disable_radix_cache=Fal
 
 
 def prefixes(rank: int = 0) -> Prefixes:
-    return Prefixes(rank, ROWS, b"model", bytearray(SlotTable.nbytes(ROWS)))
+    return Prefixes(rank, ROWS, b"model", bytearray(SlotTable.nbytes(ROWS)), CpuPlatform())
 
 
 def restoration() -> SimpleNamespace:
