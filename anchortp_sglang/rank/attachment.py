@@ -78,27 +78,27 @@ class Assignment:
 
 
 def kv_namespace(checkpoint: Path, model: ModelAxes) -> bytes:
-    """Ties KV to what it was computed with: the checkpoint and its dtype."""
+    """Tie KV to what it was computed with: the checkpoint and its dtype."""
     return f"{checkpoint}\0{model.dtype}".encode()
 
 
 def kv_segment(layout: KVLayout) -> str:
-    """Named by its layout: a device whose heads and slots stay the same keeps its KV where it is."""
+    """Name the KV segment by its layout: a device whose heads and slots stay the same keeps its KV where it is."""
     return f"kv-{layout.digest()}"
 
 
 def slot_table_segment(ownership: Ownership, plan: KVPlan) -> str:
-    """Of the KV of this ownership. With another one comes another table: the old one stays whole until it is ready."""
+    """Name an ownership's slot table. With another ownership comes another table: the old one stays whole meanwhile."""
     return f"slot-table-{ownership.digest()}-{plan.rows}"
 
 
 def mirror_segment(plan: MirrorPlan) -> str:
-    """Lives through all ownerships."""
+    """Name the mirror, which lives through all ownerships."""
     return f"kv-mirror-{plan.rows}"
 
 
 def control_segment(generation: int) -> str:
-    """Shared memory of one generation's collectives and heartbeats."""
+    """Name the shared memory of one generation's counters and collectives."""
     return f"control-{generation}"
 
 
@@ -130,13 +130,13 @@ class Attachment:
         """Whether all ranks of the generation are ready, so that requests are taken; only rank 0 is told."""
 
     def kv_memory(self) -> mmap.mmap:
-        """This rank's KV segment in host memory, writable; mapped once."""
+        """Map this rank's KV segment in host memory, writable; once."""
         if self._kv_memory is None:
             self._kv_memory = self.map(self.assignment.device, kv_segment(self.kv_layout), writable=True)
         return self._kv_memory
 
     def kv_tensor(self) -> torch.Tensor:
-        """The bytes of this rank's KV segment, in whichever memory."""
+        """Return the bytes of this rank's KV segment, in host memory or on the GPU."""
         if self.assignment.gpu is None:
             return torch.frombuffer(self.kv_memory(), dtype=torch.uint8)
         fd, nbytes, _ = self._keep(self.assignment.device, kv_segment(self.kv_layout))
@@ -155,7 +155,7 @@ class Attachment:
         return map_fd(fd, nbytes, writable=writable)
 
     def map_briefly(self, device: int, segment: str) -> mmap.mmap:
-        """The same, read-only, of a segment that is about to be freed: when the mapping goes, nothing holds it."""
+        """Map a segment read-only that is about to be freed: once the mapping goes, nothing here holds it."""
         fd, nbytes, _ = self._open(device, segment)
         try:
             return map_fd(fd, nbytes, writable=False)
@@ -163,7 +163,7 @@ class Attachment:
             os.close(fd)
 
     def weights(self) -> torch.Tensor:
-        """The bytes of this rank's shard, read-only. Raises like ``map``."""
+        """Return the bytes of this rank's shard, read-only. Raises like ``map``."""
         assignment = self.assignment
         shard = assignment.weights.shards[assignment.rank]
         fds = {name: self._keep(assignment.device, name).fd for name in shard.sizes}
@@ -171,8 +171,11 @@ class Attachment:
 
     @contextmanager
     def shard_briefly(self, device: int, shard: ShardExtents, writable: bool) -> Iterator[torch.Tensor]:
-        """The bytes of a shard for the time of a block: when it has been left and the tensor is gone, nothing here
-        holds it. ``writable``: those that were added for it; what was there before must not be written to."""
+        """Map a shard for the time of a block, and yield its bytes.
+
+        When the block has been left and the tensor is gone, this process holds the shard no longer.
+        ``writable``: what was added for the shard may be written to; the rest must stay as it is.
+        """
         with ExitStack() as stack:
             fds = {}
             for name in shard.sizes:
@@ -186,9 +189,10 @@ class Attachment:
 
     @contextmanager
     def shard_writer(self, device: int, shard: ShardExtents) -> Iterator[Callable[[int, memoryview], None]]:
-        """For the time of a block: what writes bytes at an offset of a shard in host memory, into what was added for
-        it. It goes past all mappings, as pages that are new to the kernel cost less so. Raises RuntimeError where the
-        shard is to stay as it is."""
+        """Yield, for the time of a block, a function that writes bytes at an offset of a shard in host memory.
+
+        It writes past all mappings, as pages that are new to the kernel cost less so, and raises RuntimeError outside
+        of what was added for the shard: the rest is to stay as it is."""
         fd = self._open(device, shard.added).fd
 
         def write(start: int, data: memoryview) -> None:

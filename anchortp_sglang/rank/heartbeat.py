@@ -1,4 +1,4 @@
-"""Counters in shared memory that a rank moves while it works; main reads them.
+"""Shows main that a rank works: counters in shared memory that the rank moves.
 
 One per rank, moved by every turn of its scheduler loop and by every all-reduce, tells hung from busy. Three more are
 rank 0's: what resumed requests could reuse, and whether its decode graphs are captured.
@@ -55,16 +55,16 @@ class Counters:
 
 
 def read_graphs(memory: mmap.mmap) -> bool:
-    """Whether this generation has captured its decode graphs."""
+    """Return whether a generation has captured its decode graphs."""
     return bool(np.frombuffer(memory, np.int64, 1, 8 * (MAX_RANKS + 2))[0])
 
 
 def read_beats(memory: mmap.mmap, world_size: int) -> tuple[int, ...]:
-    """How far each rank's counter is."""
+    """Return how far each rank's counter is."""
     return tuple(np.frombuffer(memory, np.int64, world_size).tolist())
 
 
 def read_tokens(memory: mmap.mmap) -> tuple[int, int]:
-    """(reused, recomputed) of this generation so far."""
+    """Return a generation's (reused, recomputed) tokens of resumed requests so far."""
     reused, recomputed = np.frombuffer(memory, np.int64, 2, 8 * MAX_RANKS).tolist()
     return reused, recomputed

@@ -1,4 +1,4 @@
-"""Inside a rank: entry point, generation gate, seeding of resumed requests.
+"""Runs a rank: its entry point, the gate of its generation, the seeding of resumed requests.
 
 Stands in for ``run_scheduler_process`` (managers/scheduler.py), which answers an exception with SIGQUIT to its
 parent: here that is the zygote. A rank that fails says so on its pipe and dies; the coordinator sees its pidfd.
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What turns a forked process into rank ``assignment.rank``."""
+    """All that turns a forked process into rank ``assignment.rank``."""
 
     assignment: Assignment
     server_args: Any

@@ -1,6 +1,6 @@
-"""The life of a spare: a child that warms up and meets the others, until main says which rank it is.
+"""Keeps a spare ready: a child that warms up and meets the others, until main says which rank it is.
 
-It also says where a rank meets the others of its generation, spare or not (``rendezvous``).
+Also says where a rank meets the others of its generation, spare or not (``rendezvous``).
 """
 
 import logging
@@ -31,7 +31,7 @@ class SpareSpec:
 
 
 def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
-    """A spare's life until main says what to be, or closes the pipe. Sends None when it is ready to be told."""
+    """Warm up, then wait until main says what to be, or closes the pipe. Sends None when it is ready for that."""
     try:
         warm_up()
     except Exception:
@@ -46,7 +46,7 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
 
 
 def _join(spec: SpareSpec) -> None:
-    """The group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
+    """Join the group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
     _stay_on_loopback()
     timeout: dict[str, Any] = {} if spec.timeout_s is None else {"timeout": timedelta(seconds=spec.timeout_s)}
     store = dist.TCPStore(STORE_HOST, spec.store_port, is_master=False, wait_for_workers=False, **timeout)
@@ -73,6 +73,6 @@ def _name_store(store_port: int) -> None:
 
 
 def _stay_on_loopback() -> None:
-    """Gloo and NCCL listen in every rank, by default where the host's name leads to. All ranks are on this host."""
+    """Let Gloo and NCCL listen on loopback; by default they listen where the host's name leads to."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["NCCL_SOCKET_IFNAME"] = "=lo"

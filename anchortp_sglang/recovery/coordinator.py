@@ -41,7 +41,7 @@ _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSErr
 
 
 class Coordinator:
-    """One per server."""
+    """Leads a server through its recoveries; there is one per server."""
 
     def __init__(self, processes: ServerProcesses, ownership: Ownership, policy: Policy) -> None:
         self.processes = processes
@@ -67,12 +67,12 @@ class Coordinator:
 
     @property
     def generation(self) -> Generation | None:
-        """The current generation, from its fork on."""
+        """Return the current generation, from its fork on."""
         return self._steps.generation
 
     @property
     def kv_usage(self) -> KVUsage | None:
-        """KV usage of the last generation that became ready."""
+        """Return the KV usage of the last generation that became ready."""
         return None if self._steps.ready is None else self._steps.ready.kv_usage
 
     # ---- the first generation (no event loop yet)
@@ -82,7 +82,7 @@ class Coordinator:
         self._steps.start_first()
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Wait until the first generation is ready; what its schedulers say of themselves. Raises StartFailed."""
+        """Wait for the first generation; return what its schedulers say of themselves. Raises StartFailed."""
         return self._steps.wait_first(timeout_s)
 
     # ---- on TokenizerManager's loop
@@ -100,18 +100,18 @@ class Coordinator:
         self._watch_over(self.generation)
 
     def on_tokens(self, tokens: int) -> None:
-        """New tokens go to clients."""
+        """Note that new tokens go to clients."""
         self._progress.on_tokens(tokens)
         if self.state.fruitless:
             self._advance(Event(EventKind.TOKENS, "clients are served"))
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
-        """A batch contradicts what clients have: nothing of this generation can be trusted."""
+        """Answer a batch that contradicts what clients have: nothing of this generation can be trusted."""
         log.error("anchortp: %s", error)
         self._fault(str(error))
 
     def stop(self) -> None:
-        """The operator ends the server: deaths are no faults any more."""
+        """End recoveries, as the operator ends the server: deaths are no faults any more."""
         self._advance(Event(EventKind.STOP, "the server is being shut down"))
 
     def shut_down(self) -> None:
@@ -160,7 +160,7 @@ class Coordinator:
             self._carry_out(action)
 
     def _watch_over(self, generation: Generation) -> None:
-        """A generation serves from now on."""
+        """Watch and look after a generation that serves from now on."""
         self._detection.watch(generation)
         self._spawn(self._housekeeping.look_after_helpers(generation))
         self._spawn(self._graphs.capture(generation))
@@ -184,7 +184,7 @@ class Coordinator:
         generation.kill()
 
     def _find_culprits(self, generation: Generation, reason: str) -> None:
-        """End requests that ranks cannot serve; and all, if no recovery gets anybody a token any more."""
+        """End requests that ranks cannot serve; end all, if recoveries do not get any client a token."""
         assert self.inflight is not None and self._progress.recovery is not None
         found = evidence(last_words(generation), generation.hung_since, reason)
         self._progress.recovery.exception = found.text if found.kind == "exception" else ""
@@ -211,7 +211,7 @@ class Coordinator:
         self._spawn(report())
 
     def _step(self, action: Action) -> tuple[Awaitable[str], EventKind]:
-        """The step, and what has happened when it is through."""
+        """Begin the step of an action; also return which event it ends with."""
         recovery, inflight, line = self._progress.recovery, self.inflight, self._fence_line
         assert recovery is not None and inflight is not None and line is not None
         if action is Action.FENCE:

@@ -56,7 +56,7 @@ class Detection:
             self._watch_anchor(generation, device)
 
     def stop_watching(self) -> None:
-        """Deaths are expected from here on; must come before a child is closed."""
+        """Watch no process any more; must come before a child is closed."""
         if self._deaths is not None:
             self._deaths.stop()
 
@@ -71,7 +71,7 @@ class Detection:
         self._deaths.watch(pidfd, lambda: self._spawn(self._anchor_died(generation, device)))
 
     async def _anchor_died(self, generation: Generation, device: int) -> None:
-        """An anchor alone costs nothing: its rank still holds the memory. With its rank it is a lost device."""
+        """Replace an anchor that died alone: its rank still holds the memory. With its rank it is a lost device."""
         await asyncio.sleep(_ANCHOR_GRACE_S)
         if self._serving() is not generation:
             return

@@ -1,4 +1,4 @@
-"""Has ranks capture decode graphs: not at their start, which clients wait for, but once nobody does."""
+"""Has ranks capture decode graphs: not at their start, which clients wait for, but when idle."""
 
 import asyncio
 import logging
@@ -17,9 +17,10 @@ _PATIENCE_S = 30.0
 
 
 class GraphCapture:
-    """On the event loop. ``batch_sizes``: none where ranks stay eager; ``serving``: the generation that serves.
+    """Decides when graphs are captured; on the event loop.
 
-    ``idle``: whether no request is open; ``send``: sends a message to the ranks.
+    ``batch_sizes``: none where ranks stay eager; ``serving``: the generation that serves; ``idle``: whether no
+    request is open; ``send``: sends a message to the ranks.
     """
 
     def __init__(

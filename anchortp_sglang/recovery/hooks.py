@@ -1,4 +1,4 @@
-"""Hooks in main: SGLang's launch and TokenizerManager, tied to this server's coordinator."""
+"""Ties SGLang's launch and TokenizerManager, in main, to this server's coordinator."""
 
 import logging
 import signal
@@ -21,13 +21,13 @@ _coordinator: Coordinator | None = None
 
 
 def install_coordinator(coordinator: Coordinator) -> None:
-    """Make it this process's; the hooks below act on it."""
+    """Make it this process's coordinator; the hooks below act on it."""
     global _coordinator
     _coordinator = coordinator
 
 
 def installed_coordinator() -> Coordinator:
-    """This process's coordinator. Raises RuntimeError in a server that was started without one."""
+    """Return this process's coordinator. Raises RuntimeError in a server that was started without one."""
     if _coordinator is None:
         raise RuntimeError("no coordinator: start the server with anchortp_sglang.launch_server or Engine")
     return _coordinator
@@ -98,7 +98,7 @@ async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager:
 
 
 def _dispatch(message: Any) -> None:
-    """Raises ValueError for what no route asks, but an Engine's method may (``SERVED_MESSAGES``)."""
+    """Record and send a message. Raises ValueError for what only an Engine's method may ask (``SERVED_MESSAGES``)."""
     refusal = check_message(type(message).__name__)
     if refusal is not None:
         raise ValueError(refusal)

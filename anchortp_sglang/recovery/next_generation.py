@@ -28,9 +28,9 @@ class Unrecoverable(RuntimeError):
 
 
 class NextGeneration:
-    """Which generation follows which. Its methods block, but for ``judge`` and ``plan``.
+    """Finds and makes the generation that follows. Its methods block, but for ``judge`` and ``plan``.
 
-    ``number``: of the generation that was made last. ``held``: the complete weights that the anchors hold.
+    ``number``: the number of the generation that was made last. ``held``: the complete weights that the anchors hold.
     ``kv_valid``: whether the KV and the slot table of their ownership can be taken over.
     """
 
@@ -43,7 +43,7 @@ class NextGeneration:
         self._min_devices = min_devices
 
     def first(self) -> Generation:
-        """Anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
+        """Start anchors and ranks of the configured ownership. Does not wait for the ranks."""
         anchors, devices = self._processes.anchors, self._configured.devices
         weights = self._processes.plan.hold(self._configured, None)
         taken = anchors.take_over(weights)
@@ -73,11 +73,11 @@ class NextGeneration:
         return state_machine.judge(evidence, reason)
 
     def plan(self, lost: Collection[int]) -> Ownership:
-        """The next ownership, and the next number. Raises Unrecoverable."""
+        """Work out the next ownership, and count up ``number``. Raises Unrecoverable."""
         assert self.held is not None
         plan, held = self._processes.plan, self.held.ownership
         if not self._processes.anchors.alive(HOST_DEVICE):
-            self.kv_valid = False  # nobody knows what the slots hold
+            self.kv_valid = False  # what the slots hold is not known any more
         if plan.gpus and lost:
             self.kv_valid = False  # KV does not move between GPUs
         survivors = [device for device in held.devices if device not in lost]
@@ -91,7 +91,7 @@ class NextGeneration:
         return ownership
 
     def kept_first(self, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]) -> bytes:
-        """Chain hashes (uint64) of what open requests have, where there is less room for KV than before.
+        """Return chain hashes (uint64) of what open requests have, where there is less room for KV than before.
 
         ``open_tokens``: of each request, int64[n], after its extra key and cache salt; not asked for where all fits.
         """
@@ -103,7 +103,7 @@ class NextGeneration:
         return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)
 
     def fork(self, ownership: Ownership, running: bytes) -> Generation:
-        """Segments and ranks of the planned generation. ``running``: from ``kept_first``."""
+        """Allocate segments and fork ranks of the planned generation. ``running``: from ``kept_first``."""
         assert self.held is not None
         anchors, plan = self._processes.anchors, self._processes.plan
         if not anchors.alive(HOST_DEVICE):
@@ -120,7 +120,7 @@ class NextGeneration:
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid, running)
 
     def on_generation_ready(self, generation: Generation) -> None:
-        """All its ranks are ready: its weights are complete, its KV and slot table are in use."""
+        """Note that all ranks are ready: their weights are complete, their KV and slot table are in use."""
         self.held, self.kv_valid = generation.weights, True
 
 

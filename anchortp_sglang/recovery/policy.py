@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Policy:
-    """``hang_timeout_s``: without progress for so long, ranks hang. ``deadline_s``: of one recovery, from its fault on.
+    """How recoveries are decided. ``hang_timeout_s``: without progress for so long, ranks hang. ``deadline_s``: of one
+    recovery, from its fault on.
 
     ``min_devices``: with fewer the server gives up. ``spare_ranks``: whether ranks are forked ahead of the next fault.
     """

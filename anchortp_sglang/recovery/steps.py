@@ -28,7 +28,7 @@ _STALL_S = 2.0
 
 @dataclass(frozen=True)
 class Attempt:
-    """What the state machine says of the attempt that a step belongs to. ``deadline_at``: monotonic seconds.
+    """The attempt that a step belongs to, as the state machine knows it. ``deadline_at``: monotonic seconds.
 
     ``is_current``: whether it still waits for this step.
     """
@@ -44,7 +44,7 @@ class Attempt:
 
 
 class Steps:
-    """The generation there is, and the steps to the next one; on the event loop, but for the first generation.
+    """Holds the current generation and takes the steps to the next one; on the event loop, but for the first.
 
     ``generation``: the current one, from its fork on. ``ready``: the last one whose ranks were all ready.
     ``scheduler_info``: what SGLang's scheduler of rank 0 says of itself; SGLang keeps this very object, for
@@ -65,7 +65,7 @@ class Steps:
         self.generation = self._next.first()
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Wait for the first generation; what its schedulers say of themselves. Raises StartFailed."""
+        """Wait for the first generation; return what its schedulers say of themselves. Raises StartFailed."""
         generation = self.generation
         assert generation is not None
         wait_ready(generation, timeout_s)

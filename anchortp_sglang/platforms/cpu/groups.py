@@ -1,4 +1,4 @@
-"""Process groups of a rank on the CPU: few of them, as every one costs the start a round of all ranks.
+"""Shares process groups between SGLang's coordinators on the CPU: each one costs the start a round of all ranks.
 
 SGLang makes two for each list of ranks of each kind of parallelism: at TP=4 some 36, one after the other, of which each
 ends in a barrier of all ranks over the TCPStore. But only two lists are ever different: all ranks, and each rank alone.

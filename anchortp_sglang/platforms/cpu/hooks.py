@@ -39,7 +39,7 @@ class SharedMemoryCollectives:
     on_progress: Callable[[], None]
 
     def spans(self, world_size: int) -> bool:
-        """Whether a call of this thread on a group of that size is one that all ranks make in one order.
+        """Return whether a call of this thread on a group of that size is one that all ranks make in one order.
 
         Other threads (HiCache's prefetch thread calls broadcast_pyobj too) have an order of their own.
         """

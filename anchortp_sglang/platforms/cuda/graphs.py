@@ -1,4 +1,4 @@
-"""Decode graphs in ranks: captured when main says so, some time after a generation has started, eager until then."""
+"""Captures decode graphs in ranks when main says so, some time after a generation has started; eager until then."""
 
 import functools
 import logging
@@ -26,7 +26,7 @@ def after_init_request_dispatcher(result: Any, scheduler: Any) -> Any:
 
 
 def _capture(scheduler: Any, counters: Counters, request: CaptureGraphs) -> None:
-    """A failure ends the rank: peers with graphs and without would not make the same collectives."""
+    """Capture; a failure ends the rank: peers with graphs and without would not make the same collectives."""
     with counters.beating(CAPTURE_LIMIT_S):
         scheduler.tp_worker.ensure_decode_cuda_graphs(request.batch_sizes)
     counters.note_graphs()

@@ -1,4 +1,4 @@
-"""The thread of each rank that copies committed KV to the mirror, beside the decode loop and never in its way.
+"""Copies committed KV to the mirror, in a thread of each rank beside the decode loop and never in its way.
 
 Copies go through numpy, which lets the GIL go meanwhile, a few MiB at a time.
 """
@@ -24,9 +24,9 @@ _POLL_S = 0.1
 
 
 class Mirroring(threading.Thread):
-    """One per rank. ``memory``, ``table_memory``: of the mirror and of the generation's slot table.
+    """A rank's mirroring thread. ``memory``, ``table_memory``: the mirror and the generation's slot table.
 
-    To be started on rank 0 when it begins to write the slot table; on the others at any time before.
+    Start it on rank 0 when it begins to write the slot table; on the others at any time before.
     """
 
     def __init__(self, attachment: Attachment, kv: KVSegment, memory: mmap.mmap, table_memory: mmap.mmap) -> None:
@@ -65,7 +65,7 @@ class Mirroring(threading.Thread):
         return mirror
 
     def _await_begun(self) -> KVMirror:
-        """The mirror, once rank 0 of this generation has taken it over: the slot table is being written then."""
+        """Wait until rank 0 of this generation has taken the mirror over: the slot table is being written then."""
         while True:
             try:
                 mirror = KVMirror.attach(self._memory, mirror_shape(self._attachment))

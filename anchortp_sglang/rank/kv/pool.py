@@ -1,4 +1,4 @@
-"""KV buffers in the anchor's memory, of the same number of slots on every rank."""
+"""Puts SGLang's KV buffers into the anchor's memory, with the same number of slots on every rank."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +30,7 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
 
 
 def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> None:
-    """AROUND MLATokenToKVPool._create_buffers: the same for latents, of which every rank has all."""
+    """AROUND MLATokenToKVPool._create_buffers: the same views for latents, of which every rank has all."""
     attachment = current()
     if attachment is None:
         original(pool)
@@ -42,7 +42,7 @@ def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> Non
 
 
 def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
-    """Each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
+    """Yield each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
     layout = attachment.kv_layout
     flat = attachment.kv_tensor()
     if flat.is_cuda and not attachment.assignment.restore_prefixes:

@@ -87,7 +87,7 @@ class Prefixes:
             self._report_retained(kept, reusable, began)
 
     def finish(self) -> float:
-        """Wait until the retained KV is in place; when it was (monotonic seconds, 0 if there was none)."""
+        """Wait until the retained KV is in place; return when it was (monotonic seconds, 0 if there was none)."""
         self._step(State.BUILT, State.BUILT)
         if self._mirroring is not None and self._rank != 0:
             self._mirroring.start()
@@ -122,7 +122,7 @@ class Prefixes:
 
     @contextmanager
     def forgetting_later(self) -> Iterator[None]:
-        """For the time of a block: what is freed is forgotten when the block ends."""
+        """Forget what is freed in a block only when the block ends."""
         self._deferred = []
         try:
             yield
@@ -148,7 +148,7 @@ class Prefixes:
         }
 
     def _free_slots(self) -> np.ndarray:
-        """The allocator's free slots, in the order in which it will give them out."""
+        """Return the allocator's free slots, in the order in which it will give them out."""
         return slots_of_pages(self._allocator.get_all_free_pages(), self._allocator.page_size)
 
 
@@ -178,7 +178,7 @@ def open_prefixes(attachment: Attachment) -> Prefixes:
 
 
 def slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
-    """The slots of allocator pages, in order."""
+    """Return the slots of allocator pages, in order."""
     return (pages.cpu().numpy()[:, None] * page_size + np.arange(page_size)).ravel()
 
 

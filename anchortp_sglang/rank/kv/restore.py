@@ -1,8 +1,8 @@
-"""KV that goes over to a new generation: found, and put in place while the main thread builds the rest of the rank.
+"""Takes KV over to a new generation: finds it, and puts it in place while the main thread builds the rest of the rank.
 
 Each rank decides alone, from the same shared memory, which slots are kept (``kv/retained_slots.py``). A device whose
 heads and slots stay the same has its KV in place. Else kept heads are copied from the old segments of this device and
-its peers, lost ones from the mirror; both lie in anchors, and nobody writes to them any more.
+its peers, lost ones from the mirror; both lie in anchors, and are not written to any more.
 """
 
 import threading
@@ -23,7 +23,7 @@ from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, kv_segment,
 
 
 def mirror_shape(attachment: Attachment) -> MirrorShape:
-    """Of the mirror that this server was planned with."""
+    """Return the shape of the mirror that this server was planned with."""
     assignment = attachment.assignment
     assert assignment.mirror is not None
     layout = whole_layout(assignment.model, assignment.mirror.rows, assignment.kv.unit_bytes(assignment.model))
@@ -35,8 +35,8 @@ class RestorationFailed(RuntimeError):
 
 
 class Restoration(threading.Thread):
-    """Keeps what can be kept of the last generation's KV. ``table``: its slot table; nobody writes to it. ``into``:
-    None where KV can only stay in place."""
+    """Retains what can be retained of the last generation's KV. ``table``: its slot table, which is not written to any
+    more. ``into``: where KV is copied to; None where it can only stay in place."""
 
     def __init__(self, attachment: Attachment, table: SlotTable, into: KVSegment | None) -> None:
         super().__init__(name="anchortp-kv", daemon=True)
@@ -75,11 +75,11 @@ class Restoration(threading.Thread):
         self._move(kept, mirror)
 
     def kept(self) -> RetainedSlots:
-        """What is kept; before its bytes are in place. Raises what went wrong."""
+        """Wait until it is known what is kept, be it not in place yet. Raises what went wrong."""
         return self._kept.result()
 
     def wait(self) -> None:
-        """Until every byte is in place. Raises what went wrong."""
+        """Wait until every byte is in place. Raises what went wrong."""
         self._done.result()
 
     def _mirror(self) -> KVMirror | None:

@@ -1,4 +1,4 @@
-"""Hooks that keep rank 0's slot table true: what SGLang frees, computes, moves and flushes is entered in it.
+"""Keeps rank 0's slot table true: hooks enter what SGLang frees, computes, moves and flushes.
 
 They find the table through ``attachment.current()``. Where there is no attachment, and on ranks that write no table,
 they leave SGLang as it is. They run in every step of the scheduler.

@@ -1,4 +1,4 @@
-"""Every rank sees a model config whose even split is its own share.
+"""Shows every rank a model config whose even split is its own share.
 
 On rank r each shardable size S becomes local_r(S) * tp_size: SGLang divides by tp_size and gets local_r(S) in
 attention modules, MLPs, the KV pool and every attention backend, with all its assertions intact. Where shares differ
@@ -24,7 +24,7 @@ def after_from_server_args(model_config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _HeadCount(int):
-    """The pretended number of query heads, by which the hidden size still divides into heads of the true size: some
+    """A pretended number of query heads, by which the hidden size still divides into heads of the true size: some
     model files (mixtral.py among them) do not read ``head_dim``."""
 
     _hidden_size: int
@@ -67,7 +67,7 @@ def _largest(assignment: Assignment) -> dict[str, int]:
 
 
 def _sizes(assignment: Assignment, layer: int) -> dict[str, int]:
-    """The pretended sizes of a layer, by their names in the config."""
+    """Return the pretended sizes of a layer, by their names in the config."""
     model, tp_size = assignment.model, assignment.ownership.tp_size
     q_heads = assignment.ownership.units("q_head", assignment.rank, layer) * model.heads_per_unit * tp_size
     kv_heads = assignment.ownership.units("kv_head", assignment.rank, layer) * tp_size
@@ -92,7 +92,7 @@ def _show(model_config: Any, sizes: dict[str, int]) -> None:
 
 @contextmanager
 def building(attachment: Attachment, model_config: Any) -> Iterator[None]:
-    """While this lasts, a layer that is made (``around_make_layers``) finds its own sizes in this config."""
+    """Show each layer that is made in this block (``around_make_layers``) its own sizes in this config."""
     attachment.built_config = model_config
     try:
         yield

@@ -1,4 +1,4 @@
-"""Expert parallelism with unequal, scattered shares: a rank has the experts that the plan gives it.
+"""Gives a rank the experts that the plan says: expert parallelism with unequal, scattered shares.
 
 SGLang deals ``num_experts / ep_size`` consecutive experts to each rank. Here each layer is built as if all ranks had as
 many as this one, so that every assertion holds; then the true number comes back, and a map from experts to places.
@@ -13,7 +13,7 @@ from anchortp_sglang.rank.attachment import Assignment, current
 
 
 def _dealing() -> Assignment | None:
-    """This rank's assignment, if it deals whole experts."""
+    """Return this rank's assignment, if it deals whole experts."""
     attachment = current()
     deals = attachment is not None and "expert" in attachment.assignment.model.axes
     return attachment.assignment if attachment is not None and deals else None

@@ -1,4 +1,4 @@
-"""Model parameters bound to the anchor's memory, and filled there.
+"""Binds model parameters to the anchor's memory, and fills them there.
 
 The parameters are views of a read-only mapping; the bytes arrive through a second, writable one in a background
 thread that starts when the rank does, while the main thread builds process groups and the model skeleton.
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def _views(flat: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
-    """Each parameter as a tensor over ``flat`` (the bytes of a weights segment); no copy."""
+    """View each parameter as a tensor over ``flat`` (the bytes of a weights segment); no copy."""
 
     def view(placed: ParamSlot) -> torch.Tensor:
         piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes].view(getattr(torch, placed.dtype))
@@ -46,7 +46,7 @@ def _views(flat: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
 
 
 def _stacked(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's parameters: slices over experts, which lie side by side, as one tensor each."""
+    """Join slices over experts, which lie side by side, into one tensor each: the model's parameters."""
     slices: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
     whole = {}
     for name, view in views.items():
@@ -143,14 +143,14 @@ class _Shard:
         self.views = _views(flat, layout)
 
     def elements(self, move: Move) -> torch.Tensor:
-        """What a move fills."""
+        """View the elements that a move fills."""
         return self.views[move.param].narrow(move.dim, move.start, move.length)
 
 
 def _copies(
     move: Move, target: _Shard, source: _Shard, shard: ShardExtents
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What is to be copied for a move, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
+    """Yield what a move copies, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
     into = target.placed[move.param].run(move.start, move.length)
     of = source.placed[move.source].run(move.source_start, move.length)
     if into is None or of is None:
@@ -171,7 +171,7 @@ class AnchorModelLoader(BaseModelLoader):
     """Builds the skeleton and binds every parameter to the anchor's memory."""
 
     def download_model(self, model_config: Any) -> None:
-        """The launcher has checked the checkpoint already."""
+        """Download nothing: the launcher has checked the checkpoint already."""
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         attachment = current()

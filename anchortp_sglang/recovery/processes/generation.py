@@ -59,7 +59,7 @@ class Generation:
             child.kill()
 
     def dead(self) -> tuple[int, ...]:
-        """Ranks whose process is dead right now."""
+        """Return the ranks whose process is dead right now."""
         return tuple(rank for rank, child in enumerate(self.ranks) if is_dead(child.pidfd))
 
     def note_deaths(self) -> None:
@@ -71,15 +71,15 @@ class Generation:
         self.hung, self.hung_since = ranks, since
 
     def beats(self) -> tuple[int, ...] | None:
-        """How far each rank's counter is; None before they are ready."""
+        """Return how far each rank's counter is; None before they are ready."""
         return None if self.control is None else heartbeat.read_beats(self.control, self.ownership.tp_size)
 
     def tokens_reused(self) -> tuple[int, int] | None:
-        """(reused, recomputed) tokens of the requests that this generation has resumed so far."""
+        """Return (reused, recomputed) tokens of the requests that this generation has resumed so far."""
         return None if self.control is None else heartbeat.read_tokens(self.control)
 
     def graphs_captured(self) -> bool:
-        """Whether its decode graphs are captured."""
+        """Return whether its decode graphs are captured."""
         return self.control is not None and heartbeat.read_graphs(self.control)
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Generation:
 
 
 def wait_dead(generation: Generation) -> None:
-    """Until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
+    """Wait until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
     for child in generation.ranks:
         while not died_within(child.pidfd, 1.0):
             log.warning("anchortp: process %d is not dead yet", child.pid)
@@ -137,7 +137,7 @@ def _receive(generation: Generation, index: int) -> dict[str, Any]:
 
 
 def last_words(generation: Generation) -> list[Crash | None]:
-    """What each rank that died said of its end, None if it said nothing. Can be asked once."""
+    """Read what each rank that died said of its end, None if it said nothing. Can be read once."""
     return [_crash(generation.ranks[rank].pipe) for rank in sorted(generation.died)]
 
 

@@ -71,7 +71,7 @@ class Spares:
         return ready[:world_size], store
 
     def resume(self) -> int:
-        """Let those go on that somebody stopped; how many. None while they are being forked or taken."""
+        """Let stopped spares (SIGSTOP) go on; how many. None while they are being forked or taken."""
         if not self._lock.acquire(blocking=False):
             return 0
         try:

@@ -59,7 +59,7 @@ class Child:
         return "" if self.exits is None else self.exits.crash_of(self.pid)
 
     def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
-        """Raises ZygoteError if it does not read what it is told (a stopped process, once the pipe is full)."""
+        """Tell the child what to be. Raises ZygoteError if it does not read that (a stopped process, a full pipe)."""
         try:
             self.pipe.send((target, argument))
         except BlockingIOError as error:
@@ -78,13 +78,13 @@ class Child:
 
 
 def _limit_sends(pipe: Connection) -> None:
-    """A send that makes no progress for so long raises BlockingIOError: a stopped child does not empty its pipe."""
+    """Let a send without progress raise BlockingIOError after a while: a stopped child does not empty its pipe."""
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
 
 
 class Zygote:
-    """Main's end. ``fork`` and ``answers`` may be called from any thread.
+    """Main's end of a zygote. ``fork`` and ``answers`` may be called from any thread.
 
     ``first_timeout_s``: for the first answer of one that imports SGLang first, and then says so; None of others.
     """
@@ -120,7 +120,7 @@ class Zygote:
 
     @property
     def importing(self) -> bool:
-        """Whether it has not said yet that it is ready."""
+        """Return whether it has not said yet that it is ready."""
         return self._first_timeout_s is not None
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class Zygote:
             self._exits.close()
 
     def answers(self) -> bool:
-        """Whether it would fork in time; of one that still imports SGLang: whether it may get there."""
+        """Return whether it would fork in time; of one that still imports SGLang, whether it may get there."""
         if self._first_timeout_s is not None and not wait_readable(self._control.fileno(), 0.0):
             return not is_dead(self.pidfd) and time.monotonic() < self._made_at + self._first_timeout_s
         try:
@@ -140,7 +140,7 @@ class Zygote:
             return False
 
     def _ask(self, request: bytes, fds: list[int]) -> tuple[bytes, list[int]]:
-        """Its answer. An earlier one that came too late is let go of, so that a slow zygote can be asked again."""
+        """Ask, and return the answer. Late answers to earlier requests are dropped, so it can be asked again."""
         try:
             with self._lock:
                 deadline = time.monotonic() + (self._first_timeout_s or _ANSWER_TIMEOUT_S)
@@ -188,7 +188,7 @@ def fork_zygote() -> Zygote:
 
 
 def spawn_zygote() -> Zygote:
-    """A zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
+    """Start a zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     exits = Exits()
     fds = [theirs.fileno(), exits.fd]

@@ -27,7 +27,7 @@ _DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
 
 
 def unfit_to_fork() -> str | None:
-    """Why this process must not become a zygote; None if it may."""
+    """Return why this process must not become a zygote; None if it may."""
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         return f"it has {threads} threads"
@@ -39,7 +39,7 @@ def unfit_to_fork() -> str | None:
 
 
 def _driver_is_initialised() -> bool:
-    """Whether anything in this process has called cuInit: the driver does not survive a fork then."""
+    """Return whether anything in this process has called cuInit: the driver does not survive a fork then."""
     with open("/proc/self/maps") as maps:
         if "/libcuda.so" not in maps.read():
             return False
@@ -60,7 +60,7 @@ def announce(control: socket.socket) -> None:
 
 
 def serve(control: socket.socket, exits: Exits) -> None:
-    """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes.
+    """Fork on request, reap the dead, end when main's end of the socket closes.
 
     ``exits``: where it notes how its children ended.
     """

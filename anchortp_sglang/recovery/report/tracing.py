@@ -1,4 +1,4 @@
-"""A recovery as OpenTelemetry spans, where SGLang's tracing is on (``--enable-trace``).
+"""Exports a recovery as OpenTelemetry spans, where SGLang's tracing is on (``--enable-trace``).
 
 SGLang's own spans hang on requests (TraceReqContext in observability/trace.py), and a recovery is none: it gets a trace
 of its own from the provider that SGLang has set up, with a span for each stage and one for each new rank.
@@ -21,7 +21,7 @@ def export(recovery: Recovery) -> None:
 
 
 def make_spans(recovery: Recovery, epoch_ns: int) -> None:
-    """``epoch_ns``: wall clock minus monotonic clock, as spans are in Unix time."""
+    """Make the spans. ``epoch_ns``: wall clock minus monotonic clock, as spans are in Unix time."""
     from opentelemetry import trace
     from opentelemetry.context import Context
 
