@@ -162,8 +162,8 @@ class Attachment:
     def shard_briefly(self, device: int, shard: ShardExtents, writable: bool) -> Iterator[torch.Tensor]:
         """Map a shard for the time of a block, and yield its bytes.
 
-        When the block has been left and the tensor is gone, this process holds the shard no longer. ``writable``: what
-        was added for the shard may be written to; the rest must stay as it is.
+        When the block has been left and the tensor is gone, this process holds the shard no longer.
+        ``writable``: what was added for the shard may be written to; the rest must stay as it is.
         """
         with ExitStack() as stack:
             fds = {}

@@ -273,7 +273,7 @@ def load_beside_stock(argv):
 
     def compare(model, attachment):
         bind(model, attachment)
-        loader._filler.wait()
+        attachment.filler.wait()
         files = sorted(attachment.assignment.checkpoint.glob("*.safetensors"))
         stock[0].load_weights(safetensors_weights_iterator([str(file) for file in files]))
         ours, theirs = (dict(one.named_parameters()) for one in (model, stock[0]))
