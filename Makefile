@@ -38,7 +38,7 @@ test: lint ## lint, then every test that needs no GPU
 	$(PY) -m pytest $(TESTS)
 
 test-gpu: venv ## the tests that need a GPU, and the contracts on it
-	$(PY) -m pytest -m gpu -s tests/gpu tests/unit/memory/test_arena_contract.py tests/unit/rank/weights/test_mover_contract.py
+	$(PY) -m pytest -m gpu -s tests/gpu tests/unit/platforms/test_contract.py tests/unit/memory/test_arena_contract.py tests/unit/platforms/test_mover_contract.py
 
 demo: venv ## a live server loses a device under load, and its clients only see a pause
 	$(PY) -m anchortp_sglang.bench.demo

@@ -1,4 +1,4 @@
-"""``anchortp_sglang.Engine``: sglang.Engine, which survives the loss of ranks and devices."""
+"""``anchortp_sglang.Engine``: an sglang.Engine that survives the loss of ranks and devices."""
 
 import os
 from typing import Any
@@ -9,9 +9,10 @@ from anchortp_sglang.startup import device
 
 MAX_TP_SIZE = 8
 
-# SGLang reads its environment when it is imported, before any Engine can say how many ranks it wants.
-# Thread bindings of the user's own are checked when it is known.
-device.prepare({"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
+# SGLang reads its environment when imported, before the number of ranks is known: it is prepared for the most.
+# Thread bindings set by the user are checked later, when the number is known.
+_PLATFORM = device.choose_platform({})
+device.prepare(_PLATFORM, {"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
 
 from sglang.srt.entrypoints.engine import Engine as _StockEngine  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
@@ -20,9 +21,9 @@ from anchortp_sglang.startup import start  # noqa: E402
 
 
 class Engine(_StockEngine):
-    """``sglang.Engine`` with ``anchor_*`` keyword arguments (AnchorOptions) beside SGLang's own.
+    """An ``sglang.Engine`` with ``anchor_*`` keyword arguments (AnchorOptions) beside SGLang's own.
 
-    Raises ValueError for what is not supported. One per process, as the hooks are the process's.
+    Raises ValueError for unsupported arguments. A process can have one, as hooks and coordinator are the process's.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -32,7 +33,7 @@ class Engine(_StockEngine):
         if tp_size > MAX_TP_SIZE:
             raise ValueError(f"tp_size is {tp_size}; an Engine takes at most {MAX_TP_SIZE}")
         server_args = server_args or _record(rest)
-        self._anchor_runtime: start.Runtime | None = start.start(server_args, options, serves_http=False)
+        self._anchor_runtime: start.Runtime | None = start.start(server_args, options, _PLATFORM, serves_http=False)
         try:
             super().__init__(server_args=server_args)
         except BaseException:
@@ -40,11 +41,11 @@ class Engine(_StockEngine):
             raise
 
     def collective_rpc(self, method: str, **kwargs: Any) -> None:
-        """Raise ValueError: such calls go past TokenizerManager, straight to a rank, and an error ends it."""
+        """Raise ValueError: such a call bypasses TokenizerManager, and an error in it ends the rank."""
         raise ValueError(check_message("RpcReqInput"))
 
     def shutdown(self) -> None:
-        """End all processes and free their memory; may be called twice."""
+        """End all processes and free their memory. May be called twice."""
         runtime, self._anchor_runtime = self._anchor_runtime, None
         if runtime is not None:
             runtime.coordinator.stop()
@@ -53,5 +54,5 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any]) -> Any:
-    flags = device.prepare(kwargs).flags
+    flags = device.prepare(device.choose_platform(kwargs), kwargs).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))

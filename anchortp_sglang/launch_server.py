@@ -1,4 +1,4 @@
-"""``python -m anchortp_sglang.launch_server``: SGLang's server, which survives the loss of ranks and devices."""
+"""``python -m anchortp_sglang.launch_server``: an SGLang server that survives the loss of ranks and devices."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from anchortp_sglang import start_log
 from anchortp_sglang.hooks import preload
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
-from anchortp_sglang.platforms.cuda.probe import GpuFacts
+from anchortp_sglang.platforms.base import Platform, describe
 from anchortp_sglang.recovery import ending
 from anchortp_sglang.startup import device, preflight
 
@@ -18,16 +18,17 @@ log = logging.getLogger("anchortp_sglang")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve until stopped. Refuses with a message on stderr and exit code 2."""
+    """Serve until stopped. A refused start ends with a message on stderr and exit code 2."""
     ending.end_at_once_on_signals()
     try:
         options, rest = split_argv(argv)
         given = device.given_flags(rest)
         wants_help = "help" in given or "-h" in rest
-        gpus = [] if wants_help else device.gpus_for(given, options.experimental_cuda)
-        defaults = device.prepare({} if wants_help else given, gpus)
+        flags = {} if wants_help else given
+        platform = device.choose_platform(flags, options.experimental_cuda)
+        defaults = device.prepare(platform, flags)
         if not wants_help:
-            preflight.check_given(given, options.experimental_cuda)
+            preflight.check_given(given, platform.rules)
             preflight.check_run_base(options.run_dir)
             preload.leave_out_other_models(preflight.architectures(given))
     except ValueError as error:
@@ -35,10 +36,10 @@ def main(argv: Sequence[str]) -> None:
     if wants_help:
         print_help()
         return
-    _serve(options, [*rest, *device.as_arguments(defaults.flags)], device.describe(defaults), gpus)
+    _serve(options, [*rest, *device.as_arguments(defaults.flags)], describe(defaults), platform)
 
 
-def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequence[GpuFacts]) -> None:
+def _serve(options: AnchorOptions, argv: list[str], settings: str, platform: Platform) -> None:
     started = time.monotonic()
     print("anchortp: importing SGLang (once, for all processes) …", file=sys.stderr, flush=True)
     preload.import_sglang()
@@ -50,7 +51,7 @@ def _serve(options: AnchorOptions, argv: list[str], settings: str, gpus: Sequenc
     log.info("anchortp: SGLang imported in %.1f s; %s", time.monotonic() - started, settings)
     start_log.step("SGLang is imported")
     try:
-        runtime = start.start(server_args, options, serves_http=True, gpus=gpus)
+        runtime = start.start(server_args, options, platform, serves_http=True)
     except start.REFUSALS as error:
         _refuse(error)
     ending.on_end(runtime.close)
@@ -94,14 +95,14 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
 
 
 def _end_start(runtime: Any, reason: str) -> None:
-    """End a server whose ranks cannot serve its own first request; stock's end at their first error."""
+    """End a server whose ranks fail on its own first request, as stock SGLang does."""
     print(f"anchortp: the server did not start: {reason}", file=sys.stderr, flush=True)
     runtime.close()
     os._exit(1)
 
 
 def _metrics(server_args: Any, runtime: Any) -> Any:
-    """Our series, if SGLang serves /metrics."""
+    """Make our series, if SGLang serves /metrics."""
     if not server_args.enable_metrics:
         return None
     from anchortp_sglang.http.metrics import Metrics

@@ -1,8 +1,7 @@
-"""Everything an operator can choose about anchors and recovery, in one frozen record.
+"""The operator's options for anchors and recovery, in one frozen record.
 
-The command line (``--anchor-widths 2,1,1``), the help text and the keyword arguments of
-``anchortp_sglang.Engine`` (``anchor_widths=(2, 1, 1)``) are all derived from the fields of
-:class:`AnchorOptions`. SGLang's own flags pass through untouched.
+The command line (``--anchor-widths 2,1,1``), its help and the keyword arguments of ``anchortp_sglang.Engine``
+(``anchor_widths=(2, 1, 1)``) are derived from the fields of :class:`AnchorOptions`. SGLang's own flags pass through.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, Literal
 FLAG_PREFIX = "--anchor-"
 KWARG_PREFIX = "anchor_"
 
-# A Unix socket address holds 107 bytes (sun_path): room for a run id and a socket's name below.
+# A Unix socket's path has at most 107 bytes (sun_path); the rest is for a run id and the socket's name.
 MAX_RUN_DIR_BYTES = 80
 
 
@@ -31,7 +30,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _option(default: Any, usage: str, help_text: str, parse: Callable | None = None) -> Any:
-    """A dataclass field with its command line; without ``parse`` the flag is a switch that flips it."""
+    """Make a dataclass field with its flag. Without ``parse`` the flag is a switch that inverts the default."""
     flag, _, metavar = usage.partition(" ")
     metadata = {"flag": FLAG_PREFIX + flag, "help": help_text, "parse": parse, "metavar": metavar}
     return field(default=default, metadata=metadata)
@@ -44,50 +43,50 @@ class AnchorOptions:
     widths: tuple[int, ...] | None = _option(
         None,
         "widths N,N,...",
-        "KV-head groups held by each device, for instance 2,1,1 with --tp 3 and 4 KV heads;"
+        "number of KV heads of each device, for instance 2,1,1 with --tp 3 and 4 KV heads;"
         " the other axes follow in proportion (default: as even as the model allows)",
         _integers,
     )
     rotate_heads: bool = _option(
         False,
         "rotate-heads",
-        "KV heads (with their query heads) and whole experts that do not divide evenly go to other devices from layer"
-        " to layer, so that no device's memory is full before the others'; not with --anchor-widths",
+        "give KV heads (with their query heads) and whole experts that do not divide evenly to different devices in"
+        " different layers, so that all devices fill up alike; not with --anchor-widths",
     )
     min_devices: int = _option(
         1,
         "min-devices N",
-        "with fewer devices than this, open requests end with an error and /health says 503",
+        "with fewer devices the server stops serving: open requests end with an error, /health says 503",
         int,
     )
     linger_s: float = _option(
         0.0,
         "linger SECONDS",
-        "how long anchors keep the weights after the server has died, for a restarted server to take over",
+        "time for which anchors keep weights and KV after the server has died, for a restarted server to take over",
         float,
     )
     run_dir: str | None = _option(
         None,
         "run-dir PATH",
-        "directory of the sockets, mode 0700, owned by the server's user (default: chosen per run)",
+        "directory of the sockets, mode 0700, owned by the server's user (default: chosen by port)",
         str,
     )
     hang_timeout_s: float = _option(
         30.0,
         "hang-timeout SECONDS",
-        "ranks that make no progress (a layer, or a turn of their loop) for this long are taken for hung and replaced",
+        "ranks without progress (a layer, or a turn of their loop) for this long count as hung and are replaced",
         float,
     )
     recovery_deadline_s: float = _option(
         120.0,
         "recovery-deadline SECONDS",
-        "a recovery that takes longer than this ends every open request with an error",
+        "a recovery that takes longer is given up: every open request ends with an error",
         float,
     )
     max_body_mib: float = _option(
         64.0,
         "max-body-mib MIB",
-        "HTTP requests with a longer body get a 413; a prompt of a million tokens takes about 10 MiB",
+        "longest HTTP body; longer ones get a 413, and a prompt of a million tokens takes about 10 MiB",
         float,
     )
     allow_injection: bool = _option(
@@ -99,44 +98,44 @@ class AnchorOptions:
     device_gib: float | None = _option(
         None,
         "device-gib GIB",
-        "memory of each device for weights and KV; with fewer devices the KV cache then shrinks to what they have"
+        "memory of each device for weights and KV; after a loss the KV cache shrinks to what the others have"
         " (default: no limit, the number of slots stays the same)",
         float,
     )
     kv_mirror: Literal["off", "host"] | None = _option(
         None,
         "kv-mirror off|host",
-        "a copy of the KV cache in host memory, from which a lost device's share is read back"
+        "keep a copy of the KV cache in host memory, from which a lost device's part is restored"
         " (default: host if there is memory for all of it)",
         str,
     )
     kv_mirror_gib: float | None = _option(
         None,
         "kv-mirror-gib GIB",
-        "memory that the mirror may take; less than the KV cache means that it holds what was used last"
+        "memory for the mirror; if it is less than the KV cache, the mirror holds what was used last"
         " (default: as much as the KV cache)",
         float,
     )
     kv_mirror_gbps: float = _option(
-        4.0, "kv-mirror-gbps GB/S", "10**9 bytes per second that may be copied to the mirror, over all devices", float
+        4.0, "kv-mirror-gbps GB/S", "bandwidth of copies to the mirror, over all devices, in 10**9 bytes/s", float
     )
     spare_ranks: bool = _option(
-        True, "no-spare-ranks", "fork no ranks ahead of the next fault: less memory, longer recoveries"
+        True, "no-spare-ranks", "fork no spare ranks before a fault: less memory, longer recoveries"
     )
     experimental_cuda: bool = _option(
         False,
         "experimental-cuda",
-        "allow --device cuda, which has been written but has never run on a GPU",
+        "allow --device cuda, whose code has never run on a GPU",
     )
     share_gpus: bool = _option(
         False,
         "share-gpus",
-        "put several devices on one GPU if there are more of them than GPUs (for tests: collectives by gloo)",
+        "put several devices on one GPU if there are more devices than GPUs (for tests: collectives use gloo)",
     )
 
     def __post_init__(self) -> None:
         if self.run_dir is not None:
-            # Anchors leave the server's working directory.
+            # Absolute, as anchors change their working directory.
             object.__setattr__(self, "run_dir", os.path.abspath(os.path.expanduser(self.run_dir)))
         if self.widths is not None:
             object.__setattr__(self, "widths", _as_widths(self.widths))
@@ -158,8 +157,13 @@ class AnchorOptions:
                 " every layer; leave one of them out"
             )
 
+    @property
+    def device_bytes(self) -> int | None:
+        """Return ``device_gib`` in bytes."""
+        return None if self.device_gib is None else int(self.device_gib * 2**30)
+
     def check_tp_size(self, tp_size: int) -> None:
-        """Refuse options that contradict SGLang's ``--tp-size``."""
+        """Raise OptionsError if an option contradicts SGLang's ``--tp-size``."""
         if self.widths is not None and len(self.widths) != tp_size:
             raise OptionsError(
                 f"--anchor-widths gives widths to {len(self.widths)} devices, but --tp-size is {tp_size}:"
@@ -211,7 +215,7 @@ _FIELD_OF_FLAG = {f.metadata["flag"]: f for f in fields(AnchorOptions)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the ``--anchor-*`` flags to ``parser`` in a group of their own."""
+    """Add the ``--anchor-*`` flags to ``parser`` in their own group."""
     group = parser.add_argument_group("anchortp", "surviving the loss of ranks and devices")
     for flag, option in _FIELD_OF_FLAG.items():
         about: dict[str, Any] = {"dest": KWARG_PREFIX + option.name, "help": _help(option)}
@@ -228,7 +232,7 @@ def _help(option: Any) -> str:
 
 
 def split_argv(argv: Sequence[str]) -> tuple[AnchorOptions, list[str]]:
-    """Take the ``--anchor-*`` flags out of ``argv``; return them and SGLang's arguments in their order."""
+    """Split ``argv`` into the ``--anchor-*`` options and SGLang's arguments, in their order."""
     values: dict[str, Any] = {}
     rest: list[str] = []
     tokens = iter(argv)
@@ -266,7 +270,7 @@ def _unknown(name: str, known: Any) -> str:
 
 
 def from_kwargs(kwargs: dict[str, Any]) -> tuple[AnchorOptions, dict[str, Any]]:
-    """Take ``anchor_*`` out of an Engine's keyword arguments; return them and SGLang's.
+    """Split an Engine's keyword arguments into the ``anchor_*`` options and SGLang's.
 
     A name is the field's (``anchor_linger_s``) or the flag's (``anchor_linger``).
     """
@@ -287,7 +291,7 @@ def from_kwargs(kwargs: dict[str, Any]) -> tuple[AnchorOptions, dict[str, Any]]:
 
 
 def print_help(prog: str = "python -m anchortp_sglang.launch_server") -> None:
-    """Print SGLang's own help and the anchortp group. The only function here that imports SGLang."""
+    """Print the help of SGLang's flags and ours. Only this function imports SGLang."""
     from sglang.srt.server_args import ServerArgs  # prepare_server_args builds its parser the same way
 
     parser = argparse.ArgumentParser(prog=prog)

@@ -1,4 +1,4 @@
-"""Where a starting server is: a line for each step, with the seconds since the process began."""
+"""Log of a start: a line for each step, with the seconds since the process began."""
 
 import logging
 import time
@@ -9,5 +9,5 @@ log = logging.getLogger(__name__)
 
 
 def step(text: str) -> None:
-    """``text``: what has been done."""
+    """Log that the step ``text`` is done."""
     log.info("anchortp start: %s after %.1f s", text, time.time() - psutil.Process().create_time())

@@ -1,4 +1,4 @@
-"""Threads for what blocks. The event loop's own are SGLang's too, which tokenizes in them: they may all be busy."""
+"""Threads for blocking functions. The event loop's default pool may be busy, as SGLang tokenizes in it."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,5 +11,5 @@ _threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="anchortp")
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run a function that blocks; call on an event loop."""
+    """Run a blocking function in a thread and return its result. Call it on an event loop."""
     return await asyncio.get_running_loop().run_in_executor(_threads, function, *args)

@@ -1,4 +1,4 @@
-"""A zygote in an interpreter of its own: ``python -m anchortp_sglang.zygote_main CONTROL_FD EXITS_FD``."""
+"""A zygote in a new interpreter: ``python -m anchortp_sglang.zygote_main CONTROL_FD EXITS_FD``."""
 
 import gc
 import socket
@@ -6,26 +6,24 @@ import sys
 
 
 def main(control_fd: int, exits_fd: int) -> None:
-    """Import SGLang, install the hooks, serve. The environment is inherited from main.
+    """Import SGLang, install the hooks, and serve until main's end of the socket closes.
 
-    It ends when main's end of the socket closes. A parent-death signal would come when the thread of main that
-    started it ends (prctl(2)), which may be long before.
+    The environment is inherited from main. A parent-death signal would come too early, when the thread of main that
+    started the zygote ends (prctl(2)).
     """
     from anchortp_sglang.recovery.processes.exits import Exits
-    from anchortp_sglang.recovery.processes.zygote import announce, serve, unfit_to_fork
+    from anchortp_sglang.recovery.processes.zygote_loop import announce, serve
     from anchortp_sglang.startup import device
+    from anchortp_sglang.startup.fork_guard import unfit_to_fork
 
     device.install_stand_ins()
-    from anchortp_sglang.hooks import (
-        preload,  # these import SGLang, which needs the stand-ins
-        table,  # these import SGLang, which needs the stand-ins
-    )
+    from anchortp_sglang.hooks import preload, table  # after the stand-ins, which SGLang needs
     from anchortp_sglang.rank import messages
 
     preload.import_sglang()
     from sglang.srt.plugins import load_plugins
 
-    table.install_all(allow_drift=True)  # main has compared it already
+    table.install_all(allow_drift=True)  # main has compared the manifest
     load_plugins()
     messages.register()
     reason = unfit_to_fork()

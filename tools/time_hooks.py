@@ -26,9 +26,10 @@ def serve() -> None:
     from anchortp_sglang import launch_server
     from anchortp_sglang.startup import device
 
-    device.prepare(device.given_flags(sys.argv[1:]))  # before SGLang is imported
+    given = device.given_flags(sys.argv[1:])
+    device.prepare(device.choose_platform(given), given)  # before SGLang is imported
     from anchortp_sglang.hooks import table
-    from anchortp_sglang.rank.kv import prefixes
+    from anchortp_sglang.rank.attachment import current
 
     spent: dict[str, float] = defaultdict(float)
     steps: list[dict[str, float]] = []
@@ -50,7 +51,7 @@ def serve() -> None:
         steps.append(dict(spent) | {"step": now - last_end, "batch": len(batch.reqs)})
         spent.clear()
         last_end = now
-        if len(steps) % 50 == 0 and prefixes._table is not None:  # rank 0
+        if len(steps) % 50 == 0 and current().prefixes.table is not None:  # rank 0
             Path(os.environ[RESULT]).write_text(json.dumps(steps))
 
     around = table.Hook(

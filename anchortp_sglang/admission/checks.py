@@ -1,7 +1,7 @@
-"""Say no early: what a server or a request asks for that a recovery could not put back rightly.
+"""Early refusals: features of a server or a request that a recovery could not restore.
 
-Imports no SGLang: records are read by attribute or key, so that the checks run before the
-(slow) import, on the raw record as on the resolved one, and in tests on plain objects.
+Imports no SGLang. Records are read by attribute or key, so the checks run before the slow import, on raw and on
+resolved records, and in tests on plain objects.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.admission.flags import ENVIRONMENT, FLAG_OF_FIELD, FLAG_RULES, FlagRule
 from anchortp_sglang.admission.requests import REQUEST_FIELDS, ROUTES, SAMPLING_KEYS, SERVED_MESSAGES
 
@@ -21,7 +22,7 @@ _FALSE_WORDS = ("", "0", "false", "no", "n")
 
 @dataclass(frozen=True)
 class Refusal:
-    """One flag (or environment variable) that the server cannot be started with."""
+    """A flag or environment variable with which the server does not start."""
 
     flag: str
     value: Any
@@ -34,7 +35,7 @@ class Refusal:
 
 
 class UnsupportedError(ValueError):
-    """The server was asked for something it refuses; ``refusals`` lists all of it."""
+    """The server's arguments ask for unsupported features; ``refusals`` lists all of them."""
 
     def __init__(self, refusals: Iterable[Refusal]) -> None:
         self.refusals = tuple(refusals)
@@ -42,14 +43,11 @@ class UnsupportedError(ValueError):
         super().__init__(f"not supported by anchortp-sglang (stock SGLang is):{lines}")
 
 
-def check_server_args(
-    view: Any, environ: Mapping[str, str] = os.environ, experimental_cuda: bool = False
-) -> list[Refusal]:
-    """All that ``view`` asks for and does not get, in the order of the tables; empty if it may start.
+def check_server_args(view: Any, rules: DeviceRules, environ: Mapping[str, str] = os.environ) -> list[Refusal]:
+    """Return the refusals of ``view``, in the order of the tables; none if the server may start.
 
-    ``view`` is a ServerArgs, its resolving view, or a mapping with the same names. Check the raw
-    record for a fast answer, and the resolved one for what SGLang decides from the checkpoint.
-    ``experimental_cuda``: the operator has asked for what never ran.
+    ``view`` is a ServerArgs, its resolving view, or a mapping with the same names. Check the raw record for a fast
+    answer, and the resolved one for what SGLang derives from the checkpoint. ``rules``: those of the server's platform.
     """
     refusals = [
         _refusal(name, value, rule.why, rule.way_out)
@@ -57,7 +55,7 @@ def check_server_args(
         for name in rule.fields.split()
         if not _may_be(value := _get(view, name), rule)
     ]
-    refusals += _check_device(view, experimental_cuda) + _check_kv_cache_dtype(view)
+    refusals += _check_device(view, rules) + _check_kv_cache_dtype(view, rules)
     refusals += [
         Refusal(variable, environ[variable], why, f"unset {variable}")
         for variable, why in ENVIRONMENT.items()
@@ -67,7 +65,7 @@ def check_server_args(
 
 
 def check_generate_request(obj: Any) -> str | None:
-    """Why the request cannot be admitted, or None. ``obj`` is a GenerateReqInput, batched or not."""
+    """Return why the request is refused, or None. ``obj`` is a GenerateReqInput, batched or not."""
     for name, what in REQUEST_FIELDS.items():
         if is_present(getattr(obj, name, None)):
             return _cannot_resume(what, name)
@@ -75,7 +73,7 @@ def check_generate_request(obj: Any) -> str | None:
 
 
 def check_custom_labels(labels: Mapping[str, str] | None, known: Iterable[str]) -> str | None:
-    """Why metrics could not have the labels, or None: prometheus_client raises in TokenizerManager's loop."""
+    """Return why metrics cannot have the labels, or None. prometheus_client would raise in TokenizerManager's loop."""
     unknown = sorted(set(labels or ()) - set(known))
     if not unknown:
         return None
@@ -83,21 +81,21 @@ def check_custom_labels(labels: Mapping[str, str] | None, known: Iterable[str]) 
 
 
 def check_route(path: str, root_path: str = "") -> str | None:
-    """Why a call of SGLang's route ``path``, which may begin with the server's ``root_path``, is refused, or None."""
+    """Return why SGLang's route ``path``, which may begin with the server's ``root_path``, is refused, or None."""
     route = path.removeprefix(root_path).rstrip("/")
     why = ROUTES.get("/dumper/{method}" if route.startswith("/dumper/") else route)
     return None if why is None else f"{path} is refused by anchortp-sglang: {why}."
 
 
 def check_message(kind: str) -> str | None:
-    """Why TokenizerManager may not send a message of this class to the ranks, or None."""
+    """Return why TokenizerManager may not send a message of class ``kind`` to the ranks, or None."""
     if kind in SERVED_MESSAGES:
         return None
     return f"{kind} is refused by anchortp-sglang: a recovery could not honour what it asks of the ranks."
 
 
 def is_off(value: Any) -> bool:
-    """Whether a ServerArgs field asks for nothing."""
+    """Return whether the value of a ServerArgs field switches its feature off."""
     if value is None or value is False:
         return True
     if isinstance(value, str):
@@ -106,9 +104,9 @@ def is_off(value: Any) -> bool:
 
 
 def is_present(value: Any) -> bool:
-    """Whether a request field asks for something; a list does if any of its items does.
+    """Return whether a request field asks for something; a list does if one of its items does.
 
-    Stops at the first item that counts, and never evaluates arrays or images.
+    Stops at the first such item, and never evaluates arrays or images.
     """
     if value is None or value is False:
         return False
@@ -118,7 +116,7 @@ def is_present(value: Any) -> bool:
 
 
 def _may_be(value: Any, rule: FlagRule) -> bool:
-    # True == 1: a switch must not pass for the size 1.
+    # As True == 1, a switch would otherwise pass for the size 1.
     return is_off(value) or (value is not True and value in rule.allowed)
 
 
@@ -130,43 +128,40 @@ def _refusal(name: str, value: Any, why: str, way_out: str) -> Refusal:
     return Refusal(FLAG_OF_FIELD.get(name, "--" + name.replace("_", "-")), value, why, way_out)
 
 
-_ATTENTION_BACKENDS = {"cpu": ("torch_native",), "cuda": ("flashinfer", "triton", "fa3")}
+_NO_SUCH_DEVICE = "anchors hold no memory of such devices"
 
 
-def _check_device(view: Any, experimental_cuda: bool) -> list[Refusal]:
+def _check_device(view: Any, rules: DeviceRules) -> list[Refusal]:
     device = _get(view, "device")
-    if device is None:  # decided by resolution; the resolved record is checked again
+    if device is None:  # SGLang chooses it; the resolved record is checked again
         return []
-    if device not in _ATTENTION_BACKENDS:
-        return [_refusal("device", device, "anchors hold no memory of such devices", "use --device cpu")]
-    if device == "cuda" and not experimental_cuda:
-        way_out = "use --device cpu, or try it with --anchor-experimental-cuda"
-        return [_refusal("device", device, "what is written for GPUs has never run on one", way_out)]
-    known = _ATTENTION_BACKENDS[device]
+    if device != rules.device:
+        why, way_out = dict(rules.others).get(device, (_NO_SUCH_DEVICE, f"use --device {rules.device}"))
+        return [_refusal("device", device, why, way_out)]
+    known = rules.attention_backends
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return [
         _refusal(name, value, f"no kernels for ranks on --device {device}", f"use {' or '.join(known)}")
         for name in names
         if (value := _get(view, name)) not in (None, *known)
-    ] + _check_overlap(view, device)
+    ] + _check_overlap(view, rules)
 
 
-def _check_overlap(view: Any, device: Any) -> list[Refusal]:
-    if device != "cuda" or _get(view, "disable_overlap_schedule") is not False:
-        return []  # None: not given yet; the launcher gives it
+def _check_overlap(view: Any, rules: DeviceRules) -> list[Refusal]:
+    if rules.may_overlap or _get(view, "disable_overlap_schedule") is not False:
+        return []  # None: the launcher will set it
     why = "a step is entered in the slot table before the next may start"
     return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it")]
 
 
 KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}
-"""``--kv-cache-dtype`` besides "auto", the model's: bytes of one element as it is stored."""
+"""Bytes of a stored element for each ``--kv-cache-dtype`` except "auto", which is the model's dtype."""
 
 
-def _check_kv_cache_dtype(view: Any) -> list[Refusal]:
+def _check_kv_cache_dtype(view: Any, rules: DeviceRules) -> list[Refusal]:
     kv_dtype = _get(view, "kv_cache_dtype") or "auto"
-    if kv_dtype.startswith("fp8") and _get(view, "device") == "cpu":
-        why = "SGLang has it on CPUs with AMX only, whose kernels are not supported"
-        return [_refusal("kv_cache_dtype", kv_dtype, why, "use auto or bf16")]
+    if kv_dtype.startswith("fp8") and rules.why_no_fp8_kv and _get(view, "device") == rules.device:
+        return [_refusal("kv_cache_dtype", kv_dtype, rules.why_no_fp8_kv, "use auto or bf16")]
     if kv_dtype == "auto" or kv_dtype in KV_DTYPE_BYTES:
         return []
     why = "KV buffers of packed elements or with scales of their own are not kept in the anchors"

@@ -1,7 +1,7 @@
-"""Flags of SGLang 0.5.23 that a recovery could not honour, as data.
+"""Flags of SGLang 0.5.23 that a recovery could not honour, as data for :mod:`anchortp_sglang.admission.checks`.
 
-A rule names fields of ``sglang.srt.server_args.ServerArgs``. A feature leaves this table when a
-test shows that it survives a fault. :mod:`anchortp_sglang.admission.checks` reads it.
+A rule names fields of ``sglang.srt.server_args.ServerArgs``. A feature leaves this table when a test shows that it
+survives a fault.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FlagRule:
-    """Refuse ``fields`` unless they are switched off or hold one of the ``allowed`` values."""
+    """A rule that refuses ``fields`` unless they are off or have one of the ``allowed`` values."""
 
     fields: str  # names separated by spaces
     why: str
@@ -43,14 +43,14 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     FlagRule(
         "moe_dp_size dwdp_size moe_a2a_backend moe_dense_tp_size elastic_ep_backend "
         "enable_elastic_expert_backup ep_join_mode enable_paged_experts kt_weight_path",
-        "experts lie where the plan puts them",
+        "the plan decides which rank holds an expert",
         allowed=(1,),
     ),
     FlagRule(
         # ExpertLocationMetadata, eplb/expert_location.py:86 and :256; deepseek.py:112 of eplb_algorithms
         "ep_num_redundant_experts ep_dispatch_algorithm",
-        "SGLang's tables of copies (ExpertLocationMetadata) ask for as many experts on each rank, which the ranks left "
-        "after a loss do not have",
+        "SGLang's tables of copies (ExpertLocationMetadata) need the same number of experts on each rank, which a loss "
+        "makes unequal",
         "leave it out; --init-expert-location with logical_count spreads hot experts without copies",
     ),
     FlagRule(
@@ -63,21 +63,21 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "enable_attn_tp_input_scattered enable_layernorm_sp enable_tp_lm_head_all_to_all "
         "enable_dense_mlp_attn_tp enable_shared_experts_attn_tp shared_experts_tp_size "
         "enable_scattered_sconv enable_two_batch_overlap enable_single_batch_overlap",
-        "it divides work evenly over the ranks, and shares may be unequal here",
+        "it divides work evenly over the ranks, whose shares may be unequal",
     ),
     FlagRule(
         "enable_symm_mem enable_nccl_nvls enable_mscclpp enable_torch_symm_mem "
         "enable_quant_communications enable_flashinfer_allreduce_fusion "
         "flashinfer_allreduce_fusion_backend enable_aiter_allreduce_fusion",
-        "collectives that register memory or change rounding with the width are untried in a recovery",
+        "collectives that register memory, or whose rounding depends on tp_size, are untested in a recovery",
     ),
     FlagRule(
         "dist_init_addr gated_launch_port",
-        "each new set of ranks meets at an address of its own",
+        "each generation of ranks meets at its own address",
     ),
     FlagRule(
         "use_ray custom_sigquit_handler sidecar",
-        "the recovery coordinator starts the ranks and answers their death itself",
+        "the recovery coordinator starts the ranks and handles their death itself",
     ),
     FlagRule(
         "tokenizer_worker_num detokenizer_worker_num",
@@ -91,8 +91,8 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     ),
     FlagRule(
         "skip_tokenizer_init",
-        "delivered tokens are counted and checked in the detokenizer's path",
-        "send input_ids if you like, but let the server load the tokenizer",
+        "delivered tokens are counted and checked on their way through the detokenizer",
+        "let the server load the tokenizer; requests may still send input_ids",
     ),
     # --- what is served -----------------------------------------------------------------------------
     FlagRule(
@@ -141,7 +141,7 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     ),
     FlagRule(
         "delete_ckpt_after_loading",
-        "the checkpoint must stay: what dies with a device is read from it",
+        "the checkpoint must stay: shards of a lost device are read from it",
     ),
     FlagRule(
         "json_model_override_args",
@@ -171,11 +171,11 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     FlagRule(
         "enable_hierarchical_cache hicache_storage_backend enable_unified_cache_external_linker "
         "enable_hisparse enable_lmcache enable_flexkv",
-        "a second tier of KV would go on with slots that a recovery has renumbered",
+        "a second tier of KV would keep slot numbers that a recovery changes",
     ),
     FlagRule(
         "radix_cache_backend enable_session_radix_cache",
-        "the prefix tree is rebuilt from the slot table, and only the built-in one is",
+        "only the built-in prefix tree is rebuilt from the slot table",
     ),
     FlagRule(
         "enable_page_major_kv_layout enable_unified_memory kv_canary",
@@ -183,28 +183,28 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     ),
     FlagRule(
         "kv_events_config",
-        "a router that follows KV events would not hear what a fault took away",
+        "a router that follows KV events would not learn what a fault removed",
     ),
     FlagRule(
         "enable_mixed_chunk",
-        "it is untried whether a mixed batch commits its KV in the order that the slot table needs",
+        "it is untested whether a mixed batch commits its KV in the order that the slot table needs",
     ),
     FlagRule(
         "enable_torch_compile enable_nvidia_megakernel forward_hooks msprobe_dump_config",
-        "modules are bound to new memory after a fault, behind the back of compiled or hooked code",
+        "compiled or hooked code would not notice that modules are bound to new memory after a fault",
     ),
 )
 
-# Where SGLang 0.5.23 does not derive the flag from the field's name.
+# Flags that SGLang 0.5.23 does not derive from the field's name.
 FLAG_OF_FIELD = {
     "ep_join_mode": "--elastic-ep-join-mode",
     "custom_sigquit_handler": "custom_sigquit_handler",
     "enable_cp_tp_group_sharing": "enable_cp_tp_group_sharing",
 }
 
-# Switched on by environment variables instead of flags (sglang.srt.environ.Envs).
+# Features that environment variables switch on instead of flags (sglang.srt.environ.Envs).
 ENVIRONMENT = {
-    "SGLANG_RUST_SERVER": "the Rust server keeps open requests where they cannot be replayed from",
+    "SGLANG_RUST_SERVER": "open requests of the Rust server cannot be replayed",
     "SGLANG_GRPC_PORT": "requests are held and replayed behind the HTTP/1.1 server only",
-    "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": "each new set of ranks meets at an address of its own",
+    "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": "each generation of ranks meets at its own address",
 }

@@ -1,6 +1,6 @@
-"""Hooks in main that refuse a request before any rank sees it: what cannot be resumed, and what would end a rank.
+"""Hooks in main that refuse requests that cannot be resumed or would end a rank, before a rank sees them.
 
-SGLang answers a ValueError with 400, on every way in: /generate, the other APIs on top of it, and Engine.
+SGLang answers a ValueError with 400 on /generate and the APIs on top of it; Engine raises it.
 """
 
 import copy
@@ -17,11 +17,11 @@ from anchortp_sglang.admission.limits import Limits
 
 
 class NotAdmitted(ValueError):
-    """A request that ranks will not see."""
+    """The request is refused; no rank sees it."""
 
 
 def before_generate_request(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
-    """BEFORE TokenizerManager.generate_request: every request passes here, as it was received."""
+    """BEFORE TokenizerManager.generate_request: check each request as it was received."""
     reason = _check_rids(obj) or check_generate_request(obj)
     reason = reason or limits.judge_as_received(obj.sampling_params, _is_batch(obj), _prompts(obj))
     if reason is None and tokenizer_manager.enable_metrics:
@@ -33,7 +33,7 @@ def before_generate_request(tokenizer_manager: Any, obj: Any, request: Any = Non
 def around_create_tokenized_object(
     original: Callable[..., Any], tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """AROUND TokenizerManager._create_tokenized_object: and here once more, alone and tokenized."""
+    """AROUND TokenizerManager._create_tokenized_object: check each request of a batch once it is tokenized."""
     if isinstance(obj.sampling_params, Mapping) and obj.sampling_params.get("is_normalized"):
         raise NotAdmitted("is_normalized is set by the server; send the request without it")
     try:
@@ -48,9 +48,9 @@ def around_create_tokenized_object(
 
 
 async def around_serve_generate_request(original: Callable[..., Any], obj: Any, request: Any) -> Any:
-    """AROUND http_server.serve_generate_request: a stream's status waits for its first chunk, which may be a refusal.
+    """AROUND http_server.serve_generate_request: wait for a stream's first chunk, so that a refusal is a 400.
 
-    SGLang does so itself for the streams of OpenAI's API (``_handle_streaming_request``).
+    SGLang itself does so for the streams of OpenAI's API (``_handle_streaming_request``).
     """
     response = await original(obj, request)
     if not obj.stream:
@@ -67,14 +67,14 @@ async def around_serve_generate_request(original: Callable[..., Any], obj: Any, 
 
 
 def answer_not_admitted(request: Any, error: Exception) -> Any:
-    """The 400 for those of SGLang's routes that have none of their own for a ValueError (/api/generate, /api/chat)."""
+    """Return the 400 for SGLang's routes that do not handle a ValueError (/api/generate, /api/chat)."""
     from fastapi.responses import ORJSONResponse
 
     return ORJSONResponse({"error": {"message": str(error)}}, status_code=400)
 
 
 def _check_rids(obj: Any) -> str | None:
-    """Schedulers pass over such requests when they are busy, and TokenizerManager does not end them."""
+    """Refuse rids of health checks: a busy scheduler drops such requests, and TokenizerManager does not end them."""
     from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
     rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
@@ -89,7 +89,7 @@ def _prompts(obj: Any) -> int:
 
 
 def _is_batch(obj: Any) -> bool:
-    """As ``GenerateReqInput._determine_batch_size`` will say."""
+    """Return what ``GenerateReqInput._determine_batch_size`` will find."""
     return isinstance(obj.text, list) or (
         isinstance(obj.input_ids, list) and any(isinstance(one, list) for one in obj.input_ids[:1])
     )
@@ -110,7 +110,7 @@ def _refusal_in(chunk: bytes | None) -> dict[str, Any] | None:
 
 
 def _limits(tokenizer_manager: Any) -> Limits:
-    """As BatchedMinNewTokensPenalizer._prepare collects end tokens."""
+    """Return the bounds, with the end tokens that BatchedMinNewTokensPenalizer._prepare suppresses."""
     model, tokenizer = tokenizer_manager.model_config, tokenizer_manager.tokenizer
     ends = {*(model.hf_eos_token_id or ()), *(getattr(tokenizer, "additional_stop_token_ids", None) or ())}
     ends.add(getattr(tokenizer, "eos_token_id", None))
@@ -118,11 +118,11 @@ def _limits(tokenizer_manager: Any) -> Limits:
 
 
 def _misread(request: Any) -> str | None:
-    """Why rank 0 could not read the request from its socket: an error of the typed decoder would end it."""
+    """Return why rank 0 could not decode the request, or None. The typed decoder's error would end the rank."""
     from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
 
     probe = copy.copy(request)
-    probe.input_ids, probe.time_stats = array("q"), None  # always well formed, and all of the size
+    probe.input_ids, probe.time_stats = array("q"), None  # always well formed, and nearly all of the bytes
     try:
         msgpack_decode(msgpack_encode(probe))
     except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
@@ -139,7 +139,7 @@ def _why_unreadable(sampling_params: Mapping[str, Any]) -> str | None:
 
 
 def _unreadable(struct: type, values: Mapping[str, Any]) -> Iterator[str]:
-    """Each of the named values that is not of its field's type in ``struct``, with the reason."""
+    """Yield a reason for each value that does not have the type of its field in ``struct``."""
     from sglang.srt.managers.io_struct import dec_hook, enc_hook, ext_hook
 
     fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
@@ -151,5 +151,5 @@ def _unreadable(struct: type, values: Mapping[str, Any]) -> Iterator[str]:
             encoded = msgspec.msgpack.encode(value, enc_hook=enc_hook)
             msgspec.msgpack.decode(encoded, type=fields[name].type, dec_hook=dec_hook, ext_hook=ext_hook)
         except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
-            if value is not None:  # which SamplingParams takes for the default
+            if value is not None:  # SamplingParams takes None for the default
                 yield f"{name} is {limits.shown(value)}: {error}"

@@ -1,9 +1,9 @@
-"""Bounds that a request must keep so that no rank fails on it, as pure functions.
+"""Bounds within which no rank fails on a request, as pure functions.
 
-SGLang 0.5.23 judges a request in ``SamplingParams.verify`` and ``TokenizerManager._validate_one_request``. What passes,
-the scheduler indexes, casts and samples without looking again; an exception there ends the rank, and the request would
-be replayed and end the next one. The bounds here are those in between. They look at a request as it would go to the
-ranks (a ``TokenizedGenerateReqInput``: token ids, normalized SamplingParams), so every way in is judged alike.
+SGLang 0.5.23 checks a request in ``SamplingParams.verify`` and ``TokenizerManager._validate_one_request``. Values that
+pass there can still raise when the scheduler indexes, casts and samples. That ends the rank, and the replayed request
+would end the next one. The functions here refuse such values. They judge the request as it would go to the ranks (a
+``TokenizedGenerateReqInput``: token ids, normalized SamplingParams), so all APIs are judged alike.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import numpy as np
 FLOAT32_MAX = 3.4028234663852886e38
 INT32_MAX = 2**31 - 1
 MAX_PARALLEL_SAMPLES = 16384
-"""Largest ``n``, over all prompts: main itself expands it into requests, before anything else looks at it."""
+"""Largest ``n``, over all prompts. Main expands it into requests before any other check."""
 MAX_STOP_CHARS = 16384
 
 _LOGIT_MAX = 1e6
-"""No model's logit is larger; what is added to and divides logits must leave it finite."""
+"""Larger than any model's logit. Biases and divisors must keep a logit of this size finite."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server can take. ``end_token_ids``: those that min_new_tokens suppresses in every request."""
+    """Bounds of a server. ``end_token_ids``: those that min_new_tokens suppresses in every request."""
 
     vocab_size: int
     end_token_ids: frozenset[int] = frozenset()
 
 
 def judge(request: Any, limits: Limits) -> str | None:
-    """Why ranks would fail on the request, or None: the field, its value and the bound."""
+    """Return why ranks would fail on the request (field, value and bound), or None."""
     sampling = request.sampling_params
     return (
         _prompt(request.input_ids, limits)
@@ -50,10 +50,10 @@ def judge(request: Any, limits: Limits) -> str | None:
 
 
 def without_what_has_no_effect(request: Any, limits: Limits) -> Any:
-    """The request, its fields cleared that do nothing for itself, but fail the batch that it runs in.
+    """Clear the request's fields that have no effect on itself but can fail its batch, and return it.
 
-    A batch takes the largest ``top_logprobs_num`` of all its requests, and suppresses all of their stop tokens as
-    soon as one of them asks for min_new_tokens.
+    A batch takes the largest ``top_logprobs_num`` of its requests, and suppresses the stop tokens of all as soon as one
+    of them asks for min_new_tokens.
     """
     sampling = request.sampling_params
     if not request.return_logprob:
@@ -65,9 +65,10 @@ def without_what_has_no_effect(request: Any, limits: Limits) -> Any:
 
 
 def judge_as_received(sampling_params: Any, is_batch: bool, prompts: int = 1) -> str | None:
-    """Why SGLang would raise something else than ValueError, its 400, or expand a request without end, or None.
+    """Return why main would fail on a request before it is tokenized, or None.
 
-    ``sampling_params``: a mapping, a list of them, or None. ``prompts``: how many the request has.
+    SGLang would raise another error than ValueError (its 400), or expand the request without bound.
+    ``sampling_params``: a mapping, a list of them, or None. ``prompts``: their number in the request.
     """
     for one in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
         if not isinstance(one, Mapping):
@@ -87,7 +88,7 @@ def judge_as_received(sampling_params: Any, is_batch: bool, prompts: int = 1) ->
 
 
 def _stop(texts: Any) -> str | None:
-    """SamplingParams.normalize tokenizes them on main's event loop."""
+    """Refuse long stop texts: SamplingParams.normalize tokenizes them on main's event loop."""
     strings = [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)]
     longest = max(map(len, strings), default=0)
     return f"stop has {longest} characters; {MAX_STOP_CHARS} are the most" if longest > MAX_STOP_CHARS else None
@@ -109,7 +110,7 @@ def _number(name: str, value: float, low: float, high: float) -> str | None:
 def _prompt(input_ids: Any, limits: Limits) -> str | None:
     if not input_ids:
         return "text, prompt or input_ids is empty: a prompt must have at least one token"
-    tokens = np.asarray(input_ids, np.int64)  # a view of the array that SGLang makes, however long
+    tokens = np.asarray(input_ids, np.int64)  # no copy of SGLang's array, which may be long
     for token in (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < limits.vocab_size:
             return f"input_ids has the token {token}; {_in_vocabulary(limits)}"
@@ -136,7 +137,7 @@ def _logit_bias(sampling: Any) -> str | None:
 
 
 def _overflow(sampling: Any) -> str | None:
-    """Two infinite logits make every probability NaN, and sampling raises for all requests of the batch."""
+    """Refuse infinite logits: two of them make every probability NaN, and sampling raises for the whole batch."""
     bias = max(0.0, *(sampling.logit_bias or {}).values(), 0.0)
     scale = min(1.0, sampling.temperature) * min(1.0, sampling.repetition_penalty)
     if bias + _LOGIT_MAX <= FLOAT32_MAX * scale:
@@ -149,7 +150,7 @@ def _overflow(sampling: Any) -> str | None:
 
 
 def _stop_token_ids(sampling: Any, limits: Limits) -> str | None:
-    if sampling.min_new_tokens > 0:  # else they are only compared with, and an unknown one never matches
+    if sampling.min_new_tokens > 0:  # else an unknown token only never matches
         for token in sampling.stop_token_ids or ():
             if not 0 <= token < limits.vocab_size:
                 return f"stop_token_ids has the token {token}; with min_new_tokens {_in_vocabulary(limits)}"
@@ -157,7 +158,7 @@ def _stop_token_ids(sampling: Any, limits: Limits) -> str | None:
 
 
 def _no_token_left(sampling: Any, limits: Limits) -> str | None:
-    lowest = (_LOGIT_MAX - FLOAT32_MAX * min(1.0, sampling.temperature)) / 2  # penalties may double it, to -inf
+    lowest = (_LOGIT_MAX - FLOAT32_MAX * min(1.0, sampling.temperature)) / 2  # penalties may double it to -inf
     banned = {int(token) for token, bias in (sampling.logit_bias or {}).items() if bias <= lowest}
     if sampling.min_new_tokens > 0:
         banned |= limits.end_token_ids | (sampling.stop_token_ids or set())

@@ -1,9 +1,9 @@
-"""Long texts are tokenized beside the event loop of main.
+"""Threads for long texts, which would block main's event loop while they are tokenized.
 
-SGLang tokenizes the text of /generate and /v1/completions on the loop (TokenizerManager._tokenize_texts): 20 MB take
-about 20 s, in which no probe is answered, no token is delivered and no recovery begins. Chats it tokenizes in a thread
-already (serving_base.handle_request), as the tokenizer leaves Python's lock alone. /tokenize and /detokenize take texts
-of any length, and work on the loop as well.
+SGLang tokenizes the text of /generate, /v1/completions, /tokenize and /detokenize on the loop (for the first two in
+TokenizerManager._tokenize_texts). 20 MB take about 20 s, in which no probe is answered, no token delivered and no
+recovery begun. A thread does not block the loop, as the tokenizer releases Python's lock; SGLang itself tokenizes chats
+in one (serving_base.handle_request).
 """
 
 import asyncio
@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 LONG_CHARS = 1 << 16
-"""Takes about 50 ms."""
+"""Characters that take about 50 ms."""
 
 _threads = ThreadPoolExecutor(2, thread_name_prefix="anchortp-tokenize")
-"""Not the loop's own, in which the steps of recoveries run. Threads are started when they are needed."""
+"""Apart from the loop's default pool, in which recovery steps run. Threads are started when first used."""
 
 
 def is_long(texts: Any) -> bool:
-    """``texts``: a string, or a list of strings or of pairs of them."""
+    """Return whether ``texts`` (a string, or a list of strings or pairs) has more than LONG_CHARS characters."""
     return _chars(texts) > LONG_CHARS
 
 
@@ -30,7 +30,7 @@ def _chars(texts: Any) -> int:
 
 
 async def run_in_thread(function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
-    """What a coroutine function that awaits nothing returns, or raises, without keeping the event loop."""
+    """Run a coroutine function that awaits nothing in a thread; return its result, or raise its error."""
     return await asyncio.get_running_loop().run_in_executor(_threads, _run, function, args)
 
 
@@ -44,4 +44,4 @@ def _run(function: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...
         function(*args).send(None)
     except StopIteration as done:
         return done.value
-    raise RuntimeError("it was to await nothing")
+    raise RuntimeError(f"{function!r} awaits something: it cannot run in a thread")

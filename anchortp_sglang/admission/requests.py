@@ -1,11 +1,11 @@
 """Request fields and admin routes of SGLang 0.5.23 that a recovery could not honour, as data.
 
-Fields are those of ``sglang.srt.managers.io_struct.GenerateReqInput`` and keys of its
-``sampling_params``; routes are those of ``sglang.srt.entrypoints.http_server``. A feature leaves
-these tables when a test shows that it survives a fault. :mod:`anchortp_sglang.admission.checks` reads them.
+:mod:`anchortp_sglang.admission.checks` reads the tables. Fields are those of
+``sglang.srt.managers.io_struct.GenerateReqInput`` and keys of its ``sampling_params``; routes are those of
+``sglang.srt.entrypoints.http_server``. A feature leaves these tables when a test shows that it survives a fault.
 """
 
-# GenerateReqInput fields that cannot be resumed, and what the client knows them as.
+# GenerateReqInput's fields that cannot be resumed: (field, its name for the client).
 REQUEST_FIELDS = {
     "session_params": "a session",
     "session_id": "a session",
@@ -35,7 +35,7 @@ REQUEST_FIELDS = {
     "disagg_prefill_dp_rank": "a request of a prefill/decode pair",
 }
 
-# The same for keys of sampling_params; beam_width is judged by its value.
+# Keys of sampling_params that cannot be resumed; beam_width is judged by its value.
 SAMPLING_KEYS = {
     "json_schema": "output constrained by a grammar (json_schema)",
     "regex": "output constrained by a grammar (regex)",
@@ -44,8 +44,8 @@ SAMPLING_KEYS = {
     "watermark": "a watermark",
 }
 
-# Routes whose effect on the ranks is gone after the next fault, which break the anchors' memory, or which end a rank
-# with what a client may send them. A path stands for all of its methods.
+# Routes whose effect on the ranks is gone after the next fault, that break the anchors' memory, or that can end a rank
+# by a client's arguments. A path stands for all of its methods.
 _WEIGHTS = "weights in the anchors are read-only and come from the checkpoint; restart with the new one"
 _MEMORY = "weights and KV live in the anchors and stay there"
 _FORGOTTEN = "new ranks would not know of it after a fault"
@@ -95,7 +95,7 @@ ROUTES = {
     "/scale_elastic_ep": _FEATURE,
 }
 
-# Routes that a fault leaves as they were: main answers them itself, or they become requests or messages below.
+# Routes that survive a fault: main answers them itself, or they become requests or messages of the list below.
 _SERVED_ROUTES = """
     / /ready /ping /health /health_generate /get_model_info /model_info /get_server_info /server_info /v1/loads
     /is_scaling_elastic_ep /openapi.json /docs /docs/oauth2-redirect /redoc /metrics
@@ -109,8 +109,8 @@ _SERVED_ROUTES = """
 """
 SERVED_ROUTES = frozenset(_SERVED_ROUTES.split())
 
-# What TokenizerManager may send to the ranks (classes of ``managers/io_struct.py``); all else is refused, whoever asks.
-# Log levels and frozen garbage are the only state among it: a new generation starts without, and serves the same.
+# Messages (classes of ``managers/io_struct.py``) that TokenizerManager may send to the ranks; all others are refused.
+# The only state they leave in ranks is log levels and frozen garbage, which a new generation does without.
 _SERVED_MESSAGES = """
     TokenizedGenerateReqInput BatchTokenizedGenerateReqInput AbortReq FlushCacheReqInput GetInternalStateReq
     ConfigureLoggingReq FreezeGCReq ShutdownReq

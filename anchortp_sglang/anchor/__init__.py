@@ -1,5 +1,5 @@
-"""The anchor: a small detached process per device that owns memory segments and does nothing else.
+"""The anchor: a small detached process for each device, which owns memory segments and does nothing else.
 
-``launch`` starts anchors, ``client`` talks to them, ``rundir`` is where they meet. The rest runs in the
-anchor itself, as does ``memory.arena``: none of it may import torch, sglang or numpy.
+``launch`` starts anchors, ``client`` calls them, and their sockets are in the run directory (``rundir``). The other
+modules and ``memory.arena`` run in the anchor itself: they may not import torch, sglang or numpy.
 """

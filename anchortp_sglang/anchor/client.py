@@ -1,4 +1,4 @@
-"""How servers and ranks talk to an anchor: every call ends in time, with an answer or an ``AnchorError``."""
+"""Calls of servers and ranks to an anchor. Each ends in time, with an answer or an ``AnchorError``."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ ReplyT = TypeVar("ReplyT", m.Ok, m.Allocated, m.Handle, m.StatusReply)
 
 
 class AnchorError(Exception):
-    """A call to an anchor did not succeed."""
+    """A call to an anchor failed."""
 
 
 class AnchorGone(AnchorError):
-    """There is no anchor: it ended, or was killed."""
+    """The anchor does not run: it ended or was killed."""
 
 
 class AnchorTimeout(AnchorError):
-    """No answer in time; whether the anchor did what was asked is unknown. All calls may be repeated."""
+    """No answer came in time; the anchor may have carried out the call. All calls may be repeated."""
 
 
 class AnchorRefused(AnchorError):
-    """The anchor refused, and changed nothing. ``code``: see ``messages.ReasonCode``."""
+    """The anchor refused and changed nothing. ``code``: see ``messages.ReasonCode``."""
 
     def __init__(self, code: m.ReasonCode, text: str) -> None:
         super().__init__(code, text)
@@ -57,7 +57,7 @@ class AnchorRefused(AnchorError):
 
 
 class HandleGrant(NamedTuple):
-    """An open segment: the receiver closes ``fd``. It can be mapped writable unless ``sealed``."""
+    """An open segment. The receiver closes ``fd``; it can be mapped writable unless ``sealed``."""
 
     fd: int
     nbytes: int
@@ -65,12 +65,12 @@ class HandleGrant(NamedTuple):
 
 
 class AnchorClient:
-    """Calls to the anchor of ``device`` (-1: the host) in ``run_dir``.
+    """Client of the anchor of ``device`` (-1: the host) in ``run_dir``.
 
-    Safe to use from several threads and in forked processes: each control call has a ZeroMQ socket of its
-    own, so that no late answer meets another call's question. ``context`` is used in the process that made
-    this client only; elsewhere, or without it, one is made at the first control call. ``open_handle`` and
-    ``adopt_handle`` use no ZeroMQ. ``timeout_s`` bounds each call. A ``generation`` is the caller's.
+    Safe in several threads and in forked processes: each control call has its own ZeroMQ socket, so that a late answer
+    cannot reach another call. ``context`` is used only in the process that made this client; other processes make one
+    at their first control call. ``open_handle`` and ``adopt_handle`` use no ZeroMQ. ``timeout_s`` bounds each call.
+    ``generation`` is always the caller's.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class AnchorClient:
         self._contexts = {} if context is None else {os.getpid(): context}
 
     def status(self) -> m.StatusReply:
-        """What the anchor holds."""
+        """Return what the anchor holds."""
         return self._control(m.Status(run_id=self._run_id, generation=0), m.StatusReply)
 
     def fence(self, generation: int) -> None:
-        """Raise the anchor's generation: messages of older ones are refused from now on."""
+        """Raise the anchor's generation; it refuses messages of older ones from then on."""
         self._control(m.Fence(run_id=self._run_id, generation=generation), m.Ok)
 
     def attach(self, generation: int, controller_pid: int, identity: str, linger_s: float | None = None) -> None:
-        """Take over a lingering anchor; its generation becomes ``generation``: use one above ``status()``'s.
+        """Take over a lingering anchor. Its generation becomes ``generation``, which must be above ``status()``'s.
 
         Refused while its former controller lives, or if ``identity`` is not the anchor's.
         """
@@ -111,23 +111,23 @@ class AnchorClient:
         self._control(request, m.Ok)
 
     def allocate(self, generation: int, name: str, nbytes: int, lazy: bool = False) -> m.Allocated:
-        """A segment of ``nbytes`` zeros, or the one of that name and size that is there (not ``created``).
+        """Make a segment of ``nbytes`` zeros, unless one of this name and size exists (then not ``created``).
 
-        ``lazy``: do not check that the machine has that much memory, as most of it will not be touched.
+        ``lazy``: do not check that the machine has the memory, as most of it will not be touched.
         """
         request = m.Allocate(run_id=self._run_id, generation=generation, name=name, nbytes=nbytes, lazy=lazy)
         return self._control(request, m.Allocated)
 
     def seal(self, generation: int, name: str) -> None:
-        """Make the segment read-only for good, except through mappings that exist."""
+        """Make the segment read-only for good, except through existing mappings."""
         self._control(m.Seal(run_id=self._run_id, generation=generation, name=name), m.Ok)
 
     def release(self, generation: int, name: str) -> None:
-        """Make the anchor let go of the segment. Freeing many GiB takes the kernel a while."""
+        """Make the anchor release the segment. Freeing many GiB takes the kernel a while."""
         self._control(m.Release(run_id=self._run_id, generation=generation, name=name), m.Ok)
 
     def shutdown(self, generation: int | None = None) -> None:
-        """Make the anchor let go of everything, and wait until it has ended. None: at any generation."""
+        """Make the anchor release all segments, and wait until it has ended. ``generation`` None: whichever it has."""
         deadline = time.monotonic() + self._timeout_s
         if generation is None:
             generation = self.status().generation
@@ -140,7 +140,7 @@ class AnchorClient:
             os.close(pidfd)
 
     def open_handle(self, generation: int, name: str) -> HandleGrant:
-        """The segment's memory, to be mapped with ``arena.map_fd``."""
+        """Open the segment's memory, to be mapped with ``arena.map_fd``."""
         request = m.OpenHandle(run_id=self._run_id, generation=generation, name=name)
         reply, fds = self._exchange(request, [], m.Handle)
         if len(fds) != 1:
@@ -148,7 +148,7 @@ class AnchorClient:
         return HandleGrant(fds[0], reply.nbytes, reply.sealed)
 
     def adopt_handle(self, generation: int, name: str, fd: int, nbytes: int, sealed: bool) -> None:
-        """Give a restarted anchor a segment that survived in this process; it keeps a duplicate of ``fd``."""
+        """Return a segment that survived in this process to a restarted anchor, which duplicates ``fd``."""
         request = m.AdoptHandle(run_id=self._run_id, generation=generation, name=name, nbytes=nbytes, sealed=sealed)
         self._exchange(request, [fd], m.Ok)
 
@@ -163,7 +163,7 @@ class AnchorClient:
             return self._accept(dealer.recv(), expected)
 
     def _context(self) -> zmq.Context[zmq.Socket[bytes]]:
-        # A context does not survive fork. The parent's stays referenced here, lest the child closes it.
+        # A context does not survive a fork. The parent's stays referenced here, so that the child does not close it.
         pid = os.getpid()
         return self._contexts.get(pid) or self._contexts.setdefault(pid, zmq.Context())
 
@@ -226,8 +226,10 @@ class AnchorClient:
         return record
 
     def _found_again(self) -> AnchorRecord | None:
-        """The anchor lives, but somebody has removed the run directory: it makes its files again within a second
-        (``loop.Anchor``), unless it is just ending."""
+        """Wait until a live anchor has made its files again after the run directory was removed.
+
+        It takes a second (``loop.Anchor``). Returns None if the anchor is just ending.
+        """
         deadline = time.monotonic() + min(self._timeout_s, _MADE_AGAIN_S)
         assert self._seen is not None
         while (record := AnchorRecord.read(self._files.record)) is None and self._seen.alive():
@@ -250,7 +252,7 @@ class AnchorClient:
 def open_handle(
     run_dir: Path | str, run_id: str, device: int, generation: int, name: str, timeout_s: float = 5.0
 ) -> HandleGrant:
-    """``AnchorClient.open_handle`` for those, like ranks, who need nothing else of an anchor."""
+    """Open a segment by ``AnchorClient.open_handle``, for ranks and others that make no other call."""
     return AnchorClient(run_dir, run_id, device, timeout_s).open_handle(generation, name)
 
 

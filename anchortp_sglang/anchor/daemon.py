@@ -1,4 +1,4 @@
-"""How an anchor detaches from whoever started it, and makes itself hard to kill by accident."""
+"""Steps by which an anchor detaches from its starter and protects itself against accidental kills."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 def daemonize() -> None:
-    """Go on in a grandchild: own session, no terminal, adopted by init (or the nearest subreaper).
+    """Continue in a grandchild with its own session and no terminal, adopted by init or the nearest subreaper.
 
-    SGLang ends a server by killing the tree of its descendants, so an anchor must not be one.
+    SGLang ends a server by killing all its descendants, so an anchor must not be one.
     """
     child = os.fork()
     if child:
@@ -35,7 +35,7 @@ def daemonize() -> None:
 def use_log(path: str, timeout_s: float) -> None:
     """Send stdout and stderr to the log, and lock it until this process ends.
 
-    ``BlockingIOError`` if another anchor holds the lock and does not end in time.
+    Raises ``BlockingIOError`` if another anchor holds the lock and does not end in time.
     """
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     _lock(log, time.monotonic() + timeout_s)
@@ -45,7 +45,7 @@ def use_log(path: str, timeout_s: float) -> None:
 
 
 def harden() -> None:
-    """Own name, no signal of a terminal, last in line for the OOM killer, as many files as allowed."""
+    """Set the process's name, ignore a terminal's signals, be the OOM killer's last choice, allow many files."""
     os.umask(0o077)
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -62,7 +62,7 @@ def harden() -> None:
 
 
 def terminate_to() -> socket.socket:
-    """A socket that becomes readable on SIGTERM, which no longer ends the process by itself."""
+    """Return a socket that becomes readable on SIGTERM, which no longer ends the process."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)

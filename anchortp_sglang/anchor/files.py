@@ -1,4 +1,4 @@
-"""The files of a run directory, and the records in them of who runs there."""
+"""The files of a run directory, and the records of its processes."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Record = TypeVar("Record", bound="ProcessRecord")
 
 
 def device_name(device: int) -> str:
-    """``host`` for the host anchor, else the device's number."""
+    """Return ``host`` for the host anchor, else the device's number."""
     return "host" if device == HOST_DEVICE else str(device)
 
 
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Names one process for good: ``start_ticks`` tells it from a later one with the same pid."""
+    """The identity of a process: ``start_ticks`` distinguishes it from a later one with the same pid."""
 
     pid: int
     start_ticks: int
     run_id: str
 
     def alive(self) -> bool:
-        """Whether that very process still runs."""
+        """Return whether this process still runs."""
         return is_alive(self.pid, self.start_ticks)
 
     def write(self, path: str) -> None:
-        """Write the record so that a reader sees all of it or none."""
+        """Write the record atomically."""
         scratch = f"{path}.{os.getpid()}.tmp"
         with open(scratch, "wb") as file:
             file.write(msgspec.json.encode(self))
@@ -48,7 +48,7 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls: type[Record], path: str) -> Record | None:
-        """The record at ``path``; None if there is none or it cannot be understood."""
+        """Read the record at ``path``; None if there is none or it cannot be decoded."""
         try:
             with open(path, "rb") as file:
                 return msgspec.json.decode(file.read(), type=cls)
@@ -57,17 +57,17 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerRecord(ProcessRecord, frozen=True, kw_only=True):
-    """``server.json``: the main process that owns the run directory."""
+    """The record ``server.json`` of the main process that owns the run directory."""
 
 
 class AnchorRecord(ProcessRecord, frozen=True, kw_only=True):
-    """``anchor-<device>.json``: a running anchor."""
+    """The record ``anchor-<device>.json`` of a running anchor."""
 
     device: int
 
 
 class AnchorFiles(msgspec.Struct, frozen=True):
-    """Where an anchor's sockets and files are. ``ValueError`` if the path is too long for a Unix socket."""
+    """Paths of an anchor's sockets and files. Raises ``ValueError`` if one is too long for a Unix socket."""
 
     run_dir: str
     device: int
@@ -84,30 +84,30 @@ class AnchorFiles(msgspec.Struct, frozen=True):
 
     @property
     def control(self) -> str:
-        """The ZeroMQ control socket."""
+        """Path of the ZeroMQ control socket."""
         return self._path("ctl")
 
     @property
     def handles(self) -> str:
-        """The Unix socket over which memory handles travel."""
+        """Path of the Unix socket for memory handles."""
         return self._path("fds")
 
     @property
     def record(self) -> str:
-        """The ``AnchorRecord``."""
+        """Path of the ``AnchorRecord``."""
         return self._path("json")
 
     @property
     def log(self) -> str:
-        """The log; stays when the anchor is gone. A lock on it sees to it that a device has one anchor."""
+        """Path of the log, which outlives the anchor. A lock on it ensures that a device has one anchor."""
         return self._path("log")
 
     def complete(self) -> bool:
-        """Whether an anchor that lives can be found and reached by them."""
+        """Return whether all files exist by which a live anchor is found and reached."""
         return all(map(os.path.exists, (self.record, self.control, self.handles)))
 
     def remove(self) -> None:
-        """Remove all but the log."""
+        """Remove all files except the log."""
         for path in (self.record, self.control, self.handles):
             try:
                 os.unlink(path)

@@ -1,7 +1,7 @@
-"""The anchor's side of the handles socket: one framed request a connection, one reply, perhaps with a handle.
+"""The anchor's side of the handles socket: each connection has one framed request and one reply, maybe with a handle.
 
-Nobody can hold the anchor up here: every read and write is non-blocking, a connection has a deadline, their
-number is bounded (the oldest makes room), and a connection of another user is closed unread.
+No client can block the anchor: reads and writes are non-blocking, each connection has a deadline, their number is
+bounded (a new one evicts the oldest), and connections of other users are closed unread.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class _Connection:
     fds: list[int] = field(default_factory=list)
 
     def missing_bytes(self) -> int:
-        """How much of the header, or of the payload once the header is there, has yet to come."""
+        """Return the bytes missing of the header, or of the payload once the header is complete."""
         if len(self.received) < FRAME_HEADER_BYTES:
             return FRAME_HEADER_BYTES - len(self.received)
         length = frame_length(self.received[:FRAME_HEADER_BYTES])
         return FRAME_HEADER_BYTES + length - len(self.received)
 
     def oversized(self) -> bool:
-        """Whether the header announces more than is accepted."""
+        """Return whether the header announces more than is accepted."""
         known = len(self.received) >= FRAME_HEADER_BYTES
         return known and frame_length(self.received[:FRAME_HEADER_BYTES]) > MAX_MESSAGE_BYTES
 
     def close(self) -> None:
-        """Close the connection and what came over it."""
+        """Close the connection and the descriptors received on it."""
         for fd in self.fds:
             os.close(fd)
         self.sock.close()
@@ -55,8 +55,8 @@ class _Connection:
 class HandleListener:
     """Listens at ``path`` and registers its sockets with ``poller``.
 
-    ``answer(payload, fds)`` makes the reply, and the fd to send with it, which is closed after; it must not
-    keep the received ``fds`` themselves. ``count(reason)`` is told of every connection that was dropped.
+    ``answer(payload, fds)`` returns the reply and an fd to send with it, which is closed afterwards. It must duplicate
+    received ``fds`` that it keeps. ``count(reason)`` is called for each dropped connection.
     """
 
     def __init__(self, path: str, poller: zmq.Poller, answer: Answer, count: Callable[[str], None]) -> None:
@@ -65,7 +65,7 @@ class HandleListener:
         self._listener = self._listen(path)
 
     def listen_again(self, path: str) -> None:
-        """Listen at ``path`` from now on, where nothing is; connections that are open stay."""
+        """Listen at ``path``, which must not exist, from now on. Open connections stay."""
         former, self._listener = self._listener, self._listen(path)
         self._poller.unregister(former.fileno())
         former.close()
@@ -82,24 +82,24 @@ class HandleListener:
         return listener
 
     def next_deadline(self) -> float | None:
-        """When ``expire`` should be called at the latest."""
+        """Return when ``expire`` must be called next, or None."""
         return min((connection.deadline for connection in self._connections.values()), default=None)
 
     def serve(self, fd: int, now: float) -> None:
-        """``fd``, one of our sockets, has become readable."""
+        """Accept or read: ``fd``, one of our sockets, is readable."""
         if fd == self._listener.fileno():
             self._accept(now)
         elif fd in self._connections:  # it may have made room for one accepted in the same round
             self._read(self._connections[fd])
 
     def expire(self, now: float) -> None:
-        """Drop the connections whose time is up."""
+        """Drop the connections whose deadline has passed."""
         for connection in list(self._connections.values()):
             if connection.deadline <= now:
                 self._drop(connection, "slow")
 
     def close(self) -> None:
-        """Close all sockets; removing the path is the caller's."""
+        """Close all sockets; the caller removes the path."""
         for connection in list(self._connections.values()):
             self._drop(connection, None)
         self._poller.unregister(self._listener.fileno())

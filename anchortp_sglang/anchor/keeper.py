@@ -1,4 +1,4 @@
-"""Sees to it that the run directory of a live server stays: a login's end, or a cleaner of /tmp, may take it away."""
+"""Restores the run directory of a live server if the end of a login or a cleaner of /tmp has removed it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LOOK_S = 1.0
 
 
 class RunDirKeeper:
-    """Looks every second, from a thread of its own; anchors do the same for their sockets.
+    """A thread that checks the run directory every second; anchors do the same for their sockets.
 
-    ``lost``: why the directory is not there and cannot be made, None while all is well: a fault could not be survived.
-    ``made_again``: how often that was necessary.
+    ``lost``: why the directory is missing and cannot be made, so that no fault can be survived; else None.
+    ``made_again``: how often it was made again.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
@@ -34,13 +34,13 @@ class RunDirKeeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when it will not touch the directory any more."""
+        """Stop, and wait until the thread no longer touches the directory."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def note_outside(self, paths: list[str]) -> None:
-        """Files that the next server removes, should this one be killed; they are noted in the directory."""
+        """Note files in the directory that the next server removes if this one is killed."""
         self._outside += paths
         note_outside(self.run_dir.path, paths)
 

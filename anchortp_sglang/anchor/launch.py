@@ -1,4 +1,4 @@
-"""Starting anchors, and finding those that run."""
+"""Starts anchors and finds running ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from anchortp_sglang.anchor.rundir import (
     prepare_run_dir,
     remove_run_dir,
 )
-from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.memory.arena_kinds import HOST_MEMORY, ArenaSpec
 
 __all__ = [
     "AnchorProcess",
@@ -51,7 +52,7 @@ class AnchorStartError(Exception):
 
 @dataclass(frozen=True)
 class AnchorProcess:
-    """A running anchor. ``pidfd`` becomes readable when it ends; whoever asked for this closes it."""
+    """A running anchor. ``pidfd`` becomes readable when it ends; the receiver closes it."""
 
     device: int
     pid: int
@@ -67,14 +68,14 @@ def start_anchor(
     linger_s: float,
     timeout_s: float = 10.0,
     generation: int = 0,
-    gpu: GpuShare | None = None,
+    arena: ArenaSpec = HOST_MEMORY,
 ) -> AnchorProcess:
-    """Start the anchor of ``device`` (-1: the host) outside our own process tree; wait until it answers.
+    """Start the anchor of ``device`` (-1: the host) outside our process tree, and wait until it answers.
 
-    It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` died. ``identity``
-    names the model and ownership that its memory is for. ``generation``: what it is fenced at from its first
-    moment, for one that replaces a dead anchor. ``gpu``: whose memory it owns, None for the host's.
-    ``AnchorStartError`` if it is not ready within ``timeout_s``, or if the device has an anchor here already.
+    It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` has died. ``identity`` names the
+    model and ownership that its memory is for. ``generation``: the one at which it is fenced from the start, if it
+    replaces a dead anchor. ``arena``: what its segments are made of. Raises ``AnchorStartError`` if it is not ready
+    within ``timeout_s``, or if the device already has an anchor here.
     """
     files = AnchorFiles(str(run_dir), device)
     options = {
@@ -86,15 +87,14 @@ def start_anchor(
         "linger-s": linger_s,
         "generation": generation,
     }
-    if gpu is not None:
-        options |= {"gpu": gpu.uuid, "gpu-budget-bytes": gpu.budget_bytes, "gpu-sharing": gpu.sharing}
+    options |= {"arena": arena.kind, "arena-uuid": arena.uuid, "arena-bytes": arena.budget_bytes}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     name = f"anchor of device {device_name(device)}"
     if rival := find_anchor(run_dir, device):
         os.close(rival.pidfd)
         raise AnchorStartError(f"the {name} runs in {run_dir} already: process {rival.pid}")
-    make_private(run_dir)  # somebody may have removed it
-    failure = _spawn(arguments, files, time.monotonic() + timeout_s)
+    make_private(run_dir)  # it may have been removed
+    failure = _spawn(arguments, files, arena.packages, time.monotonic() + timeout_s)
     anchor = find_anchor(run_dir, device)
     if failure or anchor is None:
         if anchor:
@@ -104,7 +104,7 @@ def start_anchor(
 
 
 def find_anchor(run_dir: Path, device: int) -> AnchorProcess | None:
-    """The running anchor of ``device`` in ``run_dir``, if there is one."""
+    """Return the running anchor of ``device`` in ``run_dir``, or None."""
     record = AnchorRecord.read(AnchorFiles(str(run_dir), device).record)
     if record is None:
         return None
@@ -118,12 +118,12 @@ def find_anchor(run_dir: Path, device: int) -> AnchorProcess | None:
     return AnchorProcess(device, record.pid, pidfd)
 
 
-def _spawn(arguments: list[str], files: AnchorFiles, deadline: float) -> str | None:
-    """Why it failed, or None."""
+def _spawn(arguments: list[str], files: AnchorFiles, packages: Sequence[str], deadline: float) -> str | None:
+    """Spawn an anchor; return why it failed, or None."""
     ready, signal_ready = os.pipe()
     try:
         try:
-            starter = _popen([*arguments, f"--ready-fd={signal_ready}"], files.log, signal_ready)
+            starter = _popen([*arguments, f"--ready-fd={signal_ready}"], files.log, packages, signal_ready)
         finally:
             os.close(signal_ready)
         return _wait(starter, ready, deadline)
@@ -131,7 +131,7 @@ def _spawn(arguments: list[str], files: AnchorFiles, deadline: float) -> str | N
         os.close(ready)
 
 
-def _popen(arguments: list[str], log_path: str, signal_ready: int) -> subprocess.Popen[bytes]:
+def _popen(arguments: list[str], log_path: str, packages: Sequence[str], signal_ready: int) -> subprocess.Popen[bytes]:
     # -S -s -P: no .pth file or sitecustomize may pull something heavy into an anchor.
     command = [sys.executable, "-S", "-s", "-P", "-m", "anchortp_sglang.anchor.server", *arguments]
     with open(log_path, "ab", opener=_private) as log:
@@ -141,7 +141,7 @@ def _popen(arguments: list[str], log_path: str, signal_ready: int) -> subprocess
             stdout=log,
             stderr=log,
             cwd="/",
-            env=_environment(),
+            env=_environment(packages),
             pass_fds=(signal_ready,),
         )
 
@@ -165,10 +165,10 @@ def _end(anchor: AnchorProcess) -> None:
     os.close(anchor.pidfd)
 
 
-def _environment() -> dict[str, str]:
+def _environment(packages: Sequence[str]) -> dict[str, str]:
     files = (os.path.dirname(__file__), zmq.__file__, msgspec.__file__)
     origins = [os.path.dirname(os.path.dirname(os.path.abspath(file))) for file in files]
-    for name in ("cuda", "pynvml"):  # cuda is a namespace package: it has folders, but no file
+    for name in packages:  # a namespace package has folders, but no file
         if spec := importlib.util.find_spec(name):
             origins += [os.path.dirname(where) for where in spec.submodule_search_locations or (spec.origin or "",)]
     kept = {

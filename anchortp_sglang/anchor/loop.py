@@ -1,4 +1,4 @@
-"""An anchor at work: one thread, one poll loop over its sockets and its controller's pidfd."""
+"""The anchor's only thread: a poll loop over its sockets and its controller's pidfd."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ __all__ = ["Anchor", "log"]
 _MAX_QUEUED = 64  # control messages waiting in either direction, per peer
 _GOODBYE_MS = 200  # how long the last replies may take to leave
 _HANDSHAKE_MS = 2000
-_ERROR_PAUSE_S = 0.01  # lest an error that repeats takes all of a core
+_ERROR_PAUSE_S = 0.01  # so that a repeated error does not take a whole core
 _LOOK_S = 1.0  # how often it is checked that the files are still there
 _LOG_TIMEOUT_S = 0.0
 
 
 class Anchor:
-    """Owns the sockets and the memory, and executes what ``step`` decides."""
+    """An anchor: owns its sockets and memory, and executes what ``transitions.step`` decides."""
 
     def __init__(self, state: AnchorState, files: AnchorFiles, arena: Arena) -> None:
         self._state, self._files, self._arena = state, files, arena
@@ -80,7 +80,7 @@ class Anchor:
             self._advance(Tick())
 
     def close(self) -> None:
-        """Let go of the memory, then of the sockets."""
+        """Release the memory, then the sockets."""
         self._arena.close_all()
         self._handles.close()
         self._context.destroy(linger=_GOODBYE_MS)
@@ -92,7 +92,7 @@ class Anchor:
         record.write(self._files.record)
 
     def _look_for_files(self) -> None:
-        """If the run directory was cleared under us, as when a login ends, be found in it again."""
+        """Make the files again if the run directory was cleared, as at the end of a login."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -102,7 +102,7 @@ class Anchor:
         try:
             make_private(Path(self._files.run_dir))
             self._files.remove()  # what is left of them
-            # The listener that was bound before stays, and is nobody's: closing it would remove the new socket's file.
+            # The former listener stays open, though no client can reach it: closing it would remove the new file.
             self._control.bind(f"ipc://{self._files.control}")
             self._handles.listen_again(self._files.handles)
             self._record_files()
@@ -127,7 +127,7 @@ class Anchor:
         deadlines = (self._handles.next_deadline(), self._state.linger_deadline)
         nearest = min((deadline for deadline in deadlines if deadline is not None), default=self._next_look)
         wait_s = max(0.0, min(nearest, self._next_look) - time.monotonic())
-        return int(wait_s * 1000) + 1  # rounded up, lest the loop spins in the last millisecond
+        return int(wait_s * 1000) + 1  # rounded up, so that the loop does not spin in the last millisecond
 
     def _serve(self, source: object) -> None:
         if source is self._control:
@@ -178,7 +178,7 @@ class Anchor:
     def _checked(self, request: m.AdoptHandle, fds: Sequence[int]) -> m.AdoptHandle:
         if not fds:
             raise BadHandle("no handle came with the message")
-        # Its sender may not know that the segment was sealed since.
+        # The segment may have been sealed without its sender's knowledge.
         sealed = self._arena.verify(fds[0], request.nbytes, request.sealed)
         return msgspec.structs.replace(request, sealed=sealed)
 
@@ -266,5 +266,5 @@ def _failure(error: Exception) -> m.ReasonCode:
 
 
 def log(text: str) -> None:
-    """A line for the operator, with the time."""
+    """Write a line with the time to the log."""
     print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""What anchors and their clients say to each other: frozen msgspec structs, in msgpack.
+"""Messages between anchors and their clients: frozen msgspec structs, encoded in msgpack.
 
-Every message carries the run it belongs to and the generation of its sender (in a reply: of the anchor). An
-anchor refuses messages of another run, and those of generations older than its own, except ``Status``.
+Every message has the run it belongs to and the sender's generation (in a reply, the anchor's). An anchor refuses
+messages of another run and, except ``Status``, those of generations older than its own.
 
-Control messages are one ZeroMQ frame each. On the handles socket a message is framed by its length (4 bytes,
-little endian); a segment's file descriptor travels beside it (SCM_RIGHTS).
+A control message is one ZeroMQ frame. On the handles socket a message follows its length (4 bytes, little endian); a
+segment's file descriptor is sent with it (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -82,17 +82,17 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag=T
 
 
 class Status(Message, frozen=True, kw_only=True):
-    """Ask for a ``StatusReply``. Answered at any generation: it only reads."""
+    """Request for a ``StatusReply``, answered at any generation, as it only reads."""
 
 
 class Fence(Message, frozen=True, kw_only=True):
-    """Raise the anchor's generation to this message's; older ones are refused from then on."""
+    """Request to raise the anchor's generation to this message's, and refuse older ones from then on."""
 
 
 class Attach(Message, frozen=True, kw_only=True):
-    """A restarted server takes over a lingering anchor, whose generation becomes this message's.
+    """Request of a restarted server to take over a lingering anchor, whose generation becomes this message's.
 
-    ``identity`` must equal the anchor's. ``linger_s`` replaces the anchor's own; None keeps it.
+    ``identity`` must equal the anchor's. ``linger_s`` replaces the anchor's own, unless None.
     """
 
     controller_pid: Pid
@@ -101,7 +101,7 @@ class Attach(Message, frozen=True, kw_only=True):
 
 
 class Allocate(Message, frozen=True, kw_only=True):
-    """Make a segment of zeros; the same name and size again is answered with what is there."""
+    """Request for a segment of zeros. If one of this name and size exists, the reply describes it."""
 
     name: SegmentName
     nbytes: Bytes
@@ -109,29 +109,29 @@ class Allocate(Message, frozen=True, kw_only=True):
 
 
 class Seal(Message, frozen=True, kw_only=True):
-    """Make a segment read-only for every handle; mappings made before stay writable. Cannot be undone."""
+    """Request to make a segment read-only for good, except through existing mappings."""
 
     name: SegmentName
 
 
 class Release(Message, frozen=True, kw_only=True):
-    """Let go of a segment; its bytes live on while somebody else holds it."""
+    """Request to release a segment; its bytes live on while another process holds it."""
 
     name: SegmentName
 
 
 class Shutdown(Message, frozen=True, kw_only=True):
-    """Let go of all segments and exit."""
+    """Request to release all segments and exit."""
 
 
 class OpenHandle(Message, frozen=True, kw_only=True):
-    """Ask for the file descriptor of a segment (handles socket)."""
+    """Request for the file descriptor of a segment (handles socket)."""
 
     name: SegmentName
 
 
 class AdoptHandle(Message, frozen=True, kw_only=True):
-    """Give a restarted anchor a segment's file descriptor, which travels beside (handles socket)."""
+    """Request that a restarted anchor keeps a segment, whose file descriptor is sent with it (handles socket)."""
 
     name: SegmentName
     nbytes: Bytes
@@ -139,11 +139,11 @@ class AdoptHandle(Message, frozen=True, kw_only=True):
 
 
 class Ok(Message, frozen=True, kw_only=True):
-    """Done."""
+    """Reply: the request was carried out."""
 
 
 class Allocated(Message, frozen=True, kw_only=True):
-    """The segment exists; ``created`` tells whether it is new, and so holds zeros."""
+    """Reply: the segment exists. ``created``: it is new and holds zeros."""
 
     created: bool
     nbytes: int
@@ -151,14 +151,14 @@ class Allocated(Message, frozen=True, kw_only=True):
 
 
 class Handle(Message, frozen=True, kw_only=True):
-    """The segment's file descriptor travels beside; it is read-only if ``sealed``."""
+    """Reply with the segment's file descriptor, which is read-only if ``sealed``."""
 
     nbytes: int
     sealed: bool
 
 
 class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A segment in a status; ``generation`` is the one that made it."""
+    """A segment in a status. ``generation``: the one that made it."""
 
     name: str
     nbytes: int
@@ -168,7 +168,7 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusReply(Message, frozen=True, kw_only=True):
-    """What the anchor holds. ``controller_pid`` is None while it lingers; ``dropped`` counts refusals."""
+    """Reply with what the anchor holds. ``controller_pid``: None while it lingers. ``dropped``: refusals by reason."""
 
     device: int
     pid: int
@@ -180,7 +180,7 @@ class StatusReply(Message, frozen=True, kw_only=True):
 
 
 class Refused(Message, frozen=True, kw_only=True):
-    """Not done, and nothing changed."""
+    """Reply: the request was refused, and nothing changed."""
 
     reason_code: ReasonCode
     text: str
@@ -200,32 +200,32 @@ _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
 def encode(message: Message) -> bytes:
-    """The message in msgpack."""
+    """Encode a message in msgpack."""
     return _encoder.encode(message)
 
 
 def decode_control(payload: bytes) -> ControlRequest:
-    """``msgspec.DecodeError`` (``ValidationError`` among them) on anything else."""
+    """Decode a control request. Raises ``msgspec.DecodeError`` (or its ``ValidationError``) for anything else."""
     return _control_decoder.decode(payload)
 
 
 def decode_handle_request(payload: bytes) -> HandleRequest:
-    """``msgspec.DecodeError`` on anything else."""
+    """Decode a request of the handles socket. Raises ``msgspec.DecodeError`` for anything else."""
     return _handle_decoder.decode(payload)
 
 
 def decode_reply(payload: bytes) -> Reply:
-    """``msgspec.DecodeError`` on anything else."""
+    """Decode a reply. Raises ``msgspec.DecodeError`` for anything else."""
     return _reply_decoder.decode(payload)
 
 
 def frame(message: Message) -> bytes:
-    """The message as it travels on the handles socket."""
+    """Encode a message for the handles socket, with its length before it."""
     payload = encode(message)
     return _HEADER.pack(len(payload)) + payload
 
 
 def frame_length(header: bytes | bytearray) -> int:
-    """Length of the payload that follows a header of ``FRAME_HEADER_BYTES`` bytes."""
+    """Return the length of the payload after a header of ``FRAME_HEADER_BYTES`` bytes."""
     length: int = _HEADER.unpack(header)[0]
     return length

@@ -1,4 +1,4 @@
-"""Processes that are not our children: which they are, and when they end."""
+"""Identity and end of processes that are not our children."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["is_alive", "start_ticks", "wait_readable"]
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None if it does not run (a zombie does not).
+    """Return when the process started, in clock ticks since boot; None if it does not run or is a zombie.
 
-    Not ``psutil.Process.create_time``: that is wall-clock time, which moves when the clock is set.
+    ``psutil.Process.create_time`` is wall-clock time, which changes when the clock is set.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -21,12 +21,12 @@ def start_ticks(pid: int) -> int | None:
 
 
 def is_alive(pid: int, ticks: int) -> bool:
-    """Whether the process ``pid`` that started at ``ticks`` still runs."""
+    """Return whether the process ``pid`` that started at ``ticks`` still runs."""
     return start_ticks(pid) == ticks
 
 
 def wait_readable(fd: int, timeout_s: float) -> bool:
-    """Whether ``fd`` becomes readable in time, or the process of a pidfd ends."""
+    """Return whether ``fd`` becomes readable in time; a pidfd does when its process ends."""
     poller = select.poll()  # select() itself takes no fd above 1023
     poller.register(fd, select.POLLIN)
     return bool(poller.poll(max(0, int(timeout_s * 1000))))

@@ -1,4 +1,4 @@
-"""Where run directories are by default: a place of this user's that stays as long as the server does."""
+"""The default folder of run directories: one of this user that stays as long as the server does."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class RunDirError(ValueError):
 
 
 def default_base() -> Path:
-    """The first candidate whose folder can be written, made if it is missing. RunDirError if there is none.
+    """Return the first writable candidate, made if it is missing. Raises RunDirError if there is none.
 
-    ``$RUNTIME_DIRECTORY/anchortp`` of a systemd service; ``$XDG_RUNTIME_DIR/anchortp``, unless that is a login's, which
-    ends with it; then ``anchortp-<uid>`` in ``/run``, which only root can write, in ``$TMPDIR``, ``/tmp`` and others.
+    Candidates: ``$RUNTIME_DIRECTORY/anchortp`` of a systemd service; ``$XDG_RUNTIME_DIR/anchortp``, unless it ends with
+    a login; then ``anchortp-<uid>`` in ``/run`` (writable for root only), ``$TMPDIR``, ``/tmp`` and others.
     """
     tried = []
     for base in _candidates(os.environ):
@@ -38,7 +38,7 @@ def default_base() -> Path:
 
 
 def make_private(path: Path) -> None:
-    """Make the directory, or be content with one of this user's that nobody else may enter."""
+    """Make the directory, unless it exists. Raises RunDirError if it is not private to this user."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     check_private(path)

@@ -1,7 +1,7 @@
-"""The run directory: where one server's anchors are met. Private to its user, and to one running server.
+"""The run directory with the sockets of one server's anchors; private to its user and to one running server.
 
-It outlives the server, so that a restarted one finds the anchors that linger. Who runs in it is told by file locks: two
-containers may share a file system, and a pid of one means nothing in the other.
+It outlives the server, so that a restarted one finds lingering anchors. File locks show which processes run in it:
+containers may share a file system, and a pid of one means nothing in another.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _LONGEST_NAMED_DEVICE = 9999
 _ENDING_S = 1.0  # an anchor that is just ending may still hold its log
 
 _held: dict[Path, tuple[int, int]] = {}
-"""Open files of run directories that are this process's, for their locks."""
+"""The locked files, kept open, of run directories that this process owns."""
 
 
 class RunDirInUse(RunDirError):
-    """Another server runs in it."""
+    """Another server runs in the directory."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run directory that is ours. ``stale_anchors``: devices whose anchors linger from a server that died.
+    """A run directory that this process owns. ``stale_anchors``: devices with anchors that linger from a dead server.
 
     They belong to ``run_id`` too: attach to them, or shut them down.
     """
@@ -54,9 +54,9 @@ class RunDir:
 def prepare_run_dir(base: Path | None, key: str) -> RunDir:
     """Create ``base/key``, or take it over from a dead server, and record this process as its owner.
 
-    ``base`` None: ``run_base.default_base()``. ``key`` names the server, e.g. by its port. Files that dead servers in
-    ``base`` have left elsewhere are removed. ``RunDirInUse`` if a server runs there; ``RunDirError`` if the directory
-    is not a private one of this user, or its path is too long for sockets.
+    ``base`` None: ``run_base.default_base()``. ``key`` names the server, for example by its port. Files that dead
+    servers of ``base`` have left elsewhere are removed. Raises ``RunDirInUse`` if a server runs there, ``RunDirError``
+    if the directory is not private to this user or its path is too long for sockets.
     """
     if not _KEY.fullmatch(key):
         raise RunDirError(f"run key {key!r} must be letters, digits, '_', '.', '-', at most 64 of them")
@@ -77,9 +77,9 @@ def prepare_run_dir(base: Path | None, key: str) -> RunDir:
 
 
 def make_again(run_dir: RunDir) -> bool:
-    """Make a directory of ours again if somebody has removed it; whether that was so.
+    """Make our directory again if it was removed; return whether it was.
 
-    Anchors that live bind their sockets in it anew. RunDirError if it cannot be, or is another's now.
+    Live anchors then bind their sockets in it again. Raises RunDirError if it cannot be made, or is another server's.
     """
     path = run_dir.path
     record = ServerRecord.read(str(path / _SERVER_RECORD))
@@ -99,9 +99,9 @@ def make_again(run_dir: RunDir) -> bool:
 
 
 def remove_run_dir(run_dir: RunDir) -> None:
-    """Remove the directory and all in it. ``RunDirInUse`` while another server or an anchor runs there."""
+    """Remove the directory. Raises ``RunDirInUse`` while another server or an anchor runs there."""
     path = run_dir.path
-    if not path.exists():  # somebody has removed it already
+    if not path.exists():  # it has been removed already
         return _let_go(path)
     check_private(path)
     with _locked(path):
@@ -114,7 +114,7 @@ def remove_run_dir(run_dir: RunDir) -> None:
 
 
 def live_anchors(path: Path) -> list[AnchorRecord]:
-    """The anchors that run in a directory, by device."""
+    """Return the running anchors of a directory, sorted by device."""
     records = (AnchorRecord.read(str(file)) for file in path.glob("anchor-*.json"))
     return sorted((r for r in records if r is not None and r.alive()), key=lambda record: record.device)
 
@@ -134,14 +134,14 @@ def _claim(path: Path) -> RunDir:
 
 
 def _own(path: Path, run_id: str) -> None:
-    """Hold the locks that say so, and write the record."""
+    """Take the locks of the directory's owner, and write the record."""
     _let_go(path)
     server = os.open(path / _SERVER_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    # Not flock(): children that are forked would hold it as well, and might outlive this process.
+    # Forked children would hold a flock() too, and might outlive this process.
     fcntl.lockf(server, fcntl.LOCK_EX | fcntl.LOCK_NB)
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     with contextlib.suppress(OSError):
-        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)  # systemd-tmpfiles leaves alone what is locked
+        fcntl.flock(directory, fcntl.LOCK_SH | fcntl.LOCK_NB)  # systemd-tmpfiles spares locked directories
     _held[path] = (server, directory)
     pid = os.getpid()
     ServerRecord(pid=pid, start_ticks=start_ticks(pid) or 0, run_id=run_id).write(str(path / _SERVER_RECORD))
@@ -157,13 +157,13 @@ def _refuse_live_server(path: Path, but_pid: int | None = None) -> None:
     if server is not None and server.alive():
         if server.pid != but_pid:
             raise RunDirInUse(f"a server, process {server.pid}, runs in {path}: stop it, or choose another key")
-        return  # to open and close the lock's file would let go of our own lock
+        return  # opening and closing the lock's file would release our own lock
     if _is_locked(path / _SERVER_LOCK, fcntl.lockf):
         raise RunDirInUse(f"a server of another container runs in {path}: stop it, or choose another directory")
 
 
 def _refuse_foreign_anchors(path: Path, ours: set[str]) -> None:
-    """Anchors that live, but in another pid namespace: they cannot be attached to."""
+    """Refuse a directory with live anchors of another pid namespace, to which this server cannot attach."""
     deadline = time.monotonic() + _ENDING_S
     logs = [log for log in path.glob("anchor-*.log") if str(log) not in ours]
     while held := [log for log in logs if _is_locked(log, fcntl.flock)]:
@@ -176,7 +176,7 @@ def _refuse_foreign_anchors(path: Path, ours: set[str]) -> None:
 
 
 def _is_locked(path: Path, lock: Callable[[int, int], None]) -> bool:
-    """Whether another process holds a lock of that kind on the file."""
+    """Return whether another process holds a lock of this kind on the file."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -191,9 +191,9 @@ def _is_locked(path: Path, lock: Callable[[int, int], None]) -> bool:
 
 
 def _sweep(mine: Path) -> None:
-    """Clean up after dead servers beside this one, whose directories nobody may ever claim again.
+    """Clean up after dead servers beside this one, whose directories may never be claimed again.
 
-    Of those with a port the directory stays: their logs are asked for when something has gone wrong.
+    Directories of servers with a port stay, as their logs may be needed.
     """
     for path in mine.parent.glob("*-*"):
         with contextlib.suppress(OSError, RunDirError):
@@ -214,4 +214,4 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # not by close(): a process forked meanwhile has it open too
+            fcntl.flock(lock, fcntl.LOCK_UN)  # close() would not do: a child forked meanwhile has it open too

@@ -1,7 +1,7 @@
 """The anchor process: ``python -m anchortp_sglang.anchor.server``.
 
-Started by ``launch.start_anchor``. Whatever comes in, it goes on: it ends by SIGTERM, a ``Shutdown``, or
-when its controller is dead and nobody attached in time, and then removes its files.
+``launch.start_anchor`` starts it. No input makes it fail: it ends by SIGTERM, by a ``Shutdown``, or if its controller
+is dead and no other attaches in time. It then removes its files.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from anchortp_sglang.anchor import daemon
 from anchortp_sglang.anchor.files import AnchorFiles
 from anchortp_sglang.anchor.loop import Anchor, log
 from anchortp_sglang.anchor.state import AnchorState
-from anchortp_sglang.memory.arena import Arena, MemfdArena
-from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.memory.arena_kinds import ARENA_KINDS, ArenaSpec, make_arena
 
 __all__ = ["main"]
 
@@ -24,7 +23,7 @@ _LOG_TIMEOUT_S = 1.0  # an anchor that is just ending may still hold the device'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Become an anchor in the background; returns in the background process when the anchor ends."""
+    """Become an anchor in a background process. Returns in that process when the anchor ends."""
     options = _parse(argv)
     files = AnchorFiles(os.path.abspath(options.run_dir), options.device)
     state = AnchorState(
@@ -43,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"device {options.device} already has an anchor in {files.run_dir}")
     files.remove()  # those of an anchor that was killed; the lock on the log says that none is alive
     try:
-        _live(state, files, _gpu(options), options.ready_fd)
+        _live(state, files, ArenaSpec(options.arena, options.arena_uuid, options.arena_bytes), options.ready_fd)
     finally:
         files.remove()
 
 
-def _live(state: AnchorState, files: AnchorFiles, gpu: GpuShare | None, ready_fd: int | None) -> None:
-    anchor = Anchor(state, files, _arena(gpu))  # not before the forks are done: the driver does not survive them
+def _live(state: AnchorState, files: AnchorFiles, arena: ArenaSpec, ready_fd: int | None) -> None:
+    anchor = Anchor(state, files, make_arena(arena))  # not before the forks are done: the driver does not survive them
     if ready_fd is not None:
         os.write(ready_fd, b"1")  # fails, and ends the anchor, if the starter has given up on it
         os.close(ready_fd)
@@ -57,22 +56,6 @@ def _live(state: AnchorState, files: AnchorFiles, gpu: GpuShare | None, ready_fd
     anchor.run()
     anchor.close()
     log("ended")
-
-
-def _arena(gpu: GpuShare | None) -> Arena:
-    if gpu is None:
-        return MemfdArena()
-    if gpu.sharing == "ipc":
-        from anchortp_sglang.memory.cuda_ipc import IpcArena
-
-        return IpcArena(gpu)
-    from anchortp_sglang.memory.cuda_vmm import VmmArena
-
-    return VmmArena(gpu)
-
-
-def _gpu(options: argparse.Namespace) -> GpuShare | None:
-    return options.gpu and GpuShare(options.gpu, options.gpu_budget_bytes, options.gpu_sharing)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,9 +67,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--controller-pid", type=int, required=True)
     parser.add_argument("--linger-s", type=float, required=True)
     parser.add_argument("--generation", type=int, default=0)
-    parser.add_argument("--gpu", help="the UUID of the GPU whose memory it owns; else it owns host memory")
-    parser.add_argument("--gpu-budget-bytes", type=int)
-    parser.add_argument("--gpu-sharing")
+    parser.add_argument("--arena", choices=ARENA_KINDS, default="memfd", help="what its segments are made of")
+    parser.add_argument("--arena-uuid", default="", help="of the device whose memory it owns, if not the host's")
+    parser.add_argument("--arena-bytes", type=int, default=0, help="how much of that memory it may take")
     parser.add_argument("--ready-fd", type=int, help="one byte is written to it when the anchor can be reached")
     return parser.parse_args(argv)
 

@@ -1,7 +1,7 @@
-"""The values an anchor's state machine works on: its state, the events it sees, the actions that follow.
+"""The values of an anchor's state machine: its state, events and actions.
 
-OWNED: the controller (the server's main process) lives. LINGERING: it died; the memory is kept until the
-deadline for a restarted server that attaches. CLOSED: the memory is given up, the process ends.
+OWNED: the controller (the server's main process) lives. LINGERING: it died, and the memory is kept until the deadline
+for a restarted server to attach. CLOSED: the memory is released and the process ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Phase(enum.Enum):
-    """See the module's docstring."""
+    """Phase of an anchor; see the module's docstring."""
 
     OWNED = "owned"
     LINGERING = "lingering"
@@ -40,7 +40,7 @@ class Phase(enum.Enum):
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """A segment the anchor holds; ``generation`` is the one that made it."""
+    """A segment that the anchor holds. ``generation``: the one that made it."""
 
     nbytes: int
     generation: int
@@ -48,8 +48,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnchorState(msgspec.Struct, frozen=True, kw_only=True):
-    """All that decides what an anchor does next. ``linger_deadline``: on the clock given to ``step``, in
-    s."""
+    """The state of an anchor. ``linger_deadline``: in seconds of the clock given to ``step``."""
 
     device: int
     run_id: str
@@ -69,24 +68,24 @@ class AnchorState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ControllerDied(msgspec.Struct, frozen=True):
-    """The process behind ``pid`` has exited."""
+    """Event: the process ``pid`` has exited."""
 
     pid: int
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """Time has passed."""
+    """Event: time has passed."""
 
 
 class Terminated(msgspec.Struct, frozen=True):
-    """The operator asked the anchor to end (SIGTERM)."""
+    """Event: the operator asked the anchor to end (SIGTERM)."""
 
 
 Event = m.Request | ControllerDied | Tick | Terminated
 
 
 class CreateSegment(msgspec.Struct, frozen=True):
-    """Make the memory."""
+    """Action: make the memory."""
 
     name: str
     nbytes: int
@@ -94,26 +93,26 @@ class CreateSegment(msgspec.Struct, frozen=True):
 
 
 class SealSegment(msgspec.Struct, frozen=True):
-    """Make the memory read-only."""
+    """Action: make the memory read-only."""
 
     name: str
 
 
 class CloseSegment(msgspec.Struct, frozen=True):
-    """Let go of the memory."""
+    """Action: release the memory."""
 
     name: str
 
 
 class KeepHandle(msgspec.Struct, frozen=True):
-    """Keep the handle that came with the message; it must be the one already held under this name, if any."""
+    """Action: keep the handle that came with the message; one held under this name must be of the same segment."""
 
     name: str
     nbytes: int
 
 
 class WatchController(msgspec.Struct, frozen=True):
-    """Report this process's death as ``ControllerDied``, and no other's any more."""
+    """Action: report the death of this process, and of no other, as ``ControllerDied``."""
 
     pid: int
 
@@ -122,7 +121,7 @@ Action = CreateSegment | SealSegment | CloseSegment | KeepHandle | WatchControll
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What follows from an event. If an action fails, the old state stands and the request is refused."""
+    """The outcome of an event. If an action fails, the old state stays and the request is refused."""
 
     state: AnchorState
     reason: str

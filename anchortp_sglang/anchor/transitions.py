@@ -1,5 +1,4 @@
-"""What an anchor decides: its state machine as a table (``TRANSITIONS``), without I/O or a clock of its
-own."""
+"""The anchor's state machine as a table (``TRANSITIONS``), without I/O and clock."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ Rule = Callable[[AnchorState, Any, float], Step]
 
 
 def step(state: AnchorState, event: Event, now: float) -> Step:
-    """The one transition function. ``now``: a monotonic clock, in seconds."""
+    """Return the outcome of an event. ``now``: seconds of a monotonic clock."""
     if isinstance(event, m.REQUEST_TYPES):
         if event.run_id != state.run_id:
             return refuse(state, "wrong_run", f"this anchor belongs to run {state.run_id!r}, not {event.run_id!r}")
@@ -46,7 +45,7 @@ def step(state: AnchorState, event: Event, now: float) -> Step:
 
 
 def refuse(state: AnchorState, code: m.ReasonCode, text: str) -> Step:
-    """Nothing changes, and the client is told why."""
+    """Refuse a request: the state stays, and the reply says why."""
     reply = m.Refused(run_id=state.run_id, generation=state.generation, reason_code=code, text=text)
     return Step(state=state, reason=f"{code}: {text}", reply=reply)
 

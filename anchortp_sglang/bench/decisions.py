@@ -1,10 +1,11 @@
 """Seeded schedules of faults against the coordinator's pure decisions: the state machine and the isolation of requests.
 
-The world is simulated, the decisions are the server's own. A schedule has requests that arrive and leave, some of
-which make ranks fail; faults from outside at any moment; steps of recoveries that take long, fail or are cut off.
-Checked are: there is never more than one generation, a recovery ends by its deadline, no open request is forgotten,
-none that ranks can serve is ended for what others did, those that they cannot are ended, and in the end all are
-answered.
+The world is simulated; the decisions are the server's own code. A schedule has requests that arrive and leave, some of
+which make ranks fail, faults from outside at any moment, and recovery steps that are slow, fail or are cut off.
+
+Invariants: there is never more than one generation; a recovery ends by its deadline; no open request is forgotten; a
+request that ranks can serve is not ended because of another's fault; one that they cannot serve is ended; at the end
+every request has been answered.
 """
 
 import heapq
@@ -40,12 +41,12 @@ _POISON: tuple[Nature, ...] = ("raises", "raises_late", "dies", "hangs")
 
 
 class Violation(AssertionError):
-    """An invariant does not hold; the text names it, and ``seed`` repeats the schedule."""
+    """A broken invariant. The text names it and the seed that repeats the schedule."""
 
 
 @dataclass
 class Request:
-    """A simulated request. ``left``: tokens that are still to come. ``prefill_s``: until the first one after a send."""
+    """A simulated request. ``left``: tokens still to come. ``prefill_s``: from sending it to its first token."""
 
     rid: str
     nature: Nature
@@ -57,7 +58,7 @@ class Request:
 
 @dataclass
 class Outcome:
-    """Count a schedule's requests by how they ended, and its ``generations``."""
+    """Numbers of a schedule's requests by how they ended, and of its generations."""
 
     finished: int = 0
     left: int = 0
@@ -69,7 +70,7 @@ class Outcome:
 
 @dataclass
 class World:
-    """One schedule. Time is simulated seconds."""
+    """One schedule and the state of its simulation. Times are simulated seconds."""
 
     seed: int
     now: float = 0.0
@@ -82,8 +83,8 @@ class World:
         self.random = random.Random(self.seed)
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._generation: int | None = 0  # the one whose ranks live
-        self._quiet_from = 0.0  # the last fault from outside
+        self._generation: int | None = 0  # with live ranks; None between two generations
+        self._quiet_from = 0.0  # time of the last fault from outside
         self._checked: int | None = 0  # the last generation whose replay has been checked
         self.log: list[str] = []
 
@@ -148,7 +149,7 @@ class World:
         self._in(wait_s, lambda: self._step(request, generation, first=True))
 
     def _step(self, request: Request, generation: int | None, first: bool) -> None:
-        """The ranks' next step with this request."""
+        """Run the ranks' next step with this request."""
         if generation != self._generation or request.rid not in self.open or self.state.phase is not Phase.SERVING:
             return
         if request.nature == "raises" or (request.nature == "raises_late" and not first):
@@ -285,7 +286,7 @@ class World:
 
 
 def play(seeds: range) -> tuple[dict[str, int], list[str]]:
-    """Play the schedules of all seeds, on all processors; the sums of their outcomes, and what was violated."""
+    """Play the schedules of all seeds on all processors. Return the summed outcomes and the violations' texts."""
     sums: Counter[str] = Counter()
     violations: list[str] = []
     with multiprocessing.Pool(len(os.sched_getaffinity(0))) as pool:

@@ -40,7 +40,7 @@ _RECOVERY_TIMEOUT_S = 60.0
 
 
 class DemoFailed(RuntimeError):
-    """The demonstration could not be carried out; the text says why."""
+    """The demo could not run to its end; the text says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def _broken(screen: Screen, server: Server, tokens: int) -> tuple[list[ClientStr
         faults.append(_fault(screen, server, f"loss of device {LOST_DEVICE}", _lose_device))
         clients.wait()
     screen.say(f"all streams ended: {clients.tokens} tokens")
-    # Again, as what replayed requests reuse is counted while they are prefilled.
+    # Read again: the tokens that replayed requests reuse are counted while they are prefilled.
     accounts = {recovery["generation"]: recovery for recovery in server.status()["recoveries"]}
     return clients.streams, [replace(fault, recovery=accounts[fault.recovery["generation"]]) for fault in faults]
 
@@ -152,7 +152,7 @@ def _check(streams: Sequence[ClientStream]) -> None:
 
 
 def _record(streams: Sequence[ClientStream], faults: Sequence[Fault]) -> dict[str, Any]:
-    """For tools/draw_recovery.py. Times are seconds since the first token."""
+    """Return the run as JSON for tools/draw_recovery.py. Times are seconds since the first token."""
     start = min(s.arrivals[0][0] for s in streams)
     return {
         "streams": [[[round(at - start, 4), tokens] for at, tokens in s.arrivals] for s in streams],

@@ -1,4 +1,4 @@
-"""What ``make demo`` shows: events as lines that stay, a live picture below them, a table at the end.
+"""The display of ``make demo``: a line for each event, a live picture below, a table at the end.
 
 Without a terminal only the lines and the table are printed.
 """
@@ -35,12 +35,12 @@ _START_PHASES = (
     ("KV Cache is allocated", "ranks bind KV to the anchors"),
     ("Uvicorn running", "HTTP is up; first request as a warm-up"),
 )
-"""Text in the server's log -> what the server does from there on."""
+"""(text in the server's log, the step that begins with it)."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and what followed. Times are this process's time.monotonic(); ``recovery`` is the server's account."""
+    """A fault and its recovery, an entry of the server's status. Times are this process's time.monotonic()."""
 
     title: str
     at: float
@@ -51,7 +51,7 @@ class Fault:
 
 
 class Screen:
-    """Lines through ``say``; between ``__enter__`` and ``__exit__`` a live picture, if there is a terminal."""
+    """The demo's display. ``say`` prints lines; inside the block a terminal also has a live picture."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.phase = ""
@@ -77,7 +77,7 @@ class Screen:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays, with the seconds since the start."""
+        """Print a line with the seconds since the start."""
         elapsed_s = time.monotonic() - self._started
         self._console.print(f"[dim]{elapsed_s:6.1f} s[/]  {text}", soft_wrap=self._live is None)
 
@@ -88,14 +88,14 @@ class Screen:
             self._console.print(f"the server's log: {log}", markup=False, soft_wrap=True)
 
     def finish(self, *parts: RenderableType) -> None:
-        """Print what remains to be seen when the picture is gone."""
+        """Remove the picture and print ``parts``."""
         self._clients, self.phase = None, ""
         if self._live:
             self._live.stop()
         self._console.print(*parts, sep="\n")
 
     def follow_start(self, log: Path) -> None:
-        """Say what a starting server does, from its log."""
+        """Print a line for each step of a starting server, read from its log."""
         lines = _tail(log)
         phases = list(_START_PHASES)
 
@@ -110,7 +110,7 @@ class Screen:
         self._poll(look)
 
     def watch(self, server: Server) -> None:
-        """Follow a running server's status."""
+        """Poll a running server's status and draw it."""
         self.phase = ""
         last_progress = time.monotonic()
 
@@ -152,7 +152,7 @@ class Screen:
 
 
 class _Poller(threading.Thread):
-    """Calls ``look`` again and again; a server that does not answer is asked again."""
+    """A thread that calls ``look`` until ``stop``, also after the server did not answer."""
 
     def __init__(self, look: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -172,7 +172,7 @@ class _Poller(threading.Thread):
 
 
 def _tail(path: Path) -> Iterator[str | None]:
-    """Lines as they are written; None whenever there is no more for now."""
+    """Yield the file's lines as they are written, and None whenever there is no new one."""
     while not path.exists():
         yield None
     with path.open(errors="replace") as file:
@@ -220,7 +220,7 @@ def _total(clients: OpenAIStreams) -> Text:
 
 
 def fault_table(faults: Sequence[Fault], streams: Sequence[ClientStream]) -> Table:
-    """A column for each fault: what clients saw, and what the server did."""
+    """Make a table with a column for each fault: what clients saw and what the server did."""
     table = Table(
         title="what happened",
         title_justify="left",
@@ -258,7 +258,7 @@ def _column(fault: Fault, until: float, streams: Sequence[ClientStream]) -> dict
 
 
 def verdict(expected: Sequence[ClientStream], streams: Sequence[ClientStream]) -> Text:
-    """Whether every stream is identical to the unbroken run, and where one is not."""
+    """Say whether every stream equals the unbroken run, and where one differs."""
     problems = [
         f"stream {number}: {_difference(before, after)}"
         for number, (before, after) in enumerate(zip(expected, streams, strict=True), 1)

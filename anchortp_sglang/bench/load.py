@@ -13,7 +13,7 @@ _NEW_TOKENS = (12, 24, 32, 48, 64)
 
 @dataclass(frozen=True)
 class Load:
-    """``rate_per_s``: mean arrivals per second. ``pool``: different requests, which arrive in random order."""
+    """A load of random requests. ``rate_per_s``: mean arrivals per second. ``pool``: number of different requests."""
 
     rate_per_s: float
     pool: int
@@ -24,7 +24,7 @@ class Load:
             raise ValueError(f"a load needs a rate above 0 and a request at least, got {self}")
 
     def requests(self) -> list[dict[str, Any]]:
-        """Bodies of ``POST /generate``, greedy. Half of the prompts begin with one of a few shared prefixes."""
+        """Return greedy bodies of ``POST /generate``. Half of the prompts begin with one of a few shared prefixes."""
         rng = random.Random(self.vocab_size)
         ordinary = range(self.vocab_size // 10, self.vocab_size * 9 // 10)  # special tokens are at the ends
         prefixes = [rng.choices(ordinary, k=_PREFIX_TOKENS) for _ in range(SHARED_PREFIXES)]
@@ -38,9 +38,14 @@ class Load:
         return made
 
     def arrivals(self, seed: int) -> Iterator[tuple[float, int]]:
-        """(seconds since the start, number of the request), without end."""
+        """Yield (seconds since the start, number of the request) without end."""
         rng = random.Random(seed)
         at_s = 0.0
         while True:
             at_s += rng.expovariate(self.rate_per_s)
             yield at_s, rng.randrange(self.pool)
+
+
+def wanted_tokens(request: dict[str, Any]) -> int:
+    """Return the number of new tokens that a body of ``POST /generate`` asks for."""
+    return int(request["sampling_params"]["max_new_tokens"])

@@ -1,4 +1,4 @@
-"""Random checkpoints of several sizes for benchmarks, made on the spot: Qwen3 with 4 KV heads, float32."""
+"""Random checkpoints of several sizes for benchmarks: Qwen3 with 4 KV heads, float32."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class ModelSize(StrEnum):
-    """By parameters; as much memory again is taken by the anchors or ranks that serve it."""
+    """Sizes by number of parameters. Serving one takes as much memory again as its checkpoint does."""
 
     TINY = "tiny"
     M100 = "100m"
@@ -25,7 +25,7 @@ _SHAPES: dict[ModelSize, dict[str, Any]] = {
 
 
 def make_model(folder: Path, size: ModelSize) -> Path:
-    """Write the checkpoint; its folder."""
-    from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint  # imports numpy: not to be told the sizes
+    """Write the checkpoint and return its folder."""
+    from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint  # here, as it imports numpy
 
     return write_checkpoint(folder, "qwen3", **_SHAPES[size])

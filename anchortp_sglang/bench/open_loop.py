@@ -1,4 +1,4 @@
-"""Clients that arrive whether or not the server keeps up, each with a stream of its own."""
+"""Open-loop clients: they arrive whether or not the server keeps up, each with its own stream."""
 
 import threading
 import time
@@ -7,16 +7,18 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from anchortp_sglang.bench.load import wanted_tokens
 from anchortp_sglang.testing.streams import History, follow
 
 _STILL_TO_COME = 20
-"""Tokens; fewer may be on their way already."""
+"""Tokens that a stream still lacks to be in the middle; fewer may already be in flight."""
 
 
 class OpenLoop:
-    """Sends ``requests[number]`` at each arrival from entering the block until ``stop``; leaving it waits for all.
+    """Clients that send ``requests[number]`` at each arrival, from entering the block until ``stop``.
 
-    ``histories``: (number of the request, what its client saw), in the order of arrival.
+    Leaving the block waits for all streams. ``histories``: (number of the request, what its client saw), in the order
+    of arrival.
     """
 
     def __init__(self, url: str, requests: Sequence[dict[str, Any]], arrivals: Iterator[tuple[float, int]]) -> None:
@@ -43,21 +45,21 @@ class OpenLoop:
                 client.join()
 
     def stop(self) -> None:
-        """No more arrivals; open streams go on."""
+        """End the arrivals; open streams go on."""
         self._ended.set()
         self._dispatcher.join()
 
     def being_served(self) -> bool:
-        """Whether a client is in the middle of its stream: a quarter of its tokens are there, many still to come."""
+        """Return whether a client is in the middle of its stream: it has a quarter of its tokens and lacks many."""
         return any(
-            len(history.output_ids) >= _wanted(history) / 4
-            and _wanted(history) - len(history.output_ids) >= _STILL_TO_COME
+            len(history.output_ids) >= wanted_tokens(history.request) / 4
+            and wanted_tokens(history.request) - len(history.output_ids) >= _STILL_TO_COME
             for _, history in list(self.histories)
             if not history.done
         )
 
     def first_token_after(self, moment: float) -> float | None:
-        """When (monotonic) a client first got a token after ``moment``."""
+        """Return when a client first got a token after ``moment`` (both time.monotonic()), or None."""
         times = [at for _, history in list(self.histories) for at, _ in history.arrivals[-200:] if at > moment]
         return min(times, default=None)
 
@@ -70,7 +72,3 @@ class OpenLoop:
             self.histories.append((number, history))
             self._clients.append(client)
             client.start()
-
-
-def _wanted(history: History) -> int:
-    return int(history.request["sampling_params"]["max_new_tokens"])

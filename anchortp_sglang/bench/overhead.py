@@ -1,7 +1,7 @@
 """``anchortp bench overhead``: what the package costs while nothing fails.
 
-Both servers are up; one is loaded while the other sleeps, in the order stock, ours, ours, stock. Each such quartet
-gives one ratio of each figure, so that what disturbs the machine for longer than a round falls on both.
+Both servers are up; one is loaded while the other is idle, in the order stock, ours, ours, stock. Each such quartet
+gives one ratio of each figure, so that a disturbance of the machine longer than a round affects both sides.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ ORDER: tuple[SideName, ...] = ("stock", "ours", "ours", "stock")
 
 @dataclass(frozen=True)
 class Round:
-    """One side under load: output tokens per second, medians of the first token and of the time between tokens."""
+    """One side under load: output tokens per second, median time to the first token and between tokens."""
 
     side: SideName
     throughput: float
@@ -32,7 +32,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours over stock: the median over quartets, and the lowest and highest of them."""
+    """A figure's ratio, ours over stock: median, lowest and highest over the quartets."""
 
     median: float
     low: float
@@ -40,7 +40,7 @@ class Ratio:
 
 
 def measure(side: SideName, histories: Sequence[History]) -> Round:
-    """Raises ServerFailed if a request failed: its round would look faster than it was."""
+    """Return the round's figures. Raises ServerFailed if a request failed: the round would look faster than it was."""
     for history in histories:
         if history.error is not None:
             raise ServerFailed(f"{side}: a request failed: {history.error}")
@@ -56,7 +56,7 @@ def measure(side: SideName, histories: Sequence[History]) -> Round:
 
 
 def compare(rounds: Sequence[Round]) -> dict[str, Ratio]:
-    """By figure. ``rounds``: whole quartets in the order ORDER."""
+    """Return the ratio of each figure by its name. ``rounds``: whole quartets in the order ORDER."""
     quartets = [rounds[start : start + len(ORDER)] for start in range(0, len(rounds), len(ORDER))]
     if not quartets or any(tuple(each.side for each in quartet) != ORDER for quartet in quartets):
         raise ValueError("rounds must be whole quartets in their order")
@@ -81,7 +81,7 @@ def run(
     folder: Path,
     say: Callable[[str], None],
 ) -> list[Round]:
-    """Start both sides and measure. Raises ServerFailed."""
+    """Start both sides and measure ``quartets`` times four rounds. Raises ServerFailed."""
     requests = Load(1.0, clients, vocab_size).requests()
     requests = [r | {"sampling_params": r["sampling_params"] | {"max_new_tokens": 96}} for r in requests]
     sides: dict[SideName, Side] = {}
@@ -93,7 +93,7 @@ def run(
             say(f"starting {side.name} with TP={tp_size}")
             say(f"{side.name} serves after {side.start():.1f} s")
             sides[side.name] = side
-            _load(side, requests)  # first use of everything
+            _load(side, requests)  # not counted: warm-up
         for number in range(quartets):
             for name in ORDER:
                 rounds.append(_load(sides[name], requests))

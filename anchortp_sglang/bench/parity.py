@@ -1,4 +1,4 @@
-"""Do two servers of the same model answer alike? Prompts, comparison and verdict of ``anchortp parity``. Pure."""
+"""Prompts, comparison and verdict of ``anchortp parity``: do two servers of a model give the same answers? Pure."""
 
 import math
 import random
@@ -10,16 +10,16 @@ from typing import Any
 PROMPT_LENGTHS = (1, 5, 33, 128, 300)
 
 Logprob = float | None
-"""JSON has no NaN and no infinity: SGLang answers null for them."""
+"""A logprob in JSON. SGLang sends null for NaN and infinity, which JSON does not have."""
 
 
 class BadAnswer(ValueError):
-    """A server's answer is not what was asked for; the text says how."""
+    """A server's answer is not one to the request; the text says how."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer: of each prompt token but the first its logprob; the new tokens, and theirs."""
+    """A greedy answer: logprobs of all prompt tokens but the first, new tokens, and their logprobs."""
 
     prompt_logprobs: tuple[Logprob, ...]
     tokens: tuple[int, ...]
@@ -34,7 +34,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Delta:
-    """|delta logprob| over ``pairs`` of numbers. ``unpaired``: how often one side, or both, has no number."""
+    """|delta logprob| over ``pairs`` of numbers. ``unpaired``: places where a side has no number."""
 
     max: float
     mean: float
@@ -47,9 +47,9 @@ class Delta:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our answer to a prompt against stock's. ``first_difference``: the first new token that is another, or missing.
+    """Our answer to a prompt against stock's. ``first_difference``: index of the first new token that differs.
 
-    ``decode`` goes up to the first difference: that far both sides had the same input.
+    ``decode`` covers the tokens up to the first difference: until there both sides had the same input.
     """
 
     prompt_tokens: int
@@ -69,7 +69,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Round:
-    """All prompts once. ``when``: "before loss", "after loss", or nothing if no device is lost."""
+    """The comparisons of all prompts. ``when``: "before loss", "after loss", or "" if no device is lost."""
 
     when: str
     comparisons: tuple[Comparison, ...]
@@ -86,14 +86,14 @@ class Verdict:
 
 
 def make_prompts(vocab_size: int, lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
-    """The same token ids every time. From the middle of the vocabulary, as special tokens are at its ends."""
+    """Return the same random prompts on each call. They avoid the vocabulary's ends, where special tokens are."""
     first, end = vocab_size // 10, vocab_size - vocab_size // 10
     rng = random.Random(vocab_size)
     return [[first + int(rng.random() * (end - first)) for _ in range(length)] for length in lengths]
 
 
 def request(prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
-    """The body of ``POST /generate`` whose answer ``read_answer`` reads."""
+    """Return the body of ``POST /generate`` whose answer ``read_answer`` reads."""
     return {
         "input_ids": list(prompt),
         "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
@@ -103,7 +103,7 @@ def request(prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
 
 
 def read_answer(prompt: Sequence[int], body: Any) -> Answer:
-    """Raises BadAnswer if ``body`` is not the answer to ``prompt``."""
+    """Read the JSON answer to ``prompt``. Raises BadAnswer if ``body`` is not one."""
     try:
         asked, given = body["meta_info"]["input_token_logprobs"], body["meta_info"]["output_token_logprobs"]
         if [entry[1] for entry in asked] != list(prompt):
@@ -122,12 +122,12 @@ def answers_as_json(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def answers_from_json(kept: dict[str, Any]) -> list[Answer]:
-    """The inverse. Raises KeyError, TypeError or BadAnswer for anything else."""
+    """Read what ``answers_as_json`` returned. Raises KeyError, TypeError or BadAnswer for anything else."""
     return [Answer(**{name: tuple(values) for name, values in answer.items()}) for answer in kept["answers"]]
 
 
 def compare(stock: Answer, ours: Answer) -> Comparison:
-    """Both are answers to the same prompt."""
+    """Compare two answers to the same prompt."""
     first = _first_difference(stock.tokens, ours.tokens)
     shorter = min(len(stock.tokens), len(ours.tokens))
     shared = shorter if first is None else min(first + 1, shorter)
@@ -146,7 +146,7 @@ def compare_all(when: str, stock: Sequence[Answer], ours: Sequence[Answer]) -> R
 
 
 def verdict(rounds: Sequence[Round], tolerance: float) -> Verdict:
-    """Whether all tokens are equal and no logprob is further apart than ``tolerance``; and why not."""
+    """Say whether all tokens are equal and all logprobs at most ``tolerance`` apart; if not, why."""
     comparisons = [comparison for each in rounds for comparison in each.comparisons]
     deltas = [delta for comparison in comparisons for delta in (comparison.prefill, comparison.decode)]
     furthest = max((delta.max for delta in deltas), default=0.0)
@@ -187,7 +187,7 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 def _delta(one: Sequence[Logprob], other: Sequence[Logprob]) -> Delta:
     pairs = list(zip_longest(one, other))
     apart = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-    numbers = [delta for delta in apart if math.isfinite(delta)]  # NaN passes any comparison with max()
+    numbers = [delta for delta in apart if math.isfinite(delta)]  # max() ignores NaN
     mean = math.fsum(numbers) / len(numbers) if numbers else 0.0
     return Delta(max(numbers, default=0.0), mean, len(numbers), len(pairs) - len(numbers))
 

@@ -1,7 +1,7 @@
 """``anchortp bench recovery``: the same load and the same faults for our server and for stock with a supervisor.
 
-One side after the other, as they share the machine. What their clients must be given is asked of stock before its
-first fault (without stock: of ours).
+The sides run one after the other, as they share the machine. The expected answers are those of stock before its first
+fault (without stock: those of our server).
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from anchortp_sglang.bench.load import Load
+from anchortp_sglang.bench.load import Load, wanted_tokens
 from anchortp_sglang.bench.open_loop import OpenLoop
 from anchortp_sglang.bench.recovery_stats import Outcome, Stream, outcome, ratios, side_summary
 from anchortp_sglang.bench.sides import Ours, Side, SideName, Stock, memory_bytes
@@ -26,12 +26,12 @@ _REFERENCE_CLIENTS = 8
 _POLL_S = 0.1
 _TOLD_EVERY_S = 5.0
 _DEVICES = (1, 2, 0, 3)
-"""Which one is broken, by the number of the fault."""
+"""The devices that fail, in turn."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. ``seeds``: repetitions of each fault, with other arrivals and moments; durations in seconds.
+    """The measurement to make. ``seeds``: repetitions of each fault, with different arrivals and moments.
 
     The fault comes ``before_s`` after the first arrival, give or take a fifth, as soon as a client is being served;
     arrivals go on for ``after_s`` after the first token that follows it.
@@ -50,13 +50,13 @@ class Plan:
     outage_limit_s: float = 900.0
 
     def runs(self) -> list[tuple[Cause, int]]:
-        """(fault, seed) in the order in which they are made."""
+        """Return (fault, seed) of each run, in their order."""
         return [(fault, seed) for seed in range(self.seeds) for fault in self.faults]
 
 
 @dataclass
 class SideResult:
-    """``outcomes`` in the order of the plan's runs; ``memory_bytes`` while serving, before any fault."""
+    """One side's results. ``outcomes``: in the order of the plan's runs. ``memory_bytes``: before any fault."""
 
     name: SideName
     start_s: float = 0.0
@@ -68,7 +68,7 @@ class SideResult:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The clients of one fault, before their answers are judged."""
+    """The clients' histories of one run, before their answers are judged."""
 
     began_s: float
     fault_s: float
@@ -77,7 +77,7 @@ class Recorded:
 
 
 def run(plan: Plan, folder: Path, say: Say) -> dict[SideName, SideResult]:
-    """Carry it out. Raises ServerFailed if a side does not come up, or never serves again."""
+    """Carry out the plan. Raises ServerFailed if a side does not start, or never serves again."""
     results = {name: _run_side(plan, name, folder, say) for name in plan.sides}
     expected = results[plan.sides[0]].answers
     for result in results.values():
@@ -86,7 +86,7 @@ def run(plan: Plan, folder: Path, say: Say) -> dict[SideName, SideResult]:
 
 
 def summary(results: dict[SideName, SideResult]) -> dict[str, Any]:
-    """The report: a part for each side, and the ratios if there are two."""
+    """Return the report: a part for each side, and the ratios if there are two sides."""
     told: dict[str, Any] = {name: side_summary(results[name].outcomes) for name in ("ours", "stock") if name in results}
     if len(told) == 2:
         told["ratios"] = ratios(told["ours"], told["stock"])
@@ -94,7 +94,7 @@ def summary(results: dict[SideName, SideResult]) -> dict[str, Any]:
 
 
 def details(plan: Plan, results: dict[SideName, SideResult]) -> dict[str, Any]:
-    """What the report leaves out, for ``--record`` and the picture."""
+    """Return what the report leaves out, for ``--record`` and the picture."""
     return {
         name: {
             "start_s": round(result.start_s, 2),
@@ -110,8 +110,10 @@ def details(plan: Plan, results: dict[SideName, SideResult]) -> dict[str, Any]:
 
 
 def degraded_itl(plan: Plan, result: SideResult) -> tuple[float, float] | None:
-    """(slowdown of the tokens' median distance after a device loss, the ideal one); None if nothing tells it, as on
-    stock, which goes on at full width."""
+    """Return (slowdown of the median time between tokens after a device loss, the ideal one).
+
+    None for stock, which goes on at full width, and if nothing was measured.
+    """
     if result.name == "stock":
         return None
     pairs = [each.itl_s for (fault, _), each in zip(plan.runs(), result.outcomes, strict=True) if fault == "device"]
@@ -187,7 +189,7 @@ def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say
 
 
 def _waiting(plan: Plan, side: Side, clients: OpenLoop, comebacks: int, fault_s: float) -> Iterator[float]:
-    """Until a client got a token after the side came back; yields the seconds that passed, now and then."""
+    """Wait until a client gets a token after the side came back; yield the seconds so far every few seconds."""
     told_s, back_at = 0.0, math.inf
     while clients.first_token_after(back_at) is None:
         if back_at == math.inf and side.comebacks() > comebacks:
@@ -207,14 +209,10 @@ def _unbroken(side: Side, requests: Sequence[dict[str, Any]]) -> dict[int, tuple
         with Streams(side.server.url, requests[start : start + _REFERENCE_CLIENTS]) as streams:
             histories = streams.wait()
         for number, history in enumerate(histories, start):
-            if history.error is not None or len(history.output_ids) != _wanted(history.request):
+            if history.error is not None or len(history.output_ids) != wanted_tokens(history.request):
                 raise ServerFailed(f"{side.name}: an unbroken request failed: {history.error}")
             answers[number] = tuple(history.output_ids)
     return answers
-
-
-def _wanted(request: dict[str, Any]) -> int:
-    return int(request["sampling_params"]["max_new_tokens"])
 
 
 def _judge(recorded: Recorded, expected: dict[int, tuple[int, ...]]) -> Outcome:

@@ -1,9 +1,9 @@
-"""What a fault cost, from the recorded histories of all clients. Pure; times are seconds on one clock.
+"""The cost of a fault, from the recorded histories of all clients. Pure; times are seconds on one clock.
 
-TFS: fault to the first new token at any client after the interruption. TTP: from there to the start of the first ten
-seconds in which clients get 95% of the tokens that they would get, had there been no fault. Pause: the longest gap
-between two tokens of a stream that was open at the fault; of one that broke, the time until any client is served again,
-as if its user had asked again at the best moment.
+TFS: from the fault to the first new token at any client after the interruption. TTP: from there to the start of the
+first ten seconds in which clients get 95% of the tokens that they would get without a fault. Pause: the longest gap
+between two tokens of a stream that was open at the fault; for a stream that broke, the time until any client is served
+again, as if its user had asked again at the best moment.
 """
 
 import math
@@ -16,13 +16,15 @@ from typing import Any
 from anchortp_sglang.recovery.report.throughput import WINDOW_S, TokenCurve, time_to_peak
 
 _IN_FLIGHT_S = 1.5
-"""So long tokens may still arrive that were on their way when the fault came."""
+"""Seconds after the fault during which tokens sent before it may still arrive."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """``arrivals``: (second, tokens so far). ``expected``: the tokens of an unbroken run. ``ended_s``: when the client
-    was through with it, well or with an error."""
+    """One client's stream. ``arrivals``: (second, tokens so far). ``expected``: the tokens of an unbroken run.
+
+    ``ended_s``: when it ended, complete or with an error.
+    """
 
     sent_s: float
     ended_s: float
@@ -33,18 +35,18 @@ class Stream:
 
     @property
     def last_s(self) -> float:
-        """When the last token came."""
+        """Time of the last token."""
         return self.arrivals[-1][0] if self.arrivals else self.sent_s
 
     def waits(self, moment: float, fault_s: float) -> bool:
-        """Whether its user waits for a token then; after a fault that broke it also when it is over."""
+        """Return whether its user waits for a token at ``moment``; if the fault broke it, also after its end."""
         broke = self.error is not None and self.ended_s >= fault_s
         return self.sent_s <= moment and (broke or moment < self.last_s)
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Tokens that are not what an unbroken run gives; of streams that ended with an error, as far as those came."""
+    """Numbers of tokens that differ from the unbroken run. Streams that ended with an error count up to their end."""
 
     lost: int = 0
     doubled: int = 0
@@ -60,7 +62,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One fault on one side. Rates: tokens per second; ``undelivered``: tokens of failed requests that never came."""
+    """One fault on one side. Rates are tokens per second. ``undelivered``: missing tokens of failed requests."""
 
     tfs_s: float | None
     ttp_s: float | None
@@ -73,17 +75,17 @@ class Outcome:
     throughput_after: float
     ttft_s: tuple[float | None, float | None]
     itl_s: tuple[float | None, float | None]
-    """Medians (before, after the recovery)."""
+    """Median seconds between tokens (before the fault, after the recovery)."""
     goodput: tuple[tuple[float, float], ...] = field(repr=False, default=())
-    """(seconds since the fault, tokens per second) of requests that ended well."""
+    """(seconds since the fault, tokens per second) of successful requests."""
 
 
 def outcome(streams: Sequence[Stream], began_s: float, fault_s: float, ended_s: float) -> Outcome:
-    """``began_s`` to ``ended_s``: when clients arrived."""
+    """Compute a fault's outcome. Clients arrived from ``began_s`` to ``ended_s``."""
     curve = TokenCurve(_samples(streams))
     first_s = first_token(streams, fault_s)
     steady_from_s = ended_s if first_s is None else min(first_s + WINDOW_S, ended_s)
-    settled_s = max(began_s, fault_s - WINDOW_S)  # the first clients find an empty server
+    settled_s = max(began_s, fault_s - WINDOW_S)  # the server is not yet loaded when the first clients come
     after = curve.rate(steady_from_s, ended_s)
     ttft = _ttft(streams, settled_s, fault_s), _ttft(streams, steady_from_s, ended_s)
     itl = _itl(streams, settled_s, fault_s), _itl(streams, steady_from_s, ended_s)
@@ -109,9 +111,9 @@ def outcome(streams: Sequence[Stream], began_s: float, fault_s: float, ended_s: 
 def _time_to_peak(
     streams: Sequence[Stream], curve: TokenCurve, first_s: float, ended_s: float, pace: tuple[float, float] | None
 ) -> float | None:
-    """TTP. Arrivals are random, so throughput is held against what these very clients ask for.
+    """Return TTP. As arrivals are random, throughput is compared with what these same clients ask for.
 
-    ``pace``: seconds to the first token and between tokens, at the end.
+    ``pace``: seconds to the first token and between tokens, at the end of the run.
     """
     if pace is None:
         return None
@@ -121,7 +123,7 @@ def _time_to_peak(
 
 
 def first_token(streams: Sequence[Stream], fault_s: float) -> float | None:
-    """The end of the longest silence that the fault began while somebody waited; None if nothing came any more."""
+    """Return when the longest silence ends that began at the fault while a client waited; None if no token came."""
     times = sorted({at for stream in streams for at, _ in stream.arrivals})
     later = [fault_s, *(at for at in times if at > fault_s), math.inf]
     gaps = [(a, b) for a, b in pairwise(later) if a <= fault_s + _IN_FLIGHT_S]
@@ -131,7 +133,7 @@ def first_token(streams: Sequence[Stream], fault_s: float) -> float | None:
 
 
 def pause(stream: Stream, fault_s: float, first_s: float | None) -> float:
-    """The longest gap after the fault of a stream that was open then; infinite if nobody was served any more."""
+    """Return the longest gap after the fault of a stream that was open then; infinite if no client was served again."""
     times = [at for at, _ in stream.arrivals]
     last_s = max((at for at in times if at <= fault_s), default=stream.sent_s)
     gaps = [b - a for a, b in pairwise([last_s, *(at for at in times if at > fault_s)])]
@@ -146,8 +148,8 @@ def _damage_of(stream: Stream) -> Damage:
 
 
 def damage(tokens: Sequence[int], expected: Sequence[int]) -> Damage:
-    """Between what agrees at the beginning and at the end, tokens were changed, and as many lost or doubled as one of
-    the two is longer."""
+    """Count wrong tokens between the common beginning and the common end: the difference in length as lost or doubled,
+    the rest as changed."""
     shorter = min(len(tokens), len(expected))
     head = next((n for n in range(shorter) if tokens[n] != expected[n]), shorter)
     tail = next((n for n in range(shorter - head) if tokens[-1 - n] != expected[-1 - n]), shorter - head)
@@ -158,7 +160,7 @@ def damage(tokens: Sequence[int], expected: Sequence[int]) -> Damage:
 def goodput(
     streams: Sequence[Stream], began_s: float, fault_s: float, ended_s: float, bin_s: float = 0.5
 ) -> tuple[tuple[float, float], ...]:
-    """Tokens per second in bins of ``bin_s``, aligned to the fault."""
+    """Return (seconds since the fault, tokens per second) in bins of ``bin_s``, aligned to the fault."""
     curve = TokenCurve(_samples(streams))
     first, last = math.ceil((began_s - fault_s) / bin_s), math.floor((ended_s - fault_s) / bin_s)
     starts = [number * bin_s for number in range(first, last)]
@@ -166,13 +168,13 @@ def goodput(
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The nearest-rank percentile; None of nothing."""
+    """Return the nearest-rank percentile; None without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))] if ordered else None
 
 
 def side_summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """One side of the report, over all of its faults."""
+    """Return one side's part of the report, over all its faults."""
     pauses = [pause_s for each in outcomes for pause_s in each.pauses_s]
     return {
         "tfs_s": [_rounded(each.tfs_s) for each in outcomes],
@@ -190,8 +192,8 @@ def side_summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def ratios(ours: dict[str, Any], stock: dict[str, Any]) -> dict[str, float | None]:
-    """tfs, ttp: how many times longer stock takes (medians), None if either never got there in half of its runs;
-    throughput_before: ours over stock's."""
+    """Return the ratios of the report. tfs, ttp: stock's median over ours, None if a side did not get there in half of
+    its runs; throughput_before: ours over stock's."""
     before = ours["throughput_before"], stock["throughput_before"]
     return {
         "tfs": times(stock["tfs_s"], ours["tfs_s"]),
@@ -201,13 +203,13 @@ def ratios(ours: dict[str, Any], stock: dict[str, Any]) -> dict[str, float | Non
 
 
 def times(stock: Sequence[float | None] | None, ours: Sequence[float | None] | None) -> float | None:
-    """How many times longer the median is on stock; TTP is told in steps of a tenth."""
+    """Return stock's median over ours; TTP is known in steps of a tenth of a second."""
     theirs, own = middle(stock or ()), middle(ours or ())
     return None if theirs is None or own is None or math.isinf(own) else _rounded(theirs / max(own, 0.1))
 
 
 def middle(values: Sequence[float | None]) -> float | None:
-    """The median, None of nothing. A value that is None was never reached: infinite."""
+    """Return the median; None without values. A value of None was never reached and counts as infinite."""
     return median(math.inf if value is None else value for value in values) if values else None
 
 
@@ -230,7 +232,7 @@ def _ttft(streams: Sequence[Stream], start_s: float, end_s: float) -> float | No
 
 
 def _itl(streams: Sequence[Stream], start_s: float, end_s: float) -> float | None:
-    """Median seconds between two tokens; a message with several counts as that many."""
+    """Return the median seconds between two tokens; a message with n tokens counts n times."""
     gaps = [
         (b - a) / (after - before)
         for stream in streams

@@ -1,4 +1,4 @@
-"""What ``anchortp bench recovery`` shows: a table, and throughput over time as a picture."""
+"""The display of ``anchortp bench recovery``: a table, and throughput over time as a picture."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isinf
@@ -21,7 +21,7 @@ _FAULT, _FAINT, _LINE = "#cf222e", "#626b76", "#dde1e6"
 
 
 def report_view(told: Told, details: Told, title: str) -> RenderableType:
-    """``told``: recovery_bench.summary; ``details``: recovery_bench.details."""
+    """Make the report's table. ``told``: bench.recovery.summary; ``details``: bench.recovery.details."""
     sides = [name for name in ("ours", "stock") if name in told]
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
@@ -68,7 +68,7 @@ def _lines(told: Told, details: Told, sides: Sequence[str]) -> Iterator[tuple[st
 
 
 def _tfs_by_fault(details: Told, sides: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
-    """If there are several kinds."""
+    """Yield a line for each kind of fault, if there are several."""
     runs = {side: details[side]["runs"] for side in sides}
     faults = list(dict.fromkeys(run["fault"] for run in runs[sides[0]]))
     for fault in faults if len(faults) > 1 else ():
@@ -86,7 +86,7 @@ def _verdict(told: Told) -> Text:
 
 
 def picture(details: Told, title: str) -> Picture:
-    """Good throughput over time around the fault: a panel for each side on one scale, the mean over its faults."""
+    """Draw goodput around the fault: a panel for each side on one scale, the mean over its runs."""
     curves = {name: _mean_curve(details[name]["runs"]) for name in ("ours", "stock") if name in details}
     start = min(at for curve in curves.values() for at in curve)
     end = max(at for curve in curves.values() for at in curve) + 0.5
@@ -107,7 +107,7 @@ def picture(details: Told, title: str) -> Picture:
             x, width = _LEFT + (at - start) * scale, max(1.0, 0.5 * scale - 0.5)
             boxes.append(Box(x, base - height, width, height, _COLOURS[name], tip))
         measured = max(curve, default=end) + 0.5
-        if measured < end - 5.0:  # a side that was out for longer was watched for longer
+        if measured < end - 5.0:  # a side with a longer outage was measured for longer
             labels.append(Label(_LEFT + (measured - start) * scale + 6, base - 12, "watched until here", colour=_FAINT))
         boxes.append(Box(_LEFT - start * scale - 1, base - _PANEL, 2, _PANEL, _FAULT))
         for at in ticks(end, 12):
@@ -126,7 +126,7 @@ def _mean_curve(runs: Sequence[Told]) -> dict[float, float]:
     for run in runs:
         for at, rate in run["goodput"]:
             found.setdefault(at, []).append(rate)
-    # Only moments that most runs have: the rest would be noise of one.
+    # Only moments that most runs have: a mean of one run is noise.
     return {at: mean(rates) for at, rates in sorted(found.items()) if 2 * len(rates) > len(runs)}
 
 
@@ -148,7 +148,7 @@ def _milliseconds(before: float | None, after: float | None) -> str:
 
 
 def _before_ratio(halves: Sequence[tuple[float | None, float | None]]) -> str:
-    """Ours over stock's, before the fault."""
+    """Format ours over stock's, before the fault."""
     before = [each[0] for each in halves]
     return f"{before[0] / before[1]:.2f}×" if len(before) == 2 and before[0] and before[1] else ""
 

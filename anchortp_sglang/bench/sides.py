@@ -1,4 +1,4 @@
-"""The two sides of a benchmark as real servers: ours, and stock SGLang with a supervisor that restarts it at once."""
+"""The two sides of a benchmark, as real servers: ours, and stock SGLang with a supervisor that restarts it at once."""
 
 import os
 import signal
@@ -23,25 +23,25 @@ _STAND_IN = "from anchortp_sglang.platforms.cpu import sgl_kernel_stub\n\nsgl_ke
 
 
 class Side(Protocol):
-    """A server that can be started and broken."""
+    """A server that a benchmark starts and breaks."""
 
     name: SideName
     server: Server
 
     def start(self) -> float:
-        """Seconds until it served."""
+        """Start it and return the seconds until it serves."""
         ...
 
     def ready_for(self, fault: Cause) -> None:
-        """Serve at the full width again, as before any fault."""
+        """Make it serve at full width, as before any fault."""
         ...
 
     def aim(self, fault: Cause, device: int) -> Callable[[], None]:
-        """What causes the fault, at once."""
+        """Return a function that causes the fault at once."""
         ...
 
     def comebacks(self) -> int:
-        """Grows whenever it serves again after a fault."""
+        """Return a number that grows each time it serves again after a fault."""
         ...
 
     def processes(self) -> list[psutil.Process]: ...
@@ -50,7 +50,7 @@ class Side(Protocol):
 
 
 class Ours:
-    """This package's server."""
+    """A server of this package."""
 
     name: SideName = "ours"
 
@@ -78,12 +78,12 @@ class Ours:
         return lambda: _signal_all(pids, signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
 
     def comebacks(self) -> int:
-        recoveries = self.server.status()["recoveries"]  # the last ones only
+        recoveries = self.server.status()["recoveries"]  # the last few only
         served = [each["generation"] for each in recoveries if "replayed" in {s["name"] for s in each["stages"]}]
         return max(served, default=0)
 
     def processes(self) -> list[psutil.Process]:
-        """The server's tree, and its anchors (the host's, too), which are none of its children."""
+        """Return the server's process tree and its anchors, which are not its children."""
         return Tree(self.server, self._folder).all()
 
     def stop(self) -> None:
@@ -91,11 +91,11 @@ class Ours:
 
 
 class Stock:
-    """``sglang.launch_server`` as released, started again as soon as its main process has ended.
+    """A released ``sglang.launch_server``, started again as soon as its main process has ended.
 
-    Faults end in the death of the main process (SGLang's own watchdog sees to it). A hung one is killed by the
-    supervisor after the same time that ours takes to call it hung; a lost device is granted back at once, as stock
-    could serve most models at no other width.
+    Faults end in the death of the main process, by SGLang's own watchdog. The supervisor kills a hung server after the
+    time in which ours detects a hang. A lost device is back at once, as stock could serve most models at no other
+    width.
     """
 
     name: SideName = "stock"
@@ -152,7 +152,7 @@ class Stock:
         if self._end_of_hang is not None:
             self._end_of_hang.cancel()
         while self._supervisor.is_alive():
-            self.server.kill_all()  # it may just be starting another one
+            self.server.kill_all()  # the supervisor may just be starting another
             self._supervisor.join(0.5)
         self.server.kill_all()
 
@@ -181,7 +181,7 @@ class Stock:
 
 
 def memory_bytes(side: Side) -> int:
-    """Memory of all processes of a side, shared pages counted once."""
+    """Return the memory of all processes of a side, with shared pages counted once."""
     return total_bytes([process.pid for process in side.processes()])
 
 

@@ -1,6 +1,6 @@
-"""The command ``anchortp``: look at a running server, injure it on purpose, plan for faults, check a machine.
+"""The command ``anchortp``: inspect a running server, inject faults, plan for faults, measure, check a machine.
 
-Exit codes: 0 fine, 1 the answer is no, 2 no server answers (or a wrong command line).
+Exit codes: 0 success, 1 the answer is no, 2 no server answers or the command line is wrong.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEFAULT_URL = "http://127.0.0.1:30000"
 
 
 class FaultKind(StrEnum):
-    """What ``inject`` does: kill the rank; kill rank and memory; stop the rank without killing it."""
+    """Faults of ``inject``: kill the rank, kill the rank and its memory, or stop the rank."""
 
     PROCESS = "process"
     DEVICE = "device"
@@ -61,14 +61,14 @@ def timeline(
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     last: Annotated[
-        int | None, typer.Option("--last", metavar="N", min=1, help="The last N recoveries instead of one.")
+        int | None, typer.Option("--last", metavar="N", min=1, help="Show the last N recoveries instead of one.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw them by device into a .png or .svg.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Also draw them by device to a .png or .svg.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw the stages of the last recovery. The server shows the same as a page: /anchortp/timeline."""
+    """Draw the stages of the last recovery. The server has the same as a page: /anchortp/timeline."""
     recoveries = (_status(url, api_key).get("recoveries") or [])[-(last or 1) :]
     if plot is not None and recoveries:
         _plot_timeline(recoveries, plot)
@@ -96,13 +96,13 @@ def _plot_timeline(recoveries: list[dict[str, Any]], path: Path) -> None:
 
 @app.command()
 def inject(
-    device: Annotated[int, typer.Option("--device", min=0, help="Id of the device, as in status.")],
+    device: Annotated[int, typer.Option("--device", min=0, help="Id of the device, as shown by status.")],
     kind: Annotated[FaultKind, typer.Option("--kind", help="What to break.")],
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Cause a fault in a server started with --anchor-allow-injection, and see that it took effect."""
+    """Inject a fault into a server started with --anchor-allow-injection, and verify its effect."""
     try:
         answer = server_client.inject(url, device, kind.value, api_key)
     except server_client.RefusedError as error:
@@ -120,10 +120,10 @@ def inject(
 
 @app.command()
 def doctor(
-    run_dir: Annotated[str | None, typer.Option("--run-dir", help="The --anchor-run-dir you mean to use.")] = None,
+    run_dir: Annotated[str | None, typer.Option("--run-dir", help="The --anchor-run-dir you intend to use.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check whether this machine can run the server. Exit code 1 if something fails."""
+    """Check whether this machine can run the server. Exit code 1 if a check fails."""
     from anchortp_sglang.cli.doctor import run_checks
 
     checks = list(run_checks(run_dir))
@@ -164,5 +164,5 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the console script ``anchortp``."""
     app(prog_name="anchortp")

@@ -1,4 +1,4 @@
-"""``anchortp bench``: recoveries and overhead beside stock SGLang on this machine, and a storm of faults."""
+"""``anchortp bench``: recoveries and overhead compared with stock SGLang on this machine, and a storm of faults."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ from rich.table import Table
 from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize
 from anchortp_sglang.views.picture import PictureError, check, save
 
-app = typer.Typer(no_args_is_help=True, help="Measure recoveries, and what they cost when none is needed.")
+app = typer.Typer(no_args_is_help=True, help="Measure recoveries, and the overhead while nothing fails.")
 
-SizeOption = Annotated[ModelSize, typer.Option("--size", help="Random checkpoint to make, by its parameters.")]
+SizeOption = Annotated[ModelSize, typer.Option("--size", help="Size of the random checkpoint, in parameters.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-RecordOption = Annotated[
-    Path | None, typer.Option("--record", metavar="FILE", help="Write every single figure as JSON.")
-]
-SlotsOption = Annotated[int, typer.Option("--slots", min=1024, help="KV cache of either side, in tokens.")]
+RecordOption = Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Write all figures as JSON.")]
+SlotsOption = Annotated[int, typer.Option("--slots", min=1024, help="KV slots (tokens) of each server.")]
 
 
 class Sides(StrEnum):
@@ -43,24 +41,24 @@ class Sides(StrEnum):
 @app.command()
 def recovery(
     size: SizeOption = ModelSize.TINY,
-    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of either side.")] = 4,
+    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of each server.")] = 4,
     faults: Annotated[str, typer.Option("--faults", help="Any of process, device, hang.")] = "process,device,hang",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How often each fault is made.")] = 1,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repetitions of each fault.")] = 1,
     rate: Annotated[float, typer.Option("--rate", help="Clients per second (Poisson).")] = 2.0,
     before_s: Annotated[float, typer.Option("--before", help="Seconds of load before a fault.")] = 20.0,
     after_s: Annotated[float, typer.Option("--after", min=21.0, help="Seconds of load after a recovery.")] = 22.0,
-    hang_timeout_s: Annotated[float, typer.Option("--hang-timeout", help="When a rank counts as hung.")] = 4.0,
+    hang_timeout_s: Annotated[float, typer.Option("--hang-timeout", help="Seconds until a rank counts as hung.")] = 4.0,
     slots: SlotsOption = 16384,
-    sides: Annotated[Sides, typer.Option("--sides", help="Measure one side alone.")] = Sides.BOTH,
+    sides: Annotated[Sides, typer.Option("--sides", help="Measure both sides or one.")] = Sides.BOTH,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw throughput over time (.png, .svg).")
     ] = None,
     record: RecordOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Break our server and stock SGLang in the same way under the same load; the latter is restarted at once.
+    """Cause the same faults under the same load in our server and in stock SGLang, which is restarted at once.
 
-    Exit code 1 if a request failed on our side or a token was not that of an unbroken run, 2 if a side did not start.
+    Exit code 1 if a request failed on our side or a token differs from the unbroken run, 2 if a server did not start.
     """
     from anchortp_sglang.bench import recovery as recovery_bench
     from anchortp_sglang.bench import recovery_view
@@ -98,14 +96,14 @@ def recovery(
 @app.command()
 def overhead(
     size: SizeOption = ModelSize.TINY,
-    tp_size: Annotated[int, typer.Option("--tp", min=1, help="Ranks of either side.")] = 1,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each: stock, ours, ours, stock.")] = 8,
-    clients: Annotated[int, typer.Option("--clients", min=1, help="Streams at a time.")] = 8,
+    tp_size: Annotated[int, typer.Option("--tp", min=1, help="Ranks of each server.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of stock, ours, ours, stock.")] = 8,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Concurrent streams.")] = 8,
     slots: SlotsOption = 16384,
     record: RecordOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare throughput, first token and time between tokens with stock SGLang while nothing fails."""
+    """Compare throughput and times to the first and between tokens with stock SGLang while nothing fails."""
     from anchortp_sglang.bench import overhead as bench
 
     _check_files(record)
@@ -128,30 +126,31 @@ def overhead(
 
 @app.command()
 def storm(
-    seed: Annotated[int, typer.Option("--seed", help="Of the schedule and of the requests.")] = 0,
-    faults: Annotated[int, typer.Option("--faults", min=1, help="How many, over all servers.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of schedule and requests.")] = 0,
+    faults: Annotated[int, typer.Option("--faults", min=1, help="Number of faults, over all servers.")] = 100,
     kinds: Annotated[
         str, typer.Option("--kinds", help="Faults by target, manner or both: rank,:kill,spare:stop. Default: all.")
     ] = "all",
     requests: Annotated[
-        str, typer.Option("--requests", metavar="KINDS", help="Kinds of requests, as in the table. Default: all.")
+        str,
+        typer.Option("--requests", metavar="KINDS", help="Kinds of requests, named as in the report. Default: all."),
     ] = "all",
     limit_s: Annotated[
-        float, typer.Option("--time-limit", metavar="SECONDS", help="End then, even if faults are left.")
+        float, typer.Option("--time-limit", metavar="SECONDS", help="End after this time, even if faults are left.")
     ] = math.inf,
-    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a fresh server.")] = 4,
-    clients: Annotated[int, typer.Option("--clients", min=1, help="That ask at a time.")] = 6,
+    tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a new server.")] = 4,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Concurrent clients.")] = 6,
     slots: SlotsOption = 8192,
     log: Annotated[
         Path | None,
         typer.Option("--log", metavar="FILE", help="Write every action as JSON lines, and keep servers' logs."),
     ] = None,
     replay: Annotated[
-        Path | None, typer.Option("--replay", metavar="FILE", help="Do again what such a log tells.")
+        Path | None, typer.Option("--replay", metavar="FILE", help="Repeat the storm of a --log.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Strike a server under mixed load with faults of every kind, and judge every answer.
+    """Inject faults of every kind into a server under mixed load, and judge every answer.
 
     Exit code 1 if a token was wrong, a good request failed, a bad one was not refused, something leaked, or the server
     did not serve again; 2 if it did not start.
@@ -181,13 +180,13 @@ def storm(
 
 @app.command()
 def decisions(
-    seed: Annotated[int, typer.Option("--seed", help="Of the first schedule; the others follow it.")] = 0,
-    schedules: Annotated[int, typer.Option("--schedules", min=1, help="How many to play.")] = 100_000,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first schedule; the others count up.")] = 0,
+    schedules: Annotated[int, typer.Option("--schedules", min=1, help="Number of schedules.")] = 100_000,
     as_json: JsonOption = False,
 ) -> None:
     """Play simulated schedules of requests and faults against the coordinator's decisions; no server is started.
 
-    Exit code 1 if one of them breaks an invariant; its seed and its course are printed.
+    Exit code 1 if one of them breaks an invariant; its seed and its last steps are printed.
     """
     from anchortp_sglang.bench.decisions import play
 
@@ -230,7 +229,7 @@ def _draw(picture: Any, path: Path) -> None:
 
 
 def _check_files(record: Path | None, plot: Path | None = None) -> None:
-    """Before anything is measured for them."""
+    """End the command before measuring if a file could not be written."""
     for path in filter(None, (record, plot)):
         if not path.parent.is_dir():
             _fail(f"{path}: there is no folder {path.parent}")
@@ -243,7 +242,7 @@ def _check_files(record: Path | None, plot: Path | None = None) -> None:
 
 @contextmanager
 def _measuring(size: ModelSize) -> Iterator[tuple[Path, Path, Any]]:
-    """(checkpoint, folder for logs, say): what goes wrong in the block ends the command; logs are then kept."""
+    """Yield (checkpoint, folder for logs, say). An error in the block ends the command and keeps the logs."""
     from anchortp_sglang.bench.model_sizes import make_model
     from anchortp_sglang.testing.server import ServerFailed
 

@@ -1,4 +1,4 @@
-"""Speaks HTTP with a running server: its status, and faults injected into it."""
+"""HTTP client of a running server: reads its status and injects faults."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import urllib.request
 from typing import Any
 
 STATUS_TIMEOUT_S = 10.0
-INJECT_TIMEOUT_S = 60.0  # the answer comes when the fault has been seen to take effect
+INJECT_TIMEOUT_S = 60.0  # the answer comes once the fault has taken effect
 
 
 class UnreachableError(RuntimeError):
-    """Nothing answers at the address, or what answers is not an anchortp server."""
+    """No anchortp server answers at the address."""
 
 
 class RefusedError(RuntimeError):
-    """The server understood and said no. The text is its own."""
+    """The server refused the request. The text is the server's."""
 
 
 def get_status(url: str, api_key: str | None = None, timeout_s: float = STATUS_TIMEOUT_S) -> dict[str, Any]:
-    """``GET /anchortp/status``."""
+    """Return the answer to ``GET /anchortp/status``."""
     return _exchange(url, "/anchortp/status", None, api_key, timeout_s)
 
 
 def inject(
     url: str, device: int, kind: str, api_key: str | None = None, timeout_s: float = INJECT_TIMEOUT_S
 ) -> dict[str, Any]:
-    """``POST /anchortp/inject``: cause a fault of ``kind`` at ``device``; returns ok, verified, detail."""
+    """Inject a fault of ``kind`` at ``device`` by ``POST /anchortp/inject``; return ok, verified, detail."""
     return _exchange(url, "/anchortp/inject", {"device": device, "kind": kind}, api_key, timeout_s)
 
 
@@ -66,7 +66,7 @@ def _read(request: urllib.request.Request, timeout_s: float) -> bytes:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What the server says, from the shapes that FastAPI, SGLang and our routes use."""
+    """Return the server's message, from the forms that FastAPI, SGLang and our routes use."""
     text = error.read().decode(errors="replace")
     try:
         answer = json.loads(text)

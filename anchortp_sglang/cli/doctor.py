@@ -1,6 +1,6 @@
-"""Checks whether this machine and this environment can run the server, and says what to do if not.
+"""Checks of ``anchortp doctor``: can this machine and environment run the server, and if not, what is to do?
 
-Imports neither SGLang nor torch, so it answers at once and where those do not import.
+Imports neither SGLang nor torch, so it answers at once, even if they cannot be imported.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Literal
 
 from anchortp_sglang.hooks import manifest
-from anchortp_sglang.startup.cgroups import memory_room
+from anchortp_sglang.platforms.cpu.cgroups import memory_room
 
 GIB = 1 << 30
 OLDEST_PYTHON = (3, 11)
-# A process that has imported SGLang and all its models holds 1.1 GiB; ranks forked from it share that.
+# A process that has imported SGLang and all its models has 1.1 GiB, which forked ranks share.
 MEMORY_WANTED_BYTES = 2 * GIB
 SHM_WANTED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. A WARN lets the server start; a FAIL does not. ``way_out`` is empty on PASS."""
+    """One finding. With a FAIL the server cannot start. ``way_out``: what to do, empty on PASS."""
 
     name: str
     level: Literal["PASS", "WARN", "FAIL"]
@@ -37,7 +37,7 @@ class Check:
 
 
 def run_checks(run_dir: str | None = None) -> Iterator[Check]:
-    """All checks in turn; one that breaks is a FAIL. ``run_dir`` is that of ``--anchor-run-dir``."""
+    """Run all checks in turn; one that raises is a FAIL. ``run_dir``: the value of ``--anchor-run-dir``."""
     named: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("Python", check_python),
         ("SGLang", check_sglang),
@@ -64,7 +64,7 @@ def run_checks(run_dir: str | None = None) -> Iterator[Check]:
 
 
 def check_python() -> Check:
-    """pip refuses older ones; a PYTHONPATH does not."""
+    """Check Python's version, which pip does but a PYTHONPATH does not."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < OLDEST_PYTHON:
         return Check("Python", "FAIL", version, "use Python 3.11 or newer")
@@ -79,7 +79,7 @@ def check_sglang() -> Check:
 
 
 def check_hooks() -> Check:
-    """The symbols that are changed, against the source that the changes were written for."""
+    """Compare the hooked symbols with the source that the hooks were written for."""
     drifts = manifest.installed_drift()
     if not drifts:
         return Check("hooks", "PASS", f"SGLang's source is the one in {manifest.manifest_path().name}")
@@ -88,7 +88,7 @@ def check_hooks() -> Check:
 
 
 def check_memfd() -> Check:
-    """Anchors own memory as memfds, sealed so that nobody can cut it off under a rank."""
+    """Check memfds and seals, by which no process can shrink an anchor's memory under a rank."""
     fd = os.memfd_create("anchortp-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, 4096)
@@ -99,11 +99,11 @@ def check_memfd() -> Check:
             return Check("memfd", "PASS", "created and sealed")
     finally:
         os.close(fd)
-    return Check("memfd", "FAIL", "a sealed memfd could be cut", "run outside of a sandbox that emulates memfd")
+    return Check("memfd", "FAIL", "a sealed memfd could be shrunk", "run outside of a sandbox that emulates memfd")
 
 
 def check_pidfd() -> Check:
-    """Tried on a child: seccomp profiles forbid it altogether, yama for all processes but a thread's own."""
+    """Check pidfd_getfd on a child: seccomp profiles may forbid it for all processes, yama for all other processes."""
     from anchortp_sglang.recovery.processes.pidfd import fetch_descriptor
 
     own = os.pidfd_open(os.getpid())
@@ -121,19 +121,19 @@ def check_pidfd() -> Check:
         os.waitpid(child, 0)
         os.close(pidfd)
         os.close(own)
-    return Check("pidfd", "PASS", "a process's death can be waited for, and its descriptors be taken over")
+    return Check("pidfd", "PASS", "main can wait for a process's death and take over its descriptors")
 
 
 def _without_pidfd_getfd(refusal: str) -> Check:
     way_out = "docker: --cap-add SYS_PTRACE; else kernel.yama.ptrace_scope below 2"
     if check_handle_passing().level != "PASS":
-        return Check("pidfd", "FAIL", f"{refusal}; nor can descriptors be passed on: nothing survives here", way_out)
-    detail = f"{refusal}: a dead anchor's memory is handed over by its rank instead, and lost if that hangs"
+        return Check("pidfd", "FAIL", f"{refusal}, and descriptors cannot be passed on: no memory can survive", way_out)
+    detail = f"{refusal}: a dead anchor's memory is handed over by its rank instead, and lost if the rank hangs"
     return Check("pidfd", "WARN", detail, way_out)
 
 
 def check_handle_passing() -> Check:
-    """File descriptors over a Unix socket (SCM_RIGHTS), the way memory reaches the ranks."""
+    """Check SCM_RIGHTS, by which the descriptors of memory reach the ranks."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with left, right:
         socket.send_fds(left, [b"x"], [left.fileno()])
@@ -164,14 +164,14 @@ def check_shm() -> Check:
 
 
 def check_run_dir(base: Path | None) -> Check:
-    """Claim a run directory as a server does, and give it back. None: where servers put it by default."""
+    """Claim a run directory as a server does, and remove it. ``base`` None: the default of servers."""
     from anchortp_sglang.anchor.rundir import RunDirError, prepare_run_dir, remove_run_dir
 
     try:
         run_dir = prepare_run_dir(base, f"doctor-{os.getpid()}")
         remove_run_dir(run_dir)
     except (RunDirError, OSError) as error:
-        return Check("run directory", "FAIL", str(error), "mend it, or choose another with --anchor-run-dir")
+        return Check("run directory", "FAIL", str(error), "repair it, or choose another with --anchor-run-dir")
     return Check("run directory", "PASS", f"{run_dir.path.parent} can be used")
 
 
@@ -191,18 +191,7 @@ def check_memory() -> Check:
 
 
 def check_gpus() -> Check:
-    """What anchors on GPUs would find here; asked by another process."""
-    from anchortp_sglang.platforms.cuda.probe import ProbeError, visible_gpus
+    """Check the GPUs for anchors, from another process."""
+    from anchortp_sglang.platforms.cuda.report import report
 
-    if not os.path.exists("/dev/nvidiactl"):
-        return Check("GPUs", "PASS", "none: --device cpu")
-    try:
-        gpus = visible_gpus()
-    except ProbeError as error:
-        return Check("GPUs", "WARN", str(error), "see nvidia-smi, or use --device cpu")
-    detail = ", ".join(f"{gpu.name} ({gpu.total_bytes / GIB:.0f} GiB, {gpu.sharing})" for gpu in gpus)
-    if any(gpu.sharing == "ipc" for gpu in gpus):
-        return Check("GPUs", "WARN", detail, "VMM export is refused: memory dies with its anchor; see docs/cuda.md")
-    if any(len(gpu.peers) < len(gpus) for gpu in gpus):
-        return Check("GPUs", "WARN", f"{detail}; not all reach each other", "use some that do: CUDA_VISIBLE_DEVICES")
-    return Check("GPUs", "PASS", detail)
+    return Check("GPUs", *report())

@@ -1,6 +1,7 @@
-"""``anchortp parity``: serve a checkpoint with stock SGLang at TP=1 and with ours, and compare what they answer.
+"""``anchortp parity``: serve a checkpoint with our server and with stock SGLang at TP=1, and compare the answers.
 
-Real servers over loopback HTTP, one after the other; ours first, as it refuses what it cannot serve at once.
+They are real servers over loopback HTTP, one after the other; ours comes first, as it refuses an unsupported model at
+once.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ RECOVERY_TIMEOUT_S = 180.0  # above --anchor-recovery-deadline
 
 
 class NotServed(RuntimeError):
-    """One of the sides could not be started, or did not answer; the text says which, and why."""
+    """A server did not start or answer; the text says which one, and why."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is compared, checked as far as that needs no server."""
+    """The comparison to make, with all checks that need no server."""
 
     model: Path
     reference: Path
@@ -76,7 +77,7 @@ class Job:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What kept answers of stock must be answers to."""
+        """The question that kept answers of stock must belong to."""
         flags = [*self.flags, *self.stock_flags]
         return {"model": str(self.reference.resolve()), "flags": flags, "new_tokens": self.new_tokens}
 
@@ -84,25 +85,27 @@ class Job:
 def parity(
     model: Annotated[Path, typer.Option("--model", metavar="DIR", help="Folder of the checkpoint.")],
     tp_size: Annotated[int, typer.Option("--tp", help="Devices on our side; stock SGLang has one.")],
-    widths: Annotated[str | None, typer.Option("--widths", metavar="N,N,…", help="As --anchor-widths.")] = None,
-    rotate_heads: Annotated[bool, typer.Option("--rotate-heads", help="As --anchor-rotate-heads.")] = False,
+    widths: Annotated[
+        str | None, typer.Option("--widths", metavar="N,N,…", help="--anchor-widths of our side.")
+    ] = None,
+    rotate_heads: Annotated[bool, typer.Option("--rotate-heads", help="--anchor-rotate-heads of our side.")] = False,
     experts: Annotated[ExpertSplit, typer.Option("--experts", help="How experts are split.")] = ExpertSplit.TP,
     lose: Annotated[
-        int | None, typer.Option("--lose", metavar="DEVICE", help="Compare, kill this device, compare again.")
+        int | None, typer.Option("--lose", metavar="DEVICE", help="Compare, lose this device, compare again.")
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", metavar="DIR", help="Another checkpoint for stock, e.g. before a conversion."),
+        typer.Option("--reference", metavar="DIR", help="Another checkpoint for stock, for instance the original."),
     ] = None,
     stock_answers: Annotated[
         Path | None,
-        typer.Option("--stock-answers", metavar="FILE", help="Keep stock's answers here; use them if they are there."),
+        typer.Option("--stock-answers", metavar="FILE", help="Keep stock's answers in FILE; reuse them if it exists."),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="New tokens of each answer.")] = 64,
-    tolerance: Annotated[float, typer.Option("--tolerance", help="How far apart logprobs may be.")] = 1e-4,
-    dtype: Annotated[str, typer.Option("--dtype", help="On both sides.")] = "float32",
-    device: Annotated[str, typer.Option("--device", help="On both sides.")] = "cpu",
-    start_timeout_s: Annotated[float, typer.Option("--start-timeout", help="Seconds for each server's start.")] = 600,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Largest allowed difference of logprobs.")] = 1e-4,
+    dtype: Annotated[str, typer.Option("--dtype", help="Dtype of both sides.")] = "float32",
+    device: Annotated[str, typer.Option("--device", help="Device of both sides.")] = "cpu",
+    start_timeout_s: Annotated[float, typer.Option("--start-timeout", help="Limit for each start, in seconds.")] = 600,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Compare greedy tokens and logprobs with stock SGLang at TP=1. Exit code 1 if they differ."""
@@ -132,10 +135,10 @@ def parity(
 
 
 def run(job: Job) -> list[Round]:
-    """Serve and ask both sides. Raises NotServed or, for a checkpoint that cannot be read, ValueError."""
+    """Serve and query both sides. Raises NotServed, or ValueError for an unreadable checkpoint."""
     prompts, ours, stock = job.prompts, list[tuple[str, list[Answer]]](), _kept_answers(job)
     with _folder() as folder, _ended_by_sigterm():
-        env = {"TMPDIR": str(folder)}  # stock leaves its sockets behind
+        env = {"TMPDIR": str(folder)}  # removed at the end, as stock leaves its sockets behind
         flags = (*job.flags, *job.our_flags)
         server = Server(job.model, job.tp_size, *flags, log=folder / "anchortp.log", module=OURS, env=env)
         with _serving(f"anchortp-sglang, TP={job.tp_size}", server, job.start_timeout_s):
@@ -154,7 +157,7 @@ def run(job: Job) -> list[Round]:
 
 
 def parity_view(rounds: Sequence[Round], found: Verdict, tolerance: float) -> RenderableType:
-    """A line for each prompt, and the verdict. 80 columns wide at most."""
+    """Show a line for each prompt, and the verdict, in at most 80 columns."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     headings = ["prompt", "tokens\nequal", "distinct", "prefill\nmax", "\nmean", "decode\nmax", "\nmean"]
     named = any(each.when for each in rounds)
@@ -200,7 +203,7 @@ def _our_flags(
 
 
 def _kept_answers(job: Job) -> list[Answer] | None:
-    """Raises ValueError if the file's are others' answers, or none."""
+    """Read the kept answers, if any. Raises ValueError if they are unreadable or answer another question."""
     path = job.stock_answers
     if path is None or not path.exists():
         return None
@@ -215,7 +218,7 @@ def _kept_answers(job: Job) -> list[Answer] | None:
 
 
 def _stock_flags(model: Path) -> tuple[str, ...]:
-    """Stock SGLang has no prefill with latent attention on a CPU unless it is told how."""
+    """Return the flag that stock SGLang needs for a prefill with latent attention on a CPU, if the model has it."""
     architecture = (read_config(model).get("architectures") or [""])[0]
     family = FAMILIES.get(architecture)
     return (ABSORB_LATENTS,) if family is not None and family.latent_kv else ()
@@ -229,7 +232,7 @@ def _vocab_size(config: dict[str, Any]) -> int:
 
 
 def _ask(server: Server, prompts: Sequence[list[int]], new_tokens: int) -> list[Answer]:
-    """One after the other, so that a difference never comes from how requests were batched."""
+    """Send the prompts one after the other, so that batching causes no difference."""
     return [
         comparison.read_answer(prompt, server.post("/generate", comparison.request(prompt, new_tokens)))
         for prompt in prompts
@@ -237,7 +240,7 @@ def _ask(server: Server, prompts: Sequence[list[int]], new_tokens: int) -> list[
 
 
 def _lose(server: Server, device: int) -> None:
-    """Kill the device's anchor and rank, and wait until the rest serves."""
+    """Kill the device's anchor and rank, and wait until the others serve."""
     _say(server.inject(device, "device")["detail"])
     deadline = time.monotonic() + RECOVERY_TIMEOUT_S
     while (status := server.status())["state"] != "degraded":
@@ -250,7 +253,7 @@ def _lose(server: Server, device: int) -> None:
 
 @contextmanager
 def _serving(name: str, server: Server, timeout_s: float) -> Iterator[None]:
-    """Start, and stop at the end. Whatever fails in the block becomes NotServed."""
+    """Start the server, and stop it at the end of the block, whose errors become NotServed."""
     _say(f"starting {name} …")
     try:
         _say(f"{name} is ready after {server.start(timeout_s):.1f} s")
@@ -264,7 +267,7 @@ def _serving(name: str, server: Server, timeout_s: float) -> Iterator[None]:
 
 
 def _refusal(server: Server) -> str:
-    """What our launcher says when it cannot start: the end of its log."""
+    """Return our launcher's refusal at the end of its log, or ""."""
     _, found, text = server.tail(200).rpartition(REFUSAL)
     return found and f"cannot start: {text.strip()}"
 
@@ -280,7 +283,7 @@ def _folder() -> Iterator[Path]:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the servers too, as Ctrl-C does."""
+    """Make SIGTERM end the servers too, as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield

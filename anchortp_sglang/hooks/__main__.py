@@ -1,4 +1,4 @@
-"""``python -m anchortp_sglang.hooks``: compares the manifest with the installed SGLang, or writes it anew."""
+"""``python -m anchortp_sglang.hooks``: compare the manifest with the installed SGLang, or write it (``--write``)."""
 
 import argparse
 import sys
@@ -9,11 +9,11 @@ from anchortp_sglang.platforms.cpu import sgl_kernel_stub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare (exit 1 on drift), or with ``--write`` regenerate the manifest."""
+    """Compare, or regenerate the manifest. Return the exit status, 1 on drift."""
     parser = argparse.ArgumentParser(prog="python -m anchortp_sglang.hooks", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the manifest of the installed SGLang")
     write = parser.parse_args(argv).write
-    sgl_kernel_stub.install()  # the hooks' modules import SGLang, also where there is no GPU
+    sgl_kernel_stub.install()  # the hooks' modules import SGLang, also without a GPU
     from anchortp_sglang.hooks.table import HOOKS
 
     if write:

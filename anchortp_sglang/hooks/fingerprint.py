@@ -1,8 +1,8 @@
-"""Fingerprints of installed source code, read from its file: nothing is imported or run.
+"""Fingerprints of installed source code, read from its file without importing or running it.
 
-A hook is written against the source of the symbol it changes. The fingerprint of that source goes
-into the manifest, so that another release or a fork that differs there is noticed before the
-server starts. Comments, docstrings, blank lines and formatting do not count.
+A hook is written against the source of the symbol it changes. The manifest has the fingerprint of that source, so that
+a release or fork that differs there is noticed before the server starts. Comments, docstrings, blank lines and
+formatting do not count.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 
 
 class MissingSymbolError(LookupError):
-    """The dotted path names nothing in the installed source. The text says where the path ends."""
+    """The installed source has no symbol of this dotted path. The text says where the path ends."""
 
 
 def fingerprint(target: str) -> str:
-    """The first 16 hex digits of a sha256 over the source of ``target`` (``package.module.Class.method``).
+    """Return the first 16 hex digits of a sha256 over the source of ``target`` (``package.module.Class.method``).
 
-    If the symbol is defined more than once (in the branches of an ``if``), all definitions count.
-    It must be defined under that very path: for an inherited method, or a name that a module only
-    imports, :class:`MissingSymbolError` is raised; name the place of the definition instead.
+    If the symbol is defined more than once (in the branches of an ``if``), all definitions count. ``target`` must be
+    the place of the definition: :class:`MissingSymbolError` is raised for an inherited method and for a name that a
+    module only imports.
     """
     path, names = _locate(target)
     scopes: list[ast.AST] = [_parse(path, path.stat().st_mtime_ns)]
@@ -38,12 +38,12 @@ def fingerprint(target: str) -> str:
 
 
 def source_file(target: str) -> Path:
-    """The file that :func:`fingerprint` reads. Raises :class:`MissingSymbolError`."""
+    """Return the file that :func:`fingerprint` reads. Raises :class:`MissingSymbolError`."""
     return _locate(target)[0]
 
 
 def _locate(target: str) -> tuple[Path, list[str]]:
-    """The file that holds ``target`` and the names below the module, found without importing it."""
+    """Find, without importing, the file that defines ``target``, and the names below its module."""
     top, *rest = target.split(".")
     spec = importlib.util.find_spec(top)
     if spec is None:
@@ -70,7 +70,7 @@ def _parse(path: Path, mtime_ns: int) -> ast.Module:
 
 
 def _definitions(scope: ast.AST, name: str) -> Iterator[ast.AST]:
-    """Statements of a module or class body that bind ``name``, also inside if, try and with."""
+    """Yield the statements of a module or class body that bind ``name``, also inside if, try and with."""
     for node in ast.iter_child_nodes(scope):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if node.name == name:
@@ -84,9 +84,9 @@ def _definitions(scope: ast.AST, name: str) -> Iterator[ast.AST]:
 
 
 def _canonical(node: object) -> str:
-    """Like ``ast.dump``, but the same on every Python 3: empty fields are left out.
+    """Write a tree like ``ast.dump``, but without empty fields, which differ between releases of Python.
 
-    ``ast.dump`` and ``ast.unparse`` differ between releases of Python, and the manifest is shared.
+    All machines share one manifest, whichever Python they have.
     """
     if isinstance(node, ast.Constant):
         return f"={node.value!r}"

@@ -1,8 +1,8 @@
-"""The one way into SGLang: a table of hooks, installed through its registry and then verified.
+"""Installs hooks through SGLang's registry, and verifies each.
 
-SGLang's ``HookRegistry`` (srt/plugins/hook_registry.py, 0.5.23) logs and goes on when a hook
-cannot be applied. A server with half of its hooks would lose requests silently, so every hook is
-looked up again after the fact, and one that did not take stops the start with its name.
+``HookRegistry`` (srt/plugins/hook_registry.py, 0.5.23) logs and goes on when a hook cannot be applied. A server with
+half of its hooks would silently lose requests, so every hook is looked up afterwards. One that did not take stops the
+start with its name.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ KINDS = ("before", "after", "around", "replace")
 class Hook:
     """One change to SGLang.
 
-    ``target`` is the dotted path of the place where the symbol is defined; ``kind`` is the value of
-    a ``HookType`` (before, after, around, replace) and says how ``function`` is called; ``why`` is
-    for the reader of the manifest.
+    ``target``: the dotted path at which the symbol is defined. ``kind``: a value of ``HookType`` (before, after,
+    around, replace), which says how ``function`` is called. ``why``: the reason, for readers of the manifest.
     """
 
     target: str
@@ -47,12 +46,12 @@ class Hook:
 
     @property
     def function_name(self) -> str:
-        """Where ``function`` is defined, dotted."""
+        """Dotted path of ``function``."""
         return f"{self.function.__module__}.{self.function.__qualname__}"
 
 
 class HookError(RuntimeError):
-    """Hooks did not take; ``problems`` maps each target to what is wrong. Do not start the server."""
+    """Hooks did not take effect; the server must not start. ``problems``: by target, what is wrong."""
 
     def __init__(self, problems: dict[str, str]) -> None:
         self.problems = problems
@@ -61,10 +60,10 @@ class HookError(RuntimeError):
 
 
 def install(hooks: Sequence[Hook]) -> None:
-    """Register and apply ``hooks``, then verify every one. A second call with the same table is a no-op.
+    """Register and apply ``hooks``, then verify each. A second call with the same table does nothing.
 
-    Call it in the process's only thread, before anything calls the targets. Imports their modules.
-    Raises :class:`HookError`; SGLang is then half patched and the process must not serve.
+    Call it while the process has one thread and has not called the targets. Imports their modules. Raises
+    :class:`HookError`; SGLang is then half patched and the process must not serve.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
@@ -82,10 +81,10 @@ def install(hooks: Sequence[Hook]) -> None:
 
 @contextmanager
 def _mended_together() -> Iterator[None]:
-    """Names that were imported from a hooked module are mended in one walk over all modules.
+    """Replace the names that other modules imported from hooked ones in one walk over all modules.
 
-    The registry walks once for each hook (``_propagate_patch``), which takes more than a second in all; ``verify``
-    looks again whether a module still holds an original.
+    The registry walks once for each hook (``_propagate_patch``), more than a second in all. ``verify`` checks that no
+    module still holds an original.
     """
     from sglang.srt.plugins import hook_registry
 
@@ -110,8 +109,8 @@ def _mended_together() -> Iterator[None]:
 def verify(hooks: Sequence[Hook], originals: dict[str, Any]) -> None:
     """Raise :class:`HookError` unless a call of each target reaches its hook.
 
-    ``originals`` maps targets to what they were before; no module may still hold one of those
-    under any name (``from X import Y`` made before the hook).
+    ``originals``: by target, the objects before patching. No module may still hold one under any name (``from X import
+    Y`` before the hook).
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -131,13 +130,13 @@ def verify(hooks: Sequence[Hook], originals: dict[str, Any]) -> None:
 
 
 def _originals(hooks: Sequence[Hook]) -> dict[str, Any]:
-    """What each target resolves to now. A target that does not resolve is named with the reason."""
+    """Resolve all targets. Raises :class:`HookError` with the reason for each that does not resolve."""
     originals: dict[str, Any] = {}
     problems: dict[str, str] = {}
     for target in dict.fromkeys(hook.target for hook in hooks):
         try:
             originals[target] = _resolve(target)
-        except Exception as error:  # whatever importing SGLang's module raises
+        except Exception as error:  # importing SGLang's module may raise anything
             problems[target] = f"{type(error).__name__}: {error}"
     if problems:
         raise HookError(problems)
@@ -145,7 +144,7 @@ def _originals(hooks: Sequence[Hook]) -> dict[str, Any]:
 
 
 def _resolve(target: str) -> Any:
-    """The function or class itself, without the classmethod or staticmethod around it."""
+    """Return the function or class at ``target``, without a classmethod or staticmethod around it."""
     owner_path, name = target.rsplit(".", 1)
     owner = pkgutil.resolve_name(owner_path)
     held = vars(owner).get(name, None)
@@ -153,11 +152,10 @@ def _resolve(target: str) -> Any:
 
 
 def _reaches(function: Any, wanted: Callable) -> bool:
-    """Whether calling ``function`` comes to ``wanted``.
+    """Return whether a call of ``function`` reaches ``wanted``.
 
-    Follows the variables that ``_wrap_fn`` of the registry closes over: ``hook``, and
-    ``original_fn`` where the wrapper calls on. A replacing wrapper has no ``original_fn``, so a
-    hook of ours beneath another plugin's replacement is rightly not found.
+    Follows the variables that the registry's ``_wrap_fn`` closes over: ``hook``, and ``original_fn`` unless the wrapper
+    replaces it. So a hook of ours beneath another plugin's replacement is not found, as it is not called.
     """
     while function is not wanted:
         if not isinstance(function, types.FunctionType):
@@ -170,7 +168,7 @@ def _reaches(function: Any, wanted: Callable) -> bool:
 
 
 def _stale_bindings(originals: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(target, "module.name") for every module attribute that is still an unpatched original."""
+    """Yield (target, "module.name") for each module attribute that is still an unpatched original."""
     target_of = {id(value): target for target, value in originals.items() if _resolve(target) is not value}
     for module, name, value in _module_attributes():
         if id(value) in target_of:

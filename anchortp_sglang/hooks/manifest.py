@@ -1,8 +1,8 @@
-"""The manifest: which symbols of SGLang are changed, how, why, and what their source looked like.
+"""The manifest: the symbols of SGLang that are changed, how and why, with fingerprints of their source.
 
-``patches/sglang-<version>.toml`` is written from the table in :mod:`anchortp_sglang.hooks.table`
-(``python -m anchortp_sglang.hooks --write``) and compared with the installed SGLang at every
-start and by ``anchortp doctor``. What differs is called drift.
+``python -m anchortp_sglang.hooks --write`` writes ``patches/sglang-<version>.toml`` from the table in
+:mod:`anchortp_sglang.hooks.table`. Every start and ``anchortp doctor`` compare it with the installed SGLang. A
+difference is called drift.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HEADER = f"""\
 
 @dataclass(frozen=True)
 class Entry:
-    """One hook as the manifest keeps it."""
+    """One hook in the manifest."""
 
     symbol: str
     kind: str
@@ -52,7 +52,7 @@ class Drift:
 
 
 class DriftError(RuntimeError):
-    """The installed SGLang is not the one that the hooks were written for."""
+    """The installed SGLang differs from the one that the hooks were written for."""
 
     def __init__(self, drifts: Sequence[Drift]) -> None:
         self.drifts = tuple(drifts)
@@ -64,14 +64,14 @@ class DriftError(RuntimeError):
 
 
 def manifest_path() -> Path:
-    """Where the manifest is: beside the code in a wheel, under patches/ in a checkout."""
+    """Return the manifest's path: beside the code in a wheel, in patches/ in a checkout."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "_patches" / _NAME
     return packaged if packaged.is_file() else package.parent / "patches" / _NAME
 
 
 def write_manifest(hooks: Sequence[Hook], path: Path | None = None) -> Path:
-    """Write the manifest of ``hooks`` against the installed SGLang; return where it is."""
+    """Write the manifest of ``hooks`` with fingerprints of the installed SGLang; return its path."""
     path = path or manifest_path()
     entries = sorted((_entry(hook) for hook in hooks), key=lambda entry: (entry.symbol, entry.function))
     text = _HEADER + f"\n[sglang]\nversion = {json.dumps(SGLANG_VERSION)}\n\n[files]\n"
@@ -87,7 +87,7 @@ def write_manifest(hooks: Sequence[Hook], path: Path | None = None) -> Path:
 
 
 def compare(hooks: Sequence[Hook], path: Path | None = None) -> list[Drift]:
-    """All drift among ``hooks``, the manifest and the installed SGLang; empty if they agree."""
+    """Return all drift between ``hooks``, the manifest and the installed SGLang."""
     path = path or manifest_path()
     if not path.is_file():
         return [Drift("sglang", f"the manifest {path} is missing; reinstall anchortp-sglang")]
@@ -106,7 +106,7 @@ def compare(hooks: Sequence[Hook], path: Path | None = None) -> list[Drift]:
 
 
 def installed_drift(path: Path | None = None) -> list[Drift]:
-    """Drift between the manifest and the installed SGLang alone. Imports nothing of SGLang."""
+    """Return drift between the manifest and the installed SGLang, without importing SGLang."""
     path = path or manifest_path()
     if not path.is_file():
         return [Drift("sglang", f"the manifest {path} is missing; reinstall anchortp-sglang")]
@@ -118,13 +118,13 @@ def _entry(hook: Hook) -> Entry:
 
 
 def _read(path: Path) -> tuple[list[Entry], dict[str, str]]:
-    """The hooks, and the digests of the files that they change."""
+    """Read the hooks, and the digests of the files that they change."""
     found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     return [Entry(**hook) for hook in found.get("hook", [])], found.get("files", {})
 
 
 def _name(symbol: str, file: Path) -> str:
-    """The file's place in its package, as the manifest names it."""
+    """Return the file's path below its package's parent, its name in the manifest."""
     package, path = symbol.partition(".")[0], file.as_posix()
     return f"{package}/{path.rpartition(f'/{package}/')[2]}"
 
@@ -134,7 +134,7 @@ def _digest(file: Path) -> str:
 
 
 def _source_drift(entries: Iterable[Entry], files: Mapping[str, str]) -> list[Drift]:
-    """``files``: digests as of the manifest. Parsing all of them would take a second of every start."""
+    """Compare fingerprints. ``files``: the manifest's digests; unchanged files are not parsed, which takes a second."""
     drifts = []
     unchanged: dict[Path, bool] = {}
     installed = installed_version()
@@ -157,7 +157,7 @@ def _source_drift(entries: Iterable[Entry], files: Mapping[str, str]) -> list[Dr
 
 
 def installed_version() -> str:
-    """The installed SGLang version, or "none"."""
+    """Return the version of the installed SGLang, or "none"."""
     try:
         return importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What the zygote should have ready: modules, the tokenizer, first-use work. Runs in main, before the fork."""
+"""Loads modules and the tokenizer in main before the zygote is forked, so that all processes share them."""
 
 import functools
 import gc
@@ -21,7 +21,7 @@ _NEEDED = (
 )
 
 _LATE = (
-    # What a rank would import in its __init__ otherwise, a tenth of a second after the fork.
+    # A rank would otherwise import these in its __init__, which takes a tenth of a second.
     "sglang.srt.distributed.device_communicators.all_reduce_utils",
     "sglang.srt.distributed.device_communicators.custom_all_reduce",
     "sglang.srt.distributed.device_communicators.hpu_communicator",
@@ -37,6 +37,9 @@ _LATE = (
     "sglang.srt.mem_cache.rust_tree_core.adapter",
     "sglang.srt.mem_cache.rust_tree_core.extension",
     "sglang.srt.mem_cache.rust_tree_core.mem_cache",
+    "anchortp_sglang.platforms.cpu.mover",
+    "anchortp_sglang.platforms.cuda.device_memory",
+    "anchortp_sglang.platforms.cuda.mover",
     "anchortp_sglang.rank.penalties",
     "anchortp_sglang.rank.warmup",
 )
@@ -46,10 +49,10 @@ _LEFT_OUT = "SGLANG_DISABLED_MODEL_ARCHS"
 
 
 def leave_out_other_models(architectures: Sequence[str]) -> None:
-    """Let SGLang's registry import the modules that define these model classes and none of the 250 others.
+    """Make SGLang's registry import only the modules that define ``architectures``, not the 250 others.
 
-    That saves seconds and the memory that every fork shares. It must be known before SGLang is imported; what the
-    operator has set stays. Without such a module nothing is left out: SGLang then says what it misses.
+    This saves seconds, and memory in every fork. Call it before SGLang is imported. The operator's setting stays. If no
+    module defines one of them, nothing is left out, and SGLang reports the unknown model.
     """
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations or _LEFT_OUT in os.environ:
@@ -62,8 +65,8 @@ def leave_out_other_models(architectures: Sequence[str]) -> None:
 
 
 def import_sglang() -> None:
-    """Import everything a rank imports at some point of its start."""
-    # It warns of each model that needs a library this machine lacks; what cannot serve here is refused by name.
+    """Import all that a rank imports when it starts."""
+    # It warns of each model whose libraries are not installed; an unsupported model is refused by name.
     logging.getLogger("sglang.srt.models.registry").setLevel(logging.ERROR)
     gc.disable()  # with it on, importing SGLang takes twice as long
     try:
@@ -72,12 +75,12 @@ def import_sglang() -> None:
         for name in _LATE:
             _try_import(name)
     finally:
-        gc.freeze()  # millions of objects that stay: every later collection would take a second over them
+        gc.freeze()  # each later collection would spend a second on these millions of objects
         gc.enable()
 
 
 def _try_import(name: str) -> None:
-    """Import what only saves time; where it cannot be imported the rank would do without it too."""
+    """Import a module to save time. If that fails, a rank would do without it too."""
     try:
         importlib.import_module(name)
     except Exception as error:
@@ -85,7 +88,7 @@ def _try_import(name: str) -> None:
 
 
 def preload(view: Any) -> None:
-    """Load what every process of this server loads: tokenizer."""
+    """Load SGLang's modules and the tokenizer."""
     import_sglang()
     _tokenizer(view)
 
@@ -96,7 +99,7 @@ def _cached(original: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any],
 
 
 def around_get_tokenizer(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND hf_transformers.tokenizer.get_tokenizer: main loads it before the fork, all children share it."""
+    """AROUND hf_transformers.tokenizer.get_tokenizer: cache it, as main loads it before the fork for all children."""
     try:
         return _cached(original, args, tuple(sorted(kwargs.items())))
     except TypeError:  # an unhashable argument

@@ -1,4 +1,4 @@
-"""Every hook into SGLang, in one table, and the only function that installs them."""
+"""The table of all hooks into SGLang, and the function that installs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from anchortp_sglang.platforms.cpu import hooks as cpu
 from anchortp_sglang.platforms.cuda import collectives, graphs
 from anchortp_sglang.rank import main as rank_main
 from anchortp_sglang.rank.kv import pool as kv_pool
-from anchortp_sglang.rank.kv import prefixes
+from anchortp_sglang.rank.kv import slot_table_hooks
 from anchortp_sglang.rank.weights import config, experts, head_norms, loader
 from anchortp_sglang.recovery import hooks as main
 from anchortp_sglang.recovery.processes import detokenizer
@@ -42,7 +42,7 @@ HOOKS: tuple[Hook, ...] = (
         _SRT + "configs.update_config.adjust_config_with_unaligned_cpu_tp",
         "around",
         config.around_unaligned_cpu_tp,
-        "on CPU it would pad heads and columns of shares that are unequal on purpose",
+        "on CPU it would pad the heads and columns of unequal shares",
     ),
     Hook(
         _SRT + "utils.common.make_layers",
@@ -60,19 +60,19 @@ HOOKS: tuple[Hook, ...] = (
         _SRT + "layers.moe.fused_moe_triton.layer.FusedMoE.__init__",
         "around",
         experts.around_fused_moe_init,
-        "a rank has as many experts, and those, as the plan says",
+        "a rank has the experts that the plan gives it",
     ),
     Hook(
         _SRT + "eplb.expert_location.ExpertLocationMetadata._init_common",
         "around",
         experts.around_init_expert_location,
-        "its tables are of equal shares",
+        "its tables assume equal shares of experts",
     ),
     Hook(
         _SRT + "layers.moe.fused_moe_native.moe_forward_native",
         "around",
         experts.around_moe_forward_native,
-        "on CPU it cannot take the id of an expert that another rank has",
+        "on CPU it fails on the id of an expert that another rank has",
     ),
     Hook(
         _SRT + "models.deepseek_v2.DeepseekV2MLP.__init__",
@@ -84,15 +84,15 @@ HOOKS: tuple[Hook, ...] = (
         _SRT + "models.olmo2.Olmo2Attention.__init__",
         "after",
         head_norms.after_olmo2_attention_init,
-        "a rank has the weights of its own heads' norms",
+        "norms over all heads: a rank has the weights of its own heads",
     ),
     Hook(
         _SRT + "models.olmo2.Olmo2Attention._apply_qk_norm",
         "around",
         head_norms.around_apply_qk_norm,
-        "norms over all heads: it gathers equal parts",
+        "norms over all heads: it would gather parts of equal size",
     ),
-    # KV in the anchors' memory, and the slot table that lets it be found again.
+    # KV in the anchors' memory, and the slot table by which it is found again.
     Hook(
         _MEMORY + "memory_pool.MHATokenToKVPool._create_buffers_normal",
         "around",
@@ -103,7 +103,7 @@ HOOKS: tuple[Hook, ...] = (
         _MEMORY + "memory_pool.MLATokenToKVPool._create_buffers",
         "around",
         kv_pool.around_create_latent_buffers,
-        "the same for the latents of multi-head latent attention",
+        "buffers of latents (multi-head latent attention) are views of the anchor's memory",
     ),
     Hook(
         _MEMORY + "kv_cache_configurator.KVCacheConfigurator._resolve_memory_pool_config",
@@ -114,31 +114,31 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         _MEMORY + "allocator.token.TokenToKVPoolAllocator.free",
         "before",
-        prefixes.before_free,
-        "what a freed slot held is forgotten in the slot table",
+        slot_table_hooks.before_free,
+        "a freed slot's entry leaves the slot table",
     ),
     Hook(
         _MEMORY + "unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
         "around",
-        prefixes.around_checkpoint_into_tree,
-        "what follows tokens that another request has computed too keeps its place in the slot table",
+        slot_table_hooks.around_checkpoint_into_tree,
+        "slots after tokens that another request has computed as well keep their place in the slot table",
     ),
     Hook(
         _SRT + "models.gemma3_causal.Gemma3TextScaledWordEmbedding.forward",
         "after",
-        prefixes.after_whole_embedding,
+        slot_table_hooks.after_whole_embedding,
         "no rank writes KV before rank 0 has freed and allocated the slots",
     ),
     Hook(
         _MEMORY + "allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids",
         "before",
-        prefixes.before_release_page_ids,
-        "the same with pages of several slots",
+        slot_table_hooks.before_release_page_ids,
+        "freed pages of several slots leave the slot table",
     ),
     Hook(
         _SCHEDULER + "process_batch_result",
         "before",
-        prefixes.before_process_batch_result,
+        slot_table_hooks.before_process_batch_result,
         "the KV of a finished forward pass is entered in the slot table",
     ),
     Hook(
@@ -146,18 +146,18 @@ HOOKS: tuple[Hook, ...] = (
         "process_batch_result_prefill",
         "before",
         rank_main.before_process_batch_result_prefill,
-        "what resumed requests found in kept KV is counted for the status",
+        "the tokens that resumed requests reuse are counted for the status",
     ),
     Hook(
         _SCHEDULER + "flush_cache",
         "after",
-        prefixes.after_flush_cache,
+        slot_table_hooks.after_flush_cache,
         "a flushed cache does not come back with the next generation",
     ),
     Hook(
         _MEMORY + "kv_cache_builder.build_kv_cache",
         "after",
-        prefixes.after_build_kv_cache,
+        slot_table_hooks.after_build_kv_cache,
         "a new generation starts with the prefix tree of the last one",
     ),
     # Ranks: the gate between generations, and requests that go on.
@@ -165,19 +165,19 @@ HOOKS: tuple[Hook, ...] = (
         _RECEIVER + "_pull_raw_reqs",
         "after",
         rank_main.after_pull_raw_reqs,
-        "leftovers for a dead rank 0 are dropped; every loop of the scheduler beats the heart",
+        "requests left over for a dead rank 0 are dropped; every loop of the scheduler sends a heartbeat",
     ),
     Hook(
         _SCHEDULER + "_create_generation_req",
         "after",
         rank_main.after_create_generation_req,
-        "a resumed request starts where its last delivered token was",
+        "a resumed request starts after its last delivered token",
     ),
     Hook(
         _SCHEDULER + "_add_request_to_queue",
         "before",
         rank_main.before_add_request_to_queue,
-        "input logprobs that a client has are not computed again",
+        "input logprobs that a client already has are not computed again",
     ),
     Hook(
         _SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
@@ -221,7 +221,7 @@ HOOKS: tuple[Hook, ...] = (
         _TM + "SignalHandler.running_phase_sigquit_handler",
         "replace",
         main.on_sigquit,
-        "the same, once requests are served",
+        "SIGQUIT from a dying child must not kill the server once it serves",
     ),
     Hook(
         _TM_CLASS + "auto_create_handle_loop",
@@ -240,7 +240,7 @@ HOOKS: tuple[Hook, ...] = (
             f"{_SRT}entrypoints.openai.serving_tokenize.{serving}._handle_non_streaming_request",
             "around",
             long_texts.around_tokenize_request,
-            "the same of /tokenize and /detokenize",
+            "a long text of /tokenize or /detokenize would keep main from its other work for seconds",
         )
         for serving in ("OpenAIServingTokenize", "OpenAIServingDetokenize")
     ),
@@ -248,13 +248,13 @@ HOOKS: tuple[Hook, ...] = (
         _TM_CLASS + "_dispatch_to_scheduler",
         "around",
         main.around_dispatch,
-        "requests are recorded for the replay, and held back in an outage",
+        "requests are recorded for the replay, and held back during an outage",
     ),
     Hook(
         _TM_CLASS + "_async_dispatch_to_scheduler",
         "around",
         main.around_async_dispatch,
-        "the same for control messages",
+        "control messages are held back during an outage too",
     ),
     Hook(
         _SRT + "managers.communicator.FanOutCommunicator.__call__",
@@ -268,19 +268,24 @@ HOOKS: tuple[Hook, ...] = (
         main.around_handle_batch_output,
         "a batch that would double or skip a token is stopped before it reaches a client",
     ),
-    # Admission: what could not be continued after a fault, or would end a rank, is refused with a 400.
-    Hook(_TM_CLASS + "generate_request", "before", admission.before_generate_request, "every request passes here"),
+    # Admission: requests that could not be resumed after a fault, or would end a rank, get a 400.
+    Hook(
+        _TM_CLASS + "generate_request",
+        "before",
+        admission.before_generate_request,
+        "requests that cannot be resumed are refused",
+    ),
     Hook(
         _TM_CLASS + "_create_tokenized_object",
         "around",
         admission.around_create_tokenized_object,
-        "every request passes here too, with its token ids: what would end a rank is refused",
+        "requests that would end a rank, known with their token ids, are refused",
     ),
     Hook(
         _HTTP + "serve_generate_request",
         "around",
         admission.around_serve_generate_request,
-        "a stream's status is sent before its generator runs",
+        "a stream's status would be sent before a refusal is known",
     ),
     Hook(
         _SRT + "utils.hf_transformers.tokenizer.get_tokenizer",
@@ -293,19 +298,19 @@ HOOKS: tuple[Hook, ...] = (
         _SRT + "models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.get_handler",
         "around",
         latent_attention.around_get_handler,
-        "torch_native takes the latents of a prompt for its K and V, and fails",
+        "torch_native would take the latents of a prompt for its K and V, and fail",
     ),
     Hook(
         _SRT + "layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
         "around",
         short_extends.around_run_sdpa_forward_extend,
-        "torch_native computes a kept prefix as if it were new, which takes seconds of a recovery",
+        "torch_native would compute a kept prefix again, which takes seconds of a recovery",
     ),
     Hook(
         _SRT + "mem_cache.memory_pool.ReqToTokenPool.__init__",
         "around",
         request_rows.around_req_to_token_pool_init,
-        "on CPU it zeroes memory that is never used for a third of a recovery",
+        "on CPU it would spend a third of a recovery on zeroing unused memory",
     ),
     # GPUs.
     Hook(
@@ -318,7 +323,7 @@ HOOKS: tuple[Hook, ...] = (
         _SCHEDULER + "init_request_dispatcher",
         "after",
         graphs.after_init_request_dispatcher,
-        "decode graphs are captured when main says so, after a generation's first tokens",
+        "decode graphs are captured on main's command, after a generation's first tokens",
     ),
 )
 
@@ -329,7 +334,7 @@ def install_all(allow_drift: bool = False) -> None:
     Raises :class:`anchortp_sglang.hooks.manifest.DriftError` unless ``allow_drift``, and
     :class:`anchortp_sglang.hooks.install.HookError` in any case.
     """
-    # Before patching, though fingerprints are of files: a missing symbol is then named as such.
+    # Before patching, so that a missing symbol is reported as drift.
     drifts = manifest.compare(HOOKS)
     if drifts and not allow_drift:
         raise manifest.DriftError(drifts)

@@ -1,6 +1,6 @@
-"""Request bodies have a limit, kept while they stream in: SGLang reads a body of any size into memory.
+"""A limit for request bodies, enforced while they stream in: SGLang reads a body of any size into memory.
 
-Starlette's RequestBodyLimitMiddleware would do the same, but answers in plain text that does not say what to do.
+Starlette's RequestBodyLimitMiddleware does the same, but its plain-text answer does not say what to do.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -13,11 +13,11 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 def limited(scope: Mapping[str, Any], receive: Receive, limit_bytes: int, way_out: str) -> Receive:
-    """``receive`` of a request, which raises a 413 once its body is longer than ``limit_bytes``.
+    """Wrap a request's ``receive`` so that it raises a 413 once the body is longer than ``limit_bytes``.
 
-    A Content-Length above the limit is believed, and nothing is read; what it does not say is counted. FastAPI and
+    With a Content-Length above the limit nothing is read; otherwise the bytes that come are counted. FastAPI and
     SGLang's routes let an HTTPException from ``receive`` through (fastapi.routing.get_request_handler).
-    ``way_out``: what to do about it, for the client.
+    ``way_out`` tells the client what to do.
     """
     announced = dict(scope["headers"]).get(b"content-length", b"0")
     too_large = HTTPException(413, f"The request's body is longer than {limit_bytes} bytes; {way_out}")

@@ -1,8 +1,8 @@
-"""What dead processes leave on /metrics: their counts stay, their gauges go.
+"""Series of dead processes on /metrics: their counts stay, their gauges go.
 
-prometheus_client's multiprocess mode has files ``counter_PID.db``, ``histogram_PID.db``, ``gauge_MODE_PID.db``. It adds
-up all of them, of dead processes, too; mark_process_dead would only take gauges of the modes "live…", and SGLang's are
-"mostrecent", with a label tp_rank: those of ranks that are no more would stay for ever.
+prometheus_client's multiprocess mode reads ``counter_PID.db``, ``histogram_PID.db`` and ``gauge_MODE_PID.db`` of all
+processes, dead ones included. Its mark_process_dead removes only gauges of the modes "live…". SGLang's have the mode
+"mostrecent" and a label tp_rank, so those of former ranks would never go away.
 """
 
 import os
@@ -12,11 +12,11 @@ from typing import Any
 from anchortp_sglang.recovery.processes.pidfd import process_state
 
 _NOBODY = 0
-"""In place of a pid: the file with the counts of all the dead, so that there are not more files with each fault."""
+"""Stands for the pid in the files with the counts of all dead processes, so that faults do not add files."""
 
 
 def forget_dead(folder: Path) -> None:
-    """Add up what dead processes have counted, and drop their gauges. Not while somebody reads ``folder``."""
+    """Add up the counts of dead processes and remove their gauges. No other code may read ``folder`` meanwhile."""
     for path in folder.glob("*_*.db"):
         kind, pid = path.stem.rsplit("_", 1)
         if not pid.isdigit() or int(pid) == _NOBODY or process_state(int(pid)) not in (None, "Z", "X"):
@@ -27,7 +27,7 @@ def forget_dead(folder: Path) -> None:
 
 
 def _add(counts: Path, to: Path) -> None:
-    from prometheus_client import mmap_dict  # looks for the folder when it is imported
+    from prometheus_client import mmap_dict  # here, as its import reads PROMETHEUS_MULTIPROC_DIR
 
     mapped: Any = mmap_dict.MmapedDict
     sums = mapped(str(to))

@@ -1,8 +1,8 @@
 """Prometheus series ``anchortp_*`` on SGLang's own ``/metrics``.
 
-SGLang serves ``/metrics`` from the files of prometheus_client's multiprocess mode, to which every process adds. Ours
-are written by main alone. Gauges and counters are brought up to date when they are asked for (``refresh``), durations
-are observed when a recovery is over (``observe``).
+SGLang serves ``/metrics`` from the files of prometheus_client's multiprocess mode, to which every process adds. Only
+main writes our series: gauges and counters when they are read (``refresh``), durations when a recovery is over
+(``observe``).
 """
 
 import atexit
@@ -28,21 +28,21 @@ _TFS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20
 
 
 def prepare_folder() -> str | None:
-    """Name the folder of the multiprocess mode before the zygote is forked, so that ranks write there too.
+    """Set the folder of the multiprocess mode before the zygote is forked, so that ranks write there too.
 
-    SGLang sets the variable only in main, after the fork (utils.common.set_prometheus_multiproc_dir), and keeps one
-    that is set. A folder made here goes when main ends; it is returned.
+    SGLang sets the variable only in main, after the fork, unless it is set (utils.common.set_prometheus_multiproc_dir).
+    Returns the folder if it was made here; it is removed when main ends.
     """
     if _FOLDER_VARIABLE in os.environ:
         return None
     folder = os.environ[_FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="anchortp-metrics-")
     ending.on_end(lambda: shutil.rmtree(folder, ignore_errors=True))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # children leave by os._exit
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # not run by children, which end with os._exit
     return folder
 
 
 class Metrics:
-    """One per server, in main. prometheus_client looks for the folder when it is imported, hence not before."""
+    """The server's series, in main. Make them after ``prepare_folder``: prometheus_client reads it when imported."""
 
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge, Histogram
@@ -77,23 +77,23 @@ class Metrics:
         self._run_dir_lost = gauge("anchortp_run_dir_lost", "1 if the run directory has vanished for good.")
         self._ended = Counter(
             "anchortp_requests_ended",
-            "Open requests that the server ended: unservable (ranks fail with them), fruitless (no recovery got "
-            "anybody a token), given_up.",
+            "Open requests that the server ended: unservable (ranks fail with them), fruitless (no recovery led to a "
+            "token), given_up.",
             ["reason"],
         )
         self._suspects = gauge("anchortp_suspect_requests", "Open requests that may be why ranks fail.")
-        self._fruitless = gauge("anchortp_fruitless_faults", "Faults since a client was last handed a token.")
+        self._fruitless = gauge("anchortp_fruitless_faults", "Faults since a client last received a token.")
         self._told: dict[Any, float] = {}
 
     def observe(self, recovery: Recovery) -> None:
-        """A recovery is over."""
+        """Record the durations of a recovery that is over."""
         for stage, took_s in durations(recovery.to_json()):
             self._stage.labels(stage).observe(took_s)
         if recovery.tfs_s is not None:
             self._tfs.observe(recovery.tfs_s)
 
     def refresh(self, status: Mapping[str, Any], totals: Totals) -> None:
-        """Bring counters and gauges up to date, before they are read. ``status``: as of ``GET /anchortp/status``."""
+        """Update counters and gauges before they are read. ``status``: as in ``GET /anchortp/status``."""
         forget_dead(Path(os.environ[_FOLDER_VARIABLE]))
         for cause in _CAUSES:
             self._raise_to(self._recoveries.labels(cause), totals.causes[cause])
@@ -118,6 +118,6 @@ class Metrics:
         self._run_dir_lost.set((status.get("run_dir") or {}).get("lost") is not None)
 
     def _raise_to(self, counter: Any, total: float) -> None:
-        """Counters only rise, and the sums of a server do."""
+        """Raise a counter to ``total``, if it is lower: counters cannot fall."""
         counter.inc(max(0.0, total - self._told.get(counter, 0.0)))
         self._told[counter] = max(total, self._told.get(counter, 0.0))

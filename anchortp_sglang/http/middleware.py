@@ -16,15 +16,15 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _READ = ("GET", "HEAD")
 _KNOWN_WITHOUT_RANKS = ("", "/model_info", "/get_model_info", "/v1/models", "/metrics")
-"""What main answers by itself, to GET, when the server is down. Everything else is 503 then, new routes included."""
+"""Routes whose GET main answers by itself while the server is down. Every other route answers 503 then."""
 
 _TRY_AGAIN_LATER = 1013  # RFC 6455's registry of close codes
 
 
 class AnchorMiddleware:
-    """Answers /anchortp/… and probes, refuses what cannot be served, limits bodies; the rest is SGLang's.
+    """Middleware that answers /anchortp/… and probes, refuses unsupported routes, and limits bodies.
 
-    ``tokenizer_manager``: SGLang's; asked for with each probe, as it is made after the middleware.
+    All else goes to SGLang. ``tokenizer_manager`` returns SGLang's TokenizerManager, made after the middleware.
     """
 
     def __init__(
@@ -56,26 +56,26 @@ class AnchorMiddleware:
             await _send(answer, send)
         else:
             if scope["method"] == "HEAD" and _path(scope) in probes.PROBES:
-                scope = {**scope, "method": "GET"}  # SGLang has no HEAD there; the HTTP server keeps the body back
+                scope = {**scope, "method": "GET"}  # SGLang has no HEAD here; the HTTP server drops the body
             way_out = "send less, or raise --anchor-max-body-mib"
             await self._app(scope, limited(scope, receive, self._max_body_bytes, way_out), send)
 
     def _notice_startup(self, send: Send) -> Send:
         async def forward(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "lifespan.startup.complete":
-                self._on_startup()  # TokenizerManager's loop, so that deaths are seen before the first request
+                self._on_startup()  # on TokenizerManager's loop, to see deaths before the first request
             await send(message)
 
         return forward
 
     @property
     def _refusal(self) -> str | None:
-        """Why the server is down; None if it is not."""
+        """Why the server is down, or None."""
         inflight = self._coordinator.inflight
         return None if inflight is None else inflight.refusal
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer | None:
-        """Ours; None: SGLang's app has the answer."""
+        """Return our answer, or None if the request goes to SGLang."""
         path, reads = _path(scope), scope["method"] in _READ
         own = await self._own.answer(path, scope, receive)
         if own is not None:
@@ -84,7 +84,7 @@ class AnchorMiddleware:
             return _error(503, self._refusal)
         if path in probes.PROBES and reads:
             return self._probe(path)
-        if path.startswith("/metrics") and self._metrics is not None:  # SGLang's route takes what follows as well
+        if path.startswith("/metrics") and self._metrics is not None:  # SGLang's route matches any suffix
             self._metrics.refresh(status(self._coordinator), self._coordinator.recoveries.totals())
         refusal = check_route(scope["path"], scope.get("root_path", ""))
         return None if refusal is None else _error(400, refusal)
@@ -111,7 +111,7 @@ def _is_known_without_ranks(path: str) -> bool:
 
 
 def _error(code: int, message: str) -> Answer:
-    """Clients of OpenAI's API read ``error.message``; those of Anthropic's want the outer ``type``, too."""
+    """Make an error answer. OpenAI's clients read ``error.message``; Anthropic's also need the outer ``type``."""
     kind = "overloaded_error" if code == 503 else "invalid_request_error"
     return Answer.of(code, {"type": "error", "error": {"type": kind, "message": message, "code": code}})
 

@@ -21,7 +21,7 @@ _JSON = "application/json"
 
 @dataclass(frozen=True)
 class Answer:
-    """One HTTP response. ``headers``: besides the body's type and length."""
+    """One HTTP response. ``headers``: those besides content-type and content-length."""
 
     code: int
     body: bytes
@@ -39,7 +39,7 @@ class _Injection(msgspec.Struct):
 
 
 class OwnRoutes:
-    """Answers /anchortp/…; HEAD is answered like GET, a path with a slash at its end like the one without."""
+    """The handlers of /anchortp/…. HEAD is answered like GET; a trailing slash is ignored."""
 
     def __init__(self, coordinator: Coordinator, allow_injection: bool) -> None:
         self._coordinator = coordinator
@@ -51,7 +51,7 @@ class OwnRoutes:
         }
 
     async def answer(self, path: str, scope: Mapping[str, Any], receive: Receive) -> Answer | None:
-        """None: no route of ours."""
+        """Return the answer, or None if ``path`` is not ours."""
         methods, route = self._routes.get(path.rstrip("/"), ((), None))
         if route is None:
             return None
@@ -69,7 +69,7 @@ class OwnRoutes:
     async def _inject(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
         if not self._allow_injection:
             return _not_injected(403, "start the server with --anchor-allow-injection")
-        # Of the types that a foreign page may send without asking (CORS), JSON is none.
+        # Browsers do not send JSON across origins without asking (CORS), so no foreign page can inject faults.
         if _content_type(scope) != _JSON:
             return _not_injected(415, f"the Content-Type must be {_JSON}")
         try:

@@ -1,8 +1,8 @@
-"""What an orchestrator's probes are told, while the server is not down.
+"""Answers to an orchestrator's probes while the server is not down.
 
-SGLang's /health generates a token, takes a second at least (http_server.health_generate) and waits behind a long
-prefill: asked as a liveness probe it gets a healthy server killed. The coordinator sees dead and hung ranks by itself
-and replaces them, so /health says what it knows. /health_generate remains the one that generates a token.
+SGLang's /health generates a token, takes at least a second (http_server.health_generate) and waits behind a long
+prefill: as a liveness probe it would get a healthy server killed. As the coordinator detects and replaces dead and hung
+ranks by itself, our /health answers from its state. /health_generate still generates a token.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ PROBES = ("/health", "/health_generate", "/ready", "/ping")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What SGLang's TokenizerManager says of itself.
+    """State of SGLang's TokenizerManager.
 
-    ``starting``: its warm-up request has not been answered. ``leaving``: it was told to end.
+    ``starting``: its warm-up request has not been answered. ``leaving``: it is shutting down.
     """
 
     starting: bool
@@ -25,11 +25,11 @@ class Tokenizer:
 
 
 def answer(path: str, phase: Phase, tokenizer: Tokenizer) -> int | None:
-    """The HTTP status of a probe; None: SGLang's own handler gives it."""
+    """Return the HTTP status of a probe, or None if SGLang's own handler answers it."""
     recovering = phase not in _NOT_RECOVERING
-    if path == "/ready":  # as when SGLang is paused: new requests are taken, but wait
+    if path == "/ready":  # as while SGLang is paused: new requests are accepted, but wait
         return 503 if recovering else None
-    if path == "/ping" or tokenizer.starting or tokenizer.leaving:  # SGLang looks at flags alone
+    if path == "/ping" or tokenizer.starting or tokenizer.leaving:  # SGLang answers these at once
         return None
     if recovering:
         return 200

@@ -7,7 +7,7 @@ from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.state_machine import Phase
 
 ENDED = ("unservable", "fruitless", "given_up")
-"""Why the server ends open requests (``Culprits.ended``)."""
+"""Reasons for which the server ends open requests (``Culprits.ended``)."""
 
 
 def status(coordinator: Coordinator) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
 
 
 def state_name(coordinator: Coordinator) -> str:
-    """starting, serving, degraded (fewer devices than configured), recovering or down."""
+    """Return starting, serving, degraded (fewer devices than configured), recovering or down."""
     phase = coordinator.state.phase
     if phase in (Phase.DOWN, Phase.STOPPED) or coordinator.state.given_up:
         return "down"
@@ -43,7 +43,7 @@ def state_name(coordinator: Coordinator) -> str:
 
 
 def _run_dir(coordinator: Coordinator) -> dict[str, Any]:
-    """``lost``: why the directory is gone for good, so that a fault could not be survived; else None."""
+    """Describe the run directory. ``lost``: why it is gone for good, so that no fault can be survived; else None."""
     keeper = coordinator.processes.keeper
     lost, made_again = (None, 0) if keeper is None else (keeper.lost, keeper.made_again)
     return {"path": str(coordinator.processes.plan.run_dir), "lost": lost, "made_again": made_again}

@@ -1,7 +1,7 @@
-"""How many KV slots fit, with heads alike in all layers and with heads that rotate over them.
+"""The number of KV slots that fit, with heads placed alike in all layers or rotating over them.
 
-Every rank has the same slots, so the fullest device bounds their number. With four KV heads on three devices one of
-them has twice the KV of the others, unless the fourth head is another device's in each layer.
+Every rank has the same slots, so the fullest device bounds their number. With four KV heads on three devices, one has
+twice the KV of the others, unless another device holds the fourth head in each layer.
 """
 
 import sys
@@ -16,8 +16,11 @@ from anchortp_sglang.planning.placement.reconfiguration import rotating_split
 
 @dataclass(frozen=True)
 class KVCapacity:
-    """``device_bytes``: weights and KV of the fullest device. ``slots_alike`` and ``slots_rotating``: what would fit
-    if every device had as much memory; one of the two is what is served."""
+    """KV slots of a server, and with heads placed the other way.
+
+    ``device_bytes``: weights and KV of the fullest device. ``slots_alike``, ``slots_rotating``: slots that fit in
+    ``device_bytes`` on every device with either placement; one of them equals ``slots``.
+    """
 
     slots: int
     rotating: bool
@@ -27,7 +30,7 @@ class KVCapacity:
 
     @property
     def gain(self) -> float:
-        """Slots that rotating brings, as a share of those without."""
+        """Additional slots by rotating, as a share of the slots without."""
         return self.slots_rotating / self.slots_alike - 1 if self.slots_alike else 0.0
 
     def __str__(self) -> str:
@@ -40,7 +43,7 @@ class KVCapacity:
 
 
 def kv_capacity(model: ModelAxes, kv: KVPlan, ownership: Ownership, rotating: bool) -> KVCapacity:
-    """Of an ownership that serves, beside the other kind on the same devices."""
+    """Compute the capacity of ``ownership``, and of the other placement on the same devices."""
     device_bytes = max(
         shard_layout(model, ownership, rank).total_bytes + kv_layout(model, kv, ownership, rank).total_bytes
         for rank in range(ownership.tp_size)
@@ -52,7 +55,7 @@ def kv_capacity(model: ModelAxes, kv: KVPlan, ownership: Ownership, rotating: bo
 
 
 def _slots_in(device_bytes: int, model: ModelAxes, kv: KVPlan, ownership: Ownership) -> int:
-    """How many slots fit where every device has so much memory."""
+    """Return the slots that fit if every device has ``device_bytes``."""
     try:
         return fit_slots(model, replace(kv, slots=sys.maxsize), ownership, device_bytes).slots
     except InvalidOwnership:

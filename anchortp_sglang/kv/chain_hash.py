@@ -1,11 +1,11 @@
-"""The 64-bit hash that ties a KV slot to its token and to every token before it.
+"""The 64-bit chain hash of a KV slot: it depends on the slot's token and all tokens before it.
 
-``h(child) = h(parent) * A + mix(token)  (mod 2**64)``, from a root that stands for the model. Being affine in
-the parent it has a closed form over a run, so a prompt of any length is hashed without a Python loop.
-``UNKNOWN`` (0) means "nothing known about this slot"; a hash that comes out as 0 is stored as 1.
+``h(child) = h(parent) * A + mix(token)  (mod 2**64)``, from a root that stands for the model. As it is affine in the
+parent, it has a closed form over a run: a prompt of any length is hashed without a Python loop. ``UNKNOWN`` (0) means
+that a slot's content is not known; a hash of 0 is stored as 1.
 
-It guards against stale entries, not against forgery: who wants two prompts of equal hash can build them, and
-gains a mix-up between those two prompts only.
+It guards against stale entries, not against forgery: a client can build two prompts of equal hash, but can only mix up
+these two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MASK = (1 << 64) - 1
 
 
 def _constant(value: int) -> Hashes:
-    # 0-d arrays, since ufuncs take them at half the cost of numpy scalars, and a decode step is all overhead.
+    # A 0-d array costs a ufunc half of what a numpy scalar does, and a decode step is all overhead.
     return np.array(value, dtype=np.uint64)
 
 
@@ -42,12 +42,12 @@ _27, _30, _31 = _constant(27), _constant(30), _constant(31)
 
 
 def root_hash(namespace: bytes) -> int:
-    """The hash of the empty chain: a nonzero 64-bit digest of whatever makes KV unfit for another model."""
+    """Return the hash of the empty chain: a nonzero 64-bit digest of ``namespace``, which identifies the model."""
     return int.from_bytes(hashlib.blake2b(namespace, digest_size=8).digest(), "little") or 1
 
 
 def mix(tokens: Ids) -> Hashes:
-    """splitmix64's finaliser of each token: int64[n] -> uint64[n]; a bijection, so tokens never collide."""
+    """Apply splitmix64's finaliser to each token: int64[n] -> uint64[n]. A bijection, so tokens never collide."""
     x = tokens.view(np.uint64) ^ _SALT
     x ^= x >> _30
     x *= _MIX_1
@@ -58,7 +58,7 @@ def mix(tokens: Ids) -> Hashes:
 
 
 def child_hashes(parent_hashes: Hashes, tokens: Ids) -> Hashes:
-    """The hash of each token below its own parent: uint64[n], int64[n] -> uint64[n], never ``UNKNOWN``."""
+    """Hash each token below its own parent: uint64[n], int64[n] -> uint64[n], never ``UNKNOWN``."""
     hashes = parent_hashes * _A
     hashes += mix(tokens)
     np.maximum(hashes, _ONE, out=hashes)
@@ -66,7 +66,7 @@ def child_hashes(parent_hashes: Hashes, tokens: Ids) -> Hashes:
 
 
 def child_hash(parent_hash: int, token: int) -> int:
-    """``child_hashes`` of one token, in plain integers."""
+    """Hash one token below its parent, in plain integers."""
     return (parent_hash * _MULTIPLIER + _mix_one(token)) & _MASK or 1
 
 
@@ -79,7 +79,7 @@ def _mix_one(token: int) -> int:
 
 
 class RunHasher:
-    """Hashes runs of consecutive tokens in O(n); keeps the powers of A that it has needed so far.
+    """Hashes runs of consecutive tokens in O(n), and keeps the powers of A between calls.
 
     Over a run, ``h_i = A**(i+1) * (h_parent + sum_{j<=i} mix(t_j) * A**-(j+1))``.
     """
@@ -89,7 +89,7 @@ class RunHasher:
         self._inverses: Hashes = np.empty(0, np.uint64)
 
     def run_hashes(self, parent_hash: int, tokens: Ids) -> Hashes:
-        """The hash of each token (int64[n]) below the one before, the first below a parent: uint64[n]."""
+        """Hash each token (int64[n]) below the one before it, the first below ``parent_hash``: uint64[n]."""
         n = len(tokens)
         self._reserve(n)
         sums = mix(tokens)
@@ -98,7 +98,7 @@ class RunHasher:
         sums += _constant(parent_hash)
         sums *= self._powers[:n]
         if np.count_nonzero(sums) < n:
-            # What is stored for a zero is 1, and the rest of the run descends from what is stored.
+            # A hash of 0 is stored as 1, and the rest of the run is hashed from that.
             zero = int(np.argmin(sums))
             sums[zero] = 1
             sums[zero + 1 :] = self.run_hashes(1, tokens[zero + 1 :])

@@ -1,7 +1,7 @@
-"""Copies of KV between segments, slot by slot, as fast as memory allows.
+"""Copies KV between segments, slot by slot, as fast as memory allows.
 
 A unit (one head of one plane of one layer in one slot) is an opaque numpy item, so numpy copies it with memcpy and
-without the GIL. Slots are copied in runs that are consecutive on both sides: SGLang hands slots out in order, so a
+without the GIL. Slots are copied in runs that are consecutive on both sides. SGLang allocates slots in order, so a
 prompt is a few runs.
 """
 
@@ -17,19 +17,19 @@ from anchortp_sglang.kv.chain_hash import Ids
 from anchortp_sglang.planning.layout.kv_layout import KVGroup, KVLayout, KVMove
 
 Units = NDArray[np.void]
-"""(layers, planes, rows, heads)"""
+"""Units of shape (layers, planes, rows, heads)."""
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 BRIDGED_SLOTS = 8
-"""A gap of so many slots costs less to copy than another run does to begin."""
+"""Longest gap, in slots, that costs less to copy than to begin another run."""
 
 _STEP_BYTES = 1 << 22
-"""Copied at a time; between two steps another thread may have its turn."""
+"""Bytes copied at a time; other threads may run between two steps."""
 
 
 class KVSegment:
-    """A mapped KV segment as arrays. Keeps the mapping alive."""
+    """A mapped KV segment as arrays, which keep the mapping alive."""
 
     def __init__(self, memory: Buffer, layout: KVLayout, offset_bytes: int = 0) -> None:
         self.layout = layout
@@ -41,7 +41,7 @@ class KVSegment:
             self._groups.append((group, units.reshape(shape)))
 
     def heads(self, first_layer: int, layers: int, head: int, count: int) -> Iterator[tuple[int, Units]]:
-        """Views of consecutive heads: (first layer, units), one for each group that the layers lie in."""
+        """Yield views of consecutive heads: (first layer, units) for each group with some of the layers."""
         for group, units in self._groups:
             start = max(first_layer, group.first_layer)
             stop = min(first_layer + layers, group.first_layer + group.layers)
@@ -51,17 +51,17 @@ class KVSegment:
 
 
 def pairs(target: KVSegment, source: KVSegment, move: KVMove) -> Iterator[tuple[Units, Units]]:
-    """(to, from) views for a move, cut where the groups of either side end."""
+    """Yield (target, source) views of a move, cut where a group of either side ends."""
     for start, into in target.heads(move.first_layer, move.layers, move.head, move.count):
         for first, units in source.heads(start, len(into), move.source_head, move.count):
             yield into[first - start : first - start + len(units)], units
 
 
 def runs(into: Ids, source: Ids, bridged: int = 0) -> Iterator[tuple[int, int, int]]:
-    """(first row, first source row, length) of what lies consecutively on both sides.
+    """Yield (first row, first source row, length) of runs that are consecutive on both sides.
 
-    ``into`` and ``source`` are int64[n], paired. Gaps of up to ``bridged`` rows on both sides are taken along: only
-    for a target in which nobody misses what lies in them.
+    ``into`` and ``source`` are int64[n], paired. A run goes on over gaps of up to ``bridged`` rows: allow this only if
+    the target's rows in the gaps may be overwritten.
     """
     if not len(into):
         return
@@ -74,7 +74,7 @@ def runs(into: Ids, source: Ids, bridged: int = 0) -> Iterator[tuple[int, int, i
 
 
 def copy_slots(into: Units, rows: Ids, source: Units, source_rows: Ids, bridged: int = 0) -> int:
-    """Copy slots ``source_rows`` to ``rows``, int64[n] each; the bytes of those slots. Rows must be in range."""
+    """Copy slots ``source_rows`` to ``rows`` (int64[n] each, in range). Return the bytes of these slots."""
     slot_bytes = int(into.itemsize * into.shape[0] * into.shape[1] * into.shape[3])
     most = max(1, _STEP_BYTES // max(1, slot_bytes))
     for row, source_row, length in runs(rows, source_rows, bridged):
@@ -85,5 +85,5 @@ def copy_slots(into: Units, rows: Ids, source: Units, source_rows: Ids, bridged:
 
 
 def copy_move(target: KVSegment, rows: Ids, source: KVSegment, source_rows: Ids, move: KVMove, bridged: int = 0) -> int:
-    """Carry out a move for these slots; bytes copied."""
+    """Carry out a move for these slots. Return the bytes copied."""
     return sum(copy_slots(into, rows, units, source_rows, bridged) for into, units in pairs(target, source, move))

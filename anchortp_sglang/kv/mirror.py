@@ -1,15 +1,15 @@
-"""A copy of committed KV in the host's memory, readable after everybody was killed at any instant.
+"""A copy of committed KV in host memory, readable after all processes were killed at any instant.
 
-Row r of the mirror holds the KV of one slot over all layers and heads. Rank 0 says which slot a row is for
-(``assign``): the slot, then the chain hash of what the slot held. Every rank copies the heads it answers for, and then
-writes that hash as its own tag of the row. So a row counts if the tags of all writers equal the hash it was assigned
-for, and holds then the KV of that chain of tokens, in whichever slot it lay. Three rules make that safe:
+Row r of the mirror holds the KV of one slot over all layers and heads. Rank 0 assigns a row to a slot (``assign``): it
+stores the slot, then the chain hash of the slot's content. Every rank copies its heads and then writes that hash as its
+own tag of the row. A row is complete if the tags of all writers equal its hash; it then holds the KV of that chain of
+tokens, whichever slot that was in. Three rules make this safe:
 
-- a writer clears its tag before the first byte and sets it after the last, and only if the slot table says that the
-  slot held the same entry all the while;
-- a row's hash is cleared before it is given to another slot;
-- ``begin``, with which a generation takes over, first drops the rows that are not complete; then it does not matter who
-  wrote what of the others, and the new set of writers can have their tags.
+- a writer clears its tag before the first byte and sets it after the last, and only if the slot's entry in the slot
+  table did not change meanwhile;
+- a row's hash is cleared before the row is assigned to another slot;
+- ``begin``, with which a generation takes over, first drops the incomplete rows; the complete ones no longer depend on
+  who wrote them, so their tags are reset for the new set of writers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MAX_WRITERS = 64
 
 
 class MirrorMismatch(Exception):
-    """The buffer holds no mirror of this shape: nothing can be read from it."""
+    """The buffer holds no mirror of this shape; nothing can be read from it."""
 
 
 @dataclass(frozen=True)
 class MirrorShape:
-    """``layout``: of the rows, all heads of all layers. ``seed``: the slot table's; it stands for the model."""
+    """Shape of a mirror. ``layout``: all heads of all layers. ``seed``: the slot table's, it stands for the model."""
 
     layout: KVLayout
     seed: int
@@ -51,12 +51,12 @@ class MirrorShape:
 
     @property
     def row_bytes(self) -> int:
-        """KV of one slot."""
+        """Bytes of the KV of one slot."""
         return self.layout.total_bytes // self.rows
 
     @property
     def payload_offset(self) -> int:
-        """Where the rows' KV begins; page-aligned."""
+        """Offset in bytes of the rows' KV; page-aligned."""
         words = _HEADER_WORDS + (2 + MAX_WRITERS) * self.rows
         return -(-words * _WORD // _PAGE_BYTES) * _PAGE_BYTES
 
@@ -66,17 +66,17 @@ class MirrorShape:
 
 
 class KVMirror:
-    """The mirror in ``buffer`` (``MirrorShape.nbytes`` bytes, zeroed when new). Read-only buffers will do to read."""
+    """The mirror in ``buffer`` (``MirrorShape.nbytes`` bytes, zeroed when new; may be read-only for readers)."""
 
     def __init__(self, buffer: bytes | bytearray | memoryview | mmap.mmap, shape: MirrorShape) -> None:
         self.shape = shape
         self._header = np.frombuffer(buffer, np.uint64, _HEADER_WORDS)
         start = _HEADER_WORDS * _WORD
         self.hashes: Hashes = np.frombuffer(buffer, np.uint64, shape.rows, start)
-        """uint64[rows]: the chain hash that a row was assigned for; ``UNKNOWN`` if for none."""
+        """uint64[rows]: the chain hash of the content a row is assigned to; ``UNKNOWN`` if it is free."""
         start += _WORD * shape.rows
         self.slots: Ids = np.frombuffer(buffer, np.int64, shape.rows, start)
-        """int64[rows]: the slot to copy it from; without meaning for rows of an earlier generation."""
+        """int64[rows]: the slot to copy a row from; meaningless for rows of an earlier generation."""
         start += _WORD * shape.rows
         self._tags = np.frombuffer(buffer, np.uint64, MAX_WRITERS * shape.rows, start)
         self._tags = self._tags.reshape(MAX_WRITERS, shape.rows)
@@ -84,7 +84,7 @@ class KVMirror:
 
     @classmethod
     def attach(cls, buffer: bytes | bytearray | memoryview | mmap.mmap, shape: MirrorShape) -> KVMirror:
-        """The mirror that is there. Raises MirrorMismatch."""
+        """Return the mirror in ``buffer``. Raises MirrorMismatch."""
         have = memoryview(buffer).nbytes
         if have < shape.nbytes:
             raise MirrorMismatch(f"a mirror of {shape.rows} rows needs {shape.nbytes} bytes, the buffer has {have}")
@@ -95,7 +95,7 @@ class KVMirror:
 
     @classmethod
     def attach_or_create(cls, buffer: bytearray | memoryview | mmap.mmap, shape: MirrorShape) -> KVMirror:
-        """The mirror that is there, else an empty one. For rank 0."""
+        """Return the mirror in ``buffer``, or make an empty one. For rank 0."""
         try:
             return cls.attach(buffer, shape)
         except MirrorMismatch:
@@ -106,7 +106,7 @@ class KVMirror:
             return mirror
 
     def complete(self) -> NDArray[np.bool_]:
-        """bool[rows]: the rows that every writer has finished."""
+        """Return bool[rows]: the rows that every writer has finished."""
         writers = int(self._header[_WRITERS])
         done = self.hashes != UNKNOWN
         if not 0 < writers <= MAX_WRITERS:
@@ -116,7 +116,7 @@ class KVMirror:
         return done
 
     def rows_of(self, hashes: Hashes) -> Ids:
-        """For chain hashes (uint64[n]) a complete row each, -1 where there is none: int64[n]."""
+        """Return int64[n]: a complete row for each chain hash (uint64[n]), or -1."""
         rows = np.flatnonzero(self.complete())
         found = np.full(len(hashes), -1, np.int64)
         if not rows.size or not hashes.size:
@@ -132,44 +132,44 @@ class KVMirror:
     # ---- rank 0
 
     def begin(self, generation: int, writers: int) -> None:
-        """A generation takes over, when nobody restores from here any more. Cut off anywhere, it can be repeated."""
+        """Take over for a generation, once no rank restores from here. Can be repeated after a kill at any instant."""
         if not 0 < writers <= MAX_WRITERS:
             raise ValueError(f"a mirror has 1 to {MAX_WRITERS} writers, not {writers}")
         self._header[_GENERATION] = 0
         self.hashes[~self.complete()] = UNKNOWN
-        # What one rank had written of a dropped row may not be what the rank of that number answers for now.
+        # A rank's old tag of a dropped row may stand for other heads than the rank of that number has now.
         self._tags[: max(writers, int(self._header[_WRITERS]))] = self.hashes
         self._header[_WRITERS] = writers
         self._header[_GENERATION] = generation + 1
 
     def assign(self, rows: Ids, slots: Ids, hashes: Hashes) -> None:
-        """From now on ``rows``, which must be free, are for ``slots`` with these entries."""
+        """Assign ``rows``, which must be free, to ``slots`` with these chain hashes."""
         self.slots[rows] = slots
         self.hashes[rows] = hashes
         self._header[_ASSIGNED] += np.uint64(1)
 
     def free(self, rows: Ids) -> None:
-        """Forget what these rows hold."""
+        """Free these rows; their content is lost."""
         self.hashes[rows] = UNKNOWN
 
     # ---- every writer
 
     def begun(self, generation: int) -> bool:
-        """Whether writers of this generation may write."""
+        """Return whether writers of this generation may write."""
         return int(self._header[_GENERATION]) == generation + 1
 
     @property
     def assignments(self) -> int:
-        """Grows with each ``assign``."""
+        """Number of calls of ``assign`` so far."""
         return int(self._header[_ASSIGNED])
 
     def pending(self, writer: int) -> Ids:
-        """int64[n]: rows that a writer has not finished."""
+        """Return int64[n]: the assigned rows that ``writer`` has not finished."""
         hashes = self.hashes
         return np.flatnonzero((self._tags[writer] != hashes) & (hashes != UNKNOWN))
 
     def set_tags(self, writer: int, rows: Ids, hashes: Hashes | int) -> None:
-        """What a writer's part of these rows holds from now on; ``UNKNOWN`` while it is being written."""
+        """Set a writer's tags of these rows to the hashes of what it copied; ``UNKNOWN`` while it writes."""
         self._tags[writer, rows] = hashes
 
     def _identity(self) -> list[int]:

@@ -1,7 +1,7 @@
-"""Which slots the mirror is to hold: decided by rank 0 from the slot table, in bounded memory and bandwidth.
+"""Assigns the mirror's rows to slots, in rank 0, by the slot table and within bounds of memory and bandwidth.
 
-The newest entries come first. If the mirror has fewer rows than there are entries, it holds those that were used last,
-with all that is above them in the prefix forest.
+The newest entries come first. If the mirror has fewer rows than there are entries, it holds those used last and their
+ancestors in the prefix forest.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from anchortp_sglang.kv.slot_table import SlotTable
 
 _BURST_S = 0.25
 _CHOICE_INTERVAL_S = 1.0
-"""Choosing what a mirror that is too small should hold looks at the whole forest: not with every step."""
+"""Interval at which the content of a too small mirror is chosen: a choice reads the whole prefix forest."""
 
 
 class TokenBucket:
-    """At most ``bytes_per_s`` in the long run, and never more than a quarter of a second's worth at once."""
+    """A limit of ``bytes_per_s`` in the long run, and of a quarter of a second's worth at once."""
 
     def __init__(self, bytes_per_s: float, piece_bytes: int) -> None:
         self._bytes_per_s, self._piece_bytes = bytes_per_s, piece_bytes
@@ -30,7 +30,7 @@ class TokenBucket:
         self._left, self._at = self._most, 0.0
 
     def allowance(self, now: float) -> int:
-        """How many pieces may go now (``now``: monotonic seconds)."""
+        """Return how many pieces may be sent at ``now`` (time.monotonic())."""
         self._left = min(self._most, self._left + self._bytes_per_s * max(0.0, now - self._at))
         self._at = now
         return int(self._left // self._piece_bytes)
@@ -40,24 +40,24 @@ class TokenBucket:
 
 
 class MirrorSchedule:
-    """Assigns rows of ``mirror`` to slots of ``table``. Takes over the rows that an earlier generation left."""
+    """Assigns rows of ``mirror`` to slots of ``table``, and takes over the rows of the last generation."""
 
     def __init__(self, table: SlotTable, mirror: KVMirror, bytes_per_s: float) -> None:
         self._table, self._mirror = table, mirror
         self._bucket = TokenBucket(bytes_per_s, mirror.shape.row_bytes)
         self._done_step = -1
         self._row_of: Ids = np.full(table.slots, -1, np.int64)
-        """int64[slots]: the row that a slot was given last, whatever it held then; -1 for none."""
+        """int64[slots]: the row that a slot had last, whatever the slot held then; -1 for none."""
         self._is_free: Mask = np.zeros(mirror.shape.rows, np.bool_)
         self._n_free = 0
-        """Rows given to nobody; those of slots that have been freed since are not among them."""
+        """Number of rows in ``_is_free``; rows of slots freed since are not yet among them."""
         self._chosen: Mask | None = None
         self._chosen_step = -1
         self._choose_at = 0.0
         self._take_over()
 
     def assign(self, now: float) -> int:
-        """Give rows to slots that lack one, as far as bandwidth and memory allow; how many."""
+        """Assign rows to slots that lack one, as bandwidth and memory allow. Return the number of rows."""
         step = self._table.step
         allowed = self._bucket.allowance(now)
         if step == self._done_step or not allowed:
@@ -81,20 +81,20 @@ class MirrorSchedule:
         return len(taken)
 
     def _lacking(self, slots: Ids) -> tuple[Ids, Hashes]:
-        """Those of ``slots`` that have an entry and no row for it, and their hashes."""
+        """Return those of ``slots`` whose entry has no row, and their chain hashes."""
         hashes = self._table.hashes[slots]
         rows = self._row_of[slots]
         lacking = (hashes != UNKNOWN) & (slots != ROOT) & ((rows < 0) | (self._mirror.hashes[rows] != hashes))
         return slots[lacking], hashes[lacking]
 
     def _most(self, slots: Ids, allowed: int) -> int:
-        """How many of ``slots``, from the first on, can be given rows."""
+        """Return how many of ``slots``, from the first on, can have rows."""
         new_rows = np.cumsum(self._row_of[slots] < 0)
         return min(allowed, int(np.searchsorted(new_rows, self._n_free, side="right")))
 
     def _give_rows(self, slots: Ids, hashes: Hashes) -> None:
-        """Each slot gets its old row, else a free one: that of its own number where it can be, so that runs of slots
-        are runs of rows."""
+        """Assign each slot its old row, or a free one: that of its own number if possible, so that runs of slots are
+        runs of rows."""
         rows = self._row_of[slots]
         new = np.flatnonzero(rows < 0)
         in_range = slots[new] < len(self._is_free)
@@ -106,12 +106,12 @@ class MirrorSchedule:
             rows[other] = np.flatnonzero(self._is_free)[: len(other)]
             self._is_free[rows[other]] = False
         self._n_free -= len(new)
-        self._mirror.free(rows)  # of what the slots held before
+        self._mirror.free(rows)  # they may hold earlier content of these slots
         self._mirror.assign(rows, slots, hashes)
         self._row_of[slots] = rows
 
     def _take_over(self) -> None:
-        """Rows of the last generation are for whichever slots hold their chains now."""
+        """Assign rows of the last generation to the slots that hold their chains now."""
         table, mirror = self._table, self._mirror
         slots = np.flatnonzero(table.hashes)
         slots = slots[slots != ROOT]
@@ -122,7 +122,7 @@ class MirrorSchedule:
         self._collect_rows()
 
     def _collect_rows(self) -> None:
-        """Free every row of which the slot does not hold the entry any more."""
+        """Free every row whose slot no longer holds its entry."""
         table, mirror = self._table, self._mirror
         used = mirror.hashes != UNKNOWN
         used &= (table.hashes[mirror.slots] == mirror.hashes) & (mirror.slots != ROOT)
@@ -133,7 +133,7 @@ class MirrorSchedule:
         self._row_of[mirror.slots[used]] = np.flatnonzero(used)
 
     def _choose(self, now: float) -> Mask:
-        """bool[slots]: what is mirrored when there is no room for everything; other rows are freed."""
+        """Return bool[slots]: the slots to mirror when there is no room for all. Frees the rows of others."""
         mirror = self._mirror
         if self._chosen is None or (now >= self._choose_at and self._table.step > self._chosen_step):
             self._choose_at = now + _CHOICE_INTERVAL_S
@@ -147,7 +147,7 @@ class MirrorSchedule:
 
 @dataclass(frozen=True)
 class MirrorFacts:
-    """``used``: slots with an entry; ``mirrored``: of them, those whose KV the mirror holds completely."""
+    """Progress of a mirror. ``used``: slots with an entry. ``mirrored``: those of them with a complete row."""
 
     rows: int
     used: int
@@ -155,17 +155,17 @@ class MirrorFacts:
 
     @property
     def lag_slots(self) -> int:
-        """Slots that the mirror has room for and does not hold yet."""
+        """Number of slots that the mirror has room for but does not hold yet."""
         return max(0, min(self.used, self.rows) - self.mirrored)
 
     @property
     def coverage(self) -> float:
-        """Share of the used slots that a lost device would not take along."""
+        """Share of the used slots that survive the loss of a device."""
         return self.mirrored / self.used if self.used else 1.0
 
 
 def mirror_facts(table: SlotTable, mirror: KVMirror) -> MirrorFacts:
-    """How far the mirror is. For any process that maps both, at any time."""
+    """Return the mirror's progress. Any process that maps table and mirror may call it at any time."""
     hashes = table.hashes
     rows = np.flatnonzero(mirror.complete())
     slots = mirror.slots[rows]

@@ -1,8 +1,8 @@
-"""One rank's part in the mirror: copying its heads of the slots that rank 0 has assigned rows for.
+"""One rank's part in the mirror: copies its heads of the slots to which rank 0 has assigned rows.
 
-A slot may be freed and written anew under the copy. Its entry in the slot table tells: it is invalidated before any
-rank may write to the slot, and a later one carries another step. (x86-64 is assumed: who reads the new bytes of a slot
-finds its entry changed.)
+A slot may be freed and written again during the copy. The slot table shows it: an entry is invalidated before any rank
+may write to the slot, and a later entry has another step. (This relies on x86-64's memory order: a reader that sees new
+bytes of a slot then sees its changed entry.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows to be written from slots that held these entries, committed at ``steps``."""
+    """Rows to write, their slots, and the slots' entries: chain hashes and the steps of their commit."""
 
     rows: Ids
     slots: Ids
@@ -32,13 +32,13 @@ class Batch:
 
 
 class MirrorWriter:
-    """``kv``: the segment of ``rank``; ``moves``: from there to the mirror (``kv_layout.mirror_moves``)."""
+    """The writer of one rank. ``kv``: its segment. ``moves``: from there to the mirror (``kv_layout.mirror_moves``)."""
 
     def __init__(self, rank: int, moves: Sequence[KVMove], kv: KVSegment, table: SlotTable, mirror: KVMirror) -> None:
         self._rank, self._moves, self._kv, self._table, self._mirror = rank, moves, kv, table, mirror
 
     def write_some(self) -> bool:
-        """Copy some of what is pending; whether there was anything that could be copied."""
+        """Copy some of the pending rows. Return whether any could be copied."""
         batch = self.take()
         if batch is None:
             return False
@@ -48,9 +48,9 @@ class MirrorWriter:
         return True
 
     def take(self) -> Batch | None:
-        """Pending rows whose slots still hold what they were assigned for. They belong to nobody until signed."""
+        """Take pending rows whose slots still hold their entries; clear this rank's tags of them until ``sign``."""
         rows = self._mirror.pending(self._rank)[:_ROWS_AT_ONCE]
-        hashes = self._mirror.hashes[rows]  # before the slots: rank 0 stores them the other way round
+        hashes = self._mirror.hashes[rows]  # before the slots, as rank 0 stores hashes last
         slots = self._mirror.slots[rows]
         steps = self._table.last_use[slots]
         good = np.flatnonzero((self._table.hashes[slots] == hashes) & (hashes != UNKNOWN))
@@ -62,10 +62,10 @@ class MirrorWriter:
         return batch
 
     def copy(self, batch: Batch, move: KVMove) -> None:
-        """Copy the heads of one move."""
+        """Copy the heads of one move to the batch's rows."""
         copy_move(self._mirror.kv, batch.rows, self._kv, batch.slots, move)
 
     def sign(self, batch: Batch) -> None:
-        """All is copied: tag the rows whose slots have held the same entry all the while."""
+        """Tag the copied rows whose slots' entries have not changed since ``take``."""
         same = (self._table.hashes[batch.slots] == batch.hashes) & (self._table.last_use[batch.slots] == batch.steps)
         self._mirror.set_tags(self._rank, batch.rows[same], batch.hashes[same])

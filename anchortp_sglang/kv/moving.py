@@ -1,4 +1,4 @@
-"""How kept KV gets into a rank's new segment: from old segments, and from the mirror what no survivor has."""
+"""Moves kept KV to a rank's new segment, from old segments, and from the mirror if no survivor has it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anchortp_sglang.planning.layout.kv_layout import KVMove
 
 
 def restorable_slots(entries: Entries, mirror: KVMirror | None) -> Mask:
-    """bool[slots]: whose lost heads the mirror has."""
+    """Return bool[slots]: the slots that the mirror holds completely."""
     if mirror is None:
         return np.zeros(len(entries.hashes), np.bool_)
     return mirror.rows_of(entries.hashes) >= 0
@@ -27,16 +27,17 @@ def move_kept(
     old_segment: Callable[[int], KVSegment],
     mirror: KVMirror | None,
 ) -> dict[str, int]:
-    """Fill ``into`` with the kept slots, layer by layer; bytes copied from devices ("kept") and mirror ("restored").
+    """Fill ``into`` with the kept slots, layer by layer.
 
-    ``moves``: of ``kv_layout.kv_moves``. ``old_segment``: by device, asked once for each. ``mirror`` must hold all
-    kept slots if some move needs it.
+    ``moves``: from ``kv_layout.kv_moves``. ``old_segment``: opens a device's segment, called once for each. ``mirror``
+    must hold all kept slots if a move needs it, else ValueError without one. Returns the bytes copied from devices
+    ("kept") and from the mirror ("restored").
     """
     moved = {"kept": 0, "restored": 0}
     opened: dict[int, KVSegment] = {}
     rows = None
     for move in sorted(moves, key=lambda move: (move.first_layer, move.head)):
-        # Nobody misses what lies in the free slots between kept ones: gaps may be bridged.
+        # Free slots between kept ones may be overwritten, so gaps may be bridged.
         if move.device is not None:
             if move.device not in opened:
                 opened[move.device] = old_segment(move.device)

@@ -1,8 +1,8 @@
-"""The roots of the prefix forest besides the plain one: one for each extra key and cache salt in use.
+"""Namespaces: the roots of the prefix forest for each extra key and cache salt in use, besides the plain root.
 
-Equal tokens of two namespaces are two chains, as their hashes start from different seeds. Each namespace has a fixed
-place in shared memory, numbered from 0, with its key, so that the prefix tree can be rebuilt with it. A place counts if
-its seed is that of its key. In the slot table, parent -1 - n means "first token of a sequence of namespace n".
+Equal tokens in two namespaces are two chains, as their hashes start from different seeds. Each namespace has a numbered
+place in shared memory with its key, from which the prefix tree is rebuilt. A place is valid if its seed is that of its
+key. In the slot table, parent -1 - n means "first token of a sequence of namespace n".
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PLACE = np.dtype([("seed", np.uint64), ("length", np.uint64), ("key", f"V{_KEY_
 
 
 def namespace_seed(root: int, key: Key) -> int:
-    """The hash of a namespace's empty chain; nonzero. ``root``: of the slot table. The plain one is (None, None)."""
+    """Return the nonzero hash of a namespace's empty chain. ``root``: the slot table's seed, that of (None, None)."""
     if key == PLAIN:
         return root
     digest = hashlib.blake2b(msgspec.json.encode(key), digest_size=8, key=root.to_bytes(8, "little")).digest()
@@ -49,34 +49,34 @@ def namespace_seed(root: int, key: Key) -> int:
 
 
 def first_parent(namespace: int) -> int:
-    """What a slot table has as parent of the first token of a sequence."""
+    """Return the parent that a slot table stores for the first token of a sequence of ``namespace``."""
     return -1 - namespace
 
 
 class Namespaces:
-    """A view of NAMESPACES_BYTES of shared memory at ``offset``; zeroed means none. Rank 0 alone writes."""
+    """The namespaces in NAMESPACES_BYTES of shared memory at ``offset``; none if zeroed. Only rank 0 writes."""
 
     def __init__(self, buffer: Any, offset: int, root: int) -> None:
         places = np.frombuffer(buffer, _PLACE, MOST_NAMESPACES, offset)
         self.seeds: Hashes = places["seed"]
-        """uint64[MOST_NAMESPACES], the live array; ``UNKNOWN`` where there is none. Not verified."""
+        """uint64[MOST_NAMESPACES], the live array, not verified; ``UNKNOWN`` for an empty place."""
         self._lengths, self._keys = places["length"], places["key"]
         self._root = root
         self._found: dict[Key, int] = {}
 
     def all(self) -> dict[int, Key]:
-        """Every namespace whose place verifies, by place."""
+        """Return the keys of all valid places, by place."""
         return {place: key for place in np.flatnonzero(self.seeds).tolist() if (key := self._key(place)) is not None}
 
     def find(self, key: Key) -> int | None:
-        """The place of a namespace that is there."""
+        """Return the place of a namespace, or None."""
         place = self._found.get(key)
         if place is None or self._key(place) != key:
             self._found = {found: place for place, found in self.all().items()}
         return self._found.get(key)
 
     def stores(self, place: int, key: Key) -> list[tuple[Any, Any, Any]]:
-        """What to store, in this order, to put a namespace in a place that nobody uses. ValueError: it is too long."""
+        """Return the stores, in order, that put a namespace in an unused place. Raises ValueError if it is too long."""
         encoded = msgspec.json.encode(key)
         if len(encoded) > _KEY_BYTES:
             raise ValueError(f"an extra key and cache salt of {len(encoded)} bytes, more than {_KEY_BYTES}")
@@ -98,7 +98,7 @@ class Namespaces:
 
 
 def namespaces_used(parents: Ids, hashes: Hashes) -> NDArray[np.bool_]:
-    """bool[MOST_NAMESPACES]: the namespaces in which a sequence begins."""
+    """Return bool[MOST_NAMESPACES]: the namespaces in which a sequence begins."""
     used = np.zeros(MOST_NAMESPACES, np.bool_)
     firsts = parents[(hashes != UNKNOWN) & (parents < 0) & (parents >= -MOST_NAMESPACES)]
     used[-1 - firsts] = True

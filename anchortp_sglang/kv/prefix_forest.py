@@ -1,8 +1,8 @@
-"""Which KV slots form intact token chains, and those chains: pure functions over the slot table's arrays.
+"""The prefix forest: KV slots that form intact token chains. Pure functions over the slot table's arrays.
 
-The arrays may hold anything (a process was killed while it wrote them, or they never were a slot table): only entries
-that agree with their parent, up to a root, count. Once verified, all roots are slot 0. Nothing here loops over slots in
-Python; ancestors are reached by pointer jumping, in log2(depth) rounds.
+The arrays may hold anything (a process was killed while it wrote them, or they never were a slot table): an entry is
+valid only if it agrees with its parent, and so on up to a root. Once verified, slot 0 stands for all roots. No function
+loops over slots in Python; ancestors are reached by pointer jumping, in log2(depth) rounds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOT = 0
 class Chain:
     """The KV slots of one token sequence, from its first token to a leaf of the prefix forest.
 
-    ``slots`` and ``tokens`` are int64[n], n >= 1. The first ``shared`` of the slots are in an earlier chain
-    of the same list as well. ``last_use`` is the step at which the leaf was committed.
+    ``slots`` and ``tokens`` are int64[n], n >= 1. The first ``shared`` slots are also in an earlier chain of the same
+    list. ``last_use``: the step at which the leaf was committed.
     """
 
     slots: Ids
@@ -38,13 +38,13 @@ class Chain:
 
 
 def verified_slots(hashes: Hashes, tokens: Ids, parents: Ids, root_hash: int, roots: Hashes) -> Mask:
-    """bool[slots]: each slot whose hash follows from its parent's, as do its ancestors', up to a root.
+    """Return bool[slots]: the slots whose hash, and whose ancestors' hashes up to a root, follow from their parent's.
 
-    Parent 0 stands for the root with ``root_hash``, parent -1 - n for the one with ``roots[n]``, if that is known.
+    Parent 0 is the root with ``root_hash``; parent -1 - n is the one with ``roots[n]``, if that is not ``UNKNOWN``.
     """
     known = np.flatnonzero(hashes)
     above = parents[known]
-    # As unsigned, a negative parent is out of range as well.
+    # As unsigned numbers, negative parents are out of range too.
     below_slot = above.view(np.uint64) < np.uint64(len(hashes))
     below_root = (above < 0) & (above >= -len(roots))
     usable = (known != ROOT) & (below_slot | below_root)
@@ -57,13 +57,13 @@ def verified_slots(hashes: Hashes, tokens: Ids, parents: Ids, root_hash: int, ro
 
 
 def closed(mask: Mask, parents: Ids) -> Mask:
-    """bool[slots]: the slots of ``mask`` whose ancestors, up to a root, are all in it. They must be verified."""
+    """Return bool[slots]: the slots of ``mask``, all verified, whose ancestors up to a root are in it too."""
     members = np.flatnonzero(mask)
     return _rooted(members, parents[members], len(mask))
 
 
 def newest_use(kept: Ids, parents: Ids, last_use: Ids) -> Ids:
-    """int64[slots]: the latest use (or highest rank) of a slot or of anything below it; 0 for those not ``kept``."""
+    """Return int64[slots]: the latest use of a slot or one of its descendants; 0 for slots not in ``kept``."""
     newest = np.zeros(len(parents), np.int64)
     newest[kept] = last_use[kept]
     up = np.zeros(len(parents), np.int64)
@@ -78,13 +78,13 @@ def newest_use(kept: Ids, parents: Ids, last_use: Ids) -> Ids:
 
 
 def _rooted(members: Ids, above: Ids, slots: int) -> Mask:
-    """bool[slots]: the members from which parents lead to the root, through members only."""
+    """Return bool[slots]: the members whose parents lead to the root through members only."""
     nowhere = slots
     up = np.full(slots + 1, nowhere, np.int64)
     up[ROOT] = ROOT
     up[members] = above
     climbing = members
-    # 2**rounds > slots: what climbs still after the last round goes round a cycle.
+    # 2**rounds > slots: a slot that has not arrived after the last round is in or below a cycle.
     for _ in range(slots.bit_length()):
         climbing = climbing[(up[climbing] != ROOT) & (up[climbing] != nowhere)]
         if not climbing.size:
@@ -96,13 +96,13 @@ def _rooted(members: Ids, above: Ids, slots: int) -> Mask:
 
 
 def chains_of(verified: Mask, tokens: Ids, parents: Ids, last_use: Ids) -> list[Chain]:
-    """One chain per leaf among the ``verified`` slots, least recently used first, ties by the leaf's slot."""
+    """Return a chain for each leaf of the ``verified`` slots, least recently used first, ties by the leaf's slot."""
     kept = np.flatnonzero(verified)
     leaves = _leaves(verified, kept, parents)
     leaves = leaves[np.argsort(last_use[leaves], kind="stable")]
     first_chain, depth = _first_chain_and_depth(kept, leaves, parents)
 
-    # Each slot is laid out once, with the first chain that holds it; later chains copy from that one.
+    # Each slot is laid out once, in the first chain that has it; later chains copy from there.
     own = np.bincount(first_chain[kept], minlength=len(leaves))
     shared = depth[leaves] - own
     ends = np.cumsum(own)
@@ -131,7 +131,7 @@ def _leaves(verified: Mask, kept: Ids, parents: Ids) -> Ids:
 
 
 def _first_chain_and_depth(kept: Ids, leaves: Ids, parents: Ids) -> tuple[Ids, Ids]:
-    """int64[slots] each: the lowest index in ``leaves`` below a slot, and its distance from the root."""
+    """Return int64[slots] each: the lowest index of a leaf below a slot, and the slot's distance from the root."""
     first_chain = np.full(len(parents), len(leaves), np.int64)
     first_chain[leaves] = np.arange(len(leaves))
     depth = np.zeros(len(parents), np.int64)

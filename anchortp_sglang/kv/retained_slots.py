@@ -1,7 +1,7 @@
-"""Which slots go over to the next generation, and under which numbers: pure functions over a slot table's entries.
+"""The slots that the next generation keeps, and their new numbers: pure functions over a slot table's entries.
 
-Every rank works this out for itself from the same shared memory and must come to the same result: nothing here depends
-on the rank. What is kept is closed under ancestors, in whole pages, and a copy is made before anything is looked at.
+Every rank computes them from the same shared memory and must get the same result, so nothing here depends on the rank.
+The kept slots are whole pages and include all their ancestors. Entries are copied before they are read.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["Entries", "RetainedSlots", "keep", "most_wanted"]
 
 
 Reason = Literal["broken_chain", "lost_with_device", "incomplete_page", "no_room"]
-"""Why a slot is not kept. What is above it is at least as good: that its parent is dropped is no reason of its own."""
+"""Why a slot is not kept. A dropped parent is no reason of its own: ancestors are kept at least as long."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The arrays of a slot table, one element a slot: ``hashes`` uint64, the others int64. ``step``: of its clock.
+    """The arrays of a slot table, an element for each slot: ``hashes`` uint64, the others int64. ``step``: its clock.
 
-    ``namespaces``: by place; parent -1 - place is the root of one, parent 0 the plain root.
+    ``namespaces``: keys by place. Parent -1 - place is the root of a namespace, parent 0 the plain root.
     """
 
     seed: int
@@ -42,38 +42,38 @@ class Entries:
 
     @cached_property
     def above(self) -> Ids:
-        """int64[slots]: parents, with slot 0 for every root."""
+        """int64[slots]: the parents, with slot 0 for all roots."""
         return np.maximum(self.parents, ROOT)
 
     def verified(self) -> Mask:
-        """bool[slots]: the slots whose whole chain, up to a root, is intact."""
+        """Return bool[slots]: the slots whose chain up to a root is intact."""
         roots = np.zeros(MOST_NAMESPACES, np.uint64)
         for place, key in self.namespaces.items():
             roots[place] = namespace_seed(self.seed, key)
         return verified_slots(self.hashes, self.tokens, self.parents, self.seed, roots)
 
     def intact_chains(self) -> list[Chain]:
-        """All intact chains, one for each leaf, oldest first; the same list for the same arrays.
+        """Return all intact chains, one for each leaf, oldest first. Equal arrays give equal lists.
 
-        Slots of equal content are told apart: chains may repeat each other's tokens in other slots.
+        Chains may have equal tokens in different slots.
         """
         return self.chains(self.verified())
 
     def chains(self, mask: Mask) -> list[Chain]:
-        """The chains that the slots of ``mask`` (verified, closed under ancestors) form, least recently used first."""
+        """Return the chains of ``mask`` (verified, closed under ancestors), least recently used first."""
         return chains_of(mask, self.tokens, self.above, self.last_use)
 
     def namespace(self, chain: Chain) -> Key:
-        """Of a chain's tokens."""
+        """Return the namespace of a chain."""
         parent = int(self.parents[chain.slots[0]])
         return PLAIN if parent == ROOT else self.namespaces[-1 - parent]
 
 
 @dataclass(frozen=True, eq=False)
 class RetainedSlots:
-    """``slots`` (int64[n], ascending) of the old generation are ``numbers`` (int64[n]) in the new one.
+    """The kept slots: ``slots`` (int64[n], ascending) of the old generation are ``numbers`` (int64[n]) in the new one.
 
-    ``entries``: of the new slot table. ``dropped``: how many other slots had an entry, by the reason.
+    ``entries``: those of the new slot table. ``dropped``: numbers of the other slots with an entry, by reason.
     """
 
     slots: Ids
@@ -82,13 +82,13 @@ class RetainedSlots:
     dropped: dict[Reason, int]
 
     def chains(self) -> list[Chain]:
-        """All kept chains in their new slots, least recently used first."""
+        """Return all kept chains in their new slots, least recently used first."""
         mask = np.zeros(len(self.entries.hashes), np.bool_)
         mask[self.numbers] = True
         return self.entries.chains(mask)
 
     def digest(self) -> str:
-        """Hex digest: ranks with one digest keep the same slots under the same numbers."""
+        """Return a hex digest: ranks with equal digests keep the same slots under the same numbers."""
         digest = hashlib.blake2b(digest_size=16)
         new = self.entries
         for column in (self.slots, self.numbers, new.hashes, new.tokens, new.parents, new.last_use):
@@ -97,12 +97,12 @@ class RetainedSlots:
 
 
 def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: Hashes | None = None) -> RetainedSlots:
-    """Choose from ``old``, of which only ``usable`` slots (bool[slots]; None: all) have their KV, for ``rows`` rows.
+    """Choose the slots of ``old`` to keep in ``rows`` rows. ``usable``: bool[slots] with their KV; None for all.
 
-    Of slots with equal chains one is kept, and the others' children hang on it. If fewer rows than before leave no room
-    for all, running requests come first, in the order in which ``running`` has the chain hashes of their tokens, then
-    what was used last; chains are cut at their ends. With fewer rows the slots get new numbers without gaps, in their
-    old order; else they keep theirs.
+    Of slots with equal chains one is kept, as the parent of all their children. If fewer rows than before have no room
+    for all, running requests come first, in the order of ``running`` (chain hashes of their tokens), then the slots
+    used last; chains are cut at their ends. With fewer rows the slots get new numbers without gaps, in their old order;
+    otherwise they keep their numbers.
     """
     dropped: dict[Reason, int] = {}
 
@@ -125,9 +125,9 @@ def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: 
 
 
 def _without_copies(mask: Mask, old: Entries, page_size: int) -> tuple[Mask, Entries]:
-    """The first of all pages of ``mask`` that hold equal chains, and entries that have its slots as parents.
+    """Return ``mask`` with one page of all that hold equal chains, and entries with its slots as parents.
 
-    Requests that computed the same prefix at the same time have slots of their own until the prefix tree frees them.
+    Requests that compute the same prefix at the same time have separate slots until the prefix tree frees them.
     """
     pages = np.flatnonzero(mask[page_size - 1 :: page_size])
     ends = old.hashes[page_size - 1 :: page_size][pages]
@@ -145,7 +145,7 @@ def _without_copies(mask: Mask, old: Entries, page_size: int) -> tuple[Mask, Ent
     parents[below] = first_slot[parents[below]]
     merged = replace(old, parents=parents)
     alone = mask & (first_slot == slots)
-    # Equal hashes say that chains are equal; equal tokens after equal parents prove it, from the roots down.
+    # Equal hashes suggest equal chains; equal tokens below equal parents, from the roots down, prove it.
     proven = (old.tokens == old.tokens[first_slot]) & (parents == parents[first_slot])
     if proven[mask].all():
         return alone, merged
@@ -153,7 +153,7 @@ def _without_copies(mask: Mask, old: Entries, page_size: int) -> tuple[Mask, Ent
 
 
 def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
-    """Slots of pages that are full and hold consecutive tokens, as the prefix tree wants them."""
+    """Return bool[slots]: the slots of full pages with consecutive tokens, as the prefix tree needs them."""
     pages = mask.reshape(-1, page_size)
     slots = np.arange(len(mask)).reshape(pages.shape)
     above = parents.reshape(pages.shape)
@@ -164,16 +164,16 @@ def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
 
 
 def most_wanted(old: Entries, mask: Mask, capacity: int, page_size: int, running: Hashes | None = None) -> Mask:
-    """At most ``capacity`` slots of ``mask``, the most urgent ones; ``running``: as in ``keep``.
+    """Return bool[slots]: the most urgent slots of ``mask``, at most ``capacity``. ``running``: as in ``keep``.
 
-    ``mask`` is closed under ancestors, and so is the result: what is above a slot is at least as urgent. One chain is
-    taken whole before the next, rather than a part of each.
+    ``mask`` is closed under ancestors, and so is the result: a slot's ancestors are at least as urgent. One chain is
+    taken whole before the next, instead of a part of each.
     """
     slots = np.flatnonzero(mask)
     if len(slots) <= capacity:
         return mask
     depth = _depth(slots, old.above)
-    # Unique, so that what hangs together has one rank, its best one, and goes together.
+    # Priorities are unique, and each slot gets the best among its descendants: chains stay together.
     ranks = np.zeros(len(mask), np.int64)
     ranks[slots[np.lexsort((depth[slots], _urgency(old, running)[slots]))]] = np.arange(1, len(slots) + 1)
     best = newest_use(slots, old.above, ranks)
@@ -186,7 +186,7 @@ def most_wanted(old: Entries, mask: Mask, capacity: int, page_size: int, running
 
 
 def _urgency(old: Entries, running: Hashes | None) -> Ids:
-    """int64[slots]: the step of the last use; beyond all steps for running requests, the first of them most."""
+    """Return int64[slots]: the step of the last use, or more than any step for running requests, most for the first."""
     urgency = old.last_use.copy()
     if running is None or not running.size:
         return urgency
@@ -198,7 +198,7 @@ def _urgency(old: Entries, running: Hashes | None) -> Ids:
 
 
 def _depth(slots: Ids, parents: Ids) -> Ids:
-    """int64[slots]: tokens from the root to each of ``slots``."""
+    """Return int64[slots]: the number of tokens from the root to each of ``slots``."""
     depth = np.zeros(len(parents), np.int64)
     depth[slots] = 1
     up = np.zeros(len(parents), np.int64)
@@ -212,7 +212,7 @@ def _depth(slots: Ids, parents: Ids) -> Ids:
 
 
 def _dense(slots: Ids, page_size: int) -> Ids:
-    """New numbers without gaps, from the first page after the padding on."""
+    """Return new numbers without gaps, from the first page after the padding on."""
     return page_size + np.arange(len(slots), dtype=np.int64)
 
 

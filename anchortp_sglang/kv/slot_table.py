@@ -1,17 +1,16 @@
-"""What each KV slot holds, in shared memory, readable after all ranks were killed at any instant.
+"""The slot table: the content of each KV slot, in shared memory, readable after all ranks were killed at any instant.
 
-Four arrays over the slots (chain hash, token, parent slot, step of last use) behind a small header. Rank 0
-alone writes; the next generation reads, once all old ranks are dead. There is no journal: an entry counts if
-its hash follows from its own token and its parent's hash, up to the root, and is dropped otherwise. Three rules
-make that safe:
+It has four arrays over the slots (chain hash, token, parent slot, step of last use) behind a small header. Only rank 0
+writes; the next generation reads once all old ranks are dead. There is no journal: an entry is valid if its hash
+follows from its token and its parent's hash, and so on up to a root; others are dropped. Three rules make this safe:
 
 - a slot is invalidated when it is freed, hence before any rank can write other KV to it;
-- a slot is committed once its KV is written completely, while its request still owns it; within a commit the
-  hash is stored last, and any older hash is cleared first;
-- where two slots hold equal chains and one is freed, what follows it is moved below the other one first.
+- a slot is committed once its KV is complete, while its request still owns it; within a commit any older hash is
+  cleared first, and the new hash is stored last;
+- if two slots hold equal chains and one is freed, its children are first moved below the other.
 
 Slot 0 is SGLang's padding slot: it never holds an entry; as a parent it means "first token of a sequence". Sequences
-with an extra key or cache salt have roots of their own (``namespaces.py``), as negative parents.
+with an extra key or cache salt have their own roots (``namespaces.py``), as negative parents.
 """
 
 from __future__ import annotations
@@ -59,21 +58,21 @@ _STEP_LIMIT = 1 << 62
 
 
 class SlotTableMismatch(Exception):
-    """The buffer holds no slot table of this size and namespace: its content is useless, create a new one."""
+    """The buffer holds no slot table of this size and namespace; create a new one."""
 
 
 class SlotTable:
     """A slot table over ``slots`` KV slots (ids 0 to slots-1) in a buffer of ``nbytes(slots)`` bytes or more.
 
-    Use ``create`` or ``attach``. The arrays are views of the buffer, so an mmap cannot be closed before the
-    table is gone. A read-only buffer will do for reading. Slot arrays hold int64 ids; one outside [0, slots)
-    is a ValueError, and nothing is written.
+    Use ``create`` or ``attach``. The arrays are views of the buffer: an mmap cannot be closed while the table exists.
+    Readers may have a read-only buffer. Slot arrays hold int64 ids; for one outside [0, slots) ValueError is raised and
+    nothing is written.
     """
 
     def __init__(self, buffer: Buffer, slots: int, seed: int) -> None:
         self._header = np.frombuffer(buffer, np.uint64, _HEADER_WORDS)
         arrays = np.frombuffer(buffer, np.int64, 4 * slots, _HEADER_WORDS * _WORD).reshape(4, slots)
-        # The root's hash is kept in the otherwise unused entry of slot 0: commits need no case for it.
+        # Slot 0, which has no entry, holds the root's hash, so that commits need no special case.
         self._hash: Hashes = arrays[0].view(np.uint64)
         self._token, self._parent, self._last_use = arrays[1], arrays[2], arrays[3]
         self._plain = tuple(memoryview(column) for column in (self._header, self._hash, *arrays[1:]))
@@ -84,14 +83,14 @@ class SlotTable:
 
     @staticmethod
     def nbytes(slots: int) -> int:
-        """Bytes of shared memory for a table over ``slots`` slots, the padding slot included; slots >= 1."""
+        """Return the bytes of shared memory for ``slots`` >= 1 slots, the padding slot included."""
         if slots < 1:
             raise ValueError(f"a slot table needs at least the padding slot, not {slots} slots")
         return _WORD * (_HEADER_WORDS + 4 * slots) + NAMESPACES_BYTES
 
     @classmethod
     def create(cls, buffer: Buffer, slots: int, namespace: bytes) -> SlotTable:
-        """Make an empty table of whatever is in the buffer. ValueError if the buffer is too small."""
+        """Make an empty table, whatever the buffer holds. Raises ValueError if it is too small."""
         have, need = memoryview(buffer).nbytes, cls.nbytes(slots)
         if have < need:
             raise ValueError(f"a slot table of {slots} slots needs {need} bytes, the buffer has {have}")
@@ -101,7 +100,7 @@ class SlotTable:
 
     @classmethod
     def attach(cls, buffer: Buffer, slots: int, namespace: bytes) -> SlotTable:
-        """Use the table that another process left; SlotTableMismatch if it does not fit the arguments."""
+        """Return the table that another process left. Raises SlotTableMismatch if it does not fit the arguments."""
         have, need = memoryview(buffer).nbytes, cls.nbytes(slots)
         if have < need:
             raise SlotTableMismatch(f"a slot table of {slots} slots has {need} bytes, this buffer only {have}")
@@ -111,12 +110,12 @@ class SlotTable:
 
     @property
     def slots(self) -> int:
-        """How many slots there are, the padding slot included."""
+        """Number of slots, the padding slot included."""
         return self._slots
 
     @property
     def step(self) -> int:
-        """Grows with each commit."""
+        """The table's clock, which grows with each commit."""
         return int(self._header[_STEP])
 
     @property
@@ -125,7 +124,7 @@ class SlotTable:
         return self._hash
 
     def used(self) -> int:
-        """How many slots have an entry now."""
+        """Return the number of slots with an entry."""
         return int(np.count_nonzero(self._hash)) - 1  # the root has one too
 
     @property
@@ -139,13 +138,13 @@ class SlotTable:
         return self._last_use
 
     def entries(self) -> Entries:
-        """A copy of all entries, as they are now."""
+        """Return a copy of all entries."""
         tokens, parents, last_use = (column.copy() for column in (self._token, self._parent, self._last_use))
         namespaces = self._namespaces.all()
         return Entries(self._seed, self.step, self._hash.copy(), tokens, parents, last_use, namespaces)
 
     def write_entries(self, entries: Entries) -> None:
-        """Fill a new, empty table; ``entries`` must have as many slots."""
+        """Fill a new, empty table. ``entries`` must have the same number of slots."""
         known = np.flatnonzero(entries.hashes)
         known = known[known != ROOT]
         for place, key in entries.namespaces.items():
@@ -161,8 +160,10 @@ class SlotTable:
         )
 
     def root_of(self, key: Key) -> int | None:
-        """The ``parent_slot`` of a sequence's first token in a namespace; None if there is no place for it, or its key
-        is too long: its tokens then cannot be entered."""
+        """Return the ``parent_slot`` of a namespace's first tokens; enter the namespace if it is new.
+
+        None if there is no place for it or its key is too long: its tokens then cannot be entered.
+        """
         if key == PLAIN:
             return ROOT
         place = self._namespaces.find(key)
@@ -178,15 +179,15 @@ class SlotTable:
         return first_parent(place)
 
     def invalidate(self, slots: ArrayLike) -> None:
-        """Forget slots (int64[n]) just freed, before anybody can have them anew; padding is ignored."""
+        """Remove the entries of slots (int64[n]) just freed, before they are allocated again; padding is ignored."""
         ids = self._checked(slots)
         _apply([(self._hash, ids[ids != ROOT], UNKNOWN)])
 
     def move_below(self, slots: ArrayLike, parents: ArrayLike) -> None:
-        """Hang entries on other slots (int64[n] each) that hold the same chain as their parents do.
+        """Give ``slots`` new ``parents`` (int64[n] each) that hold the same chains as their old ones.
 
-        A kill between two of them is harmless, as a slot has one intact parent or the other. An entry stays where it is
-        if its hash does not follow from the new parent.
+        A kill between two of them is harmless, as either parent is intact. A slot keeps its parent if its hash does not
+        follow from the new one.
         """
         ids, above = self._checked(slots), self._checked(parents)
         follows = child_hashes(self._hash[above], self._token[ids]) == self._hash[ids]
@@ -194,10 +195,11 @@ class SlotTable:
         _apply([(self._parent, ids[follows], above[follows])])
 
     def commit_run(self, slots: ArrayLike, tokens: ArrayLike, parent_slot: int) -> bool:
-        """Record an extend of one request: the KV of ``tokens`` is completely in ``slots``; int64[n] each.
+        """Record an extend of one request: ``slots`` hold the complete KV of ``tokens`` (int64[n] each).
 
-        ``parent_slot`` holds the token before the first; if there is none it is 0, or what ``root_of`` says. False,
-        with nothing written, if that slot's content is unknown. Slot 0 in ``slots`` is a ValueError.
+        ``parent_slot`` holds the token before the first; for the first token of a sequence it is 0 or ``root_of`` its
+        namespace. Returns False, with nothing written, if that slot has no entry. Raises ValueError for slot 0 in
+        ``slots``.
         """
         ids = self._checked(slots)
         is_root = -MOST_NAMESPACES <= parent_slot < ROOT
@@ -216,10 +218,10 @@ class SlotTable:
         return True
 
     def commit_step(self, slots: ArrayLike, tokens: ArrayLike, parents: ArrayLike) -> None:
-        """Record a decode step: one token per request, its KV complete; int64[batch] each.
+        """Record a decode step with complete KV: one token for each request (int64[batch] each).
 
-        ``parents`` are the slots of the tokens before, none of them in ``slots``. Entries whose parent is
-        unknown, and padding (slot 0), are skipped.
+        ``parents`` are the slots of the tokens before; none is in ``slots``. Tokens whose parent has no entry, and
+        padding (slot 0), are skipped.
         """
         ids, its_tokens, above = self._checked(slots), np.asarray(tokens, np.int64), self._checked(parents)
         _check_lengths(ids, its_tokens, above)
@@ -233,10 +235,10 @@ class SlotTable:
             _apply(self._commit_stores(ids, its_tokens, above, hashes))
 
     def commit_tokens(self, entries: Iterable[tuple[int, int, int]]) -> None:
-        """``commit_step`` in plain integers: (slot, token, parent) of each request.
+        """Record a decode step as ``commit_step`` does, in plain integers: (slot, token, parent) of each request.
 
-        For a small batch this is several times as fast: numpy's calls cost most when a forward pass has just
-        displaced them from the processor's caches.
+        For a small batch this is several times faster: numpy's calls are slow after a forward pass has displaced them
+        from the processor's caches.
         """
         header, hashes, _, _, _ = self._plain
         limit, found = self._slots, []
@@ -250,11 +252,11 @@ class SlotTable:
             _enter(self._plain, header[_STEP] + 1, found)
 
     def retained_slots(self) -> Ids:
-        """int64[n], ascending: the slots of all intact chains."""
+        """Return int64[n], ascending: the slots of all intact chains."""
         return np.flatnonzero(self.entries().verified())
 
     def _create_stores(self) -> list[Store]:
-        # The magic goes first and comes back last: a table torn by a kill here is refused by attach.
+        # The magic is cleared first and set last, so that attach refuses a table that a kill left unfinished.
         return [
             (self._header, slice(None), 0),
             (self._hash, slice(None), UNKNOWN),
@@ -268,12 +270,12 @@ class SlotTable:
         ]
 
     def _commit_stores(self, slots: Ids, tokens: Ids, parents: Ids, hashes: Hashes) -> list[Store]:
-        """The stores of a commit, in an order in which it may be cut off anywhere."""
+        """Return the stores of a commit in crash-safe order: a kill between any two leaves the table valid."""
         step = int(self._header[_STEP]) + 1
         stores: list[Store] = [(self._header, _STEP, step)]
         held = self._hash[slots]
         if np.count_nonzero(held):
-            # An entry that stays as it is keeps its hash throughout: its descendants hang on it.
+            # An unchanged entry keeps its hash throughout, as its descendants depend on it.
             same = (held == hashes) & (self._token[slots] == tokens) & (self._parent[slots] == parents)
             stores.append((self._last_use, slots[same], step))
             slots, tokens, parents, hashes = slots[~same], tokens[~same], parents[~same], hashes[~same]
@@ -295,7 +297,7 @@ class SlotTable:
 
     def _checked(self, slots: ArrayLike) -> Ids:
         ids = np.asarray(slots, np.int64)
-        # As unsigned, a negative id is too large as well.
+        # As unsigned numbers, negative ids are too large too.
         if ids.size and ids.view(np.uint64).max() >= self._slots:
             raise ValueError(f"slot ids {ids.min()}..{ids.max()} are not all within [0, {self._slots})")
         return ids
@@ -307,7 +309,7 @@ def _check_lengths(slots: Ids, tokens: Ids, parents: Ids) -> None:
 
 
 def _enter(columns: Sequence[memoryview], step: int, entries: Sequence[tuple[int, int, int, int]]) -> None:
-    """``_commit_stores`` of a few tokens (slot, token, parent, hash), carried out at once."""
+    """Commit a few tokens (slot, token, parent, hash) in the order of ``_commit_stores``."""
     header, hashes, tokens, parents, last_use = columns
     header[_STEP] = step
     for slot, token, parent, own in entries:
@@ -322,6 +324,6 @@ def _enter(columns: Sequence[memoryview], step: int, entries: Sequence[tuple[int
 
 
 def _apply(stores: Sequence[Store]) -> None:
-    """Carry out stores in order. Nothing but this and ``_enter`` writes to the shared memory."""
+    """Carry out stores in order. Only this and ``_enter`` write to the shared memory."""
     for array, where, value in stores:
         array[where] = value

@@ -1,8 +1,8 @@
 """Memory that outlives the process using it: named segments, each backed by a memfd.
 
-A segment's bytes exist as long as anybody holds its file descriptor or a mapping of it. Sizes are fixed by
-seals when the segment is made, so nobody can shrink it under another process's mapping. ``seal_read_only``
-forbids every new way of writing; mappings made before stay writable until their process unmaps them or dies.
+A segment's bytes exist as long as a process holds its file descriptor or a mapping of it. Seals fix its size when it is
+made, so no process can shrink it under another's mapping. ``seal_read_only`` forbids new writable handles and mappings;
+earlier mappings stay writable until their process unmaps them or dies.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _libc.mmap.argtypes = (
 
 
 class ArenaError(Exception):
-    """A memory segment could not be made or taken."""
+    """A memory segment could not be created or adopted."""
 
 
 class MemoryExhausted(ArenaError):
@@ -61,11 +61,11 @@ class MemoryExhausted(ArenaError):
 
 
 class BadHandle(ArenaError):
-    """A file descriptor is not a segment of the promised size and protection."""
+    """A file descriptor is not a segment of the claimed size and protection."""
 
 
 class HandleFacts(NamedTuple):
-    """What a segment's file descriptor says of itself; handles with the same ``inode`` are one segment."""
+    """Facts read from a segment's file descriptor. Handles with equal ``inode`` belong to one segment."""
 
     nbytes: int
     sealed: bool
@@ -73,7 +73,7 @@ class HandleFacts(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Bytes of a segment, whole pages, to be mapped."""
+    """Part of a segment to be mapped: whole pages, in bytes."""
 
     fd: int
     offset: int
@@ -82,42 +82,42 @@ class Part(NamedTuple):
 
 
 class Arena(Protocol):
-    """The segments one anchor holds, by name, on whatever its device is made of.
+    """The segments that one anchor holds on its device, by name.
 
-    A segment's handle is a file descriptor, passed on by SCM_RIGHTS. ``MemfdArena`` below, and for GPUs
-    ``cuda_vmm.VmmArena`` and ``cuda_ipc.IpcArena``.
+    A segment's handle is a file descriptor, passed on by SCM_RIGHTS. Implemented by ``MemfdArena`` below, and for GPUs
+    by ``cuda_vmm.VmmArena`` and ``cuda_ipc.IpcArena``.
     """
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment. ``MemoryExhausted`` if there is no room for it."""
+        """Make and keep a new segment. Raises ``MemoryExhausted`` if there is no room for it."""
 
     def verify(self, fd: int, nbytes: int, sealed: bool) -> bool:
-        """That ``fd``, which somebody gives back, is a segment as he describes it, as far as it can be told.
+        """Check, as far as possible, that a returned ``fd`` is the segment it is claimed to be.
 
-        Returns whether it is sealed; ``BadHandle`` if it is something else.
+        Returns whether it is sealed. Raises ``BadHandle`` if it is something else.
         """
 
     def adopt(self, name: str, fd: int, nbytes: int) -> None:
-        """Keep a duplicate of ``fd``; no-op if it is held already. ``BadHandle`` if it is something else."""
+        """Keep a duplicate of ``fd``, unless it is held already. Raises ``BadHandle`` if it is something else."""
 
     def seal(self, name: str) -> None:
-        """Nobody is to write to the segment from now on, but through mappings made before."""
+        """Make the segment read-only, except through existing mappings."""
 
     def open(self, name: str) -> int:
-        """A new handle of the segment; the caller closes it."""
+        """Return a new handle of the segment; the caller closes it."""
 
     def close(self, name: str) -> None:
-        """Let go of the segment."""
+        """Release the segment."""
 
     def close_all(self) -> None:
-        """Let go of everything."""
+        """Release all segments."""
 
     def resident_bytes(self, name: str) -> int:
-        """Bytes of the segment that occupy memory now."""
+        """Return the bytes of the segment that occupy memory now."""
 
 
 def available_bytes() -> int:
-    """Bytes this process's machine, or its container (cgroup v2), could still give out without swapping."""
+    """Return the bytes that the machine, or this process's container (cgroup v2), has free without swapping."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     container = _cgroup_available_bytes()
@@ -142,11 +142,11 @@ def _read_cgroup(name: str) -> str:
 
 
 def create_memfd(name: str, nbytes: int, *, lazy: bool = False, promised_bytes: int = 0) -> int:
-    """A new memfd of exactly ``nbytes`` zero bytes that can neither grow nor shrink; the caller closes it.
+    """Make a memfd of ``nbytes`` zero bytes that can neither grow nor shrink; the caller closes it.
 
-    Pages are taken when they are first touched. Unless ``lazy`` (a segment that will mostly stay untouched),
-    the machine must have ``nbytes`` available besides ``promised_bytes``, which earlier segments will still
-    touch: ``MemoryExhausted`` otherwise.
+    A page is allocated when first touched. Unless ``lazy`` (the segment stays mostly untouched), the machine must have
+    ``nbytes`` available besides ``promised_bytes``, which earlier segments will still touch; otherwise
+    ``MemoryExhausted`` is raised.
     """
     if not lazy:
         available = available_bytes() - promised_bytes
@@ -166,9 +166,9 @@ def create_memfd(name: str, nbytes: int, *, lazy: bool = False, promised_bytes: 
 
 
 def map_fd(fd: int, nbytes: int, writable: bool) -> mmap.mmap:
-    """Map a whole segment, shared. ``PermissionError`` if ``writable`` is asked of a sealed one.
+    """Map a whole segment, shared. Raises ``PermissionError`` if a sealed one is to be ``writable``.
 
-    The mapping keeps the memory alive by itself: ``fd`` may be closed afterwards.
+    The mapping keeps the memory alive; ``fd`` may be closed afterwards.
     """
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
@@ -178,8 +178,10 @@ def map_fd(fd: int, nbytes: int, writable: bool) -> mmap.mmap:
 
 
 def map_together(parts: Sequence[Part]) -> mmap.mmap:
-    """Map parts of segments one after the other, shared, as one run of memory. What is not ``writable`` must not be
-    written to, whatever the mapping says. ``OSError`` if a part cannot be mapped so."""
+    """Map parts of segments one after the other, shared, as one run of memory. Raises ``OSError`` if a part cannot be.
+
+    The caller must not write to parts that are not ``writable``, although the mapping object allows it.
+    """
     nbytes = sum(part.nbytes for part in parts)
     whole = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(whole))
@@ -194,18 +196,18 @@ def map_together(parts: Sequence[Part]) -> mmap.mmap:
 
 
 def seal_read_only(fd: int) -> None:
-    """From now on no handle of this segment can be written to or mapped writable; existing mappings stay."""
+    """Make all handles of this segment read-only: no write, no writable mapping. Existing mappings stay."""
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _READ_ONLY_SEALS:  # a handle of a sealed one may be read-only: EPERM
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
 
 
 def resident_bytes(fd: int) -> int:
-    """Bytes of the segment that occupy memory (or swap) now: its touched pages."""
+    """Return the bytes of the segment that occupy memory (or swap) now: its touched pages."""
     return os.fstat(fd).st_blocks * _BLOCK_BYTES
 
 
 def inspect_handle(fd: int) -> HandleFacts:
-    """Check that ``fd`` is a segment as ``create_memfd`` makes them; ``BadHandle`` if not."""
+    """Read the facts of a segment made by ``create_memfd``. Raises ``BadHandle`` if ``fd`` is something else."""
     try:
         # Asked first: it answers without touching a file system, which for a foreign fd might block.
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -221,28 +223,28 @@ def inspect_handle(fd: int) -> HandleFacts:
 
 
 class MemfdArena:
-    """The segments one anchor holds, by name; never mapped, so they do not count as its resident memory."""
+    """Memfd segments of one anchor, by name; never mapped, so they do not count as its resident memory."""
 
     def __init__(self) -> None:
         self._fds: dict[str, int] = {}
         self._lazy: set[str] = set()
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment; errors as in ``create_memfd``."""
+        """Make and keep a new segment. Raises like ``create_memfd``."""
         promised = 0 if lazy else self._promised_bytes()
         self._keep(name, create_memfd(name, nbytes, lazy=lazy, promised_bytes=promised), lazy)
 
     def verify(self, fd: int, nbytes: int, sealed: bool) -> bool:
-        """Check ``fd`` by ``inspect_handle`` against what its giver says; whether it is sealed by now."""
+        """Compare ``inspect_handle`` of ``fd`` with the claims; return whether it is sealed by now."""
         facts = inspect_handle(fd)
         if facts.nbytes != nbytes or (sealed and not facts.sealed):
             raise BadHandle(f"the handle has {facts.nbytes} bytes, sealed: {facts.sealed}, unlike the message")
         return facts.sealed
 
     def adopt(self, name: str, fd: int, nbytes: int) -> None:
-        """Keep a duplicate of ``fd``, checked by ``inspect_handle``; no-op if it is held already.
+        """Keep a duplicate of ``fd``, checked by ``inspect_handle``, unless it is held already.
 
-        ``BadHandle`` if another segment is held under this name.
+        Raises ``BadHandle`` if another segment has this name.
         """
         facts = inspect_handle(fd)
         if name not in self._fds:
@@ -251,11 +253,11 @@ class MemfdArena:
             raise BadHandle(f"another segment is already held as {name!r}")
 
     def seal(self, name: str) -> None:
-        """``seal_read_only`` on the segment."""
+        """Make the segment read-only by ``seal_read_only``."""
         seal_read_only(self._fds[name])
 
     def open(self, name: str) -> int:
-        """A new fd of the segment, opened read-only where it is sealed; the caller closes it."""
+        """Return a new fd of the segment, read-only if it is sealed; the caller closes it."""
         fd = self._fds[name]
         if inspect_handle(fd).sealed:
             try:
@@ -265,17 +267,17 @@ class MemfdArena:
         return os.dup(fd)
 
     def close(self, name: str) -> None:
-        """Let go of the segment; its bytes are freed once nobody else holds it."""
+        """Release the segment; its bytes are freed once no other process holds it."""
         os.close(self._fds.pop(name))
         self._lazy.discard(name)
 
     def close_all(self) -> None:
-        """Let go of everything."""
+        """Release all segments."""
         for name in list(self._fds):
             self.close(name)
 
     def resident_bytes(self, name: str) -> int:
-        """``resident_bytes`` of the segment."""
+        """Return the segment's touched bytes, as ``resident_bytes`` does."""
         return resident_bytes(self._fds[name])
 
     def _keep(self, name: str, fd: int, lazy: bool) -> None:

@@ -1,6 +1,6 @@
-"""The CUDA driver, as far as anchors and ranks call it themselves: checked calls, and devices by UUID.
+"""Calls of the CUDA driver by anchors and ranks, with checked results, and devices by UUID.
 
-No function here makes a context. Nor do those of cuda_vmm.py need one: cuda.h lists CUDA_ERROR_INVALID_CONTEXT for no
+No function here makes a context, and those of cuda_vmm.py need none: cuda.h lists CUDA_ERROR_INVALID_CONTEXT for no
 memory call made there.
 """
 
@@ -14,11 +14,11 @@ from anchortp_sglang.memory.arena import ArenaError
 __all__ = ["CudaError", "call", "device_by_uuid", "free_bytes", "round_up"]
 
 UNSUPPORTED = ("CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_PERMITTED", "CUDA_ERROR_INVALID_VALUE")
-"""What the driver may answer to a request that this machine's driver, container or GPU does not allow."""
+"""The driver's errors for a request that this machine's driver, container or GPU does not allow."""
 
 
 class CudaError(ArenaError):
-    """A driver call failed. ``name``: the CUresult's, e.g. CUDA_ERROR_OUT_OF_MEMORY."""
+    """A driver call failed. ``name``: that of its CUresult, for example CUDA_ERROR_OUT_OF_MEMORY."""
 
     def __init__(self, function: str, name: str) -> None:
         super().__init__(f"{function}: {name}")
@@ -27,7 +27,7 @@ class CudaError(ArenaError):
 
 @functools.cache
 def bindings() -> Any:
-    """``cuda.bindings.driver``; imported late, as CPU machines need not have it."""
+    """Import ``cuda.bindings.driver``, which a CPU machine need not have."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -36,7 +36,7 @@ def bindings() -> Any:
 
 
 def call(function: str, *args: Any) -> Any:
-    """Call a driver function; its one result, or None. ``CudaError`` if it fails."""
+    """Call a driver function and return its result, if it has one. Raises ``CudaError`` if it fails."""
     driver = bindings()
     try:
         error, *results = getattr(driver, function)(*args)
@@ -48,7 +48,7 @@ def call(function: str, *args: Any) -> Any:
 
 
 def device_by_uuid(uuid: str) -> int:
-    """The ordinal, in this process, of the GPU with this UUID. ``ArenaError`` if it is not among the visible."""
+    """Return a GPU's ordinal in this process by its UUID. Raises ``ArenaError`` if it is not visible."""
     call("cuInit", 0)
     found = []
     for ordinal in range(call("cuDeviceGetCount")):
@@ -64,7 +64,7 @@ def _format_uuid(raw: bytes) -> str:
 
 
 def free_bytes(uuid: str) -> int:
-    """Free memory of the GPU, by NVML: asking the driver (cuMemGetInfo) would need a context."""
+    """Return the GPU's free bytes by NVML, as the driver's cuMemGetInfo needs a context."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -75,5 +75,5 @@ def free_bytes(uuid: str) -> int:
 
 
 def round_up(nbytes: int, granularity: int) -> int:
-    """To a multiple of ``granularity``."""
+    """Round up to a multiple of ``granularity``."""
     return -(-nbytes // granularity) * granularity

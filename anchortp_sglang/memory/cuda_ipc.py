@@ -1,7 +1,7 @@
-"""GPU memory shared by CUDA IPC: for machines whose driver does not export VMM allocations (cuda_vmm).
+"""GPU memory shared by CUDA IPC, for machines whose driver does not export VMM allocations (cuda_vmm).
 
-The arena here has a context and owns its segments by itself: they end with its process, whoever has them mapped. A
-segment's handle travels as a memfd that holds the 64 bytes of a CUipcMemHandle, over the same socket as any other.
+The arena here has a context and owns its segments: they end with its process, even while others have them mapped. A
+segment's handle is a memfd with the 64 bytes of a CUipcMemHandle, sent over the same socket as any other.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 
 @dataclass(frozen=True)
 class IpcMapping:
-    """Device memory of another process, mapped into this one at ``address``, until ``unmap``."""
+    """Device memory of another process, mapped into this one at ``address`` until ``unmap``."""
 
     address: int
     nbytes: int
 
     def unmap(self) -> None:
-        """Nothing may use the addresses any more."""
+        """End the mapping. Nothing may use its addresses any more."""
         call("cuIpcCloseMemHandle", self.address)
 
 
 def map_fd(fd: int, nbytes: int, device: int, writable: bool) -> IpcMapping:
-    """Map a segment for use by ``device`` (an ordinal). Always writable: IPC knows no protection."""
+    """Map a segment for ``device`` (an ordinal). It is always writable, as IPC has no protection."""
     _use_primary_context(device)
     handle = bindings().CUipcMemHandle()
     ctypes.memmove(handle.getPtr(), os.pread(fd, _HANDLE_BYTES, 0), _HANDLE_BYTES)
@@ -42,7 +42,7 @@ def map_fd(fd: int, nbytes: int, device: int, writable: bool) -> IpcMapping:
 
 
 class IpcArena:
-    """The segments that one anchor holds on a GPU, by name, within its budget."""
+    """CUDA IPC segments of one anchor on a GPU, by name, within its budget."""
 
     def __init__(self, gpu: GpuShare) -> None:
         self._gpu = gpu
@@ -52,7 +52,7 @@ class IpcArena:
         self._handles: dict[str, int] = {}
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment. ``lazy`` changes nothing: device memory is taken at once."""
+        """Make and keep a new segment. ``lazy`` is ignored, as device memory is allocated at once."""
         room = self._gpu.budget_bytes - sum(self._sizes.values())
         if nbytes > room:
             raise MemoryExhausted(f"segment {name!r} needs {nbytes} bytes, {room} are left on {self._gpu.uuid}")
@@ -68,33 +68,33 @@ class IpcArena:
         self._addresses[name], self._sizes[name], self._handles[name] = address, nbytes, handle
 
     def verify(self, fd: int, nbytes: int, sealed: bool) -> NoReturn:
-        """Refused: what another anchor owned is gone."""
+        """Raise BadHandle: segments end with the anchor that made them."""
         raise BadHandle("memory shared by CUDA IPC ends with its anchor and cannot be given back")
 
     def adopt(self, name: str, fd: int, nbytes: int) -> NoReturn:
-        """Refused, as in ``verify``."""
+        """Raise BadHandle, as ``verify`` does."""
         self.verify(fd, nbytes, False)
 
     def seal(self, name: str) -> None:
-        """Nothing to be done: IPC knows no protection."""
+        """Do nothing, as IPC has no protection."""
 
     def open(self, name: str) -> int:
-        """A new fd of the memfd that holds the segment's IPC handle; the caller closes it."""
+        """Return a new fd of the memfd with the segment's IPC handle; the caller closes it."""
         return os.dup(self._handles[name])
 
     def close(self, name: str) -> None:
-        """Free the segment, also under whoever has it mapped."""
+        """Free the segment, even while other processes have it mapped."""
         call("cuMemFree", self._addresses.pop(name))
         os.close(self._handles.pop(name))
         del self._sizes[name]
 
     def close_all(self) -> None:
-        """Free everything."""
+        """Free all segments."""
         for name in list(self._addresses):
             self.close(name)
 
     def resident_bytes(self, name: str) -> int:
-        """All of it, from the start."""
+        """Return the segment's size, as all of it is allocated at once."""
         return self._sizes[name]
 
 

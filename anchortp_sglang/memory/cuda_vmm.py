@@ -1,11 +1,11 @@
 """GPU memory that outlives the process using it: segments made by the driver's virtual memory management (VMM).
 
 A segment is one physical allocation (cuMemCreate), held as the POSIX file descriptor it was exported to. Its bytes
-exist as long as anybody holds such a descriptor, a handle or a mapping (cuMemRelease in cuda.h), so an anchor keeps
-descriptors only, like those of memfds, and never maps anything.
+exist as long as a process holds such a descriptor, a handle or a mapping (cuMemRelease in cuda.h). So an anchor keeps
+only descriptors, as it does of memfds, and never maps them.
 
-Unlike a memfd, a segment is not zeroed, takes its memory at once, and cannot be sealed: readers map it read-only, but
-nothing keeps a holder of the descriptor from mapping it writable.
+Unlike a memfd, a segment is not zeroed, takes its memory at once, and cannot be sealed: readers map it read-only, but a
+holder of the descriptor could map it writable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Mapping", "VmmArena", "create", "map_fd"]
 
 
 def create(device: int, nbytes: int) -> int:
-    """A descriptor of ``nbytes`` of memory, rounded up to the granularity, on a device (an ordinal)."""
+    """Allocate ``nbytes``, rounded up to the granularity, on ``device`` (an ordinal); return a descriptor."""
     properties = _properties(device)
     handle = call("cuMemCreate", round_up(nbytes, _granularity(properties)), properties, 0)
     try:
@@ -43,22 +43,22 @@ def create(device: int, nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Mapping:
-    """Device memory mapped into this process: [address, address + nbytes), until ``unmap``."""
+    """Device memory mapped into this process at [address, address + nbytes) until ``unmap``."""
 
     address: int
     nbytes: int
 
     def unmap(self) -> None:
-        """Nothing may use the addresses any more; the caller has waited for what did."""
+        """End the mapping. The caller has waited for all work that uses its addresses."""
         call("cuMemUnmap", self.address, self.nbytes)
         call("cuMemAddressFree", self.address, self.nbytes)
 
 
 def map_fd(fd: int, nbytes: int, device: int, writable: bool) -> Mapping:
-    """Map a whole segment for use by ``device`` (an ordinal), be it that device's memory or a peer's.
+    """Map a whole segment, of this device or a peer, for ``device`` (an ordinal).
 
-    Always whole: "offset … currently must be zero" (cuMemMap in cuda.h). Parts are views of the mapping. ``fd`` may
-    be closed afterwards. ``CudaError`` if the device cannot reach the memory.
+    Parts are views of the mapping, as "offset … currently must be zero" (cuMemMap in cuda.h). ``fd`` may be closed
+    afterwards. Raises ``CudaError`` if the device cannot reach the memory.
     """
     call("cuInit", 0)
     handle = _import(fd)
@@ -81,7 +81,7 @@ def map_fd(fd: int, nbytes: int, device: int, writable: bool) -> Mapping:
 
 
 class VmmArena:
-    """The segments that one anchor holds on a GPU, by name, within its budget. Makes no context."""
+    """VMM segments of one anchor on a GPU, by name, within its budget. Makes no context."""
 
     def __init__(self, gpu: GpuShare) -> None:
         self._gpu = gpu
@@ -91,7 +91,7 @@ class VmmArena:
         self._sizes: dict[str, int] = {}
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment. ``lazy`` changes nothing: device memory is taken at once."""
+        """Make and keep a new segment. ``lazy`` is ignored, as device memory is allocated at once."""
         size = round_up(nbytes, self._granularity)
         room = min(self._gpu.budget_bytes - sum(self._sizes.values()), free_bytes(self._gpu.uuid))
         if size > room:
@@ -107,7 +107,7 @@ class VmmArena:
             raise
 
     def verify(self, fd: int, nbytes: int, sealed: bool) -> bool:
-        """That ``fd`` is memory of this GPU. Neither its size nor a seal can be asked of it: the giver is believed."""
+        """Check that ``fd`` is memory of this GPU. Size and seal cannot be checked: ``sealed`` is returned as given."""
         try:
             handle = _import(fd)
         except CudaError as error:
@@ -121,29 +121,29 @@ class VmmArena:
         return sealed
 
     def adopt(self, name: str, fd: int, nbytes: int) -> None:
-        """Keep a duplicate of ``fd``, a segment of ``nbytes``; no-op if one is held under this name."""
+        """Keep a duplicate of ``fd``, a segment of ``nbytes``, unless one of this name is held."""
         if name not in self._fds:
             self._keep(name, os.dup(fd), round_up(nbytes, self._granularity))
 
     def seal(self, name: str) -> None:
-        """Nothing to be done here: that the segment is sealed is told to all who ask for its handle."""
+        """Do nothing here: the anchor tells each client that opens a handle whether the segment is sealed."""
 
     def open(self, name: str) -> int:
-        """A new fd of the segment; the caller closes it."""
+        """Return a new fd of the segment; the caller closes it."""
         return os.dup(self._fds[name])
 
     def close(self, name: str) -> None:
-        """Let go of the segment; its bytes are freed once nobody else holds it."""
+        """Release the segment; its bytes are freed once no other process holds it."""
         os.close(self._fds.pop(name))
         del self._sizes[name]
 
     def close_all(self) -> None:
-        """Let go of everything."""
+        """Release all segments."""
         for name in list(self._fds):
             self.close(name)
 
     def resident_bytes(self, name: str) -> int:
-        """All of it, from the start."""
+        """Return the segment's size, as all of it is allocated at once."""
         return self._sizes[name]
 
     def _keep(self, name: str, fd: int, size: int) -> None:
@@ -185,6 +185,6 @@ def _set_access(address: int, size: int, device: int, writable: bool) -> None:
     except CudaError as error:
         if writable or error.name not in UNSUPPORTED:
             raise
-        # Whether a driver knows read-only device memory can only be tried; without it nothing but care protects.
+        # Only trying shows whether a driver has read-only device memory; without it the memory is unprotected.
         access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         call("cuMemSetAccess", address, size, [access], 1)

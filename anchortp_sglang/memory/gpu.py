@@ -1,4 +1,4 @@
-"""A device that is a GPU, or a share of one: what its anchor and its ranks must know to use the same memory."""
+"""A device that is a GPU or a share of one: the facts by which its anchor and ranks use the same memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal, get_args
 __all__ = ["GpuShare", "Sharing"]
 
 Sharing = Literal["vmm", "ipc"]
-"""How memory travels between processes. ``vmm``: as a file descriptor, by which it outlives its maker. ``ipc``: as a
-CUDA IPC handle, which ends with its maker."""
+"""How processes share memory. ``vmm``: by file descriptor; it outlives the process that made it. ``ipc``: by CUDA IPC
+handle; it ends with that process."""
 
 
 @dataclass(frozen=True)
 class GpuShare:
-    """``uuid`` as NVML writes it (``GPU-…``): ordinals differ between processes, UUIDs do not.
+    """A GPU, or a share of one. ``uuid``: as NVML writes it (``GPU-…``), since ordinals differ between processes.
 
-    ``budget_bytes``: what the device's anchor may allocate. ``alone``: no other device is on the same GPU.
+    ``budget_bytes``: how much the device's anchor may allocate. ``alone``: no other device is on the same GPU.
     """
 
     uuid: str

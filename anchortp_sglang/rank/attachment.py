@@ -1,8 +1,10 @@
-"""What a rank is attached to: its share of the model and the anchors' memory that holds it.
+"""Attaches a rank to its share of the model and to the anchors' memory that holds it.
 
-One rank process is one attachment. Hooks ask ``current()``; without an attachment (main, the detokenizer, the
-zygote) they leave SGLang as it is.
+One rank process is one attachment, and what such a process has only once is held by it. Hooks ask ``current()``;
+without an attachment (main, the detokenizer, the zygote) they leave SGLang as it is.
 """
+
+from __future__ import annotations
 
 import mmap
 import os
@@ -10,30 +12,27 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from anchortp_sglang.anchor.client import AnchorClient, HandleGrant
 from anchortp_sglang.memory.arena import Part, map_fd
-from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.layout.extents import ShardExtents, WeightPlacement
-from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, kv_layout
+from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, MirrorPlan, kv_layout
 from anchortp_sglang.planning.layout.shards import ShardLayout, shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.rank.device_memory import byte_tensor
+from anchortp_sglang.platforms.base import Platform
+from anchortp_sglang.rank.heartbeat import Counters
+
+if TYPE_CHECKING:  # what hangs on an attachment knows it, and not the other way round
+    from anchortp_sglang.rank.kv.prefixes import Prefixes
+    from anchortp_sglang.rank.weights.loader import Filler
 
 HOST_DEVICE = -1
 
 _ANCHOR_TIMEOUT_S = 4.0  # it has answered main a moment ago, and a handle takes it microseconds
-
-
-@dataclass(frozen=True)
-class MirrorPlan:
-    """The KV mirror in host memory: slots it can hold, and the bytes per second that may be copied to it."""
-
-    rows: int
-    bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Assignment:
     ``weights``: where they are, or shall be. ``previous``: the complete weights that the anchors still hold, None when
     there are none; equal to ``weights`` when nothing is to be moved. ``previous_kv``: the slots of its KV.
     ``restore_prefixes``: whether its KV and slot table may be used. ``running``: chain hashes of the open requests'
-    tokens, as bytes of uint64. ``gpu``: where the device's memory is, None for the host's.
+    tokens, as bytes of uint64.
     """
 
     generation: int
@@ -59,8 +58,8 @@ class Assignment:
     previous_kv: KVPlan
     restore_prefixes: bool
     mirror: MirrorPlan | None
+    platform: Platform
     running: bytes = b""
-    gpu: GpuShare | None = None
 
     @property
     def ownership(self) -> Ownership:
@@ -68,54 +67,69 @@ class Assignment:
 
 
 def kv_namespace(checkpoint: Path, model: ModelAxes) -> bytes:
-    """Ties KV to what it was computed with: the checkpoint and its dtype."""
+    """Tie KV to what it was computed with: the checkpoint and its dtype."""
     return f"{checkpoint}\0{model.dtype}".encode()
 
 
 def kv_segment(layout: KVLayout) -> str:
-    """Named by its layout: a device whose heads and slots stay the same keeps its KV where it is."""
+    """Name the KV segment by its layout: a device whose heads and slots stay the same keeps its KV where it is."""
     return f"kv-{layout.digest()}"
 
 
 def slot_table_segment(ownership: Ownership, plan: KVPlan) -> str:
-    """Of the KV of this ownership. With another one comes another table: the old one stays whole until it is ready."""
+    """Name an ownership's slot table. With another ownership comes another table: the old one stays whole meanwhile."""
     return f"slot-table-{ownership.digest()}-{plan.rows}"
 
 
 def mirror_segment(plan: MirrorPlan) -> str:
-    """Lives through all ownerships."""
+    """Name the mirror, which lives through all ownerships."""
     return f"kv-mirror-{plan.rows}"
 
 
 def control_segment(generation: int) -> str:
-    """Shared memory of one generation's collectives and heartbeats."""
+    """Name the shared memory of one generation's counters and collectives."""
     return f"control-{generation}"
 
 
 class Attachment:
-    """A rank's open segments. Mappings live as long as the process."""
+    """A rank's open segments, and what else it has only once. Mappings live as long as the process.
+
+    ``rank/main.py`` sets ``counters``, ``filler`` and ``prefixes``, in this order, before SGLang's scheduler is made.
+    """
+
+    counters: Counters
+    filler: Filler
+    """Fills this rank's weights."""
+    prefixes: Prefixes
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
-        at = assignment
-        self.layout: ShardLayout = shard_layout(at.model, at.ownership, at.rank)
-        self.kv_layout: KVLayout = kv_layout(at.model, at.kv, at.ownership, at.rank)
+        self.layout: ShardLayout = shard_layout(assignment.model, assignment.ownership, assignment.rank)
+        self.kv_layout: KVLayout = kv_layout(assignment.model, assignment.kv, assignment.ownership, assignment.rank)
         self.fds: dict[tuple[int, str], tuple[int, int]] = {}
         """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
-        self._kv_memory: mmap.mmap | None = None
-
-    def kv_memory(self) -> mmap.mmap:
-        """This rank's KV segment in host memory, writable; mapped once."""
-        if self._kv_memory is None:
-            self._kv_memory = self.map(self.assignment.device, kv_segment(self.kv_layout), writable=True)
-        return self._kv_memory
+        self._kv_bytes: torch.Tensor | None = None
+        self.collectives: Any = None
+        """What the platform has made to take the place of SGLang's collectives; None where those stay."""
+        self.groups: Any = None
+        """The process groups that SGLang's coordinators share, where the platform has them do so."""
+        self.built_config: Any = None
+        """The ModelConfig of the model that is being built; None before and after."""
+        self.serving = False
+        """Whether all ranks of the generation are ready, so that requests are taken; only rank 0 is told."""
 
     def kv_tensor(self) -> torch.Tensor:
-        """The bytes of this rank's KV segment, in whichever memory."""
-        if self.assignment.gpu is None:
-            return torch.frombuffer(self.kv_memory(), dtype=torch.uint8)
-        fd, nbytes, _ = self._keep(self.assignment.device, kv_segment(self.kv_layout))
-        return byte_tensor([Part(fd, 0, nbytes, writable=True)], self.assignment.gpu)[0]
+        """Map this rank's KV segment, writable, once; return its bytes."""
+        if self._kv_bytes is None:
+            assignment = self.assignment
+            fd, nbytes, _ = self._keep(assignment.device, kv_segment(self.kv_layout))
+            parts = [Part(fd, 0, nbytes, writable=True)]
+            self._kv_bytes, _ = assignment.platform.byte_tensor(assignment.device, parts)
+        return self._kv_bytes
+
+    def kv_memory(self) -> memoryview:
+        """Return the same for host code. Only where the platform has it in host memory."""
+        return memoryview(self.kv_tensor().numpy())
 
     @property
     def namespace(self) -> bytes:
@@ -130,7 +144,7 @@ class Attachment:
         return map_fd(fd, nbytes, writable=writable)
 
     def map_briefly(self, device: int, segment: str) -> mmap.mmap:
-        """The same, read-only, of a segment that is about to be freed: when the mapping goes, nothing holds it."""
+        """Map a segment read-only that is about to be freed: once the mapping goes, nothing here holds it."""
         fd, nbytes, _ = self._open(device, segment)
         try:
             return map_fd(fd, nbytes, writable=False)
@@ -138,15 +152,19 @@ class Attachment:
             os.close(fd)
 
     def weights(self) -> torch.Tensor:
-        """The bytes of this rank's shard, read-only. Raises like ``map``."""
-        at = self.assignment
-        shard = at.weights.shards[at.rank]
-        return self._shard_tensor(shard, {name: self._keep(at.device, name).fd for name in shard.sizes}, False)[0]
+        """Return the bytes of this rank's shard, read-only. Raises like ``map``."""
+        assignment = self.assignment
+        shard = assignment.weights.shards[assignment.rank]
+        fds = {name: self._keep(assignment.device, name).fd for name in shard.sizes}
+        return self._shard_tensor(shard, fds, writable=False)[0]
 
     @contextmanager
     def shard_briefly(self, device: int, shard: ShardExtents, writable: bool) -> Iterator[torch.Tensor]:
-        """The bytes of a shard for the time of a block: when it has been left and the tensor is gone, nothing here
-        holds it. ``writable``: those that were added for it; what was there before must not be written to."""
+        """Map a shard for the time of a block, and yield its bytes.
+
+        When the block has been left and the tensor is gone, this process holds the shard no longer.
+        ``writable``: what was added for the shard may be written to; the rest must stay as it is.
+        """
         with ExitStack() as stack:
             fds = {}
             for name in shard.sizes:
@@ -160,9 +178,10 @@ class Attachment:
 
     @contextmanager
     def shard_writer(self, device: int, shard: ShardExtents) -> Iterator[Callable[[int, memoryview], None]]:
-        """For the time of a block: what writes bytes at an offset of a shard in host memory, into what was added for
-        it. It goes past all mappings, as pages that are new to the kernel cost less so. Raises RuntimeError where the
-        shard is to stay as it is."""
+        """Yield, for the time of a block, a function that writes bytes at an offset of a shard in host memory.
+
+        It writes past all mappings, as pages that are new to the kernel cost less so, and raises RuntimeError outside
+        of what was added for the shard: the rest is to stay as it is."""
         fd = self._open(device, shard.added).fd
 
         def write(start: int, data: memoryview) -> None:
@@ -184,7 +203,7 @@ class Attachment:
             Part(fds[extent.segment], extent.offset, extent.nbytes, writable and extent.segment == shard.added)
             for extent in shard.extents
         ]
-        return byte_tensor(parts, self.assignment.gpu)
+        return self.assignment.platform.byte_tensor(self.assignment.device, parts)
 
     def _keep(self, device: int, segment: str) -> HandleGrant:
         grant = self._open(device, segment)
@@ -192,9 +211,9 @@ class Attachment:
         return grant
 
     def _open(self, device: int, segment: str) -> HandleGrant:
-        at = self.assignment
-        client = AnchorClient(at.run_dir, at.run_id, device, _ANCHOR_TIMEOUT_S)
-        return client.open_handle(at.generation, segment)
+        assignment = self.assignment
+        client = AnchorClient(assignment.run_dir, assignment.run_id, device, _ANCHOR_TIMEOUT_S)
+        return client.open_handle(assignment.generation, segment)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -207,6 +226,7 @@ _current: Attachment | None = None
 
 
 def attach(assignment: Assignment) -> Attachment:
+    """Attach this process, once and for good. Raises RuntimeError if it is attached."""
     global _current
     if _current is not None:
         raise RuntimeError("this process is already attached: a new generation needs new processes")
@@ -215,4 +235,5 @@ def attach(assignment: Assignment) -> Attachment:
 
 
 def current() -> Attachment | None:
+    """Return this process's attachment; None if it is no rank."""
     return _current

@@ -1,4 +1,4 @@
-"""Inside a rank: entry point, generation gate, seeding of resumed requests.
+"""Runs a rank: its entry point, the gate of its generation, the seeding of resumed requests.
 
 Stands in for ``run_scheduler_process`` (managers/scheduler.py), which answers an exception with SIGQUIT to its
 parent: here that is the zygote. A rank that fails says so on its pipe and dies; the coordinator sees its pidfd.
@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from anchortp_sglang.memory.cuda_driver import device_by_uuid
-from anchortp_sglang.platforms.cpu import hooks as cpu_hooks
 from anchortp_sglang.rank import handover, heartbeat
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
-from anchortp_sglang.rank.kv import prefixes
+from anchortp_sglang.rank.kv.prefixes import open_prefixes
 from anchortp_sglang.rank.kv.restore import RestorationFailed
 from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Resume
 from anchortp_sglang.rank.spare import rendezvous
@@ -27,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What turns a forked process into rank ``assignment.rank``."""
+    """All that turns a forked process into rank ``assignment.rank``."""
 
     assignment: Assignment
     server_args: Any
@@ -60,21 +58,24 @@ def run(spec: RankSpec, pipe: Connection) -> None:
 def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     assignment = spec.assignment
     attachment = attach(assignment)
-    filler = loader.start_filling(attachment)
+    attachment.filler = loader.start_filling(attachment)
     control = attachment.map(HOST_DEVICE, control_segment(assignment.generation), writable=True)
     world_size = assignment.ownership.tp_size
-    heartbeat.open_counters(control, assignment.rank)
-    collectives = memoryview(control)[heartbeat.BYTES :]
-    cpu_hooks.attach(collectives, assignment.rank, world_size, on_progress=heartbeat.beat)
-    prefixes.open_table(attachment)
+    attachment.counters = heartbeat.Counters(control, assignment.rank)
+    region = memoryview(control)[heartbeat.BYTES :]
+    attachment.collectives = assignment.platform.make_collectives(
+        region, assignment.rank, world_size, attachment.counters.beat
+    )
+    attachment.prefixes = open_prefixes(attachment)
     stamps.take("attached")
     rendezvous(spec.store_port)
     scheduler = _make_scheduler(spec)
-    kv_kept_at = prefixes.finish()
+    kv_kept_at = attachment.prefixes.finish()
     stamps.take("bound")
+    filler, retained = attachment.filler, attachment.prefixes.report
     stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
-    if prefixes.rebuilt:
-        stamps.taken["prefixes"] = prefixes.rebuilt["at"]
+    if retained:
+        stamps.taken["prefixes"] = retained["at"]
     if kv_kept_at:
         stamps.taken["kv_kept"] = kv_kept_at
     return scheduler, {
@@ -82,7 +83,7 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
         "rank": assignment.rank,
         "device": assignment.device,
         "moved_bytes": filler.moved,
-        "rebuilt": prefixes.rebuilt,
+        "rebuilt": retained,
         "fds": attachment.fds,
     }
 
@@ -91,8 +92,8 @@ def _make_scheduler(spec: RankSpec) -> Any:
     from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
     from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
-    rank, gpu = spec.assignment.rank, spec.assignment.gpu
-    gpu_id = rank if gpu is None else device_by_uuid(gpu.uuid)
+    rank = spec.assignment.rank
+    gpu_id = spec.assignment.platform.gpu_id(spec.assignment.device, rank)
     world_rank = spawn_world_rank(spec.server_args, tp_rank=rank, pp_rank=0)
     publish(
         spec.server_args,
@@ -103,29 +104,25 @@ def _make_scheduler(spec: RankSpec) -> Any:
     return Scheduler(spec.server_args, spec.port_args)
 
 
-_gate_open = False
-
-
 def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] | None:
     """AFTER SchedulerRequestReceiver._pull_raw_reqs: every rank's loop passes here, rank 0 with requests.
 
     A generation starts when all its ranks are ready. TokenizerManager's PUSH socket may still hold requests meant for
     the dead rank 0; they arrive first.
     """
-    global _gate_open
     attachment = current()
     if attachment is None:
         return requests
-    heartbeat.beat()
+    attachment.counters.beat()
     if not requests:
         return requests
     kept = []
     for request in requests:
         if isinstance(request, GenerationStart):
             if request.generation == attachment.assignment.generation:
-                _gate_open = True
-                prefixes.start_writing()
-        elif _gate_open:
+                attachment.serving = True
+                attachment.prefixes.start_writing()
+        elif attachment.serving:
             kept.append(request)
     return kept
 
@@ -185,7 +182,7 @@ def before_process_batch_result_prefill(processor: Any, batch: Any, *args: Any, 
         if end is None:
             continue
         first_chunk = not hasattr(req, "anchortp_counted")
-        heartbeat.count_tokens(prefix_len if first_chunk else 0, extend_len)
+        attachment.counters.count_tokens(prefix_len if first_chunk else 0, extend_len)
         req.anchortp_counted = True
         if prefix_len + extend_len >= end:
             req.anchortp_resumed_at = None

@@ -1,6 +1,6 @@
-"""The life of a spare: a child that warms up and meets the others, until main says which rank it is.
+"""Keeps a spare ready: a child that warms up and meets the others, until main says which rank it is.
 
-It also says where a rank meets the others of its generation, spare or not (``rendezvous``).
+Also says where a rank meets the others of its generation, spare or not (``rendezvous``).
 """
 
 import logging
@@ -19,9 +19,6 @@ log = logging.getLogger(__name__)
 STORE_HOST = "127.0.0.1"
 ARE_YOU_THERE = "are you there"
 
-_joined_port: int | None = None
-"""Port of the store where this process has met its group, if it was a spare."""
-
 
 @dataclass(frozen=True)
 class SpareSpec:
@@ -34,7 +31,7 @@ class SpareSpec:
 
 
 def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
-    """A spare's life until main says what to be, or closes the pipe. Sends None when it is ready to be told."""
+    """Warm up, then wait until main says what to be, or closes the pipe. Sends None when it is ready for that."""
     try:
         warm_up()
     except Exception:
@@ -49,13 +46,12 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
 
 
 def _join(spec: SpareSpec) -> None:
-    """The group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
-    global _joined_port
+    """Join the group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
     _stay_on_loopback()
     timeout: dict[str, Any] = {} if spec.timeout_s is None else {"timeout": timedelta(seconds=spec.timeout_s)}
     store = dist.TCPStore(STORE_HOST, spec.store_port, is_master=False, wait_for_workers=False, **timeout)
     dist.init_process_group("gloo", store=store, rank=spec.rank, world_size=spec.world_size, **timeout)
-    _joined_port = spec.store_port
+    _name_store(spec.store_port)
 
 
 def rendezvous(store_port: int) -> None:
@@ -63,15 +59,20 @@ def rendezvous(store_port: int) -> None:
 
     A spare that has met them there stays in that group, and SGLang makes no other; it leaves any other.
     """
-    if dist.is_initialized() and _joined_port != store_port:
+    if dist.is_initialized() and os.environ.get("MASTER_PORT") != str(store_port):
         dist.destroy_process_group()
     _stay_on_loopback()
+    _name_store(store_port)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(store_port)
     os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{STORE_HOST}:{store_port}"
 
 
+def _name_store(store_port: int) -> None:
+    """Say in torch's variables where this process meets its group, or has met it."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(store_port)
+
+
 def _stay_on_loopback() -> None:
-    """Gloo and NCCL listen in every rank, by default where the host's name leads to. All ranks are on this host."""
+    """Let Gloo and NCCL listen on loopback; by default they listen where the host's name leads to."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["NCCL_SOCKET_IFNAME"] = "=lo"

@@ -1,8 +1,7 @@
-"""Detection: what of a generation dies or hangs, and what that means for it."""
+"""Detects what dies or hangs of the generation that serves, notes it there, and reports the fault."""
 
 import asyncio
 import logging
-import mmap
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -23,7 +22,6 @@ _ANCHOR_GRACE_S = 0.2
 class Detection:
     """Watches the generation that serves. ``on_fault`` is called on the event loop, once per fault or more.
 
-    ``died`` and ``hung`` are the ranks of the current generation found so before the others were killed.
     ``serving``: the generation that serves now, or None. ``spawn`` runs a coroutine as a task.
     """
 
@@ -35,12 +33,6 @@ class Detection:
         on_fault: Callable[[str], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
-        self.died: set[int] = set()
-        self.hung: set[int] = set()
-        self.hung_since: float | None = None
-        """When the ranks of the current generation last made progress (monotonic), if they hang."""
-        self.control: dict[int, mmap.mmap] = {}
-        """The counters of the current generation, by its number."""
         self._processes = processes
         self._hang = HangWatch(hang_timeout_s)
         self._serving = serving
@@ -64,17 +56,13 @@ class Detection:
             self._watch_anchor(generation, device)
 
     def stop_watching(self) -> None:
-        """Deaths are expected from here on; must come before a child is closed."""
+        """Watch no process any more; must come before a child is closed."""
         if self._deaths is not None:
             self._deaths.stop()
 
-    def reset(self, generation: Generation) -> None:
-        """A new generation is the current one."""
-        self.died, self.hung, self.hung_since = set(), set(), None
-        self.control.clear()  # in place: the watch for hangs holds on to it
-
     def _rank_died(self, generation: Generation, index: int) -> None:
-        self.died.update({index, *generation.dead()})
+        generation.died.add(index)
+        generation.note_deaths()
         self._on_fault(f"the process of rank {index} died")
 
     def _watch_anchor(self, generation: Generation, device: int) -> None:
@@ -83,7 +71,7 @@ class Detection:
         self._deaths.watch(pidfd, lambda: self._spawn(self._anchor_died(generation, device)))
 
     async def _anchor_died(self, generation: Generation, device: int) -> None:
-        """An anchor alone costs nothing: its rank still holds the memory. With its rank it is a lost device."""
+        """Replace an anchor that died alone: its rank still holds the memory. With its rank it is a lost device."""
         await asyncio.sleep(_ANCHOR_GRACE_S)
         if self._serving() is not generation:
             return
@@ -106,6 +94,6 @@ class Detection:
 
     async def _watch_for_hangs(self) -> None:
         while True:
-            self.hung = hung_ranks(await watch_for_hang(self._hang, self._serving, self.control))
-            self.hung_since = time.monotonic() - self._hang.waited_s
+            generation = await watch_for_hang(self._hang, self._serving)
+            generation.note_hang(hung_ranks(generation), since=time.monotonic() - self._hang.waited_s)
             self._on_fault(f"no rank made progress for {self._hang.waited_s:g} s")

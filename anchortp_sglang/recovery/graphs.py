@@ -1,10 +1,12 @@
-"""When ranks capture decode graphs: not at their start, which clients wait for, but once nobody does."""
+"""Has ranks capture decode graphs: not at their start, which clients wait for, but when idle."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from anchortp_sglang.rank.messages import CaptureGraphs
 from anchortp_sglang.recovery.processes.generation import Generation
 
 log = logging.getLogger(__name__)
@@ -15,32 +17,38 @@ _PATIENCE_S = 30.0
 
 
 class GraphCapture:
-    """On the event loop. ``batch_sizes``: none where ranks stay eager; ``serving``: the generation that serves;
-    ``captured``: whether the current generation has its graphs."""
+    """Decides when graphs are captured; on the event loop.
+
+    ``batch_sizes``: none where ranks stay eager; ``serving``: the generation that serves; ``idle``: whether no
+    request is open; ``send``: sends a message to the ranks.
+    """
 
     def __init__(
-        self, batch_sizes: Sequence[int], serving: Callable[[], Generation | None], captured: Callable[[], bool]
+        self,
+        batch_sizes: Sequence[int],
+        serving: Callable[[], Generation | None],
+        idle: Callable[[], bool],
+        send: Callable[[Any], None],
     ) -> None:
         self._batch_sizes = list(batch_sizes)
-        self._serving = serving
-        self._captured = captured
-        self._asked = False
+        self._serving, self._idle, self._send = serving, idle, send
+        self._requested = False
 
-    async def capture(self, generation: Generation, idle: Callable[[], bool], ask: Callable[[list[int]], None]) -> None:
-        """Ask this generation's ranks once its first requests are done, or at last. ``idle``: no request is open."""
+    async def capture(self, generation: Generation) -> None:
+        """Tell this generation's ranks to capture once its first requests are done, or after ``_PATIENCE_S``."""
         if not self._batch_sizes:
             return
         patience_ends = time.monotonic() + _PATIENCE_S
         await asyncio.sleep(_POLL_S)
-        while not idle() and time.monotonic() < patience_ends:
+        while not self._idle() and time.monotonic() < patience_ends:
             await asyncio.sleep(_POLL_S)
         if self._serving() is generation and self._batch_sizes:
-            self._asked = True
-            ask(self._batch_sizes)
+            self._requested = True
+            self._send(CaptureGraphs(batch_sizes=self._batch_sizes))
 
-    def on_fault(self) -> None:
-        """Ranks that died while they may have been capturing are not asked again: it could go on for ever."""
-        asked, self._asked = self._asked, False
-        if asked and not self._captured():
+    def on_fault(self, generation: Generation) -> None:
+        """Let ranks stay eager from now on if these may have died of a capture: it could go on for ever."""
+        requested, self._requested = self._requested, False
+        if requested and not generation.graphs_captured():
             log.error("anchortp: ranks died while they captured decode graphs; they stay eager from now on")
             self._batch_sizes = []

@@ -1,4 +1,4 @@
-"""Hooks in main: SGLang's launch and TokenizerManager, tied to this server's coordinator."""
+"""Ties SGLang's launch and TokenizerManager, in main, to this server's coordinator."""
 
 import logging
 import signal
@@ -21,12 +21,13 @@ _coordinator: Coordinator | None = None
 
 
 def install_coordinator(coordinator: Coordinator) -> None:
-    """Make it this process's; the hooks below act on it."""
+    """Make it this process's coordinator; the hooks below act on it."""
     global _coordinator
     _coordinator = coordinator
 
 
-def coordinator() -> Coordinator:
+def installed_coordinator() -> Coordinator:
+    """Return this process's coordinator. Raises RuntimeError in a server that was started without one."""
     if _coordinator is None:
         raise RuntimeError("no coordinator: start the server with anchortp_sglang.launch_server or Engine")
     return _coordinator
@@ -38,14 +39,14 @@ def launch_scheduler_processes(
     """REPLACE Engine._launch_scheduler_processes; procs=None keeps ranks out of the stock watchdog."""
     from sglang.srt.entrypoints.engine import SchedulerInitResult
 
-    mine = coordinator()
-    mine.processes.take_ports(port_args)
-    mine.start_first()
-    generation, infos = mine.generation, list[dict[str, Any]]()
+    coordinator = installed_coordinator()
+    coordinator.processes.take_ports(port_args)
+    coordinator.start_first()
+    generation, infos = coordinator.generation, list[dict[str, Any]]()
     assert generation is not None
 
     def wait_for_ready() -> None:
-        infos.extend(mine.wait_first(_FIRST_START_TIMEOUT_S))
+        infos.extend(coordinator.wait_first(_FIRST_START_TIMEOUT_S))
         log_ways(generation)
 
     return SchedulerInitResult(
@@ -60,7 +61,7 @@ def launch_detokenizer(
     cls: type, server_args: Any, port_args: Any, run_detokenizer_process_func: Any
 ) -> tuple[list[Any], list[str]]:
     """REPLACE Engine._launch_detokenizer_subprocesses."""
-    coordinator().processes.start_detokenizer(server_args)
+    installed_coordinator().processes.start_detokenizer(server_args)
     return [], []
 
 
@@ -81,9 +82,9 @@ def _ignore_sigquit(signum: Any, frame: Any) -> None:
 
 def after_auto_create_handle_loop(result: None, tokenizer_manager: Any) -> None:
     """AFTER TokenizerManager.auto_create_handle_loop: its event loop is known from here on."""
-    mine = coordinator()
-    if mine.inflight is None:
-        mine.attach(tokenizer_manager)
+    coordinator = installed_coordinator()
+    if coordinator.inflight is None:
+        coordinator.attach(tokenizer_manager)
 
 
 def around_dispatch(original: Callable[..., None], tokenizer_manager: Any, message: Any) -> None:
@@ -97,11 +98,11 @@ async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager:
 
 
 def _dispatch(message: Any) -> None:
-    """Raises ValueError for what no route asks, but an Engine's method may (``SERVED_MESSAGES``)."""
+    """Record and send a message. Raises ValueError for what only an Engine's method may ask (``SERVED_MESSAGES``)."""
     refusal = check_message(type(message).__name__)
     if refusal is not None:
         raise ValueError(refusal)
-    inflight = coordinator().inflight
+    inflight = installed_coordinator().inflight
     assert inflight is not None
     inflight.dispatch(message)
 
@@ -111,7 +112,7 @@ async def around_tokenize_texts(original: Callable[..., Any], tokenizer_manager:
     if not is_long(texts) or tokenizer_manager.async_dynamic_batch_tokenizer is not None:
         return await original(tokenizer_manager, texts, *args)
     tokens = await run_in_thread(original, tokenizer_manager, texts, *args)
-    inflight = coordinator().inflight
+    inflight = installed_coordinator().inflight
     if inflight is not None and inflight.refusal is not None:  # the request's state is gone by now
         raise ServerDown(inflight.refusal)
     return tokens
@@ -119,7 +120,7 @@ async def around_tokenize_texts(original: Callable[..., Any], tokenizer_manager:
 
 async def around_control_call(original: Callable[..., Any], communicator: Any, message: Any) -> Any:
     """AROUND FanOutCommunicator.__call__: ends if the server goes down before the ranks have answered."""
-    inflight = coordinator().inflight
+    inflight = installed_coordinator().inflight
     assert inflight is not None
     return await inflight.control_calls.run(original, communicator, message)
 
@@ -129,14 +130,14 @@ async def around_handle_batch_output(original: Callable[..., Any], tokenizer_man
 
     Must not raise: print_exception_wrapper would kill the whole tree.
     """
-    mine = coordinator()
-    assert mine.inflight is not None
+    coordinator = installed_coordinator()
+    assert coordinator.inflight is not None
     try:
-        fresh = mine.inflight.delivered(output)
+        fresh = coordinator.inflight.delivered(output)
     except TokenCountMismatch as error:
-        mine.on_mismatch(error)
+        coordinator.on_mismatch(error)
         return
     await original(tokenizer_manager, output)
-    mine.inflight.forget(output.rids)
+    coordinator.inflight.forget(output.rids)
     if fresh:
-        mine.on_tokens(fresh)
+        coordinator.on_tokens(fresh)

@@ -1,4 +1,4 @@
-"""What is done for a generation that serves while nobody waits for it; another fault makes it moot."""
+"""Does what a generation that serves needs and no client waits for; another fault makes it moot."""
 
 import asyncio
 import logging

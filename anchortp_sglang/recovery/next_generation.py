@@ -1,4 +1,4 @@
-"""Who comes next after a fault: the verdict on each device, the next ownership, and its generation."""
+"""Finds what comes next after a fault: the verdict on each device, the next ownership, and its generation."""
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +16,6 @@ from anchortp_sglang.planning.placement.expert_load import spread_hot_experts
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
 from anchortp_sglang.rank.attachment import HOST_DEVICE
 from anchortp_sglang.recovery import state_machine
-from anchortp_sglang.recovery.detection import Detection
 from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
@@ -29,9 +28,9 @@ class Unrecoverable(RuntimeError):
 
 
 class NextGeneration:
-    """Which generation follows which. Its methods block, but for ``judge`` and ``plan``.
+    """Finds and makes the generation that follows. Its methods block, but for ``judge`` and ``plan``.
 
-    ``number``: of the generation that was made last. ``held``: the complete weights that the anchors hold.
+    ``number``: the number of the generation that was made last. ``held``: the complete weights that the anchors hold.
     ``kv_valid``: whether the KV and the slot table of their ownership can be taken over.
     """
 
@@ -44,7 +43,7 @@ class NextGeneration:
         self._min_devices = min_devices
 
     def first(self) -> Generation:
-        """Anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
+        """Start anchors and ranks of the configured ownership. Does not wait for the ranks."""
         anchors, devices = self._processes.anchors, self._configured.devices
         weights = self._processes.plan.hold(self._configured, None)
         taken = anchors.take_over(weights)
@@ -56,33 +55,31 @@ class NextGeneration:
         start_log.step("anchors hold their memory")
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid)
 
-    def judge(
-        self, generation: Generation, detection: Detection, gpu_errors: Mapping[int, str], reason: str
-    ) -> state_machine.Verdict:
-        """What has failed. ``generation``: whose ranks ``detection`` watched."""
+    def judge(self, generation: Generation, device_errors: Mapping[int, str], reason: str) -> state_machine.Verdict:
+        """Judge what of a generation has failed, once its ranks are dead."""
         assert self.held is not None
         serving = generation.ownership.devices
-        died, hung = ({serving[rank] for rank in ranks} for ranks in (detection.died, detection.hung))
+        died, hung = ({serving[rank] for rank in ranks} for ranks in (generation.died, generation.hung))
         evidence = [
             state_machine.DeviceEvidence(
                 device=device,
                 anchor_alive=self._processes.anchors.alive(device),
                 rank_died=device in died,
                 rank_hung=device in hung,
-                device_error=gpu_errors.get(device, ""),
+                device_error=device_errors.get(device, ""),
             )
             for device in self.held.ownership.devices
         ]
         return state_machine.judge(evidence, reason)
 
     def plan(self, lost: Collection[int]) -> Ownership:
-        """The next ownership, and the next number. Raises Unrecoverable."""
+        """Work out the next ownership, and count up ``number``. Raises Unrecoverable."""
         assert self.held is not None
         plan, held = self._processes.plan, self.held.ownership
         if not self._processes.anchors.alive(HOST_DEVICE):
-            self.kv_valid = False  # nobody knows what the slots hold
-        if plan.gpus and lost:
-            self.kv_valid = False  # KV does not move between GPUs
+            self.kv_valid = False  # what the slots hold is not known any more
+        if lost and not plan.platform.moves_kv:
+            self.kv_valid = False
         survivors = [device for device in held.devices if device not in lost]
         if len(survivors) < self._min_devices:
             raise Unrecoverable(
@@ -94,7 +91,7 @@ class NextGeneration:
         return ownership
 
     def kept_first(self, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]) -> bytes:
-        """Chain hashes (uint64) of what open requests have, where there is less room for KV than before.
+        """Return chain hashes (uint64) of what open requests have, where there is less room for KV than before.
 
         ``open_tokens``: of each request, int64[n], after its extra key and cache salt; not asked for where all fits.
         """
@@ -106,7 +103,7 @@ class NextGeneration:
         return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)
 
     def fork(self, ownership: Ownership, running: bytes) -> Generation:
-        """Segments and ranks of the planned generation. ``running``: from ``kept_first``."""
+        """Allocate segments and fork ranks of the planned generation. ``running``: from ``kept_first``."""
         assert self.held is not None
         anchors, plan = self._processes.anchors, self._processes.plan
         if not anchors.alive(HOST_DEVICE):
@@ -123,7 +120,7 @@ class NextGeneration:
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid, running)
 
     def on_generation_ready(self, generation: Generation) -> None:
-        """All its ranks are ready: its weights are complete, its KV and slot table are in use."""
+        """Note that all ranks are ready: their weights are complete, their KV and slot table are in use."""
         self.held, self.kv_valid = generation.weights, True
 
 

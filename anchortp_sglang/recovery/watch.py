@@ -1,26 +1,19 @@
-"""Detection: dead processes by pidfd, hung ranks by their counters."""
-
-from __future__ import annotations
+"""Watches processes for their death, by pidfd, and ranks for a hang, by their counters."""
 
 import asyncio
-import mmap
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
-from anchortp_sglang.rank import heartbeat
+from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.pidfd import Usage, process_state, usage
-
-if TYPE_CHECKING:
-    from anchortp_sglang.recovery.processes.generation import Generation
 
 _HANG_POLL_S = 0.5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class DeathWatch:
-    """Readers on pidfds, which become readable when the process is dead. On the event loop only."""
+    """Reads pidfds, which become readable when the process is dead. On the event loop only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -54,11 +47,11 @@ _MOST_PATIENCE = 8
 
 
 class OwnTime:
-    """Seconds that a generation could have used: the clock by which it hangs.
+    """Counts the seconds that a generation could have used: the clock by which it hangs.
 
-    Where main itself could not run (a stopped container, a suspended machine), nobody could, so a gap between two looks
-    counts as ``most_s`` at most. Where ranks compute but get little CPU (a throttled container), what they got counts:
-    a stopped rank and those that wait for it want none, so that their time runs on.
+    Where main itself could not run (a stopped container, a suspended machine), ranks could not either, so a gap
+    between two looks counts as ``most_s`` at most. Where ranks compute but get little CPU (a throttled container), what
+    they got counts: a stopped rank and those that wait for it want none, so that their time runs on.
     """
 
     def __init__(self, most_s: float) -> None:
@@ -68,7 +61,7 @@ class OwnTime:
         self._used: dict[int, int] = {}
 
     def advance(self, wall: float, ranks: Mapping[int, Usage]) -> float:
-        """The time now, at ``wall`` (monotonic seconds). ``ranks``: by pid, those that live."""
+        """Return the time now, at ``wall`` (monotonic seconds). ``ranks``: those that live, by pid."""
         passed = 0.0 if self._looked_at is None else min(wall - self._looked_at, self._most_s)
         got = [r.ticks - self._used[pid] for pid, r in ranks.items() if r.state == "R" and pid in self._used]
         self._now += min(passed, max(got) / _TICKS_PER_S) if got else passed
@@ -77,7 +70,7 @@ class OwnTime:
 
 
 class HangWatch:
-    """Whether a generation's counters stand still for too long. Fed with what it sees and when: no clock of its own.
+    """Tells whether a generation's counters stand still for too long, from what it is shown and when: it has no clock.
 
     What is taken for a hang may be a step that takes long, and comes again after the recovery: so each time it waits
     twice as long, until counters have moved on for as long as that without a pause above the timeout.
@@ -95,7 +88,7 @@ class HangWatch:
         """Before the last hang was called one."""
 
     def hung(self, generation: int, beats: tuple[int, ...], now: float) -> bool:
-        """True if no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers too."""
+        """Return whether no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers too."""
         timeout_s = self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
         if self._seen is None or self._seen[0] != generation or now - self._since > timeout_s:
             self._steady_since = now
@@ -112,17 +105,15 @@ class HangWatch:
         self._seen = None
 
 
-async def watch_for_hang(
-    watch: HangWatch, current: Callable[[], Generation | None], control: Mapping[int, mmap.mmap]
-) -> Generation:
-    """Return the generation that hangs. ``current``: the one that serves, or None; ``control``: by generation."""
+async def watch_for_hang(watch: HangWatch, serving: Callable[[], Generation | None]) -> Generation:
+    """Return the generation that hangs. ``serving``: the one that serves, or None."""
     while True:
         await asyncio.sleep(watch.poll_s)
-        generation = current()
-        if generation is None or generation.number not in control:
+        generation = serving()
+        beats = None if generation is None else generation.beats()
+        if generation is None or beats is None:
             watch.reset()
             continue
-        beats = heartbeat.read_beats(control[generation.number], generation.ownership.tp_size)
         seen = {child.pid: usage(child.pid) for child in generation.ranks}
         now = watch.time.advance(time.monotonic(), {pid: used for pid, used in seen.items() if used is not None})
         if watch.hung(generation.number, beats, now):
@@ -131,6 +122,6 @@ async def watch_for_hang(
 
 
 def hung_ranks(generation: Generation) -> set[int]:
-    """The stopped ranks (state T); rank 0 stands for all if none is."""
+    """Return the stopped ranks (state T), or rank 0 for all of them if none is stopped."""
     stopped = {index for index, child in enumerate(generation.ranks) if process_state(child.pid) == "T"}
     return stopped or {0}

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
+from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.anchor.run_base import default_base
 from anchortp_sglang.planning.model.axes import read_model_axes, refuse_layout_only
 
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
 
-def check_given(given: Mapping[str, str], experimental_cuda: bool = False) -> None:
-    """Check the flags of a command line (``platform.given_flags``). Raises ValueError for the operator."""
+def check_given(given: Mapping[str, str], rules: DeviceRules) -> None:
+    """Check the flags of a command line (``device.given_flags``). Raises ValueError for the operator."""
     flags = {name: _value(text) for name, text in given.items()}
-    refusals = check_server_args(flags, experimental_cuda=experimental_cuda)
+    refusals = check_server_args(flags, rules)
     if refusals:
         raise UnsupportedError(refusals)
     if "model_path" in given:

@@ -4,13 +4,12 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from anchortp_sglang import start_log
 from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
@@ -20,7 +19,6 @@ from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
-from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
@@ -29,23 +27,20 @@ from anchortp_sglang.planning.model.axes import ModelAxes, caveats, read_model_a
 from anchortp_sglang.planning.ownership.ownership import Ownership, split, validate
 from anchortp_sglang.planning.placement.expert_load import ExpertCounts, imbalance, spread_hot_experts
 from anchortp_sglang.planning.placement.reconfiguration import rotating_split
-from anchortp_sglang.platforms.cuda.plan import EAGER_START, check_gpu_plan, graph_batch_sizes, plan_gpu_kv
-from anchortp_sglang.platforms.cuda.probe import GpuFacts
-from anchortp_sglang.platforms.cuda.shares import share_out
+from anchortp_sglang.platforms.base import MemoryPlan, Platform
 from anchortp_sglang.rank import messages
-from anchortp_sglang.rank.attachment import MirrorPlan
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.recovery import ending
-from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.hooks import install_coordinator
+from anchortp_sglang.recovery.policy import Policy
 from anchortp_sglang.recovery.processes.generation import StartFailed
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
-from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, unfit_to_fork
+from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote
 from anchortp_sglang.recovery.report import tracing
-from anchortp_sglang.startup.cgroups import memory_room
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
-from anchortp_sglang.startup.kv_sizes import plan_kv, plan_mirror, process_bytes
+from anchortp_sglang.startup.fork_guard import unfit_to_fork
 from anchortp_sglang.startup.preflight import read_config, reserve_port
 
 log = logging.getLogger(__name__)
@@ -98,11 +93,11 @@ class Runtime:
             self.port.close()
 
 
-def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: Sequence[GpuFacts] = ()) -> Runtime:
+def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serves_http: bool) -> Runtime:
     """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
 
     A server is known by its port, so that it finds its anchors again after a crash; an Engine by its process.
-    ``gpus``: those of ``platform.gpus_for``, none on CPU.
+    ``platform``: the one that the process was prepared for.
 
     Raises ValueError subclasses with a text for the operator; nothing is left behind then.
     """
@@ -111,7 +106,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
     from anchortp_sglang.hooks.table import install_all
 
     raw = msgspec.structs.asdict(server_args)
-    _refuse(server_args, options)
+    _refuse(server_args, platform)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint)
     expert_counts = server_args.init_expert_location
@@ -119,7 +114,7 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
     server_args.init_expert_location = raw["init_expert_location"] = NONE
     server_args.resolve_once()
     view = _view(server_args)
-    _refuse(view, options)
+    _refuse(view, platform)
     options.check_tp_size(view.tp_size)
     _check_ep_size(view)
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
@@ -133,22 +128,8 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
     if counts is not None:
         ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
-    device_bytes = None if options.device_gib is None else int(options.device_gib * 2**30)
-    room = memory_room(psutil.virtual_memory().available)
-    log.info("anchortp: %s", room)
-    available = room.less(process_bytes(view.tp_size))
-    shares: tuple[GpuShare, ...] = ()
-    mirror: MirrorPlan | None
-    if gpus:
-        check_gpu_plan(model, view, options, spreads=counts is not None)
-        shares = share_out(gpus, view.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
-        _tell(shares)
-        kv = plan_gpu_kv(model, ownership, shares, options.min_devices, view)
-        mirror, mirror_said = None, "off: KV in a GPU's memory is not mirrored yet, and goes with a lost device"
-    else:
-        kv = plan_kv(model, ownership, view, device_bytes, available)
-        mirror, mirror_said = plan_mirror(model, ownership, kv, options, available)
-    log.info("anchortp: KV mirror: %s", mirror_said)
+    memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
+    log.info("anchortp: KV mirror: %s", memory.mirror_said)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     load_plugins()  # the operator's own, for all processes: SGLang loads them in each, after the fork
@@ -170,20 +151,20 @@ def start(server_args: Any, options: AnchorOptions, *, serves_http: bool, gpus: 
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, kv, view.kv_cache_dtype, shares),
+        identity=_identity(checkpoint, model, ownership, memory, view.kv_cache_dtype),
         checkpoint=checkpoint.resolve(),
         model=model,
-        kv=kv,
-        device_bytes=device_bytes,
+        kv=memory.kv,
+        device_bytes=options.device_bytes,
         rotate_heads=options.rotate_heads,
         expert_counts=counts,
-        mirror=mirror,
+        mirror=memory.mirror,
         linger_s=options.linger_s,
-        server_args=_records(raw, view, kv, EAGER_START if gpus else {}),
+        server_args=_records(raw, view, memory.kv, memory.platform.rank_overrides),
         controller_pid=os.getpid(),
+        platform=memory.platform,
         stale_anchors=run_dir.stale_anchors,
-        gpus=shares,
-        graph_batch_sizes=graph_batch_sizes(view, shares),
+        graph_batch_sizes=memory.platform.graph_batch_sizes(view),
     )
     keeper = RunDirKeeper(run_dir)
     if metrics_folder is not None:
@@ -204,8 +185,8 @@ def _view(server_args: Any) -> Any:
     return resolving_view(server_args)
 
 
-def _refuse(view: Any, options: AnchorOptions) -> None:
-    refusals = check_server_args(view, experimental_cuda=options.experimental_cuda)
+def _refuse(view: Any, platform: Platform) -> None:
+    refusals = check_server_args(view, platform.rules)
     if refusals:
         raise UnsupportedError(refusals)
 
@@ -242,19 +223,10 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
 
 
-def _tell(shares: Sequence[GpuShare]) -> None:
-    log.warning("anchortp: --device cuda has never run on a GPU before this; see docs/cuda.md")
-    for device, gpu in enumerate(shares):
-        log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
-    if any(gpu.sharing == "ipc" for gpu in shares):
-        log.warning("anchortp: the driver exports no memory here, so CUDA IPC it is: it dies with a device's anchor")
-
-
-def _identity(
-    checkpoint: Path, model: ModelAxes, ownership: Ownership, kv: KVPlan, kv_dtype: str, gpus: Sequence[GpuShare]
-) -> str:
+def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, kv_dtype: str) -> str:
     """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
-    parts = [str(checkpoint.resolve()), model.dtype, ownership.digest(), str(kv), kv_dtype, *map(str, gpus)]
+    of_weights = [str(checkpoint.resolve()), model.dtype, ownership.digest()]
+    parts = [*of_weights, str(memory.kv), kv_dtype, *memory.platform.identity]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         stat = path.stat()
         parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
@@ -282,12 +254,12 @@ def _policy(options: AnchorOptions) -> Policy:
     )
 
 
-def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: dict[str, Any]) -> Any:
+def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, Any]) -> Any:
     """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations, but for
     what is ``changed`` for ranks."""
     from sglang.srt.server_args import ServerArgs
 
-    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots} | changed
+    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots} | dict(changed)
     made: dict[int, Any] = {}
 
     def record(tp_size: int) -> Any:

@@ -1,4 +1,4 @@
-"""Memory of a whole server: what its processes hold, shared pages counted once, and memfds nobody maps."""
+"""Memory of a whole server: its processes' pages, with shared ones counted once, and unmapped memfds."""
 
 import re
 from collections.abc import Sequence
@@ -8,8 +8,10 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) +(.*)$")
 
 
 def total_bytes(pids: Sequence[int]) -> int:
-    """PSS of all processes, plus allocated pages of their memfds that no mapping accounts for. Those that end
-    meanwhile do not count."""
+    """Return the PSS of all processes plus the pages of their memfds that no mapping accounts for, in bytes.
+
+    Processes that end meanwhile do not count.
+    """
     pss = 0
     mapped: dict[int, int] = {}
     allocated: dict[int, int] = {}
@@ -30,7 +32,7 @@ def total_bytes(pids: Sequence[int]) -> int:
 
 
 def _read_smaps(pid: int, mapped: dict[int, int]) -> int:
-    """PSS of a process; adds that of its memfd mappings to ``mapped``, by inode."""
+    """Return the PSS of a process in bytes; add that of its memfd mappings to ``mapped``, by inode."""
     total, inode = 0, None
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if match := _MAPPING.match(line):

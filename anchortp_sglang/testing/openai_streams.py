@@ -1,4 +1,4 @@
-"""Streams through the OpenAI client, recorded: what each was given, when, and how it ended."""
+"""Recorded streams through the OpenAI client: what each received and when, and how it ended."""
 
 import itertools
 import threading
@@ -17,7 +17,7 @@ _READ_TIMEOUT_S = 60.0
 
 @dataclass
 class ClientStream:
-    """One stream. ``tokens``: as the server's usage counts them. ``arrivals``: (time.monotonic(), tokens so far)."""
+    """One stream. ``tokens``: number by the server's usage. ``arrivals``: (time.monotonic(), tokens so far)."""
 
     face: Face
     prompt: str
@@ -29,15 +29,15 @@ class ClientStream:
     done: bool = False
 
     def outcome(self) -> tuple[str, int, str | None]:
-        """What must be equal in two runs of the same prompt."""
+        """Return what must be equal in two runs of the same prompt."""
         return self.text, self.tokens, self.finish_reason
 
     def tokens_at(self, moment: float) -> int:
-        """Tokens received until ``moment`` (monotonic)."""
+        """Return the number of tokens received until ``moment`` (time.monotonic())."""
         return max((tokens for at, tokens in self.arrivals if at <= moment), default=0)
 
     def pause_around(self, start: float, end: float) -> tuple[float, float]:
-        """(seconds, its end) of the longest gap between two arrivals that overlaps [start, end]."""
+        """Return (length, end) of the longest gap between two arrivals that overlaps [start, end]."""
         gaps = [(b - a, b) for (a, _), (b, _) in itertools.pairwise(self.arrivals) if a < end and b > start]
         return max(gaps, default=(0.0, end))
 
@@ -49,9 +49,9 @@ class ClientStream:
 
 
 class OpenAIStreams:
-    """One thread and one greedy stream of ``max_tokens`` per prompt, alternately chat and completion.
+    """A thread and a greedy stream of ``max_tokens`` tokens for each prompt, alternately chat and completion.
 
-    Opened on entering the block; leaving it closes the client, which aborts whatever still runs.
+    Entering the block opens the streams; leaving it closes the client, which aborts those that still run.
     """
 
     def __init__(self, url: str, prompts: Sequence[str], max_tokens: int) -> None:
@@ -74,11 +74,11 @@ class OpenAIStreams:
 
     @property
     def tokens(self) -> int:
-        """Tokens received so far, over all streams."""
+        """Number of tokens received so far on all streams."""
         return sum(stream.tokens for stream in self.streams)
 
     def wait(self, tokens: int | None = None, timeout_s: float = _READ_TIMEOUT_S) -> None:
-        """Until every stream has ``tokens`` tokens (None: all of them) or has ended. Raises TimeoutError."""
+        """Wait until every stream has ended or has ``tokens`` tokens (if not None). Raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while any(not s.done and (tokens is None or s.tokens < tokens) for s in self.streams):
             if time.monotonic() > deadline:
@@ -91,13 +91,13 @@ class OpenAIStreams:
             for text, tokens, finish_reason in self._chunks(stream):
                 stream.take(text, tokens)
                 stream.finish_reason = finish_reason or stream.finish_reason
-        except Exception as error:  # whatever the client raises is what its user would see
+        except Exception as error:  # its user would see any exception of the client
             stream.error = f"{type(error).__name__}: {error}"
         finally:
             stream.done = True
 
     def _chunks(self, stream: ClientStream) -> Iterator[tuple[str, int, str | None]]:
-        """(text, tokens so far, finish reason) of each message."""
+        """Yield (text, tokens so far, finish reason) of each message."""
         options: dict[str, Any] = {
             "model": "default",
             "max_tokens": self.max_tokens,

@@ -1,4 +1,4 @@
-"""A server's processes by what they are for, in the words of a storm."""
+"""A server's processes by role, named as a storm's targets are."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from anchortp_sglang.testing.server import Server
 
 
 def is_gone(pid: int) -> bool:
-    """Whether the process is dead, reaped or not."""
+    """Return whether the process is dead, reaped or not."""
     return _status(pid) in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped the process."""
+    """Return whether a signal has stopped the process."""
     return _status(pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 
 
@@ -25,14 +25,14 @@ def _status(pid: int) -> str | None:
 
 
 class Tree:
-    """The processes of ``server``, whose run directory is somewhere in ``folder``."""
+    """The processes of ``server``, whose run directory is below ``folder``."""
 
     def __init__(self, server: Server, folder: Path) -> None:
         self.server = server
         self.folder = folder
 
     def devices(self) -> list[dict[str, int]]:
-        """{"rank": pid, "anchor": pid} of each device of which both live."""
+        """Return {"rank": pid, "anchor": pid} of each device where both are alive."""
         found = []
         for device in self.server.status()["devices"]:
             rank, anchor = device["rank_pid"], device["anchor_pid"]
@@ -41,7 +41,7 @@ class Tree:
         return found
 
     def roles(self) -> dict[str, list[int]]:
-        """Pids of what lives: rank, anchor (by device), host-anchor, detokenizer, zygote, reserve, spare."""
+        """Return live pids by role: rank and anchor (by device), host-anchor, detokenizer, zygote, reserve, spare."""
         status = self.server.status()["devices"]
         ranks = [device["rank_pid"] for device in status if device["rank_pid"]]
         anchors = [device["anchor_pid"] for device in status if device["anchor_pid"]]
@@ -75,7 +75,7 @@ class Tree:
         return any(each.startswith(f"--run-dir={self.folder}/") for each in given) and {*arguments} <= {*given}
 
     def all(self) -> list[psutil.Process]:
-        """Every process of the server, its anchors too, zombies included."""
+        """Return all processes of the server, with its anchors and zombies."""
         main = psutil.Process(self.server.pid)
         anchors = [process for process in psutil.process_iter() if self._is_anchor(process)]
         return [main, *main.children(recursive=True), *anchors]

@@ -1,4 +1,4 @@
-"""A server under test or measurement: a real process on a loopback port, with its log in a file."""
+"""A server for tests and benchmarks: a real process on a loopback port, with its log in a file."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,11 +19,11 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopba
 
 
 class ServerFailed(RuntimeError):
-    """The server did not come up or answer; the text ends with its log's last lines."""
+    """The server did not start or answer; the text ends with its log's last lines."""
 
 
 def free_port() -> int:
-    """A loopback port below those that the kernel gives to connections (from 32768 on): it stays free until used."""
+    """Return a free loopback port below the kernel's ephemeral ones (from 32768 on), so that no connection takes it."""
     while True:
         port = random.randrange(20000, 32768)
         with socket.socket() as probe:
@@ -36,7 +35,7 @@ def free_port() -> int:
 
 
 class Server:
-    """``python -m MODULE --model-path … --port …``, stopped (SIGTERM, then SIGKILL) at the end of the block.
+    """A process of ``python -m MODULE --model-path …``, stopped (SIGTERM, then SIGKILL) at the end of the block.
 
     ``module``: anchortp_sglang.launch_server, or sglang.launch_server for comparison.
     """
@@ -64,7 +63,10 @@ class Server:
         return self._process.pid
 
     def start(self, timeout_s: float = 240.0) -> float:
-        """Start and wait until /health says 200; seconds it took. Raises ServerFailed, and leaves nothing running."""
+        """Start, wait until /health answers 200, and return the seconds it took.
+
+        Raises ServerFailed, with no process left, if it ends or is not healthy in time.
+        """
         began = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -87,14 +89,13 @@ class Server:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """SIGKILL the main process; everything else ends by itself."""
+        """Send SIGKILL to the main process; all others end by themselves."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 
     def kill_all(self) -> None:
-        """SIGKILL the main process, and whatever it has started that does not notice: stock's ranks, while they still
-        import."""
+        """Send SIGKILL to the main process and its process group: stock's ranks would outlive it while they import."""
         self.kill()
         if self._process is not None:
             try:
@@ -125,7 +126,7 @@ class Server:
         self.stop()
 
     def health(self) -> int:
-        """HTTP status of /health, 0 if nobody answers."""
+        """Return the HTTP status of /health, or 0 without an answer."""
         try:
             with _opener.open(f"{self.url}/health", timeout=30) as answer:
                 return int(answer.status)
@@ -142,7 +143,7 @@ class Server:
             return dict(json.load(answer))
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 300.0) -> Any:
-        """The JSON answer to a POST; urllib.error.HTTPError for codes from 400 on."""
+        """Return the JSON answer to a POST. Raises urllib.error.HTTPError for codes from 400 on."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -150,16 +151,16 @@ class Server:
             return json.load(answer)
 
     def flush_cache(self) -> None:
-        """Empty the prefix cache, once no request is running any more."""
+        """Empty the prefix cache as soon as no request is running."""
         with _opener.open(f"{self.url}/flush_cache?timeout=60", timeout=90):
             pass
 
     def inject(self, device: int, kind: str) -> dict[str, Any]:
-        """Inject a fault; the answer says what was seen to happen."""
+        """Inject a fault and return its observed effect."""
         return dict(self.post("/anchortp/inject", {"device": device, "kind": kind}))
 
     def wait_serving(self, generation: int, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Until generation ``generation`` or a later one serves; the status then. Raises ServerFailed."""
+        """Wait until generation ``generation`` or a later one serves, and return the status. Raises ServerFailed."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             status = self.status()
@@ -172,11 +173,3 @@ class Server:
         if not self.log.exists():
             return ""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def run_streams(server: Server, requests: Sequence[dict[str, Any]]) -> "list[Any]":
-    """Convenience of streams.Streams: open, wait, return the histories."""
-    from anchortp_sglang.testing.streams import Streams
-
-    with Streams(server.url, requests) as streams:
-        return streams.wait()

@@ -1,9 +1,9 @@
-"""``python -m anchortp_sglang.testing.stock_server <flags of sglang.launch_server>``: stock SGLang, to compare with.
+"""``python -m anchortp_sglang.testing.stock_server <flags of sglang.launch_server>``: stock SGLang, for comparison.
 
-No hook of ours is installed. With ``--device cpu``, the default here as for our launcher, SGLang is told what it needs
-on a machine without a GPU; with any other device this is ``python -m sglang.launch_server`` and nothing else. With
-``--absorb-latents`` DeepSeek's latent attention is registered for the CPU too (platforms/cpu/latent_attention.py):
-without it stock serves no such model here.
+It installs none of our hooks. With ``--device cpu``, the default as for our launcher, it sets what SGLang needs on a
+machine without a GPU; with any other device it is ``python -m sglang.launch_server``. ``--absorb-latents`` also
+registers DeepSeek's latent attention for the CPU (platforms/cpu/latent_attention.py); stock serves no such model there
+without it.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _prepare_cpu(given: dict[str, str]) -> list[str]:
-    """Set the environment and install the stand-in for sgl_kernel; the arguments to add."""
+    """Set the environment, install the stand-in for sgl_kernel, and return the arguments to add."""
     defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
     os.environ.update(defaults.env)
     sgl_kernel_stub.install()
@@ -44,7 +44,7 @@ def _prepare_cpu(given: dict[str, str]) -> list[str]:
 
 
 def _fork_children() -> None:
-    """SGLang's processes inherit the stand-in, and need not import SGLang again.
+    """Make SGLang fork its processes: they inherit the stand-in and need not import SGLang again.
 
     Engine's _set_envs_and_config (sglang.srt.entrypoints.engine) would set the method back to spawn.
     """

@@ -1,4 +1,4 @@
-"""Concurrent streaming clients that record what they were given, and when."""
+"""Concurrent streaming clients that record what they receive and when."""
 
 import http.client
 import itertools
@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -17,9 +17,9 @@ _READ_TIMEOUT_S = 300.0
 
 @dataclass
 class History:
-    """What one client saw. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens.
+    """One client's history. ``arrivals``: (time.monotonic(), tokens so far) of each message with new tokens.
 
-    ``sent_at``, ``ended_at``: time.monotonic() before the request was sent, and when no more can come.
+    ``sent_at``, ``ended_at``: time.monotonic() before the request was sent and at the end of its answer.
     """
 
     request: dict[str, Any]
@@ -37,13 +37,9 @@ class History:
         return self.meta.get("finish_reason")
 
     def longest_pause_s(self) -> float:
-        """Longest gap between two messages; 0 with fewer than two."""
+        """Return the longest gap between two messages; 0 with fewer than two."""
         times = [at for at, _ in self.arrivals]
         return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
-
-    def first_after(self, moment: float) -> float | None:
-        """Seconds from ``moment`` (monotonic) to the first new token after it."""
-        return next((at - moment for at, _ in self.arrivals if at > moment), None)
 
     def take(self, message: dict[str, Any]) -> None:
         if "error" in message:
@@ -58,7 +54,7 @@ class History:
 
 
 class Streams:
-    """One thread per /generate stream; opened on entering the block, waited for on leaving it."""
+    """A thread and a /generate stream for each request. Entering the block opens them; leaving it waits for all."""
 
     def __init__(self, url: str, requests: Sequence[dict[str, Any]]) -> None:
         self._address = urlsplit(url).netloc
@@ -83,7 +79,7 @@ class Streams:
         return self.histories
 
     def wait_tokens(self, tokens: int, timeout_s: float = 60.0) -> None:
-        """Until every stream has at least ``tokens`` tokens, or has ended."""
+        """Wait until every stream has at least ``tokens`` tokens or has ended. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while any(len(h.output_ids) < tokens and not h.done for h in self.histories):
             if time.monotonic() > deadline:
@@ -93,8 +89,19 @@ class Streams:
             time.sleep(0.005)
 
 
+def events(reply: http.client.HTTPResponse) -> Generator[dict[str, Any], None, bool]:
+    """Yield the JSON objects of a stream of server-sent events; return whether ``[DONE]`` came."""
+    done = False
+    for line in reply:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+        elif line.startswith(b"data: [DONE]"):
+            done = True
+    return done
+
+
 def follow(address: str, history: History) -> None:
-    """Be the client of one stream: send ``history.request`` to ``address`` and write down what comes."""
+    """Send ``history.request`` to ``address`` (host:port) as a stream and record what comes."""
     connection = http.client.HTTPConnection(address, timeout=_READ_TIMEOUT_S)
     history.sent_at = time.monotonic()
     try:
@@ -104,10 +111,9 @@ def follow(address: str, history: History) -> None:
         if answer.status != 200:
             history.error = f"{answer.status} {answer.read().decode(errors='replace')}"
             return
-        for line in answer:
-            if line.startswith(b"data: {"):
-                history.take(json.loads(line[6:]))
-        if history.error is None and history.finish_reason is None:  # http.client does not tell
+        for message in events(answer):
+            history.take(message)
+        if history.error is None and history.finish_reason is None:  # http.client raises nothing
             history.error = "the connection ended before the answer did"
         elif history.error is None and history.finish_reason["type"] == "abort":
             history.error = f"aborted: {history.finish_reason}"

@@ -1,7 +1,7 @@
 """A small checkpoint of random weights in Hugging Face's format, for tests and demonstrations.
 
-The spread of the weights is chosen so that greedy decoding wanders (about 45 distinct tokens in 48):
-default initialisation repeats one token and hides every error. Needs neither torch nor a download.
+The spread of the weights makes greedy decoding wander (about 45 distinct tokens in 48): default initialisation repeats
+one token, which hides every error. Needs neither torch nor a download.
 
     python -m anchortp_sglang.testing.tiny_checkpoint /tmp/tiny --family qwen3
 """
@@ -34,18 +34,18 @@ DType = Literal["float32", "float16", "bfloat16"]
 
 _ROPE_THETA = 10000.0
 _EMBEDDING_STD = 0.9
-# Tied, the residual stream would vote for the token that came in: the layers must outweigh it.
+# With tied embeddings the residual stream favours the input token: the layers must outweigh it.
 _TIED_EMBEDDING_STD = 0.2
 _MATRIX_STD_AT_FAN_IN_320 = 0.11
 _NORM_STD = 0.05
 _BIAS_STD = 0.02
-# Random weights must not end an answer: rows of special tokens are small, so their logits stay near zero.
+# Small rows of special tokens keep their logits near zero, so that random weights do not end an answer.
 _SPECIAL_ROW_SCALE = 0.05
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A family and sizes that it can have."""
+    """A family with sizes that it can have."""
 
     family: Family
     sizes: Sizes
@@ -109,7 +109,7 @@ class TinyModel:
         return {key: value for key, value in config.items() if key not in kind.omitted}
 
     def tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes as the family's checkpoints store them, in layer order."""
+        """Yield names and shapes of the tensors in the family's checkpoints, in layer order."""
         kind, sizes = FAMILIES[self.family], self.sizes
         yield "model.embed_tokens.weight", (sizes.vocab_size, sizes.hidden_size)
         for layer in range(sizes.num_layers):
@@ -158,10 +158,10 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint that transformers and SGLang load, and return its folder.
 
-    A tensor's values depend on the seed, its name, its shape and its family alone, never on `shards`. What is None
-    is the family's (`FAMILIES`); without a `head_dim` a head has hidden_size / num_q_heads columns. What a family
-    does not have says nothing, see `Sizes`. `attention_bias` and `tie_word_embeddings` say nothing where the
-    family always has them; DeepSeek has as many kv heads as q heads.
+    A tensor's values depend on the seed, its name, its shape and its family alone, not on `shards`. None stands for
+    the family's default (`FAMILIES`); the default `head_dim` is hidden_size / num_q_heads. Sizes of parts that a
+    family lacks are ignored (see `Sizes`), as are `attention_bias` and `tie_word_embeddings` where the family always
+    has them. DeepSeek has as many KV heads as query heads.
     """
     if dtype not in get_args(DType):
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(DType))}")
@@ -217,7 +217,7 @@ def _numpy_dtype(dtype: DType) -> np.dtype:
 
 
 def _write_weights(path: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
-    """One model.safetensors, or `shards` files of about equal bytes with an index beside them."""
+    """Write one model.safetensors, or `shards` files of about equal size and their index."""
     if not 1 <= shards <= len(tensors):
         raise ValueError(f"{shards} shards asked for {len(tensors)} tensors")
     for stale in path.glob("model*.safetensors*"):
@@ -237,7 +237,7 @@ def _write_weights(path: Path, tensors: dict[str, np.ndarray], shards: int) -> N
 
 
 def _shard_of_tensor(sizes: dict[str, int], shards: int) -> dict[str, int]:
-    """Contiguous shards in the given order, each with a tensor at least, cut where the bytes suggest."""
+    """Assign tensors to shards of about equal bytes, in order; each shard has at least one."""
     total, before, shard_of = sum(sizes.values()), 0, dict[str, int]()
     shard = 0
     for position, (name, nbytes) in enumerate(sizes.items()):

@@ -1,4 +1,4 @@
-"""What a family's config.json says besides what all families' do. Keys are those of the released models."""
+"""The keys of each family's config.json beyond those of all families, as in the released models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from anchortp_sglang.testing.tiny_layers import Sizes
 
 EXPERT_GROUPS = 4
-"""DeepSeek's: the experts of a token are all in GROUPS_PER_TOKEN of them."""
+"""Number of DeepSeek's expert groups; a token's experts are in GROUPS_PER_TOKEN of them."""
 GROUPS_PER_TOKEN = 2
 
 

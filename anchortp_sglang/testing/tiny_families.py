@@ -1,7 +1,7 @@
 """The families that `tiny_checkpoint` writes: the parts of their layers, the spread of their tensors, their configs.
 
-Names, shapes and config keys are those of the released models. Where transformers 5 keeps all experts of a layer
-in one tensor, the files on the hub count: SGLang 0.5.23 reads those (`load_weights` in sglang.srt.models).
+Names, shapes and config keys are those of the released models. Transformers 5 has all experts of a layer in one tensor;
+here they are separate, as in the files on the hub that SGLang 0.5.23 reads (`load_weights` in sglang.srt.models).
 """
 
 from collections.abc import Callable
@@ -46,9 +46,11 @@ Spread = tuple[float, float]
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """``config`` gives the keys besides those that all have, ``omitted`` those of them that the releases lack.
-    ``attention_bias`` and ``tied`` None: as asked for. ``spread`` is by the end of a tensor's name, where it is
-    not what `tiny_checkpoint` takes."""
+    """A family. ``config`` gives the keys beyond those of all families; ``omitted`` names common keys that it lacks.
+
+    ``attention_bias`` and ``tied``: None leaves the choice to the caller. ``spread``: by the end of a tensor's name,
+    where it is not `tiny_checkpoint`'s default.
+    """
 
     architecture: str
     layer: tuple[Part, ...]
@@ -66,7 +68,7 @@ class TinyFamily:
     experts_per_token: int = 0
     expert_groups: int = 1
     num_dense_layers: int | None = None
-    """None: no layer goes without experts, or all do."""
+    """None if all layers have experts, or none has."""
     sliding_window: int = 4096
     spread: tuple[tuple[str, Spread], ...] = ()
 
@@ -81,9 +83,9 @@ _GEMMA_AFTER_ATTENTION = (
     mlp,
     norm("post_feedforward_layernorm"),
 )
-# Gemma's norms multiply by 1 + weight, and embeddings are multiplied by sqrt(hidden_size): for the layers to
-# outweigh the token that came in, the norms behind attention and MLP must be large. With small norms of q and k
-# a token would attend to all others alike, and repeat.
+# Gemma's norms multiply by 1 + weight, and embeddings are multiplied by sqrt(hidden_size). The norms behind attention
+# and MLP must be large for the layers to outweigh the input token. With small norms of q and k a token would attend to
+# all others alike, and repeat.
 _GEMMA_SPREAD = (
     ("post_attention_layernorm.weight", (5.0, 0.05)),
     ("post_feedforward_layernorm.weight", (12.0, 0.05)),
@@ -107,7 +109,7 @@ def _deepseek(architecture: str, shared: int, mscale: float, correction_bias: bo
         experts_per_token=2,
         expert_groups=tiny_configs.EXPERT_GROUPS,
         num_dense_layers=1,
-        # Of the size of the differences between scores, so that it changes which experts a token gets.
+        # As large as differences between scores, so that it changes which experts a token gets.
         spread=(("e_score_correction_bias", (0.0, 0.1)),),
     )
 
@@ -245,4 +247,4 @@ FAMILIES: dict[Family, TinyFamily] = {
         ep_size=1,
     ),
 }
-"""By the `model_type` of its config."""
+"""Families by the `model_type` of their config.json."""

@@ -1,4 +1,4 @@
-"""The parts of a layer that `tiny_families` puts together: which tensors each has in a checkpoint."""
+"""The parts of a layer that `tiny_families` combines: the tensors each has in a checkpoint."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ Tensors = Iterator[tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What shape a checkpoint has. A family without experts ignores their sizes, one without multi-head latent
-    attention (MLA) those of its projections, and so on.
+    """The sizes of a checkpoint. Families ignore sizes of parts they lack: experts, multi-head latent attention (MLA).
 
-    ``attention_bias``: whether q, k and v have one. ``num_dense_layers``: the first ones, without experts.
-    ``q_lora_rank`` 0: q is projected at once. In MLA v has as many columns as the part of k without position.
+    ``attention_bias``: whether q, k and v have one. ``num_dense_layers``: the first layers, which have no experts.
+    ``q_lora_rank`` 0: q has a single projection. In MLA, v has as many columns as the part of k without position.
     """
 
     hidden_size: int
@@ -50,7 +49,7 @@ class Sizes:
 
 
 Part = Callable[[Sizes, int], Tensors]
-"""The tensors of a part of a layer, by the number of the layer; names are relative to ``model.layers.N.``."""
+"""A function from the layer's number to the part's tensors; names are relative to ``model.layers.N.``."""
 
 
 def norm(name: str) -> Part:
@@ -61,7 +60,7 @@ def norm(name: str) -> Part:
 
 
 def attention(*, o_bias: bool = True, qk_norm: Literal["each head", "all heads"] | None = None) -> Part:
-    """``o_bias``: whether o_proj has a bias where q, k and v have one. ``qk_norm``: what its mean is over."""
+    """Make attention. ``o_bias``: whether o_proj has a bias if q, k and v do. ``qk_norm``: what its mean is over."""
 
     def tensors(sizes: Sizes, layer: int) -> Tensors:
         for projection, rows in (("q_proj", sizes.q_rows), ("k_proj", sizes.kv_rows), ("v_proj", sizes.kv_rows)):
@@ -136,7 +135,7 @@ def experts(block: str, projections: tuple[str, str, str] = _GATE_UP_DOWN) -> Pa
 
 
 def fused_experts(sizes: Sizes, layer: int) -> Tensors:
-    """Rows are inputs here, unlike in a linear layer; gate and up take turns in the columns of gate_up_proj."""
+    """Return GPT-OSS's experts. Rows are inputs, unlike in a linear layer; columns of gate and up alternate."""
     count, hidden, inner = sizes.num_experts, sizes.hidden_size, sizes.moe_intermediate_size
     yield "mlp.router.weight", (count, hidden)
     yield "mlp.router.bias", (count,)

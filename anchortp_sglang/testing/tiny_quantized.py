@@ -1,4 +1,4 @@
-"""A small checkpoint of random weights in the formats of quantized releases: the tensors they have for a weight.
+"""Small checkpoints of random weights in the formats of quantized releases.
 
 python -m anchortp_sglang.testing.tiny_quantized /tmp/tiny /tmp/tiny-fp8 --kind fp8-block --group 32
 """
@@ -20,11 +20,11 @@ Tensors = dict[str, np.ndarray]
 _LARGEST_FP8 = 448.0
 _BITS, _PACKED = 4, 8
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs AWQ has in the first, second, … four bits of a number."""
+"""The order in which AWQ packs eight outputs in a 32-bit number, lowest four bits first."""
 
 
 def write_quantized(source: Path, target: Path, kind: Kind, group: int = 32) -> Path:
-    """Write the checkpoint in ``source`` anew with quantized projections, and return its folder.
+    """Write the checkpoint ``source`` to ``target`` with quantized projections, and return ``target``.
 
     ``group``: rows and columns of an FP8 block, or inputs of an AWQ or GPTQ group. Embeddings, head, norms and
     routers stay as they are.
@@ -73,7 +73,10 @@ def _as_fp8(weight: np.ndarray) -> np.ndarray:
 
 
 def _integers(weight: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of (out, in): integers (in, out), zero points and scales (groups, out); weight = (integer - zero) * scale."""
+    """Quantize ``weight`` (out, in) to integers (in, out), zero points and scales (groups, out).
+
+    weight = (integer - zero) * scale.
+    """
     columns = weight.T.astype(np.float32)
     groups = columns.reshape(-1, group, columns.shape[1])
     low, high = groups.min(1), groups.max(1)

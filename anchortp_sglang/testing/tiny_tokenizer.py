@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer of any size, for checkpoints of random weights.
 
-Every id below `vocab_size` decodes to text, because random weights emit any id. No merge touches a byte
-above 0x7f, so each multi-byte UTF-8 character spans as many tokens as it has bytes: the hardest case for a
-stream that must hand out whole characters.
+Every id below `vocab_size` decodes to text, because random weights emit any id. No merge touches a byte above 0x7f, so
+a multi-byte UTF-8 character spans as many tokens as it has bytes: the hardest case for a stream, which must send whole
+characters.
 """
 
 import json
@@ -50,7 +50,7 @@ def write_tokenizer(path: Path, vocab_size: int, max_length: int) -> None:
 
 
 def build_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer with exactly `vocab_size` ids: 256 bytes, trained merges, filler merges, special tokens."""
+    """Build a tokenizer with exactly `vocab_size` ids: 256 bytes, trained merges, filler merges, special tokens."""
     if vocab_size < SMALLEST_VOCAB:
         raise ValueError(f"vocab_size {vocab_size} is below {SMALLEST_VOCAB} (256 bytes and special tokens)")
     vocab, merges = _trained_merges(vocab_size - len(SPECIAL_TOKENS))
@@ -86,7 +86,7 @@ def _trained_merges(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _filler_merges(vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Pairs whose concatenation is not in `vocab` yet; endless, as each pair's result feeds later ones."""
+    """Yield pairs whose concatenation is not yet in `vocab`, without end: each result is part of later pairs."""
     letters = ascii_lowercase + ascii_uppercase + digits
     words = [*letters]
     for position in count():

@@ -1,4 +1,4 @@
-"""A picture of boxes and texts, written as SVG or PNG by the name of the file. Knows nothing of what it shows."""
+"""A picture of boxes and labels, written as SVG or PNG by the suffix of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FONT_PX = 12
 
 @dataclass(frozen=True)
 class Box:
-    """A filled rectangle, in pixels from the top left; ``tip`` is shown by SVG viewers that have a mouse."""
+    """A filled rectangle in pixels from the top left. ``tip``: shown under the mouse in an SVG."""
 
     x: float
     y: float
@@ -28,7 +28,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text; ``x`` is its start, middle or end, ``y`` its vertical centre."""
+    """A line of text. ``x``: its start, middle or end by ``anchor``. ``y``: its vertical centre."""
 
     x: float
     y: float
@@ -40,7 +40,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Picture:
-    """Drawn in this order: boxes, then labels."""
+    """Boxes, and labels drawn over them."""
 
     width: int
     height: int
@@ -54,7 +54,7 @@ class PictureError(ValueError):
 
 
 def save(picture: Picture, path: Path) -> None:
-    """Write ``path``, a .png or .svg. Raises like ``check``, and OSError if it cannot be written."""
+    """Write ``path``, a .png or .svg. Raises PictureError as ``check`` does, and OSError if it cannot be written."""
     check(path)
     if path.suffix.lower() == ".svg":
         path.write_text(to_svg(picture), encoding="utf-8")
@@ -63,7 +63,7 @@ def save(picture: Picture, path: Path) -> None:
 
 
 def check(path: Path) -> None:
-    """What can be known beforehand about ``save``. Raises PictureError."""
+    """Raise PictureError if ``save`` cannot write such a file: another suffix, or .png without pillow."""
     suffix = path.suffix.lower()
     if suffix not in (".svg", ".png"):
         raise PictureError(f"{path}: pictures are .png or .svg, not {suffix or 'without a suffix'}")
@@ -72,7 +72,7 @@ def check(path: Path) -> None:
 
 
 def to_svg(picture: Picture) -> str:
-    """A self-contained SVG document."""
+    """Return a self-contained SVG document."""
     size = f'width="{picture.width}" height="{picture.height}" viewBox="0 0 {picture.width} {picture.height}"'
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
@@ -99,7 +99,7 @@ def _save_png(picture: Picture, path: Path) -> None:
     draw = ImageDraw.Draw(image)
     for box in picture.boxes:
         right, bottom = (box.x + box.width) * scale, (box.y + box.height) * scale
-        # Pillow counts the last pixel in.
+        # Pillow includes the last pixel.
         draw.rectangle(
             (box.x * scale, box.y * scale, max(right - 1, box.x * scale), max(bottom - 1, box.y * scale)),
             fill=box.colour,

@@ -1,4 +1,4 @@
-"""Draws the answer of ``anchortp plan`` for a terminal. Pure: values in, renderables out."""
+"""Terminal view of the answer of ``anchortp plan``. Pure: values in, renderables out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_DEVICES = 32
 
 
 def answer_view(title: str, answer: WhatIf, width: int = 80) -> RenderableType:
-    """Everything about one change: devices, totals and bounds, transfers over time, recovery and restart."""
+    """Show one change: devices, totals and bounds, transfers over time, recovery and restart."""
     parts = (
         Text(title, style="bold"),
         _devices(answer),
@@ -31,7 +31,7 @@ def answer_view(title: str, answer: WhatIf, width: int = 80) -> RenderableType:
 
 
 def failures_view(title: str, answers: Sequence[tuple[str, WhatIf | str]]) -> RenderableType:
-    """One line for each change that was tried; a text stands for why it has no plan."""
+    """Show a line for each change. An answer that is a text says why there is no plan."""
     table = Table(title=title, title_justify="left")
     for heading in ("lost", "family", "reload", "P2P", "moving", "first token", "restart"):
         table.add_column(heading, justify="left" if heading == "family" else "right")
@@ -104,7 +104,7 @@ def _share(plan: MigrationPlan) -> str:
 
 
 def _transfers(answer: WhatIf, width: int) -> list[RenderableType]:
-    """A bar for each kind of transfer of each device."""
+    """Draw a bar for each device and kind of transfer."""
     spans: dict[tuple[int, str], tuple[float, float]] = {}
     for entry in answer.timeline.entries:
         key = (entry.device, entry.kind)

@@ -1,4 +1,4 @@
-"""The Gantt picture of a predicted recovery: its stages beside those of a restart, and every transfer below."""
+"""Gantt picture of a predicted recovery: its stages, those of a restart, and every transfer below."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROW, BAR, GAP = 20, 14, 46
 MOST_FLOWS = 96
 FAINT = "#656d76"
 KIND_COLOURS = {"reload": ("#bc4c00", "#e8894f"), "p2p": ("#0969da", "#6cb0f7"), "copy": ("#1a7f37", "#6fce8a")}
-"""Even and odd layers of each kind of transfer."""
+"""Colours of each kind of transfer for even and odd layers."""
 
 STAGE_COLOURS = {
     "detected": "#8250df",
@@ -32,7 +32,7 @@ STAGE_COLOURS = {
 
 
 def gantt(title: str, timeline: Timeline, recovery: Prediction, restart: Prediction) -> Picture:
-    """Stages on one scale, transfers on their own (seconds since the first of them)."""
+    """Draw stages on one scale and transfers on another (seconds since the first transfer)."""
     boxes: list[Box] = []
     labels = [Label(MARGIN, MARGIN, title, bold=True)]
     y = MARGIN + 34.0
@@ -98,7 +98,7 @@ def _scale(end_s: float) -> float:
 
 
 def _tick_step(end_s: float) -> float:
-    """The finest of 1, 2, 5 times a power of ten that gives at most ten ticks."""
+    """Return the smallest of 1, 2 or 5 times a power of ten that gives at most ten ticks."""
     steps: Iterator[float] = (digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5))
     return next(step for step in steps if end_s / step <= 10)
 

@@ -1,4 +1,4 @@
-"""Draws a server's status (``GET /anchortp/status``) for a terminal. Pure: a dict in, renderables out."""
+"""Terminal view of a server's status (``GET /anchortp/status``). Pure: a dict in, renderables out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLOURS = {
 
 
 def status_view(status: Mapping[str, Any]) -> RenderableType:
-    """A headline, the devices, and the last recoveries with their stages."""
+    """Show a headline, the devices, and the last recoveries with their stages."""
     recoveries = status.get("recoveries") or []
     parts: list[RenderableType] = [
         _headline(status),
@@ -39,7 +39,7 @@ def status_view(status: Mapping[str, Any]) -> RenderableType:
 
 
 def timeline_view(recovery: Mapping[str, Any], width: int = 80) -> RenderableType:
-    """A Gantt chart, ``width`` columns wide: each stage of the server and of each device, in seconds."""
+    """Draw a recovery as a Gantt chart of ``width`` columns: each stage of the server and of each device."""
     drawn = rows(recovery)
     title = (
         f"generation {_cell(recovery.get('generation'))}, device {_cell(recovery.get('device'))}, "
@@ -64,7 +64,7 @@ def timeline_view(recovery: Mapping[str, Any], width: int = 80) -> RenderableTyp
 
 
 def bar(start_s: float, end_s: float, total_s: float, width: int, colour: str = "cyan") -> Text:
-    """A bar from start to end in a line that is ``width`` columns for ``total_s``."""
+    """Draw a bar from ``start_s`` to ``end_s`` in a line whose ``width`` columns stand for ``total_s``."""
     scale = width / total_s if total_s > 0 else 0.0
     first = min(int(start_s * scale), width - 1)
     length = max(1, round(end_s * scale) - first)
@@ -72,7 +72,7 @@ def bar(start_s: float, end_s: float, total_s: float, width: int, colour: str = 
 
 
 def _outcome(recovery: Mapping[str, Any]) -> str:
-    """What moved, what was replayed."""
+    """Describe what moved and what was replayed."""
     reused, redone = _cell(recovery.get("tokens_reused")), _cell(recovery.get("tokens_recomputed"))
     return (
         f"weights: {_moved(recovery)}; KV slots: {_kv_slots(recovery.get('kv') or {})}; "
@@ -88,7 +88,7 @@ def _headline(status: Mapping[str, Any]) -> Text:
 
 
 def _kv_capacity(status: Mapping[str, Any]) -> list[Text]:
-    """Slots, and how many would fit in the memory of the fullest device if heads (did not) rotate over the layers."""
+    """Describe the KV capacity, and what it would be with heads placed the other way (rotating or not)."""
     kv = status.get("kv_capacity")
     if not kv:
         return []
@@ -117,7 +117,7 @@ def _devices(devices: list[Mapping[str, Any]]) -> Table:
 
 
 def _kv(kv: Mapping[str, Any] | None) -> Text:
-    """Slots in use, and how much of them a lost device would not take along."""
+    """Describe the slots in use and the mirror, whose slots survive the loss of a device."""
     if kv is None:
         return Text("KV: nothing known yet", style="dim")
     line = f"KV: {kv['used']} of {kv['slots']} slots used; mirror: "
@@ -147,7 +147,7 @@ def _recoveries(recoveries: list[Mapping[str, Any]]) -> Table:
 
 
 def _stages(recovery: Mapping[str, Any]) -> Text:
-    """Why, and the seconds from the fault to the end of each stage."""
+    """Describe the reason, and the seconds from the fault to the end of each stage."""
     parts = [f"generation {_cell(recovery.get('generation'))}: {_cell(recovery.get('reason'))}"]
     parts += [f"{stage['name']} {float(stage['at_s']):.2f}" for stage in recovery.get("stages") or []]
     return Text(" · ".join(parts))
@@ -169,7 +169,7 @@ def _cell(value: Any) -> str:
 
 
 def byte_size(value: Any) -> str:
-    """Bytes with a binary unit: 0 B, 1.5 MiB."""
+    """Format bytes with a binary unit: 0 B, 1.5 MiB."""
     if value is None:
         return "-"
     amount = float(value)

@@ -1,7 +1,7 @@
 """The page of ``GET /anchortp/timeline``: the last recoveries as Gantt charts. Pure: status in, HTML out.
 
-One file that loads nothing: style and script are inside. The script asks the same address with ``?part=main`` for the
-part that changes.
+The page contains its style and script and loads nothing else. The script polls ``?part=main`` of the same address for
+the part that changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from anchortp_sglang.views.status import byte_size
 
 SHOWN = 12
 _PERCENT_PER_LETTER = 1.6
-"""Bars that are wide enough, also on a phone, have their stage's name in them."""
+"""Width of a letter, in percent of a track on a phone: wide enough bars show their stage's name."""
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #ffffff; --ink: #1c2128; --faint: #626b76; --line: #dde1e6;
@@ -91,7 +91,7 @@ if (location.protocol.startsWith('http')) setInterval(look, 1000); else live.tex
 
 
 def page(status: Mapping[str, Any]) -> str:
-    """The whole document."""
+    """Return the whole HTML document."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -103,7 +103,7 @@ def page(status: Mapping[str, Any]) -> str:
 
 
 def main_part(status: Mapping[str, Any]) -> str:
-    """The server as it is now, and its last recoveries, newest first."""
+    """Return the HTML of the server's state and its last recoveries, newest first."""
     recoveries = list(status.get("recoveries") or [])[-SHOWN:]
     parts = [_server(status), *map(_recovery, reversed(recoveries))]
     if not recoveries:

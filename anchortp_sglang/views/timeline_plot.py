@@ -1,4 +1,4 @@
-"""Recoveries as a picture for ``anchortp timeline --plot``: the rows of recovery/report/stages.py, drawn."""
+"""Picture of recoveries for ``anchortp timeline --plot``: draws the rows of recovery/report/stages.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COLOURS = {
 
 
 def picture(recoveries: Sequence[Mapping[str, Any]]) -> Picture:
-    """The recoveries one below the other, on one scale, with a legend of the stages that occur."""
+    """Draw the recoveries one below the other on one scale, with a legend of their stages."""
     total_s = max(map(stages.end_s, recoveries), default=0.0) or 1.0
     boxes: list[Box] = []
     labels: list[Label] = []

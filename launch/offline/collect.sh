@@ -8,7 +8,7 @@
 #   FOLDER/install.sh                           # into FOLDER/site; changes nothing else
 #   export PYTHONPATH=$PWD:FOLDER/site
 #   python3.12 -m anchortp_sglang.cli doctor
-#   python3.12 -m pytest -m gpu -s tests/gpu tests/unit/memory/test_arena_contract.py tests/unit/rank/weights/test_mover_contract.py
+#   python3.12 -m pytest -m gpu -s tests/gpu tests/unit/platforms/test_contract.py tests/unit/memory/test_arena_contract.py tests/unit/platforms/test_mover_contract.py
 #
 # For Python 3.12 with torch 2.11 and what wheels.txt says is there. docs/cuda.md names the environment variables that
 # SGLang wants with that torch.

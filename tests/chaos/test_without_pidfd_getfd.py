@@ -7,7 +7,6 @@ from histories import assert_exactly_once, assert_identical, outcomes, prompt, r
 from no_pidfd_getfd import is_filtered
 from remains import ROOT
 
-from anchortp_sglang.testing.server import run_streams
 from anchortp_sglang.testing.streams import Streams
 
 REQUESTS = [request(prompt(5000 + seed, 30), 300) for seed in range(2)]
@@ -25,7 +24,8 @@ def test_anchors_that_die_alone_get_their_memory_from_their_ranks(launch):
         assert is_filtered(server.pid)
         said = "pidfd_getfd: Operation not permitted: when an anchor dies alone, its rank is asked for the memory"
         assert said in server.log.read_text()
-        expected = outcomes(run_streams(server, REQUESTS))
+        with Streams(server.url, REQUESTS) as streams:
+            expected = outcomes(streams.wait())
         with Streams(server.url, REQUESTS) as streams:
             streams.wait_tokens(10)
             for device, pid in anchors(server).items():

@@ -225,10 +225,12 @@ def audited_generate(model, path, waves, max_new_tokens, **arguments):
     table is audited, in a line of ``path``: slots that are free, that are free but have an entry, that verify."""
     from anchortp_sglang import Engine
     from anchortp_sglang.hooks import table
-    from anchortp_sglang.rank.kv import prefixes
+    from anchortp_sglang.rank.attachment import current
 
     def audit(processor, batch, *args, **kwargs):
-        table = prefixes._table
+        attachment = current()
+        assert attachment is not None
+        table = attachment.prefixes.table
         if table is not None:
             free = processor.token_to_kv_pool_allocator.get_all_free_pages().numpy()
             with Path(path).open("a") as lines:
@@ -271,7 +273,7 @@ def load_beside_stock(argv):
 
     def compare(model, attachment):
         bind(model, attachment)
-        loader._filler.wait()
+        attachment.filler.wait()
         files = sorted(attachment.assignment.checkpoint.glob("*.safetensors"))
         stock[0].load_weights(safetensors_weights_iterator([str(file) for file in files]))
         ours, theirs = (dict(one.named_parameters()) for one in (model, stock[0]))

@@ -18,7 +18,7 @@ def main() -> None:
     os.dup2(2, 1)
     from anchortp_sglang.startup import device
 
-    device.prepare({"tp_size": 8})  # as anchortp_sglang.engine does
+    device.prepare(device.choose_platform({}), {"tp_size": 8})  # as anchortp_sglang.engine does
     from anchortp_sglang.hooks import manifest, preload
 
     preload.import_sglang()

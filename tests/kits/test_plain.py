@@ -1,13 +1,12 @@
-"""SGLang's own tests, its frontend, its benchmark and the OpenAI client on ours, with nothing broken."""
+"""SGLang's own tests, frontend and benchmark, and the OpenAI client, on our server without faults."""
 
 from collections import Counter
 from dataclasses import replace
 
-import bench_run
 import kit_list
 import programs
-import pytest
 import sglang_tests
+from kit_tests import test_every_request_of_the_benchmark_succeeds, test_kit, test_program  # noqa: F401
 from openai_calls import CALLS, Answer
 
 
@@ -34,23 +33,6 @@ def test_answers_differ_by_text_usage_and_logprobs_but_not_by_last_bits():
         replace(answer, usage=(5, 3, 8)),
     ):
         assert not answer.same_as(other)
-
-
-@pytest.mark.parametrize("test", kit_list.chosen(sglang_tests.kit_tests()))
-def test_kit(server, model, test):
-    import kit_cases  # here: with SGLang it takes seconds, not while tests are collected
-
-    kit_cases.run(test, server, model)
-
-
-@pytest.mark.parametrize("name", programs.RUN)
-def test_program(server, name):
-    programs.run(name, server)
-
-
-@pytest.mark.parametrize("backend", bench_run.BACKENDS)
-def test_every_request_of_the_benchmark_succeeds(server, model, backend):
-    bench_run.assert_complete(bench_run.run(server, model, backend))
 
 
 def test_answers_to_the_openai_client_are_whole(answers):

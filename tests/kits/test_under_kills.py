@@ -1,14 +1,12 @@
-"""The same while ranks are killed every few seconds, and after a device was lost."""
+"""The tests of test_plain.py while ranks are killed every few seconds, and after the loss of a device."""
 
 import importlib
 import os
 import time
 
-import bench_run
 import kit_list
-import programs
 import pytest
-import sglang_tests
+from kit_tests import test_every_request_of_the_benchmark_succeeds, test_kit, test_program  # noqa: F401
 from openai_calls import ask_all
 from rank_kills import RankKills
 
@@ -29,23 +27,6 @@ def kills(server, answers):
 def kills_go_on(kills):
     yield
     kills.check()
-
-
-@pytest.mark.parametrize("test", kit_list.chosen(sglang_tests.kit_tests()))
-def test_kit(server, model, test):
-    import kit_cases  # here: with SGLang it takes seconds, not while tests are collected
-
-    kit_cases.run(test, server, model)
-
-
-@pytest.mark.parametrize("name", programs.RUN)
-def test_program(server, name):
-    programs.run(name, server)
-
-
-@pytest.mark.parametrize("backend", bench_run.BACKENDS)
-def test_every_request_of_the_benchmark_succeeds(server, model, backend):
-    bench_run.assert_complete(bench_run.run(server, model, backend))
 
 
 def test_answers_to_the_openai_client_are_those_of_an_unbroken_run(server, kills, answers):

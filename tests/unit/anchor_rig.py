@@ -15,6 +15,7 @@ from anchortp_sglang.anchor.client import AnchorClient
 from anchortp_sglang.anchor.files import AnchorFiles
 from anchortp_sglang.anchor.launch import AnchorProcess, prepare_run_dir, start_anchor
 from anchortp_sglang.anchor.pids import wait_readable
+from anchortp_sglang.memory.arena_kinds import HOST_MEMORY, ArenaSpec
 from anchortp_sglang.memory.gpu import GpuShare
 
 IDENTITY = "model:tp2"
@@ -27,6 +28,7 @@ class AnchorRig:
     def __init__(self, base: Path, gpu: GpuShare | None = None) -> None:
         self.run = prepare_run_dir(base, "run")
         self.gpu = gpu
+        self._arena = HOST_MEMORY if gpu is None else ArenaSpec(gpu.sharing, gpu.uuid, gpu.budget_bytes)
         self._anchors: list[AnchorProcess] = []
         self._controllers: list[subprocess.Popen[bytes]] = []
 
@@ -49,7 +51,7 @@ class AnchorRig:
     ) -> AnchorProcess:
         pid = os.getpid() if controller_pid is None else controller_pid
         identity = (self.run.path, self.run.run_id, device, IDENTITY)
-        anchor = start_anchor(*identity, pid, linger_s, TIMEOUT_S, generation, self.gpu)
+        anchor = start_anchor(*identity, pid, linger_s, TIMEOUT_S, generation, self._arena)
         self._anchors.append(anchor)
         return anchor
 

@@ -19,7 +19,10 @@ import torch
 from anchortp_sglang.hooks import table
 from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
 from anchortp_sglang.kv.slot_table import SlotTable
-from anchortp_sglang.rank.kv import prefixes
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
+from anchortp_sglang.rank import attachment
+from anchortp_sglang.rank.kv import slot_table_hooks
+from anchortp_sglang.rank.kv.prefixes import Prefixes, slots_of_pages
 
 MODEL = b"model"
 MOST_RUNNING = 8
@@ -42,13 +45,12 @@ def hooked_memory() -> Iterator[None]:
     )
     with pytest.MonkeyPatch.context() as patch:
         for hook in table.HOOKS:
-            if hook.function.__module__ == prefixes.__name__ and ".mem_cache." in hook.target:
+            if hook.function.__module__ == slot_table_hooks.__name__ and ".mem_cache." in hook.target:
                 module, owner, name = hook.target.rsplit(".", 2)
                 if owner[0].isupper():
                     of = getattr(importlib.import_module(module), owner)
                     patch.setattr(of, name, _wrapped(hook, getattr(of, name)))
-        for name in ("_table", "_next", "_allocator", "_restoration", "_mirroring", "_freed"):
-            patch.setattr(prefixes, name, None)
+        patch.setattr(attachment, "_current", SimpleNamespace(prefixes=None))
         yield
 
 
@@ -64,7 +66,7 @@ def _wrapped(hook: table.Hook, original: Any) -> Any:
 
 
 class Server:
-    """One generation: its memory, its requests, and (``prefixes._table``) its slot table in ``buffer``."""
+    """One generation: its memory, its requests, and its prefixes; its slot table is in ``buffer``."""
 
     def __init__(self, slots: int, page_size: int, core: str) -> None:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
@@ -93,6 +95,7 @@ class Server:
                 tree_core_backend=core,
             )
         )
+        self.prefixes: Any = None
         self.running: list[Any] = []
         self.chunked: Any = None
         self.written: dict[int, Content] = {}
@@ -103,20 +106,32 @@ class Server:
     # --- a generation begins
 
     def start_empty(self, buffer: bytearray) -> None:
-        prefixes._table = SlotTable.create(buffer, self.rows, MODEL)
+        self._begin(buffer)
+        self.prefixes.build(self._built())
+        self.prefixes.start_writing()
 
     def take_over(self, buffer: bytearray, written: dict[int, Content]) -> RetainedSlots:
-        """What a new rank does before it is ready; rank 0 has yet to ``prefixes.start_writing``."""
-        prefixes._table, prefixes._freed = None, None
+        """What a new rank does before it is ready; rank 0 has yet to ``start_writing``."""
+        self._begin(buffer)
         table = SlotTable.attach(buffer, self.rows, MODEL)
         kept = keep(table.entries(), None, self.rows, self.page_size)
-        result = SimpleNamespace(token_to_kv_pool_allocator=self.allocator, tree_cache=self.tree)
-        prefixes._insert(kept, result)
-        prefixes._next, prefixes._allocator = table, self.allocator
-        prefixes._restoration = SimpleNamespace(kept=lambda: kept)
+        self.prefixes.restore(SimpleNamespace(start=lambda: None, kept=lambda: kept), table)
+        self.prefixes.build(self._built())
         self.written = {slot: written[slot] for slot in kept.slots.tolist()}
         self.promised = self._committed()
         return kept
+
+    def _begin(self, buffer: bytearray) -> None:
+        self.prefixes = Prefixes(0, self.rows, MODEL, buffer, CpuPlatform())
+        held = attachment.current()
+        assert held is not None
+        held.prefixes = self.prefixes
+
+    def _built(self) -> Any:
+        """What kv_cache_builder.build_kv_cache returns, as far as ours reads it."""
+        return SimpleNamespace(
+            token_to_kv_pool_allocator=self.allocator, tree_cache=self.tree, disable_radix_cache=False
+        )
 
     # --- batches
 
@@ -243,7 +258,7 @@ class Server:
 
     def _commit(self, reqs: list[Any], **batch: Any) -> None:
         scheduler = SimpleNamespace(req_to_token_pool=self.requests_rows)
-        prefixes.before_process_batch_result(scheduler, SimpleNamespace(reqs=reqs, **batch))
+        slot_table_hooks.before_process_batch_result(scheduler, SimpleNamespace(reqs=reqs, **batch))
         self.committed_len |= {req.rid: req.kv.kv_committed_len for req in reqs}
         self.promised = self._committed(reqs)
 
@@ -272,7 +287,7 @@ class Server:
     # --- what is where
 
     def _free(self) -> set[int]:
-        return set(prefixes._slots_of_pages(self.allocator.get_all_free_pages(), self.page_size).tolist())
+        return set(slots_of_pages(self.allocator.get_all_free_pages(), self.page_size).tolist())
 
     def _committed(self, batch: Sequence[Any] = (), cached: bool = True) -> set[Content]:
         """Of what is running (or in ``batch``), computed in chunks so far, or cached."""
@@ -285,7 +300,7 @@ class Server:
 
     def check(self) -> None:
         """Allocator, tree and table agree."""
-        table = prefixes._table
+        table = self.prefixes.table
         assert table is not None
         entries = table.entries()
         known = set(np.flatnonzero(entries.hashes).tolist()) - {0}

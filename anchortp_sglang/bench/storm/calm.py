@@ -1,4 +1,4 @@
-"""Whether a server has got over a storm's faults."""
+"""Checks that a server has recovered from a storm's faults."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ from anchortp_sglang.testing.process_tree import Tree, is_gone, is_stopped
 from anchortp_sglang.testing.server import Server
 
 UNANSWERED = (OSError, ValueError, HTTPException)
-"""Exceptions of bench.server.Server when the server does not answer, or breaks off."""
+"""Exceptions of testing.server.Server when the server does not answer, or breaks off."""
 
 _POLL_S = 0.05
 
 
 def is_calm(tree: Tree, clients: Clients, dealt: Sequence[Struck], moment: float) -> bool:
-    """Whether it serves with every rank alive and moving, pauses are over, a client got a token after ``moment``."""
+    """Return whether pauses are over, all ranks run, and a client got a token after ``moment`` (time.monotonic())."""
     if any(is_stopped(pid) for struck in dealt if struck.blow.manner == "pause" for pid in struck.pids):
         return False
     status = tree.server.status()
@@ -27,7 +27,7 @@ def is_calm(tree: Tree, clients: Clients, dealt: Sequence[Struck], moment: float
 
 
 def is_up(server: Server) -> bool:
-    """Whether it says that it serves."""
+    """Return whether the server's status says that it serves."""
     try:
         return bool(server.status()["state"] in ("serving", "degraded"))
     except UNANSWERED:
@@ -35,7 +35,7 @@ def is_up(server: Server) -> bool:
 
 
 def state_of(server: Server) -> str:
-    """Describe the server's state, or say that it gives none."""
+    """Describe the server's state, or why it has no answer."""
     try:
         status = server.status()
         return f"{status['state']}, generation {status['generation']}, {status['tp_size']} ranks"
@@ -44,7 +44,7 @@ def state_of(server: Server) -> str:
 
 
 def within(timeout_s: float, condition: Callable[[], bool]) -> bool:
-    """Whether ``condition()`` becomes true in time; a server that does not answer just now may do so later."""
+    """Wait for ``condition()``; return whether it became true in time. Goes on if the server does not answer."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:

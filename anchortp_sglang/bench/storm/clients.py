@@ -1,4 +1,4 @@
-"""A storm's clients: threads that ask, read what comes, go away or abort, without end, each in its own fixed order."""
+"""A storm's clients: threads that send requests one after the other, each in its own seeded order, and record them."""
 
 import http.client
 import json
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from anchortp_sglang.bench.storm.judge import Answer
 from anchortp_sglang.bench.storm.requests import Ask
+from anchortp_sglang.testing.streams import events
 
 _REFERENCE_CLIENTS = 16
 _POLL_S = 0.3
@@ -23,7 +24,7 @@ _HEADERS = {"Content-Type": "application/json"}
 
 @dataclass
 class Asked:
-    """One request of one client; times are time.monotonic(). ``number``: of the ask in the list of all."""
+    """One request of one client. ``number``: its place in the list of asks. Times are time.monotonic()."""
 
     number: int
     sent_at: float
@@ -37,7 +38,10 @@ class Asked:
 
 
 class Clients:
-    """``count`` clients over the block, and one that polls what an operator looks at; on leaving they finish."""
+    """A storm's ``count`` clients, and one that polls the routes ``polled``, while the block runs.
+
+    Leaving the block waits for open requests.
+    """
 
     def __init__(
         self, url: str, asks: Sequence[Ask], seed: int, count: int, polled: Sequence[str], timeout_s: float
@@ -83,7 +87,7 @@ class Clients:
             rid = f"storm-{rng.getrandbits(64):x}"
             ask(self._url, self._asks[number], asked, rid, rng.randint(1, 8), self._timeout_s)
             if asked.answer.code in (0, 503):
-                self._stopping.wait(_REFUSED_S)  # nobody is there, or the server is down
+                self._stopping.wait(_REFUSED_S)  # no connection, or the server is down
 
     def _poll(self) -> None:
         while not self._stopping.wait(_POLL_S):
@@ -95,12 +99,12 @@ class Clients:
 
 
 def to_the_end(ask: Ask) -> Ask:
-    """Return the same request without the client's leaving."""
+    """Return the same request, with a client that reads to the end."""
     return replace(ask, way="whole")
 
 
 def ask_all(url: str, asks: Sequence[Ask], timeout_s: float) -> list[Answer]:
-    """The answers to all of them, asked to the end by a few clients."""
+    """Return the answers to all asks, read to the end by a few clients at once."""
 
     def one(number: int) -> Answer:
         asked = Asked(number, time.monotonic())
@@ -112,7 +116,7 @@ def ask_all(url: str, asks: Sequence[Ask], timeout_s: float) -> list[Answer]:
 
 
 def ask(url: str, asked_for: Ask, asked: Asked, rid: str, messages: int, timeout_s: float) -> None:
-    """Send one request and take what comes. ``messages``: after how many a client goes away, or aborts."""
+    """Send one request and record its answer. ``messages``: after how many a client leaves or aborts."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
     answer = asked.answer
     body = asked_for.body | ({"rid": rid} if asked_for.way == "abort" else {})
@@ -143,16 +147,12 @@ def _messages(reply: http.client.HTTPResponse, streams: bool, answer: Answer) ->
         for number, message in enumerate(told if isinstance(told, list) else [told]):
             yield message | {"index": number}
         answer.ended = True
-        return
-    for line in reply:
-        if line.startswith(b"data: {"):
-            yield json.loads(line[6:])
-        elif line.startswith(b"data: [DONE]"):
-            answer.ended = True
+    else:
+        answer.ended = yield from events(reply)
 
 
 def call(url: str, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> tuple[int, str]:
-    """One short request: (HTTP status or 0, what was said instead of a 200)."""
+    """Send one short request. Return (HTTP status or 0, the body or error if it is not 200)."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
     try:
         connection.request(method, path, None if body is None else json.dumps(body), _HEADERS)

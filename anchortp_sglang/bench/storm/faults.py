@@ -24,8 +24,7 @@ _SIGNALS = {
 
 @dataclass
 class Struck:
-    """Effect of a blow. ``pids``: who was struck; none if there was nobody. ``effect``: every one of them was seen
-    dead, or stopped."""
+    """Effect of a blow. ``pids``: the processes struck, if any. ``effect``: each of them was seen dead or stopped."""
 
     blow: Blow
     generation: int
@@ -44,8 +43,7 @@ class Struck:
 
 
 def strike(tree: Tree, blow: Blow) -> Struck:
-    """Send the signals and see what they do. Where there is nobody to strike just now, as between two generations,
-    the blow comes as soon as there is."""
+    """Send the blow's signals and observe their effect. Waits for a victim if there is none, as between generations."""
     deadline = time.monotonic() + _VICTIM_TIMEOUT_S
     while not (victims := _victims(tree, blow)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -68,7 +66,7 @@ def strike(tree: Tree, blow: Blow) -> Struck:
 
 
 def release(pids: list[int]) -> list[int]:
-    """SIGCONT to those that are stopped; who that was."""
+    """Send SIGCONT to the stopped ones among ``pids``, and return these."""
     stopped = [pid for pid in pids if is_stopped(pid)]
     for pid in stopped:
         try:
@@ -89,7 +87,7 @@ def _victims(tree: Tree, blow: Blow) -> list[int]:
 
 
 def _is_still(pid: int) -> bool:
-    return is_stopped(pid) or is_gone(pid)  # a superseded rank may be killed before anybody looks
+    return is_stopped(pid) or is_gone(pid)  # a superseded rank may be killed before we look
 
 
 def _all_within(pids: list[int], reached: Callable[[int], bool]) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a client of a storm was given what an unbroken server gives: the judge. Pure."""
+"""The storm's judge: compares a client's answer with that of an unbroken server. Pure."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ _KEPT_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 @dataclass
 class Answer:
-    """What a client was given. ``choices``: by number, each with all that must not depend on faults.
+    """A client's answer. ``choices``: by number, each with the fields that must not depend on faults.
 
-    ``code``: the HTTP status, 0 without one. ``ended``: the answer came to its end. ``error``: why it is none.
+    ``code``: the HTTP status, or 0. ``ended``: the answer is complete. ``error``: what went wrong.
     """
 
     code: int = 0
@@ -35,7 +35,7 @@ class Answer:
     error: str | None = None
 
     def take(self, message: dict[str, Any]) -> None:
-        """One message of /generate or of OpenAI's API, a part of a stream or the whole answer."""
+        """Add a message of /generate or OpenAI's API: a part of a stream, or the whole answer."""
         if "error" in message:
             self.error = str(message["error"])
         elif "choices" in message:
@@ -62,12 +62,12 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        """That came with their ids, which OpenAI's API does not give."""
+        """Number of tokens received with their ids, which OpenAI's API does not send."""
         return sum(len(choice.get("output_ids", ())) for choice in self.choices.values())
 
 
 def _listed(logprobs: Any) -> list[Any]:
-    """One entry for each token; text_offset is left out, as it counts from where the message begins."""
+    """Return one entry for each token, without text_offset, which counts from the beginning of the message."""
     if not logprobs:
         return []
     if "content" in logprobs:
@@ -77,7 +77,7 @@ def _listed(logprobs: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``wrong_tokens``: lost, doubled or changed, as far as token ids tell; at least 1 for a wrong answer."""
+    """The judgement of an answer. ``wrong_tokens``: lost, doubled or changed ids; at least 1 if the answer is wrong."""
 
     ruling: Ruling
     why: str = ""
@@ -88,7 +88,7 @@ RIGHT = Verdict("right")
 
 
 def judge(ask: Ask, expected: Answer | None, got: Answer) -> Verdict:
-    """``expected``: the unbroken answer to the same request (not used for one that must be refused)."""
+    """Judge ``got``. ``expected``: the unbroken answer to the same request; unused if it must be refused."""
     if ask.way == "refused":
         return (
             RIGHT if got.code == 400 else Verdict("failed", f"answered {got.code} {got.error or ''} to a bad request")
@@ -137,7 +137,7 @@ def _not_begun_with(expected: Answer, got: Answer) -> str | None:
 
 
 def wrong_tokens(expected: Answer, got: Answer, to_the_end: bool) -> int:
-    """Token ids that are not those expected; missing ones count ``to_the_end`` only."""
+    """Count the token ids that differ from the expected ones; missing ones count only if ``to_the_end``."""
     count = 0
     for number in expected.choices.keys() | got.choices.keys():
         one = expected.choices.get(number, {}).get("output_ids", [])
@@ -148,7 +148,7 @@ def wrong_tokens(expected: Answer, got: Answer, to_the_end: bool) -> int:
 
 
 def difference(expected: Any, got: Any, where: str = "") -> str | None:
-    """Where two answers differ and how, None if they are equal; floats (logprobs) may differ a little."""
+    """Say where and how two answers differ; None if they are equal. Floats (logprobs) may differ a little."""
     if isinstance(expected, float) and isinstance(got, float):
         same = expected == got or abs(expected - got) <= LOGPROB_TOLERANCE
     elif isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():

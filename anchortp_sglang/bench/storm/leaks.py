@@ -1,4 +1,4 @@
-"""What a server holds when it is quiet, before a storm and after it: descriptors, threads, memory, processes, files."""
+"""Leaks: what a quiet server holds before and after a storm (descriptors, threads, memory, processes, files)."""
 
 import os
 import re
@@ -16,22 +16,22 @@ from anchortp_sglang.testing.process_tree import Tree
 _SETTLE_S = 20.0
 _POLL_S = 0.5
 
-# What may be more: pools grow to their size with use, the first recovery imports and opens what it needs.
+# Allowed growth: pools fill with use, and the first recovery imports and opens what it needs.
 _FEW = {"descriptors of main": 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
 _ALLOWED = _FEW | {"memory of all (MiB)": 256}
 _SUMS_OF_THE_DEAD = "_0.db"
-"""How the files end, one of each kind of series, in which http/dead_series.py adds up what dead ranks have counted."""
+"""Suffix of the files in which http/dead_series.py adds up the series of dead ranks, one for each kind."""
 
 
 @dataclass(frozen=True)
 class Holdings:
-    """``figures`` by name; ``roles``: (how many processes of each there are, how many there should be)."""
+    """A server's holdings. ``figures``: by name. ``roles``: (number of processes, the number there should be)."""
 
     figures: Mapping[str, int]
     roles: Mapping[str, tuple[int, int]]
 
     def leaked(self, after: "Holdings") -> list[str]:
-        """What ``after`` has more of than it may; roles that it has not filled as it should."""
+        """Describe the figures that grew more than allowed, and roles with a wrong number of processes."""
         found = []
         for name, there in after.figures.items():
             before = self.figures.get(name, 0)
@@ -44,7 +44,7 @@ class Holdings:
 
 
 def holdings(tree: Tree) -> Holdings:
-    """What ``tree`` holds just now."""
+    """Return what ``tree`` holds now."""
     main = psutil.Process(tree.server.pid)
     processes = tree.all()
     figures = {
@@ -63,17 +63,17 @@ def holdings(tree: Tree) -> Holdings:
 
 
 def kinds_of_files(folder: Path) -> Mapping[str, int]:
-    """Count the files below ``folder`` by their names with all numbers (of processes, generations) left out.
+    """Count the files below ``folder`` by name, with numbers (pids, generations) as ``#``.
 
-    Not the log, nor the sums of dead ranks' series.
+    Logs and the sums of dead ranks' series do not count.
     """
     names = [path.name for path in folder.rglob("*") if path.suffix != ".log"]
     return Counter(re.sub(r"\d+", "#", name) for name in names if not name.endswith(_SUMS_OF_THE_DEAD))
 
 
 def settled(tree: Tree, before: Holdings | None = None, timeout_s: float = _SETTLE_S) -> Holdings:
-    """What a quiet server holds: as soon as nothing has leaked since ``before`` and every role is filled, at the latest
-    after ``timeout_s``."""
+    """Wait until nothing has leaked since ``before`` and all roles are filled, at most ``timeout_s``; return what the
+    server then holds."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = holdings(tree)

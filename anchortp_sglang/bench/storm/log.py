@@ -1,4 +1,4 @@
-"""A storm's log: JSON lines of the schedule and of all that was done, from which it can be done again."""
+"""A storm's log: JSON lines of its schedule, by which it can be replayed, and of all that happened."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from anchortp_sglang.bench.storm.schedule import Burst, bursts, chosen
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that a storm's choices depend on. ``requests``: kinds of them, empty for all."""
+    """A storm's schedule, on which all its choices depend. ``requests``: the kinds of requests, all if empty."""
 
     seed: int
     tp_size: int
@@ -20,7 +20,7 @@ class Schedule:
     bursts: tuple[Burst, ...]
 
     def asks(self, vocab_size: int) -> list[Ask]:
-        """The requests, of the wanted kinds."""
+        """Return the requests of the wanted kinds."""
         every = asks(self.seed, vocab_size)
         return [ask for ask in every if not self.requests or ask.kind in self.requests]
 
@@ -35,7 +35,7 @@ class Schedule:
 
 
 def draw(seed: int, faults: int, kinds: str, requests: str, tp_size: int, clients: int) -> Schedule:
-    """The schedule of a seed. Raises ValueError for kinds that there are not."""
+    """Draw the schedule of a seed. Raises ValueError for unknown kinds."""
     wanted = () if requests == "all" else tuple(requests.split(","))
     known = {ask.kind for ask in asks(seed, 2048)}
     if unknown := [kind for kind in wanted if kind not in known]:
@@ -44,7 +44,7 @@ def draw(seed: int, faults: int, kinds: str, requests: str, tp_size: int, client
 
 
 def read(path: Path) -> Schedule:
-    """The schedule at the head of a log. Raises ValueError if it has none."""
+    """Read the schedule at the head of a log. Raises ValueError if it has none."""
     try:
         told = json.loads(path.read_text().partition("\n")[0])
         struck = tuple(Burst.from_json(burst) for burst in told["bursts"])
@@ -54,7 +54,7 @@ def read(path: Path) -> Schedule:
 
 
 class Writer:
-    """Keeps the lines; writes each to ``path`` at once, if there is one."""
+    """A log's writer: keeps the lines, and appends each to ``path`` at once, if given."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""What a storm's clients ask for: every kind of request that the server takes, and those it must refuse. Pure."""
+"""The requests of a storm: every kind that the server accepts, and some that it must refuse. Pure."""
 
 import random
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": Tr
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. ``way``: read the answer to its end; go away in mid-stream; abort it by its rid; expect a 400."""
+    """One request. ``way``: read the answer to its end, leave in mid-stream, abort it by its rid, or expect a 400."""
 
     kind: str
     path: str
@@ -31,7 +31,7 @@ class Ask:
 
 
 def asks(seed: int, vocab_size: int) -> list[Ask]:
-    """All kinds, each in one to three sizes."""
+    """Return requests of all kinds, each in one to three sizes."""
     rng = random.Random(seed)
     return [*_generate(rng, vocab_size), *_openai(rng), *_leaving(rng, vocab_size), *_refused(vocab_size)]
 

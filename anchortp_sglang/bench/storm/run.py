@@ -1,8 +1,7 @@
 """``anchortp bench storm``: a mixed load and seeded faults of every kind, until the schedule is done.
 
-What each client was given is compared with what the same server gave before the first fault; what the server holds when
-all is quiet, with what it held then. A server that is too narrow for another loss, or does not serve any more, is
-replaced by a fresh one.
+Each client's answer is compared with the answer before the first fault, and what the quiet server holds at the end with
+what it held before. A server that is too narrow for another loss, or no longer serves, is replaced by a new one.
 """
 
 import json
@@ -35,19 +34,19 @@ FLAGS = (
 )
 _REQUEST_TIMEOUT_S = 120.0
 _PATIENCE_S = 30.0
-"""No fault strikes while a client has waited longer: on a slow machine an answer that is not streamed begins anew with
-every recovery, as nobody knows its tokens (SGLang's SGLANG_FORCE_STREAM_INTERVAL), and would never be done."""
+"""No fault strikes while a client has waited longer. On a slow machine an answer that is not streamed might otherwise
+never end: each recovery begins it anew, as main has no tokens of it (SGLang's SGLANG_FORCE_STREAM_INTERVAL)."""
 _REFUSAL_TIMEOUT_S = 15.0
 _CALM_TIMEOUT_S = 60.0
 _MIN_WIDTH = 2
 _SAMPLED = 4
-"""Every which request a later server is asked before its storm."""
+"""A later server is asked only every fourth request before its storm."""
 _LOOKED_AT = ("/anchortp/status", "/health", "/metrics", "/server_info", "/v1/models")
 
 
 @dataclass
 class Report:
-    """All that happened. ``asked``: (kind of request, ruling). ``tfs_s``: of each recovery."""
+    """A storm's report. ``asked``: (request, its verdict). ``tfs_s``: one for each recovery."""
 
     servers: int = 0
     struck: list[Struck] = field(default_factory=list)
@@ -64,9 +63,9 @@ class Report:
 
 
 class Storm:
-    """One load, judged by the first server's unbroken answers; each server is stormed in turn.
+    """One load over several servers in turn, judged by the first server's unbroken answers.
 
-    ``limit_s``: when to end, although faults are left.
+    ``limit_s``: seconds after which it ends, even if faults are left.
     """
 
     def __init__(
@@ -79,8 +78,8 @@ class Storm:
         self._expected: list[Answer] | None = None
 
     def over(self, tree: Tree, bursts: deque[Burst]) -> None:
-        """Storm over one quiet server, until it is worn out or ``bursts`` is empty. Raises ServerFailed if it gives no
-        unbroken answers."""
+        """Storm one quiet server until it is worn out or ``bursts`` is empty. Raises ServerFailed if an unbroken answer
+        fails."""
         self.report.servers += 1
         server = tree.server
         self._unbroken(server)
@@ -104,7 +103,7 @@ class Storm:
 
     def _unbroken(self, server: Server) -> None:
         good = [each for each in self._asks if each.way != "refused"]
-        if self._expected is not None:  # a later server gives the same
+        if self._expected is not None:  # a later server must give the same
             good, expected = good[::_SAMPLED], self._expected[::_SAMPLED]
             answers = ask_all(server.url, good, _REQUEST_TIMEOUT_S)
             judged = map(judge, map(to_the_end, good), expected, answers)
@@ -120,7 +119,7 @@ class Storm:
         self._asks = good + refused
 
     def _is_refused(self, server: Server, bad: Ask) -> bool:
-        """Bad requests cost a quiet server nothing; one that does is told, and left out of the storm."""
+        """Return whether the quiet server refuses the request without a recovery; if not, report it."""
         generation = server.status()["generation"]
         asked = Asked(0, time.monotonic())
         ask(server.url, bad, asked, "", 0, _REFUSAL_TIMEOUT_S)
@@ -133,7 +132,7 @@ class Storm:
         return verdict == RIGHT
 
     def _polled(self, server: Server) -> list[str]:
-        """Ask the routes that an operator looks at; /metrics may be off."""
+        """Return the routes an operator looks at that answer; /metrics may be off."""
         codes = {path: call(server.url, "GET", path, None, _REFUSAL_TIMEOUT_S)[0] for path in _LOOKED_AT}
         for path, code in codes.items():
             if code not in (200, 404):
@@ -141,7 +140,7 @@ class Storm:
         return [path for path, code in codes.items() if code == 200]
 
     def _survives(self, tree: Tree, clients: Clients, burst: Burst) -> bool:
-        """Strike once clients are being served; whether the server can take another burst."""
+        """Strike once clients are being served. Return whether the server can take another burst."""
         if not within(_CALM_TIMEOUT_S, lambda: clients.open_streams() > 0 and clients.longest_wait_s() < _PATIENCE_S):
             return self._problem(f"clients are not served: one has waited for {clients.longest_wait_s():.0f} s")
         time.sleep(burst.rest_s)
@@ -211,8 +210,10 @@ class Storm:
 def run(
     model: Path, tp_size: int, slots: int, storm: Storm, bursts: Sequence[Burst], folder: Path, logs: str, say: Say
 ) -> Report:
-    """The whole schedule, on as many servers as it wears out, with their logs in files that begin with ``logs``.
-    Raises ServerFailed if one does not come up."""
+    """Run the schedule on as many servers as it wears out. Their logs are files that begin with ``logs``.
+
+    Raises ServerFailed if a server does not start.
+    """
     left = deque(bursts)
     while left and not storm.is_over():
         number = storm.report.servers

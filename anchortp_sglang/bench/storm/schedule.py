@@ -19,22 +19,22 @@ TARGETS = {
     "reserve": (1, _EVERY),
     "spare": (1, _EVERY),
 }
-"""What can be struck: how many of its cards are in the deck, and in which ways."""
+"""Targets: (number of cards in the deck for each manner, manners)."""
 
 KINDS = tuple(f"{target}:{manner}" for target, (_, manners) in TARGETS.items() for manner in manners)
 
 _SECOND_BLOW = 0.35
 _THIRD_BLOW = 0.3
 _LONGEST_DELAY_S = 0.5
-"""A recovery takes about as long, so that a later blow finds it at any of its stages."""
+"""About the time of a recovery, so that a later blow hits any of its stages."""
 _REST_S = (0.0, 0.5, 3.0)
-"""Before spares are forked (a second after a recovery), while they warm up, and when they are ready."""
+"""Longest rests: before spares are forked (a second after a recovery), while they warm up, and when they are ready."""
 _PAUSE_S = (0.1, 6.0)
 
 
 @dataclass(frozen=True)
 class Blow:
-    """One fault. ``after_s``: since the blow before it; ``draw``, in [0, 1): which of the possible victims."""
+    """One fault. ``after_s``: since the blow before it. ``draw``, in [0, 1), chooses the victim."""
 
     kind: str
     after_s: float
@@ -52,7 +52,7 @@ class Blow:
 
 @dataclass(frozen=True)
 class Burst:
-    """Blows that do not wait for each other's recovery, struck ``rest_s`` after the server served a client again."""
+    """Blows that do not wait for each other's recovery. They begin ``rest_s`` after clients are served again."""
 
     number: int
     rest_s: float
@@ -63,7 +63,7 @@ class Burst:
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> "Burst":
-        """Raises ValueError, KeyError or TypeError if it was not made by ``to_json``."""
+        """Read what ``to_json`` returned. Raises ValueError, KeyError or TypeError for anything else."""
         blows = tuple(Blow(**blow) for blow in told["blows"])
         if unknown := [blow.kind for blow in blows if blow.kind not in KINDS]:
             raise ValueError(f"unknown kinds of faults: {', '.join(unknown)}")
@@ -71,7 +71,7 @@ class Burst:
 
 
 def chosen(patterns: str) -> tuple[str, ...]:
-    """The kinds that a comma list names: targets (``rank``), manners (``:kill``) or both (``rank:kill``).
+    """Return the kinds named by a comma list of targets (``rank``), manners (``:kill``) or both (``rank:kill``).
 
     Raises ValueError for a word that names none.
     """
@@ -90,8 +90,7 @@ def _matches(kind: str, pattern: str) -> bool:
 
 
 def bursts(seed: int, faults: int, kinds: Sequence[str] = KINDS) -> Iterator[Burst]:
-    """Bursts of ``faults`` blows in all. Kinds are dealt from a shuffled deck: each comes before any comes again too
-    often."""
+    """Yield bursts with ``faults`` blows in all. Kinds are dealt from a shuffled deck, so none is left out for long."""
     rng = random.Random(seed)
     deck = _dealt(rng, kinds)
     number = 0

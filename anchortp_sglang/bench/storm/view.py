@@ -1,4 +1,4 @@
-"""What ``anchortp bench storm`` shows: faults and requests by kind, what went wrong, and how long recoveries took."""
+"""The display of ``anchortp bench storm``: faults and requests by kind, problems, and the time recoveries took."""
 
 from collections import Counter
 from statistics import median
@@ -12,7 +12,7 @@ from anchortp_sglang.bench.storm.run import Report
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """All figures, for programs."""
+    """Return all figures as JSON."""
     good = [(ask, verdict) for ask, verdict in report.asked if ask.way != "refused"]
     bad = [verdict for ask, verdict in report.asked if ask.way == "refused"]
     tfs = sorted(report.tfs_s)
@@ -41,7 +41,7 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def _faults(report: Report) -> dict[str, dict[str, int]]:
-    """By kind: how many were dealt, took effect, did not, and found nobody to strike."""
+    """Count faults by kind and outcome: effect, no effect, no victim."""
     kinds: dict[str, Counter[str]] = {}
     for struck in report.struck:
         outcome = "effect" if struck.effect else "no effect" if struck.pids else "no victim"
@@ -57,7 +57,7 @@ def _requests(report: Report) -> dict[str, Counter[str]]:
 
 
 def view(told: dict[str, Any], title: str) -> RenderableType:
-    """``told``: summary."""
+    """Make the tables of ``told``, which ``summary`` returned."""
     faults = _table(f"{title}: faults", told["faults"], ("effect", "no effect", "no victim"))
     requests = _table("requests", told["requests"], ("right", "wrong", "failed"))
     tfs = told["tfs_s"]

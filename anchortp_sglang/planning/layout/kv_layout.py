@@ -45,6 +45,14 @@ def planes(model: ModelAxes) -> int:
 
 
 @dataclass(frozen=True)
+class MirrorPlan:
+    """The KV mirror in host memory: slots it can hold, and the bytes per second that may be copied to it."""
+
+    rows: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
 class KVGroup:
     """Consecutive layers of equal heads: an array of (layers, planes, rows, heads) units at ``offset_bytes``."""
 

@@ -1,18 +1,10 @@
 """What SGLang must be told on a machine without a GPU, worked out from what the user said already. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from anchortp_sglang.platforms.base import Defaults
 
 _THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """Additions only: ``env`` for os.environ, before SGLang is imported; ``flags`` by ServerArgs field."""
-
-    env: dict[str, str]
-    flags: dict[str, object]
-    title: str = "no GPU, set for CPU"
 
 
 def cpu_defaults(
@@ -39,14 +31,8 @@ def cpu_defaults(
     _check_bindings(environ.get(_THREADS_BIND), tp_size)
     env = {name: value for name, value in _environment(tp_size, cores, quota).items() if name not in environ}
     wanted = _FLAGS if memory_bytes is None else _FLAGS | {"chunked_prefill_size": _chunk(memory_bytes)}
-    return Defaults(env, {name: value for name, value in wanted.items() if name not in flags})
-
-
-def describe(defaults: Defaults) -> str:
-    """One line for the log: what was set, as a user would have written it."""
-    env = [f"{name}={value}" for name, value in defaults.env.items()]
-    flags = [_as_option(name, value) for name, value in defaults.flags.items()]
-    return f"{defaults.title}: " + (" ".join(env + flags) or "nothing, all of it was given")
+    added = {name: value for name, value in wanted.items() if name not in flags}
+    return Defaults(env, added, title="no GPU, set for CPU")
 
 
 _FLAGS: dict[str, object] = {
@@ -112,8 +98,3 @@ def _check_bindings(given: str | None, tp_size: int) -> None:
     entries = tp_size if given in (None, "all") else given.count("|") + 1
     if entries < tp_size:
         raise ValueError(f"{_THREADS_BIND}={given} has {entries} entries for {tp_size} ranks, each needs one")
-
-
-def _as_option(name: str, value: object) -> str:
-    option = "--" + name.replace("_", "-")
-    return option if value is True else f"{option} {value}"

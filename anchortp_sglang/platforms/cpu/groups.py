@@ -1,4 +1,4 @@
-"""Process groups of a rank on the CPU: few of them, as every one costs the start a round of all ranks.
+"""Shares process groups between SGLang's coordinators on the CPU: each one costs the start a round of all ranks.
 
 SGLang makes two for each list of ranks of each kind of parallelism: at TP=4 some 36, one after the other, of which each
 ends in a barrier of all ranks over the TCPStore. But only two lists are ever different: all ranks, and each rank alone.
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank.attachment import current
 
 _BACKEND = "gloo"
@@ -40,18 +41,14 @@ class Groups:
         return self._alone
 
 
-_groups: Groups | None = None
-
-
 def around_group_coordinator_init(original: Callable[..., None], coordinator: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND GroupCoordinator.__init__, which calls torch.distributed.new_group by that name."""
-    global _groups
     attachment = current()
-    if attachment is None or attachment.assignment.gpu:
+    if attachment is None or not isinstance(attachment.assignment.platform, CpuPlatform):
         return original(coordinator, *args, **kwargs)
     stock = dist.new_group
-    _groups = _groups or Groups(stock)
-    dist.new_group = _groups
+    attachment.groups = attachment.groups or Groups(stock)
+    dist.new_group = attachment.groups
     try:
         original(coordinator, *args, **kwargs)
     finally:

@@ -2,7 +2,7 @@
 
 Functions for HookType.AROUND: the original first, then its own arguments. Each takes the shared-memory path
 if the call is for all ranks of the generation and on CPU tensors, else it calls the original. What the choice
-depends on is alike on all ranks. A process that never called attach() runs stock code.
+depends on is alike on all ranks. Where the attachment has no ``collectives`` stock code runs.
 
 On CPU these four cover a dense or MoE forward pass. ``RowParallelLinear``, ``VocabParallelEmbedding``,
 ``ColumnParallelLinear(gather_output=True)`` and ``LogitsProcessor._logits_gatherer`` (which falls back to
@@ -22,6 +22,7 @@ import torch.distributed
 
 from anchortp_sglang.platforms.cpu import futex
 from anchortp_sglang.platforms.cpu.collectives import Lane, SharedMemoryGroup
+from anchortp_sglang.rank.attachment import current
 
 logger = logging.getLogger(__name__)
 
@@ -29,57 +30,55 @@ _SUMMABLE = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float
 
 
 @dataclass(frozen=True)
-class _Attachment:
+class SharedMemoryCollectives:
+    """A rank's collectives over all ranks of its generation, for calls of its scheduler's thread."""
+
     tensors: SharedMemoryGroup
     objects: SharedMemoryGroup
     thread: int
     on_progress: Callable[[], None]
 
     def spans(self, world_size: int) -> bool:
-        """Whether a call of this thread on a group of that size is one that all ranks make in one order.
+        """Return whether a call of this thread on a group of that size is one that all ranks make in one order.
 
         Other threads (HiCache's prefetch thread calls broadcast_pyobj too) have an order of their own.
         """
         return world_size == self.tensors.world_size and threading.get_ident() == self.thread
 
 
-_attached: _Attachment | None = None
-
-
-def attach(buffer: object, rank: int, world_size: int, on_progress: Callable[[], None] = lambda: None) -> bool:
-    """Use ``buffer`` (region_bytes(world_size), zeroed, mapped by all ranks of the generation) from now on.
+def share(
+    buffer: object, rank: int, world_size: int, on_progress: Callable[[], None] = lambda: None
+) -> SharedMemoryCollectives | None:
+    """Make a rank's collectives over ``buffer`` (region_bytes(world_size), zeroed, mapped by all ranks).
 
     Call it in every rank, in the thread that runs the scheduler, before the process groups are built. Returns
-    False, and leaves gloo in place, for a single rank and on machines that futex.supported() refuses.
+    None, so that gloo stays, for a single rank and on machines that futex.supported() refuses.
     """
-    global _attached
     if world_size == 1:
-        return False
+        return None
     if not futex.supported():
         logger.warning("shared-memory collectives need Linux on x86-64; gloo stays, expect slow decoding")
-        return False
-    _attached = _Attachment(
+        return None
+    return SharedMemoryCollectives(
         tensors=SharedMemoryGroup(buffer, rank, world_size, Lane.TENSORS),
         objects=SharedMemoryGroup(buffer, rank, world_size, Lane.OBJECTS),
         thread=threading.get_ident(),
         on_progress=on_progress,
     )
-    return True
 
 
-def detach() -> None:
-    """Back to gloo, for this process."""
-    global _attached
-    _attached = None
+def _shared() -> SharedMemoryCollectives | None:
+    attachment = current()
+    return None if attachment is None else attachment.collectives
 
 
 def all_reduce(original: Callable[..., torch.Tensor], group: Any, input_: torch.Tensor) -> torch.Tensor:
     """AROUND GroupCoordinator.all_reduce(self, input_): in place on CPU, as the original is there."""
-    attached = _attached
-    if attached is None or input_.dtype not in _SUMMABLE or not _applies(attached, group, input_):
+    shared = _shared()
+    if shared is None or input_.dtype not in _SUMMABLE or not _applies(shared, group, input_):
         return original(group, input_)
-    attached.on_progress()
-    return attached.tensors.all_reduce(input_)
+    shared.on_progress()
+    return shared.tensors.all_reduce(input_)
 
 
 def all_gather(
@@ -90,21 +89,21 @@ def all_gather(
     output_tensor_list: list[torch.Tensor] | None = None,
 ) -> torch.Tensor | None:
     """AROUND GroupCoordinator.all_gather(self, input_, dim, output_tensor_list)."""
-    attached = _attached
+    shared = _shared()
     # output_tensor_list comes with attention DP only (attn_tp_all_gather), where sizes may differ by rank.
-    if attached is None or output_tensor_list is not None or not _applies(attached, group, input_):
+    if shared is None or output_tensor_list is not None or not _applies(shared, group, input_):
         return original(group, input_, dim, output_tensor_list)
-    return attached.tensors.all_gather(input_, dim)
+    return shared.tensors.all_gather(input_, dim)
 
 
 def all_gather_into_tensor(
     original: Callable[..., None], group: Any, output: torch.Tensor, input: torch.Tensor
 ) -> None:
     """AROUND GroupCoordinator.all_gather_into_tensor(self, output, input)."""
-    attached = _attached
-    if attached is None or not output.is_contiguous() or not _applies(attached, group, input):
+    shared = _shared()
+    if shared is None or not output.is_contiguous() or not _applies(shared, group, input):
         return original(group, output, input)
-    return attached.tensors.all_gather_into(output, input)
+    return shared.tensors.all_gather_into(output, input)
 
 
 def broadcast_pyobj(
@@ -117,19 +116,19 @@ def broadcast_pyobj(
 ) -> list[Any]:
     """AROUND srt.utils.common.broadcast_pyobj: ``rank`` and ``src`` are global ranks; ``src`` gets back its
     own ``data``, the others a copy."""
-    attached = _attached
-    if attached is None or not attached.spans(_size(dist_group)) or not force_cpu_device:
+    shared = _shared()
+    if shared is None or not shared.spans(_size(dist_group)) or not force_cpu_device:
         return original(data, rank, dist_group, src, force_cpu_device)
     if rank == src:
         # Nearly every step of a scheduler has nothing to share: an empty message says so.
-        attached.objects.broadcast_bytes(pickle.dumps(data) if data else b"", src)
+        shared.objects.broadcast_bytes(pickle.dumps(data) if data else b"", src)
         return data if data is not None else []
-    payload = attached.objects.broadcast_bytes(None, src)
+    payload = shared.objects.broadcast_bytes(None, src)
     return pickle.loads(payload) if payload else []
 
 
-def _applies(attached: _Attachment, group: Any, tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and attached.spans(group.world_size) and not torch.compiler.is_compiling()
+def _applies(shared: SharedMemoryCollectives, group: Any, tensor: torch.Tensor) -> bool:
+    return tensor.is_cpu and shared.spans(group.world_size) and not torch.compiler.is_compiling()
 
 
 def _size(dist_group: torch.distributed.ProcessGroup | None) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from anchortp_sglang.platforms.cpu.environment import Defaults
+from anchortp_sglang.platforms.base import Defaults
 
 
 def cuda_defaults(flags: Mapping[str, object], environ: Mapping[str, str], shared: bool) -> Defaults:

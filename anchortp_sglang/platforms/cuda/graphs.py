@@ -1,11 +1,11 @@
-"""Decode graphs in ranks: captured when main says so, some time after a generation has started, eager until then."""
+"""Captures decode graphs in ranks when main says so, some time after a generation has started; eager until then."""
 
 import functools
 import logging
 from typing import Any
 
-from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.rank.attachment import current
+from anchortp_sglang.rank.heartbeat import Counters
 from anchortp_sglang.rank.messages import CaptureGraphs
 
 log = logging.getLogger(__name__)
@@ -16,16 +16,18 @@ CAPTURE_LIMIT_S = 300.0
 
 def after_init_request_dispatcher(result: Any, scheduler: Any) -> Any:
     """AFTER Scheduler.init_request_dispatcher: all ranks take the message at the same turn of their loops."""
-    if current() is not None:
+    attachment = current()
+    if attachment is not None:
         from sglang.utils import TypeBasedDispatcher
 
-        scheduler._request_dispatcher += TypeBasedDispatcher([(CaptureGraphs, functools.partial(_capture, scheduler))])
+        capture = functools.partial(_capture, scheduler, attachment.counters)
+        scheduler._request_dispatcher += TypeBasedDispatcher([(CaptureGraphs, capture)])
     return result
 
 
-def _capture(scheduler: Any, request: CaptureGraphs) -> None:
-    """A failure ends the rank: peers with graphs and without would not make the same collectives."""
-    with heartbeat.beating(CAPTURE_LIMIT_S):
+def _capture(scheduler: Any, counters: Counters, request: CaptureGraphs) -> None:
+    """Capture; a failure ends the rank: peers with graphs and without would not make the same collectives."""
+    with counters.beating(CAPTURE_LIMIT_S):
         scheduler.tp_worker.ensure_decode_cuda_graphs(request.batch_sizes)
-    heartbeat.note_graphs()
+    counters.note_graphs()
     log.info("anchortp: decode graphs captured for batch sizes %s", request.batch_sizes)

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from anchortp_sglang.rank.weights.mover import Moved, pieces
+from anchortp_sglang.platforms.mover import Moved, pieces
 
 STAGING_BYTES = 32 << 20
 """Of each pinned buffer: large against the cost of a call, small against a GPU's host memory."""

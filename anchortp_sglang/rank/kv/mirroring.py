@@ -1,4 +1,4 @@
-"""The thread of each rank that copies committed KV to the mirror, beside the decode loop and never in its way.
+"""Copies committed KV to the mirror, in a thread of each rank beside the decode loop and never in its way.
 
 Copies go through numpy, which lets the GIL go meanwhile, a few MiB at a time.
 """
@@ -24,9 +24,9 @@ _POLL_S = 0.1
 
 
 class Mirroring(threading.Thread):
-    """One per rank. ``memory``, ``table_memory``: of the mirror and of the generation's slot table.
+    """A rank's mirroring thread. ``memory``, ``table_memory``: the mirror and the generation's slot table.
 
-    To be started on rank 0 when it begins to write the slot table; on the others at any time before.
+    Start it on rank 0 when it begins to write the slot table; on the others at any time before.
     """
 
     def __init__(self, attachment: Attachment, kv: KVSegment, memory: mmap.mmap, table_memory: mmap.mmap) -> None:
@@ -41,13 +41,13 @@ class Mirroring(threading.Thread):
             log.exception("anchortp: KV is not mirrored any more")
 
     def _mirror_on(self) -> None:
-        at = self._attachment.assignment
-        assert at.mirror is not None
-        mirror = self._begin() if at.rank == 0 else self._await_begun()
-        table = SlotTable.attach(self._table_memory, at.kv.rows, self._attachment.namespace)
-        schedule = MirrorSchedule(table, mirror, at.mirror.bytes_per_s) if at.rank == 0 else None
-        moves = mirror_moves(at.model, at.ownership, at.rank)
-        writer = MirrorWriter(at.rank, moves, self._kv, table, mirror)
+        assignment = self._attachment.assignment
+        assert assignment.mirror is not None
+        mirror = self._begin() if assignment.rank == 0 else self._await_begun()
+        table = SlotTable.attach(self._table_memory, assignment.kv.rows, self._attachment.namespace)
+        schedule = MirrorSchedule(table, mirror, assignment.mirror.bytes_per_s) if assignment.rank == 0 else None
+        moves = mirror_moves(assignment.model, assignment.ownership, assignment.rank)
+        writer = MirrorWriter(assignment.rank, moves, self._kv, table, mirror)
         seen = -1
         while True:
             if schedule is not None:
@@ -59,13 +59,13 @@ class Mirroring(threading.Thread):
                 seen = assigned
 
     def _begin(self) -> KVMirror:
-        at = self._attachment.assignment
+        assignment = self._attachment.assignment
         mirror = KVMirror.attach_or_create(self._memory, mirror_shape(self._attachment))
-        mirror.begin(at.generation, at.ownership.tp_size)
+        mirror.begin(assignment.generation, assignment.ownership.tp_size)
         return mirror
 
     def _await_begun(self) -> KVMirror:
-        """The mirror, once rank 0 of this generation has taken it over: the slot table is being written then."""
+        """Wait until rank 0 of this generation has taken the mirror over: the slot table is being written then."""
         while True:
             try:
                 mirror = KVMirror.attach(self._memory, mirror_shape(self._attachment))
@@ -79,8 +79,8 @@ class Mirroring(threading.Thread):
 
 def open_mirroring(attachment: Attachment, kv: KVSegment, table_memory: mmap.mmap) -> Mirroring | None:
     """Map the mirror, if there is to be one. A single rank has no survivor to restore anything for."""
-    at = attachment.assignment
-    if at.mirror is None or at.ownership.tp_size == 1:
+    assignment = attachment.assignment
+    if assignment.mirror is None or assignment.ownership.tp_size == 1:
         return None
-    memory = attachment.map(HOST_DEVICE, mirror_segment(at.mirror), writable=True)
+    memory = attachment.map(HOST_DEVICE, mirror_segment(assignment.mirror), writable=True)
     return Mirroring(attachment, kv, memory, table_memory)

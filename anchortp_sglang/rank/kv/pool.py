@@ -1,4 +1,4 @@
-"""KV buffers in the anchor's memory, of the same number of slots on every rank."""
+"""Puts SGLang's KV buffers into the anchor's memory, with the same number of slots on every rank."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,33 +20,33 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
     if attachment is None:
         original(pool)
         return
-    at, layout = attachment.assignment, attachment.kv_layout
-    shape = (at.kv.rows, max(total(group.heads) for group in layout.groups), at.model.head_dim)
+    assignment, layout = attachment.assignment, attachment.kv_layout
+    shape = (assignment.kv.rows, max(total(group.heads) for group in layout.groups), assignment.model.head_dim)
     _check_pool(pool, attachment, MHATokenToKVPool, shape, *pool._kv_buffer_shapes())
     pool.k_buffer, pool.v_buffer = [], []
-    for k, v in _layers(pool, attachment, at.model.head_dim):
+    for k, v in _layers(pool, attachment, assignment.model.head_dim):
         pool.k_buffer.append(k)
         pool.v_buffer.append(v)
 
 
 def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> None:
-    """AROUND MLATokenToKVPool._create_buffers: the same for latents, of which every rank has all."""
+    """AROUND MLATokenToKVPool._create_buffers: the same views for latents, of which every rank has all."""
     attachment = current()
     if attachment is None:
         original(pool)
         return
-    at = attachment.assignment
-    shape = (at.kv.rows, 1, at.model.kv_row)
+    assignment = attachment.assignment
+    shape = (assignment.kv.rows, 1, assignment.model.kv_row)
     _check_pool(pool, attachment, MLATokenToKVPool, shape, (pool.size + pool.page_size, 1, pool.kv_cache_dim))
-    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, at.model.kv_row)]
+    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, assignment.model.kv_row)]
 
 
 def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
-    """Each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
+    """Yield each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
     layout = attachment.kv_layout
-    flat = attachment.kv_tensor()
-    if flat.is_cuda and not attachment.assignment.restore_prefixes:
-        flat.zero_()  # a new memfd holds zeros, a GPU's memory what its last owner left: attention reads NaNs too
+    flat, assignment = attachment.kv_tensor(), attachment.assignment
+    if not (assignment.platform.new_memory_is_zero or assignment.restore_prefixes):
+        flat.zero_()  # it may hold NaNs of its last owner, and attention reads those too
     for group in layout.groups:
         units = flat[group.offset_bytes : group.offset_bytes + layout.group_bytes(group)].view(pool.store_dtype)
         yield from units.view(*layout.shape(group), unit)
@@ -57,12 +57,12 @@ def _check_pool(
 ) -> None:
     """Raise RuntimeError unless SGLang's pool is of the planned kind and ``shapes``; one of layers with a sliding
     window apart, for instance, is not."""
-    at = attachment.assignment
+    layers, dtype_bytes = attachment.assignment.model.num_layers, attachment.assignment.kv.dtype_bytes
     found = (type(pool), pool.layer_num, pool.store_dtype.itemsize)
-    if found != (kind, at.model.num_layers, at.kv.dtype_bytes) or any(tuple(one) != planned for one in shapes):
+    if found != (kind, layers, dtype_bytes) or any(tuple(one) != planned for one in shapes):
         raise RuntimeError(
             f"the KV pool is {type(pool).__name__} {shapes} x {pool.layer_num} layers of {pool.store_dtype}; "
-            f"the plan says {kind.__name__} {planned} x {at.model.num_layers} of {at.kv.dtype_bytes} bytes"
+            f"the plan says {kind.__name__} {planned} x {layers} of {dtype_bytes} bytes"
         )
 
 

@@ -1,8 +1,16 @@
-"""The slot table inside SGLang: rank 0 keeps it, every rank of the next generation rebuilds its tree from it."""
+"""Takes a rank's prefixes from the last generation's slot table to its own: one object with named states.
+
+Rank 0 writes the slot table; every rank of the next generation rebuilds its prefix tree from it. The hooks into SGLang
+that go with it are in ``slot_table_hooks.py``.
+"""
 
 import array
 import hashlib
+import mmap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -11,236 +19,177 @@ import torch
 from anchortp_sglang.kv.copy import KVSegment
 from anchortp_sglang.kv.retained_slots import RetainedSlots
 from anchortp_sglang.kv.slot_table import SlotTable, SlotTableMismatch
-from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, current, slot_table_segment
+from anchortp_sglang.platforms.base import Platform
+from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, slot_table_segment
 from anchortp_sglang.rank.kv.mirroring import Mirroring, open_mirroring
 from anchortp_sglang.rank.kv.restore import Restoration, RestorationFailed
 
-FEW_REQUESTS = 64
-"""Up to this batch size a loop in Python commits a decode step sooner than numpy does (measured in a live server)."""
 
-_table: SlotTable | None = None
-"""Rank 0's table; None on the other ranks, where there is no attachment, and until ``start_writing``."""
+class State(StrEnum):
+    """How far a rank is, in this order; RESTORING only if the last generation left something to restore."""
 
-_next: SlotTable | None = None
-"""On rank 0 the table to be written once all ranks are ready. The last generation's table, if it is the same one, is
-still read by the others: they rebuild their trees at their own pace."""
-
-_table_memory: Any = None
-_restoration: Restoration | None = None
-_mirroring: Mirroring | None = None
-
-_allocator: Any = None
-"""Of the slots of ``_next``, when they are kept ones."""
-
-_freed: list[np.ndarray] | None = None
-"""Slots to be forgotten when the request that has lost them to the tree has been moved to the tree's; else None."""
-
-rebuilt: dict[str, Any] = {}
-"""What the rebuild at start found, for the report with "ready": how many slots were ``kept``, ``dropped`` (by the
-reason) and ``restored`` (lost heads read back), bytes moved, seconds, and the ``digest`` that must be the same on all
-ranks."""
+    OPENED = "opened"  # KV and slot table are mapped
+    RESTORING = "restoring"  # a thread puts the retained KV in place
+    BUILT = "built"  # SGLang's pool and prefix tree are there, with the retained prefixes
+    WRITING = "writing"  # on rank 0: every free and every batch is entered in the slot table
 
 
-def open_table(attachment: Attachment) -> None:
-    """Map KV and slot table; begin to keep what may be kept of the last generation's. Before the pools are built."""
-    global _next, _table_memory, _restoration, _mirroring
-    at = attachment.assignment
-    # On a GPU KV stays where it is, or is dropped: nothing copies it.
-    kv = None if at.gpu else KVSegment(attachment.kv_memory(), attachment.kv_layout)
-    segment = slot_table_segment(at.ownership, at.kv)
-    _table_memory = attachment.map(HOST_DEVICE, segment, writable=at.rank == 0)
-    _mirroring = open_mirroring(attachment, kv, _table_memory) if kv else None
-    if not at.restore_prefixes:
-        if at.rank == 0:
-            _next = SlotTable.create(_table_memory, at.kv.rows, attachment.namespace)
-        return
-    assert at.previous is not None
-    old = slot_table_segment(at.previous.ownership, at.previous_kv)
-    memory = _table_memory if old == segment else attachment.map_briefly(HOST_DEVICE, old)
+class WrongOrder(RuntimeError):
+    """A step was taken in a state that it does not follow."""
+
+
+class Prefixes:
+    """A rank's prefixes. ``memory``: the slot table of ``rows`` slots for this generation's ownership, writable on
+    rank 0, which alone writes it. ``platform``: of this rank. Not thread-safe: all calls come from the scheduler's
+    thread.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        rows: int,
+        namespace: bytes,
+        memory: mmap.mmap | bytearray,
+        platform: Platform,
+        mirroring: Mirroring | None = None,
+    ) -> None:
+        self.state = State.OPENED
+        self.platform = platform
+        self.table: SlotTable | None = None
+        """The table that this rank writes: None until WRITING, and always None on ranks other than 0."""
+        self.report: dict[str, Any] = {}
+        """What was retained, for the report with "ready"; empty if there was nothing to restore. How many slots were
+        ``kept``, ``dropped`` (by the reason) and ``restored`` (lost heads read back), bytes moved, seconds, and the
+        ``digest`` that must be the same on all ranks."""
+        self._rank, self._rows, self._namespace, self._memory = rank, rows, namespace, memory
+        self._mirroring = mirroring
+        self._restoration: Restoration | None = None
+        self._allocator: Any = None
+        # Made at BUILT, written from WRITING on: the other ranks may still read the last generation's table, which can
+        # be the same one, as they rebuild their trees at their own pace.
+        self._next: SlotTable | None = None
+        self._deferred: list[np.ndarray] | None = None
+
+    def restore(self, restoration: Restoration, in_place: SlotTable | None) -> None:
+        """Begin to retain the last generation's KV. ``in_place``: its slot table, if this generation uses it too."""
+        self._step(State.RESTORING, State.OPENED)
+        self._restoration, self._next = restoration, in_place if self._rank == 0 else None
+        restoration.start()
+
+    def build(self, result: Any) -> None:
+        """Insert the retained prefixes in SGLang's new tree (``result``: of kv_cache_builder.build_kv_cache).
+
+        Blocks until it is known what is retained. Raises RestorationFailed, AnchorError.
+        """
+        self._step(State.BUILT, State.OPENED, State.RESTORING)
+        self._allocator = result.token_to_kv_pool_allocator
+        began = time.monotonic()
+        kept = None if self._restoration is None else self._restoration.kept()
+        reusable = not result.disable_radix_cache
+        if kept is not None and reusable:
+            _insert(kept, result)
+        if self._rank == 0 and self._next is None:
+            self._next = SlotTable.create(self._memory, self._rows, self._namespace)
+            if kept is not None:
+                self._next.write_entries(kept.entries)
+        if kept is not None:
+            self._report_retained(kept, reusable, began)
+
+    def finish(self) -> float:
+        """Wait until the retained KV is in place; return when it was (monotonic seconds, 0 if there was none)."""
+        self._step(State.BUILT, State.BUILT)
+        if self._mirroring is not None and self._rank != 0:
+            self._mirroring.start()
+        if self._restoration is None:
+            return 0.0
+        self._restoration.wait()
+        self.report |= {"restored": self._restoration.restored_slots, "moved_bytes": self._restoration.moved}
+        return self._restoration.finished_at
+
+    def start_writing(self) -> None:
+        """Forget what is free now, and every free from now on. On rank 0, once all ranks have rebuilt their trees."""
+        self._step(State.WRITING, State.BUILT)
+        table = self._next
+        assert table is not None, "rank 0 alone is told that its generation starts"
+        if self._restoration is not None:
+            # Before what they hung on is forgotten: where two slots had equal chains, one is kept.
+            kept = self._restoration.kept()
+            parents = kept.entries.parents[kept.numbers]
+            moved = table.parents[kept.numbers] != parents
+            table.move_below(kept.numbers[moved], parents[moved])
+            table.invalidate(self._free_slots())
+        self.table, self._next = table, None
+        if self._mirroring is not None:
+            self._mirroring.start()
+
+    def forget(self, slots: np.ndarray) -> None:
+        """Invalidate freed slots of the table, now or at the end of ``forgetting_later``. Only while WRITING."""
+        if self._deferred is not None:
+            self._deferred.append(slots)
+        elif self.table is not None:
+            self.table.invalidate(slots)
+
+    @contextmanager
+    def forgetting_later(self) -> Iterator[None]:
+        """Forget what is freed in a block only when the block ends."""
+        self._deferred = []
+        try:
+            yield
+        finally:
+            deferred, self._deferred = self._deferred, None
+            for slots in deferred:
+                self.forget(slots)
+
+    def _step(self, to: State, *allowed: State) -> None:
+        if self.state not in allowed:
+            raise WrongOrder(f"prefixes are {self.state}: {to} follows {' or '.join(allowed)}")
+        self.state = to
+
+    def _report_retained(self, kept: RetainedSlots, reusable: bool, began: float) -> None:
+        free = hashlib.blake2b(self._free_slots().tobytes(), digest_size=8).hexdigest()
+        ended = time.monotonic()
+        self.report |= {
+            "kept": len(kept.slots) if reusable else 0,
+            "dropped": kept.dropped | ({} if reusable else {"no_prefix_cache": len(kept.slots)}),
+            "seconds": ended - began,
+            "at": ended,
+            "digest": f"{kept.digest()}-{free}",
+        }
+
+    def _free_slots(self) -> np.ndarray:
+        """Return the allocator's free slots, in the order in which it will give them out."""
+        return slots_of_pages(self._allocator.get_all_free_pages(), self._allocator.page_size)
+
+
+def open_prefixes(attachment: Attachment) -> Prefixes:
+    """Map KV and slot table; begin to retain what may be retained of the last generation's. Before the pools are built.
+
+    Raises RestorationFailed, AnchorError.
+    """
+    assignment = attachment.assignment
+    kv = KVSegment(attachment.kv_memory(), attachment.kv_layout) if assignment.platform.moves_kv else None
+    segment = slot_table_segment(assignment.ownership, assignment.kv)
+    memory = attachment.map(HOST_DEVICE, segment, writable=assignment.rank == 0)
+    mirroring = open_mirroring(attachment, kv, memory) if kv else None
+    prefixes = Prefixes(
+        assignment.rank, assignment.kv.rows, attachment.namespace, memory, assignment.platform, mirroring
+    )
+    if not assignment.restore_prefixes:
+        return prefixes
+    assert assignment.previous is not None
+    old = slot_table_segment(assignment.previous.ownership, assignment.previous_kv)
+    old_memory = memory if old == segment else attachment.map_briefly(HOST_DEVICE, old)
     try:
-        table = SlotTable.attach(memory, at.previous_kv.rows, attachment.namespace)
+        table = SlotTable.attach(old_memory, assignment.previous_kv.rows, attachment.namespace)
     except SlotTableMismatch as error:
         raise RestorationFailed(str(error)) from error
-    if at.rank == 0 and old == segment:
-        _next = table
-    _restoration = Restoration(attachment, table, kv)
-    _restoration.start()
+    prefixes.restore(Restoration(attachment, table, kv), table if old == segment else None)
+    return prefixes
 
 
-def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE TokenToKVPoolAllocator.free: whatever these slots hold is forgotten before anyone can have them anew.
-
-    Only rank 0 writes the table, yet no peer can be ahead of it: the vocabulary-parallel embedding's all-reduce,
-    which rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
-    """
-    if _table is not None and allocator.free_group is None and slots.numel():
-        _forget(_table, slots.cpu().numpy())
-
-
-def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """AFTER Gemma3TextScaledWordEmbedding.forward: where every rank has all rows there is no such all-reduce. Without
-    one a peer could write KV into a slot that rank 0 has not freed yet."""
-    if current() is not None:
-        from sglang.srt.distributed import tensor_model_parallel_all_reduce
-
-        tensor_model_parallel_all_reduce(torch.zeros(1, device=embedded.device))
-    return embedded
-
-
-def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
-    """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: the same with pages of several slots."""
-    if _table is not None:
-        for pages in page_ids:
-            _forget(_table, _slots_of_pages(pages, allocator.page_size))
-
-
-def _forget(table: SlotTable, slots: np.ndarray) -> None:
-    if _freed is None:
-        table.invalidate(slots)
-    else:
-        _freed.append(slots)
-
-
-def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: int, **kwargs: Any) -> Any:
-    """AROUND UnifiedRadixCache.checkpoint_into_tree: tokens that the tree has from another request go on in its slots.
-
-    The request's own slots of these tokens are freed. What comes after them is hung on the tree's slots first, so that
-    its chain is intact at every instant.
-    """
-    global _freed
-    if _table is None or not req.kv.holds_kv:
-        return original(tree, req, up_to=up_to, **kwargs)
-    row = tree.req_to_token_pool.req_to_token[req.kv.req_pool_idx, req.kv.cache_protected_len : up_to]
-    before = row.cpu().numpy().copy()
-    _freed = []
-    try:
-        result = original(tree, req, up_to=up_to, **kwargs)
-        after = row.cpu().numpy()
-        replaced = before != after
-        last = np.flatnonzero(replaced[:-1] & ~replaced[1:])
-        if last.size:
-            _table.move_below(after[last + 1], after[last])
-    finally:
-        freed, _freed = _freed, None
-        for slots in freed:
-            _table.invalidate(slots)
-    return result
-
-
-def _slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
+def slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
+    """Return the slots of allocator pages, in order."""
     return (pages.cpu().numpy()[:, None] * page_size + np.arange(page_size)).ravel()
-
-
-def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
-
-    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. On a GPU to return is only to
-    have been launched: wait for it, as SGLang will do next to read the tokens.
-    """
-    if _table is None or batch is None or not batch.reqs:
-        return
-    rows = scheduler.req_to_token_pool.req_to_token
-    if rows.is_cuda:
-        torch.cuda.synchronize()
-    if batch.forward_mode.is_decode():
-        _commit_decode(_table, batch, rows)
-    elif batch.forward_mode.is_extend():
-        _commit_extend(_table, batch, rows)
-
-
-def _commit_decode(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
-    # The input of this step is the last token that was put out; the new one is appended afterwards.
-    if len(batch.reqs) <= FEW_REQUESTS and rows.is_cpu:
-        slots = memoryview(rows.numpy())
-        places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
-        table.commit_tokens((slots[row, end - 1], token, slots[row, end - 2]) for row, end, token in places)
-        return
-    tokens = np.fromiter((req.output_ids[-1] for req in batch.reqs), np.int64, len(batch.reqs))
-    last = batch.seq_lens - 1
-    slots, parents = (rows[batch.req_pool_indices, at].cpu().numpy() for at in (last, last - 1))
-    table.commit_step(slots, tokens, parents)
-
-
-def _commit_extend(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
-    for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-        if extend_len == 0:
-            continue
-        row = rows[req.kv.req_pool_idx]
-        end, before = prefix_len + extend_len, min(prefix_len, 1)
-        slots = row[prefix_len - before : end].cpu().numpy()
-        tokens = np.asarray(req.full_untruncated_fill_ids[prefix_len:end], np.int64)
-        # RadixKey takes an empty cache salt for none.
-        parent = int(slots[0]) if before else table.root_of((req.extra_key, req.cache_salt or None))
-        if parent is not None:
-            table.commit_run(slots[before:], tokens, parent)
-
-
-def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
-    """AFTER Scheduler.flush_cache: what was flushed must not come back with the next generation."""
-    if flushed and _table is not None:
-        _table.invalidate(np.arange(1, _table.slots))
-    return flushed
-
-
-def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER kv_cache_builder.build_kv_cache: the prefix tree of the last generation, from verified chains only."""
-    global _allocator, _next
-    attachment = current()
-    if attachment is None or _restoration is None:
-        return
-    started = time.monotonic()
-    kept = _restoration.kept()
-    _allocator = result.token_to_kv_pool_allocator
-    reusable = not result.disable_radix_cache
-    if reusable:
-        _insert(kept, result)
-    at = attachment.assignment
-    if at.rank == 0 and _next is None:
-        _next = SlotTable.create(_table_memory, at.kv.rows, attachment.namespace)
-        _next.write_entries(kept.entries)
-    free = hashlib.blake2b(_free_slots().tobytes(), digest_size=8).hexdigest()
-    ended = time.monotonic()
-    rebuilt.update(
-        kept=len(kept.slots) if reusable else 0,
-        dropped=kept.dropped | ({} if reusable else {"no_prefix_cache": len(kept.slots)}),
-        seconds=ended - started,
-        at=ended,
-        digest=f"{kept.digest()}-{free}",
-    )
-
-
-def finish() -> float:
-    """Wait until the kept KV is in place; when it was (monotonic seconds, 0 if there was none)."""
-    attachment = current()
-    if _mirroring is not None and attachment is not None and attachment.assignment.rank != 0:
-        _mirroring.start()
-    if _restoration is None:
-        return 0.0
-    _restoration.wait()
-    rebuilt.update(restored=_restoration.restored_slots, moved_bytes=_restoration.moved)
-    return _restoration.finished_at
-
-
-def start_writing() -> None:
-    """On rank 0, once all ranks have rebuilt their trees: what is free now is forgotten, and frees are from now on."""
-    global _table, _next
-    if _next is None:
-        return
-    if _restoration is not None and _allocator is not None:
-        # Before what they hung on is forgotten: where two slots had equal chains, one is kept.
-        kept = _restoration.kept()
-        parents = kept.entries.parents[kept.numbers]
-        moved = _next.parents[kept.numbers] != parents
-        _next.move_below(kept.numbers[moved], parents[moved])
-        _next.invalidate(_free_slots())
-    _table, _next = _next, None
-    if _mirroring is not None:
-        _mirroring.start()
-
-
-def _free_slots() -> np.ndarray:
-    """The allocator's free slots, in the order in which it will give them out."""
-    return _slots_of_pages(_allocator.get_all_free_pages(), _allocator.page_size)
 
 
 def _insert(kept: RetainedSlots, result: Any) -> None:

@@ -1,8 +1,8 @@
-"""KV that goes over to a new generation: found, and put in place while the main thread builds the rest of the rank.
+"""Takes KV over to a new generation: finds it, and puts it in place while the main thread builds the rest of the rank.
 
 Each rank decides alone, from the same shared memory, which slots are kept (``kv/retained_slots.py``). A device whose
 heads and slots stay the same has its KV in place. Else kept heads are copied from the old segments of this device and
-its peers, lost ones from the mirror; both lie in anchors, and nobody writes to them any more.
+its peers, lost ones from the mirror; both lie in anchors, and are not written to any more.
 """
 
 import threading
@@ -23,10 +23,10 @@ from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, kv_segment,
 
 
 def mirror_shape(attachment: Attachment) -> MirrorShape:
-    """Of the mirror that this server was planned with."""
-    at = attachment.assignment
-    assert at.mirror is not None
-    layout = whole_layout(at.model, at.mirror.rows, at.kv.unit_bytes(at.model))
+    """Return the shape of the mirror that this server was planned with."""
+    assignment = attachment.assignment
+    assert assignment.mirror is not None
+    layout = whole_layout(assignment.model, assignment.mirror.rows, assignment.kv.unit_bytes(assignment.model))
     return MirrorShape(layout, root_hash(attachment.namespace))
 
 
@@ -35,8 +35,8 @@ class RestorationFailed(RuntimeError):
 
 
 class Restoration(threading.Thread):
-    """Keeps what can be kept of the last generation's KV. ``table``: its slot table; nobody writes to it. ``into``:
-    None where KV can only stay in place."""
+    """Retains what can be retained of the last generation's KV. ``table``: its slot table, which is not written to any
+    more. ``into``: where KV is copied to; None where it can only stay in place."""
 
     def __init__(self, attachment: Attachment, table: SlotTable, into: KVSegment | None) -> None:
         super().__init__(name="anchortp-kv", daemon=True)
@@ -62,55 +62,55 @@ class Restoration(threading.Thread):
                     future.set_exception(seen)
 
     def _restore(self) -> None:
-        at = self._attachment.assignment
-        assert at.previous is not None
+        assignment = self._attachment.assignment
+        assert assignment.previous is not None
         entries, mirror, usable = self._table.entries(), None, None
-        held = at.previous.ownership
-        if held != at.ownership and lost_heads(at.model, at.ownership, held):
+        held = assignment.previous.ownership
+        if held != assignment.ownership and lost_heads(assignment.model, assignment.ownership, held):
             mirror = self._mirror()
             usable = restorable_slots(entries, mirror)
-        running = np.frombuffer(at.running, np.uint64)
-        kept = keep(entries, usable, at.kv.rows, at.kv.page_size, running)
+        running = np.frombuffer(assignment.running, np.uint64)
+        kept = keep(entries, usable, assignment.kv.rows, assignment.kv.page_size, running)
         self._kept.set_result(kept)
         self._move(kept, mirror)
 
     def kept(self) -> RetainedSlots:
-        """What is kept; before its bytes are in place. Raises what went wrong."""
+        """Wait until it is known what is kept, be it not in place yet. Raises what went wrong."""
         return self._kept.result()
 
     def wait(self) -> None:
-        """Until every byte is in place. Raises what went wrong."""
+        """Wait until every byte is in place. Raises what went wrong."""
         self._done.result()
 
     def _mirror(self) -> KVMirror | None:
-        at = self._attachment.assignment
-        if at.mirror is None:
+        assignment = self._attachment.assignment
+        if assignment.mirror is None:
             return None
-        memory = self._attachment.map_briefly(HOST_DEVICE, mirror_segment(at.mirror))
+        memory = self._attachment.map_briefly(HOST_DEVICE, mirror_segment(assignment.mirror))
         try:
             return KVMirror.attach(memory, mirror_shape(self._attachment))
         except MirrorMismatch:
             return None  # nothing was ever written to it
 
     def _move(self, kept: RetainedSlots, mirror: KVMirror | None) -> None:
-        at = self._attachment.assignment
-        assert at.previous is not None
-        held = at.previous.ownership
-        stays = at.device in held.devices and self._old_layout(at.device) == self._attachment.kv_layout
+        assignment = self._attachment.assignment
+        assert assignment.previous is not None
+        held = assignment.previous.ownership
+        stays = assignment.device in held.devices and self._old_layout(assignment.device) == self._attachment.kv_layout
         if not len(kept.slots) or stays:
             return
         if self._into is None:
-            raise RestorationFailed("KV does not move between GPUs")
-        moves = kv_moves(at.model, at.ownership, at.rank, held)
+            raise RestorationFailed("KV does not move between devices here")
+        moves = kv_moves(assignment.model, assignment.ownership, assignment.rank, held)
         self.moved = move_kept(kept, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:
             self.restored_slots = len(kept.slots)
 
     def _old_layout(self, device: int) -> KVLayout:
-        at = self._attachment.assignment
-        assert at.previous is not None
-        held = at.previous.ownership
-        return kv_layout(at.model, at.previous_kv, held, held.devices.index(device))
+        assignment = self._attachment.assignment
+        assert assignment.previous is not None
+        held = assignment.previous.ownership
+        return kv_layout(assignment.model, assignment.previous_kv, held, held.devices.index(device))
 
     def _old_segment(self, device: int) -> KVSegment:
         layout = self._old_layout(device)

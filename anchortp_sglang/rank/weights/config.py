@@ -1,4 +1,4 @@
-"""Every rank sees a model config whose even split is its own share.
+"""Shows every rank a model config whose even split is its own share.
 
 On rank r each shardable size S becomes local_r(S) * tp_size: SGLang divides by tp_size and gets local_r(S) in
 attention modules, MLPs, the KV pool and every attention backend, with all its assertions intact. Where shares differ
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from anchortp_sglang.rank.attachment import Assignment, current
+from anchortp_sglang.rank.attachment import Assignment, Attachment, current
 
 _DONE = "_anchortp_scaled"
 
@@ -24,7 +24,7 @@ def after_from_server_args(model_config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _HeadCount(int):
-    """The pretended number of query heads, by which the hidden size still divides into heads of the true size: some
+    """A pretended number of query heads, by which the hidden size still divides into heads of the true size: some
     model files (mixtral.py among them) do not read ``head_dim``."""
 
     _hidden_size: int
@@ -45,8 +45,8 @@ class _HeadCount(int):
         return 0 if size == self._hidden_size else size % int(self)
 
 
-def _scale(model_config: Any, at: Assignment) -> None:
-    model, sizes = at.model, _largest(at)
+def _scale(model_config: Any, assignment: Assignment) -> None:
+    model, sizes = assignment.model, _largest(assignment)
     _show(model_config, sizes)
     for config in _hf_configs(model_config):
         # Many model files derive head_dim as hidden_size // num_attention_heads unless the config names it.
@@ -61,22 +61,22 @@ def _scale(model_config: Any, at: Assignment) -> None:
         raise RuntimeError(f"SGLang reads head_dim={model_config.head_dim}, the plan {model.head_dim}")
 
 
-def _largest(at: Assignment) -> dict[str, int]:
-    by_layer = [_sizes(at, layer) for layer in range(at.model.num_layers)]
+def _largest(assignment: Assignment) -> dict[str, int]:
+    by_layer = [_sizes(assignment, layer) for layer in range(assignment.model.num_layers)]
     return {name: max(sizes[name] for sizes in by_layer) for name in by_layer[0]}
 
 
-def _sizes(at: Assignment, layer: int) -> dict[str, int]:
-    """The pretended sizes of a layer, by their names in the config."""
-    model, tp_size = at.model, at.ownership.tp_size
-    q_heads = at.ownership.units("q_head", at.rank, layer) * model.heads_per_unit * tp_size
-    kv_heads = at.ownership.units("kv_head", at.rank, layer) * tp_size
+def _sizes(assignment: Assignment, layer: int) -> dict[str, int]:
+    """Return the pretended sizes of a layer, by their names in the config."""
+    model, tp_size = assignment.model, assignment.ownership.tp_size
+    q_heads = assignment.ownership.units("q_head", assignment.rank, layer) * model.heads_per_unit * tp_size
+    kv_heads = assignment.ownership.units("kv_head", assignment.rank, layer) * tp_size
     return {
         "num_attention_heads": _HeadCount(q_heads, model.hidden_size, model.head_dim),
         # Latent attention has no KV heads to divide: its configs have as many as query heads.
         "num_key_value_heads": q_heads if model.latent_kv else kv_heads,
         **{
-            each.config_key: at.ownership.units(each.axis, at.rank, layer) * each.unit * tp_size
+            each.config_key: assignment.ownership.units(each.axis, assignment.rank, layer) * each.unit * tp_size
             for each in model.columns
             if each.config_key is not None
         },
@@ -90,40 +90,36 @@ def _show(model_config: Any, sizes: dict[str, int]) -> None:
                 setattr(config, name, size)
 
 
-_built: Any = None
-"""The ModelConfig of the model that is being built."""
-
-
 @contextmanager
-def building(model_config: Any) -> Iterator[None]:
-    """While this lasts, a layer that is made (``around_make_layers``) finds its own sizes in this config."""
-    global _built
-    _built = model_config
+def building(attachment: Attachment, model_config: Any) -> Iterator[None]:
+    """Show each layer that is made in this block (``around_make_layers``) its own sizes in this config."""
+    attachment.built_config = model_config
     try:
         yield
     finally:
-        _built = None
+        attachment.built_config = None
 
 
 def around_make_layers(
     original: Callable[..., Any], num_hidden_layers: int, layer_fn: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """AROUND utils.common.make_layers, which builds the decoder layers of a model one after the other."""
-    attachment, model_config = current(), _built
+    attachment = current()
+    model_config = None if attachment is None else attachment.built_config
     if attachment is None or model_config is None or not attachment.assignment.ownership.layers:
         return original(num_hidden_layers, layer_fn, *args, **kwargs)
-    at = attachment.assignment
-    if num_hidden_layers != at.model.num_layers:
-        raise RuntimeError(f"SGLang makes {num_hidden_layers} layers, the plan has {at.model.num_layers}")
+    assignment = attachment.assignment
+    if num_hidden_layers != assignment.model.num_layers:
+        raise RuntimeError(f"SGLang makes {num_hidden_layers} layers, the plan has {assignment.model.num_layers}")
 
     def make_one(idx: int, prefix: str) -> Any:
-        _show(model_config, _sizes(at, idx))
+        _show(model_config, _sizes(assignment, idx))
         return layer_fn(idx=idx, prefix=prefix)
 
     try:
         return original(num_hidden_layers, make_one, *args, **kwargs)
     finally:
-        _show(model_config, _largest(at))
+        _show(model_config, _largest(assignment))
 
 
 def _hf_configs(model_config: Any) -> list[Any]:

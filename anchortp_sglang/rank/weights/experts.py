@@ -1,4 +1,4 @@
-"""Expert parallelism with unequal, scattered shares: a rank has the experts that the plan gives it.
+"""Gives a rank the experts that the plan says: expert parallelism with unequal, scattered shares.
 
 SGLang deals ``num_experts / ep_size`` consecutive experts to each rank. Here each layer is built as if all ranks had as
 many as this one, so that every assertion holds; then the true number comes back, and a map from experts to places.
@@ -13,7 +13,7 @@ from anchortp_sglang.rank.attachment import Assignment, current
 
 
 def _dealing() -> Assignment | None:
-    """This rank's assignment, if it deals whole experts."""
+    """Return this rank's assignment, if it deals whole experts."""
     attachment = current()
     deals = attachment is not None and "expert" in attachment.assignment.model.axes
     return attachment.assignment if attachment is not None and deals else None
@@ -31,19 +31,23 @@ def around_fused_moe_init(
 ) -> None:
     """AROUND FusedMoE.__init__ (layers/moe/fused_moe_triton/layer.py)."""
     sizes = (hidden_size, intermediate_size, layer_id)
-    at = _dealing()
-    if at is None:
+    assignment = _dealing()
+    if assignment is None:
         return original(layer, num_experts, *sizes, *args, **kwargs)
-    mine = [expert for start, stop in at.ownership.of("expert", at.rank, layer_id) for expert in range(start, stop)]
-    if num_experts != at.model.axes["expert"]:
-        raise RuntimeError(f"a layer has {num_experts} experts, the plan {at.model.axes['expert']}")
-    original(layer, len(mine) * at.ownership.tp_size, *sizes, *args, **kwargs)
+    own = [
+        expert
+        for start, stop in assignment.ownership.of("expert", assignment.rank, layer_id)
+        for expert in range(start, stop)
+    ]
+    if num_experts != assignment.model.axes["expert"]:
+        raise RuntimeError(f"a layer has {num_experts} experts, the plan {assignment.model.axes['expert']}")
+    original(layer, len(own) * assignment.ownership.tp_size, *sizes, *args, **kwargs)
     layer.num_experts = layer._num_global_routed = num_experts
     layer.moe_runner_config.num_experts = num_experts
     layer.dispatcher.num_experts = num_experts
     # The dispatcher makes a map of equal shares itself unless it has one.
     layer.dispatcher.local_expert_mapping = torch.full((num_experts,), -1, dtype=torch.int32)
-    layer.dispatcher.local_expert_mapping[mine] = torch.arange(len(mine), dtype=torch.int32)
+    layer.dispatcher.local_expert_mapping[own] = torch.arange(len(own), dtype=torch.int32)
 
 
 def around_init_expert_location(original: Callable[..., Any], model_config: Any) -> Any:
@@ -78,7 +82,9 @@ def around_deepseek_mlp_init(
     share is their own. (Of a dense layer the config says it.)"""
     attachment = current()
     if attachment is not None and kwargs.get("prefix", "").endswith("shared_experts"):
-        at = attachment.assignment
-        (columns,) = (each for each in at.model.columns if each.axis == "shared_expert")
-        intermediate_size = at.ownership.units("shared_expert", at.rank) * columns.unit * at.ownership.tp_size
+        assignment = attachment.assignment
+        (columns,) = (each for each in assignment.model.columns if each.axis == "shared_expert")
+        intermediate_size = (
+            assignment.ownership.units("shared_expert", assignment.rank) * columns.unit * assignment.ownership.tp_size
+        )
     original(mlp, hidden_size, intermediate_size, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""OLMo-2's norms of q and k span all heads: each rank has its heads' part, and the mean is summed over the ranks.
+"""Splits OLMo-2's norms of q and k, which span all heads: each rank has its heads' part, the mean is summed.
 
 SGLang gathers q and k of all ranks, norms them whole and takes its part back, which wants equal parts.
 """
@@ -25,17 +25,19 @@ def after_olmo2_attention_init(result: Any, attention: Any, *args: Any, **kwargs
     return result
 
 
-def _kv_share(at: Assignment, layer: int) -> torch.Tensor:
-    """Of each of this rank's KV heads the part that is its own: half, if another rank has the head too."""
-    holders = [0] * at.model.num_kv_heads
-    for rank in range(at.ownership.tp_size):
-        for head in _kv_heads(at, rank, layer):
+def _kv_share(assignment: Assignment, layer: int) -> torch.Tensor:
+    """Return how much of each of this rank's KV heads is its own: half, if another rank has the head too."""
+    holders = [0] * assignment.model.num_kv_heads
+    for rank in range(assignment.ownership.tp_size):
+        for head in _kv_heads(assignment, rank, layer):
             holders[head] += 1
-    return torch.tensor([1 / holders[head] for head in _kv_heads(at, at.rank, layer)], dtype=torch.float32)
+    return torch.tensor(
+        [1 / holders[head] for head in _kv_heads(assignment, assignment.rank, layer)], dtype=torch.float32
+    )
 
 
-def _kv_heads(at: Assignment, rank: int, layer: int) -> list[int]:
-    return [head for start, stop in at.ownership.of("kv_head", rank, layer) for head in range(start, stop)]
+def _kv_heads(assignment: Assignment, rank: int, layer: int) -> list[int]:
+    return [head for start, stop in assignment.ownership.of("kv_head", rank, layer) for head in range(start, stop)]
 
 
 def around_apply_qk_norm(
@@ -57,6 +59,6 @@ def around_apply_qk_norm(
 
 
 def _normed(x: torch.Tensor, mean: torch.Tensor, norm: Any) -> torch.Tensor:
-    """As `RMSNorm.forward_native`, given the mean of the squares."""
+    """Norm like `RMSNorm.forward_native`, given the mean of the squares."""
     scaled = x.float() * torch.rsqrt(mean[:, None] + norm.variance_epsilon)
     return (scaled * norm.weight).to(x.dtype)

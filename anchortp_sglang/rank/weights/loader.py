@@ -1,4 +1,4 @@
-"""Model parameters bound to the anchor's memory, and filled there.
+"""Binds model parameters to the anchor's memory, and fills them there.
 
 The parameters are views of a read-only mapping; the bytes arrive through a second, writable one in a background
 thread that starts when the rank does, while the main thread builds process groups and the model skeleton.
@@ -26,17 +26,17 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from anchortp_sglang.planning.layout.extents import ShardExtents
 from anchortp_sglang.planning.layout.moves import Move, fill_moves, moved_bytes
 from anchortp_sglang.planning.layout.shards import ParamSlot, ShardLayout, shard_layout
+from anchortp_sglang.platforms.mover import Mover, Write
 from anchortp_sglang.rank.attachment import Attachment, current
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint
 from anchortp_sglang.rank.weights.config import building
-from anchortp_sglang.rank.weights.mover import HostMover, Mover, gpu_mover
 from anchortp_sglang.rank.weights.skeleton import Skeleton, placeholders
 
 log = logging.getLogger(__name__)
 
 
 def _views(flat: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
-    """Each parameter as a tensor over ``flat`` (the bytes of a weights segment); no copy."""
+    """View each parameter as a tensor over ``flat`` (the bytes of a weights segment); no copy."""
 
     def view(placed: ParamSlot) -> torch.Tensor:
         piece = flat[placed.offset_bytes : placed.offset_bytes + placed.nbytes].view(getattr(torch, placed.dtype))
@@ -46,7 +46,7 @@ def _views(flat: torch.Tensor, layout: ShardLayout) -> dict[str, torch.Tensor]:
 
 
 def _stacked(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's parameters: slices over experts, which lie side by side, as one tensor each."""
+    """Join slices over experts, which lie side by side, into one tensor each: the model's parameters."""
     slices: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
     whole = {}
     for name, view in views.items():
@@ -89,18 +89,18 @@ class Filler(threading.Thread):
             raise RuntimeError(f"weights could not be filled: {self._error}") from self._error
 
     def _fill(self) -> None:
-        at, layout = self.attachment.assignment, self.attachment.layout
-        before = None if at.previous is None else at.previous.ownership
-        shard = at.weights.shards[at.rank]
-        moves = fill_moves(at.model, at.ownership, at.rank, before)
+        assignment, layout = self.attachment.assignment, self.attachment.layout
+        before = None if assignment.previous is None else assignment.previous.ownership
+        shard = assignment.weights.shards[assignment.rank]
+        moves = fill_moves(assignment.model, assignment.ownership, assignment.rank, before)
         with ExitStack() as stack:
-            memory = self.attachment.shard_briefly(at.device, shard, writable=True)
+            memory = self.attachment.shard_briefly(assignment.device, shard, writable=True)
             target = _Shard(stack.enter_context(memory), layout)
             sources = {
                 device: self._previous(device, stack)
                 for device in {move.device for move in moves if move.device is not None}
             }
-            checkpoint = stack.enter_context(Checkpoint(at.checkpoint))
+            checkpoint = stack.enter_context(Checkpoint(assignment.checkpoint))
             mover = stack.enter_context(self._mover(target, shard, stack))  # left first, when all has arrived
             for name, start, length in layout.padding:
                 mover.clear(target.views[name].narrow(target.placed[name].dim, start, length))
@@ -113,22 +113,26 @@ class Filler(threading.Thread):
                         for into, source in _copies(move, target, sources[move.device], shard):
                             mover.copy(into, source)
                 mover.layer_done(layer)
-        log.info("anchortp: weights of rank %d: %d MiB stay; %s", at.rank, shard.kept_bytes >> 20, mover.moved)
+        log.info("anchortp: weights of rank %d: %d MiB stay; %s", assignment.rank, shard.kept_bytes >> 20, mover.moved)
         self.moved = moved_bytes(moves)
         self.moved["copy"] -= shard.kept_bytes
 
     def _mover(self, target: "_Shard", shard: ShardExtents, stack: ExitStack) -> Mover:
-        at = self.attachment.assignment
-        if at.gpu is not None:
-            return gpu_mover(at.gpu)
-        write = stack.enter_context(self.attachment.shard_writer(at.device, shard))
-        return HostMover(lambda part, data: write(part.data_ptr() - target.flat.data_ptr(), data))
+        assignment = self.attachment.assignment
+
+        def open_writer() -> Write:
+            write = stack.enter_context(self.attachment.shard_writer(assignment.device, shard))
+            return lambda part, data: write(part.data_ptr() - target.flat.data_ptr(), data)
+
+        return assignment.platform.mover(assignment.device, open_writer)
 
     def _previous(self, device: int, stack: ExitStack) -> "_Shard":
-        at = self.attachment.assignment
-        assert at.previous is not None
-        layout = shard_layout(at.model, at.previous.ownership, at.previous.ownership.devices.index(device))
-        memory = self.attachment.shard_briefly(device, at.previous.shard_of(device), writable=False)
+        assignment = self.attachment.assignment
+        assert assignment.previous is not None
+        layout = shard_layout(
+            assignment.model, assignment.previous.ownership, assignment.previous.ownership.devices.index(device)
+        )
+        memory = self.attachment.shard_briefly(device, assignment.previous.shard_of(device), writable=False)
         return _Shard(stack.enter_context(memory), layout)
 
 
@@ -141,14 +145,14 @@ class _Shard:
         self.views = _views(flat, layout)
 
     def elements(self, move: Move) -> torch.Tensor:
-        """What a move fills."""
+        """View the elements that a move fills."""
         return self.views[move.param].narrow(move.dim, move.start, move.length)
 
 
 def _copies(
     move: Move, target: _Shard, source: _Shard, shard: ShardExtents
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What is to be copied for a move, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
+    """Yield what a move copies, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
     into = target.placed[move.param].run(move.start, move.length)
     of = source.placed[move.source].run(move.source_start, move.length)
     if into is None or of is None:
@@ -158,35 +162,33 @@ def _copies(
         yield target.flat[start:stop], source.flat[start - into[0] + of[0] : stop - into[0] + of[0]]
 
 
-_filler: Filler | None = None
-
-
 def start_filling(attachment: Attachment) -> Filler:
     """Start moving bytes at once; the loader below waits for them."""
-    global _filler
-    _filler = Filler(attachment)
-    _filler.start()
-    return _filler
+    filler = Filler(attachment)
+    filler.start()
+    return filler
 
 
 class AnchorModelLoader(BaseModelLoader):
     """Builds the skeleton and binds every parameter to the anchor's memory."""
 
     def download_model(self, model_config: Any) -> None:
-        """The launcher has checked the checkpoint already."""
+        """Download nothing: the launcher has checked the checkpoint already."""
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
-        attachment, filler = current(), _filler
-        assert attachment is not None and filler is not None
+        attachment = current()
+        assert attachment is not None
+        filler = attachment.filler
         filler.waited_from = time.monotonic()
-        # On CPU torch.empty takes no memory until it is touched, and no parameter is: binding replaces them.
-        skeleton = Skeleton() if attachment.assignment.gpu else nullcontext()
+        # Lazy memory is not taken until it is touched, and no parameter is: binding replaces them.
+        lazy = attachment.assignment.platform.lazy_memory
+        skeleton = nullcontext() if lazy else Skeleton()
         device = torch.device(device_config.device)
-        with set_default_torch_dtype(model_config.dtype), device, building(model_config), skeleton:
+        with set_default_torch_dtype(model_config.dtype), device, building(attachment, model_config), skeleton:
             quantization = _get_quantization_config(model_config, self.load_config)
             model = _initialize_model(model_config, self.load_config, quantization)
         addresses = bind(model, attachment)
-        if attachment.assignment.gpu and (unbound := list(placeholders(model))):
+        if not lazy and (unbound := list(placeholders(model))):
             raise RuntimeError(
                 f"tensors of the model are no parameters and were never filled: {', '.join(unbound[:8])}"
             )

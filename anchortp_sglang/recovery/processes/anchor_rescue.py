@@ -19,17 +19,17 @@ _DELETED = " (deleted)"
 
 
 @contextmanager
-def taken_out_of(anchor: AnchorProcess, device: int, in_host_memory: bool) -> Iterator[dict[str, int]]:
+def taken_out_of(anchor: AnchorProcess, device: int, seal_travels: bool) -> Iterator[dict[str, int]]:
     """Kill an anchor that does not answer; yield the descriptors of its segments by name, open until the block ends.
 
     A duplicate of a memfd's descriptor (pidfd_getfd) keeps the memory, even of a process that does nothing any more.
-    Memory of a GPU (not ``in_host_memory``) has no such descriptor, and where the kernel forbids pidfd_getfd there is
-    none either: the memory goes with the anchor, and the device is lost. Raises AnchorError.
+    Other arenas' descriptors (not ``seal_travels``) do not say which segment they are, and where the kernel forbids
+    pidfd_getfd there is none at all: the memory goes with the anchor, and the device is lost. Raises AnchorError.
     """
     with ExitStack() as held:
         segments: dict[str, int] = {}
         try:
-            for name, remote_fd in _segments(anchor.pid).items() if in_host_memory else ():
+            for name, remote_fd in _segments(anchor.pid).items() if seal_travels else ():
                 segments[name] = fetch_descriptor(anchor.pidfd, remote_fd)
                 held.callback(os.close, segments[name])
         except OSError as error:

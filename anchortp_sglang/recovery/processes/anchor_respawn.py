@@ -44,8 +44,8 @@ def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[st
 
 
 def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd: int, nbytes: int) -> None:
-    # A memfd tells by itself whether it has been sealed; on a GPU no handle does.
-    sealed = bool(anchors.plan.gpus) and segment.startswith("weights-")
+    # Where a seal does not travel the anchor is told: the weights of a generation that serves are complete.
+    sealed = not anchors.plan.arena(device).seal_travels and segment.startswith("weights-")
     try:
         anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed)
     finally:

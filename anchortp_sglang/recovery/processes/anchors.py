@@ -15,7 +15,6 @@ from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anch
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.planning.layout.extents import WeightPlacement
-from anchortp_sglang.platforms.cpu.collectives import region_bytes
 from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.rank.attachment import (
     HOST_DEVICE,
@@ -68,7 +67,7 @@ class Anchors:
             plan.linger_s,
             ANCHOR_TIMEOUT_S,
             generation,
-            plan.gpu(device),
+            plan.arena(device),
         )
 
     def replace(self, device: int, anchor: AnchorProcess) -> None:
@@ -138,8 +137,7 @@ class Anchors:
 
         Raises AnchorError, AnchorStartError.
         """
-        in_host_memory = self.plan.gpu(device) is None
-        with taken_out_of(self.processes[device], device, in_host_memory) as segments:
+        with taken_out_of(self.processes[device], device, self.plan.arena(device).seal_travels) as segments:
             self.start_one(device, generation)
             for name, fd in segments.items():
                 self.client(device).adopt_handle(generation, name, fd, os.fstat(fd).st_size, sealed=False)
@@ -157,7 +155,7 @@ class Anchors:
         mirror = plan.mirror_shape()
         if plan.mirror is not None and mirror is not None:
             host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
-        control = heartbeat.BYTES + region_bytes(ownership.tp_size)
+        control = heartbeat.BYTES + plan.platform.collectives_bytes(ownership.tp_size)
         host.allocate(number, control_segment(number), control, lazy=True)
 
     def free_unneeded(self, number: int, held: WeightPlacement, weights: WeightPlacement, kv_valid: bool) -> None:

@@ -1,18 +1,20 @@
-"""A generation: one configuration and its rank processes."""
+"""Owns a generation: one configuration, its rank processes, and all that main knows of them."""
 
 import logging
+import mmap
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.rank.crash import Crash
 from anchortp_sglang.recovery.processes.pidfd import died_within, is_dead, process_state, usage
 from anchortp_sglang.recovery.processes.stall import StallWatch
 from anchortp_sglang.recovery.processes.zygote import Child
+from anchortp_sglang.recovery.report.kv_usage import KVUsage
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +33,22 @@ class KVUnusable(StartFailed):
 
 @dataclass
 class Generation:
-    """One configuration and its rank processes, in rank order."""
+    """One configuration and its rank processes, in rank order.
+
+    From when all ranks are ready: ``infos`` (what each said of itself then), ``control`` (the control segment) and
+    ``kv_usage``, both mapped read-only. ``died``, ``hung``: ranks found so before the others were killed.
+    ``hung_since``: when they last made progress (monotonic), if they hang.
+    """
 
     number: int
     weights: WeightPlacement
     ranks: list[Child]
     infos: list[dict[str, Any]] = field(default_factory=list)
+    control: mmap.mmap | None = None
+    kv_usage: KVUsage | None = None
+    died: set[int] = field(default_factory=set)
+    hung: set[int] = field(default_factory=set)
+    hung_since: float | None = None
 
     @property
     def ownership(self) -> Ownership:
@@ -47,16 +59,38 @@ class Generation:
             child.kill()
 
     def dead(self) -> tuple[int, ...]:
-        """Ranks whose process is dead right now."""
+        """Return the ranks whose process is dead right now."""
         return tuple(rank for rank, child in enumerate(self.ranks) if is_dead(child.pidfd))
 
+    def note_deaths(self) -> None:
+        """Remember which ranks are dead right now; call it before the others are killed."""
+        self.died.update(self.dead())
+
+    def note_hang(self, ranks: set[int], since: float) -> None:
+        """Remember that these ranks make no progress, and since when (monotonic)."""
+        self.hung, self.hung_since = ranks, since
+
+    def beats(self) -> tuple[int, ...] | None:
+        """Return how far each rank's counter is; None before they are ready."""
+        return None if self.control is None else heartbeat.read_beats(self.control, self.ownership.tp_size)
+
+    def tokens_reused(self) -> tuple[int, int] | None:
+        """Return (reused, recomputed) tokens of the requests that this generation has resumed so far."""
+        return None if self.control is None else heartbeat.read_tokens(self.control)
+
+    def graphs_captured(self) -> bool:
+        """Return whether its decode graphs are captured."""
+        return self.control is not None and heartbeat.read_graphs(self.control)
+
     def close(self) -> None:
+        """Give back the descriptors of dead ranks, and the control segment."""
         for child in self.ranks:
             child.close()
+        self.control = None
 
 
 def wait_dead(generation: Generation) -> None:
-    """Until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
+    """Wait until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
     for child in generation.ranks:
         while not died_within(child.pidfd, 1.0):
             log.warning("anchortp: process %d is not dead yet", child.pid)
@@ -102,9 +136,9 @@ def _receive(generation: Generation, index: int) -> dict[str, Any]:
     return dict(payload)
 
 
-def last_words(generation: Generation, ranks: Collection[int]) -> list[Crash | None]:
-    """What each of these dead ranks said of its end, None if it said nothing."""
-    return [_crash(generation.ranks[rank].pipe) for rank in sorted(ranks)]
+def last_words(generation: Generation) -> list[Crash | None]:
+    """Read what each rank that died said of its end, None if it said nothing. Can be read once."""
+    return [_crash(generation.ranks[rank].pipe) for rank in sorted(generation.died)]
 
 
 def _crash(pipe: Connection) -> Crash | None:

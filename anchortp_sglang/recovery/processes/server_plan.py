@@ -7,13 +7,14 @@ from typing import Any
 
 from anchortp_sglang.kv.chain_hash import root_hash
 from anchortp_sglang.kv.mirror import MirrorShape
-from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.memory.arena_kinds import HOST_MEMORY, ArenaSpec
 from anchortp_sglang.planning.layout.extents import WeightPlacement, hold
-from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, fit_slots, kv_layout, whole_layout
+from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, MirrorPlan, fit_slots, kv_layout, whole_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.planning.placement.expert_load import ExpertCounts
-from anchortp_sglang.rank.attachment import HOST_DEVICE, MirrorPlan, kv_namespace
+from anchortp_sglang.platforms.base import Platform
+from anchortp_sglang.rank.attachment import HOST_DEVICE, kv_namespace
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ServerPlan:
     if it is not limited. ``rotate_heads``: heads and experts that do not divide rotate over the layers.
     ``expert_counts``: by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved
     ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
-    ``gpus``: of each device, none on CPU. ``graph_batch_sizes``: for which decode graphs are captured, none if the
+    ``graph_batch_sizes``: for which decode graphs are captured, none if the
     ranks stay eager.
     """
 
@@ -41,13 +42,13 @@ class ServerPlan:
     linger_s: float
     server_args: Callable[[int], Any]
     controller_pid: int
+    platform: Platform
     stale_anchors: tuple[int, ...] = ()
-    gpus: tuple[GpuShare, ...] = ()
     graph_batch_sizes: tuple[int, ...] = ()
 
-    def gpu(self, device: int) -> GpuShare | None:
-        """Where the memory of a device (not of the host anchor) is; None: in the host's."""
-        return self.gpus[device] if self.gpus and device != HOST_DEVICE else None
+    def arena(self, device: int) -> ArenaSpec:
+        """What the anchor of a device (HOST_DEVICE: the host anchor) makes its segments of."""
+        return HOST_MEMORY if device == HOST_DEVICE else self.platform.arena(device)
 
     def kv_of(self, ownership: Ownership) -> KVPlan:
         """Slots of a generation with this ownership. Raises InvalidOwnership if there is no room for any."""
@@ -58,8 +59,8 @@ class ServerPlan:
         return kv_layout(self.model, self.kv_of(ownership), ownership, rank)
 
     def hold(self, ownership: Ownership, before: WeightPlacement | None) -> WeightPlacement:
-        """Where the weights of an ownership shall lie. On a GPU, which maps no single pages, they are copied."""
-        return hold(self.model, ownership, None if self.gpus else before)
+        """Where the weights of an ownership shall lie: what ``before`` has stays in place, where that is possible."""
+        return hold(self.model, ownership, before if self.platform.maps_parts else None)
 
     @property
     def namespace(self) -> bytes:

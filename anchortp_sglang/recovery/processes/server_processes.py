@@ -134,7 +134,7 @@ class ServerProcesses:
             self._zygotes.renew()
             if spare_ranks:
                 timeout_s = self.plan.server_args(tp_size).dist_timeout
-                self._spares.prepare(self._zygotes.fork, tp_size, not self.plan.gpus, timeout_s)
+                self._spares.prepare(self._zygotes.fork, tp_size, self.plan.platform.spares_join_early, timeout_s)
         except (ZygoteError, OSError) as error:
             log.warning("anchortp: no spare ranks for now: %s", error)
 
@@ -167,8 +167,8 @@ class ServerProcesses:
                     previous_kv=plan.kv_of(ownership if previous is None else previous.ownership),
                     restore_prefixes=restore_prefixes,
                     mirror=plan.mirror,
+                    platform=plan.platform,
                     running=running,
-                    gpu=plan.gpu(device),
                 )
                 child = spares.pop(0) if spares else self._zygotes.fork()
                 generation.ranks.append(child)

@@ -71,7 +71,7 @@ class Spares:
         return ready[:world_size], store
 
     def resume(self) -> int:
-        """Let those go on that somebody stopped; how many. None while they are being forked or taken."""
+        """Let stopped spares (SIGSTOP) go on; how many. None while they are being forked or taken."""
         if not self._lock.acquire(blocking=False):
             return 0
         try:
@@ -97,11 +97,11 @@ def _stands_by(child: Child) -> bool:
 def _answering(children: Sequence[Child]) -> list[Child]:
     """Those that answer at once. They do nothing else: one that does not is stopped, or stuck."""
     deadline = time.monotonic() + _ANSWER_TIMEOUT_S
-    asked = [child for child in children if _told(child, ARE_YOU_THERE)]
-    return [child for child in asked if _answered(child, deadline - time.monotonic())]
+    reached = [child for child in children if _sent(child, ARE_YOU_THERE)]
+    return [child for child in reached if _answers(child, deadline - time.monotonic())]
 
 
-def _told(child: Child, message: str) -> bool:
+def _sent(child: Child, message: str) -> bool:
     try:
         child.pipe.send(message)
         return True
@@ -109,7 +109,7 @@ def _told(child: Child, message: str) -> bool:
         return False
 
 
-def _answered(child: Child, timeout_s: float) -> bool:
+def _answers(child: Child, timeout_s: float) -> bool:
     try:
         return child.pipe.poll(max(0.0, timeout_s)) and child.pipe.recv() is None
     except (EOFError, OSError):

@@ -1,14 +1,12 @@
-"""The zygote: one process that has imported SGLang once and forks ranks in milliseconds.
+"""Asks the zygote for children: main's end of the process that has imported SGLang once and forks in milliseconds.
 
-It keeps a single thread and touches no device, so that its children may. Each request on its socket forks one
-child, which then waits on its own pipe for what to be: spare ranks are nothing but children forked early.
+Each request on its socket forks one child, which then waits on its own pipe for what to be: spare ranks are nothing but
+children forked early. What the zygote itself does is in ``zygote_loop.py``.
 """
 
-import ctypes
 import gc
 import logging
 import os
-import selectors
 import signal
 import socket
 import struct
@@ -26,18 +24,13 @@ from typing import Any
 from anchortp_sglang.anchor.pids import wait_readable
 from anchortp_sglang.recovery.processes.exits import Exits
 from anchortp_sglang.recovery.processes.pidfd import is_dead
+from anchortp_sglang.recovery.processes.zygote_loop import FORK, MESSAGE_BYTES, PING, die_with_parent, serve
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-_MESSAGE_BYTES = 64
 _ANSWER_TIMEOUT_S = 2.0
 _SPAWN_TIMEOUT_S = 90.0  # SGLang is imported before the first fork
 _SEND_TIMEOUT_S = 2
-_FORK, _PING = b"fork", b"ping"
-_CUDA_ERROR_NOT_INITIALIZED = 3
-_DRIVER_FILES = {"/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"}
-"""What cuInit opens. (/dev/nvidiactl and /dev/nvidia0 … are NVML's too, which torch asks whether there are GPUs.)"""
 
 
 class ZygoteError(RuntimeError):
@@ -66,7 +59,7 @@ class Child:
         return "" if self.exits is None else self.exits.crash_of(self.pid)
 
     def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
-        """Raises ZygoteError if it does not read what it is told (a stopped process, once the pipe is full)."""
+        """Tell the child what to be. Raises ZygoteError if it does not read that (a stopped process, a full pipe)."""
         try:
             self.pipe.send((target, argument))
         except BlockingIOError as error:
@@ -85,13 +78,13 @@ class Child:
 
 
 def _limit_sends(pipe: Connection) -> None:
-    """A send that makes no progress for so long raises BlockingIOError: a stopped child does not empty its pipe."""
+    """Let a send without progress raise BlockingIOError after a while: a stopped child does not empty its pipe."""
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
 
 
 class Zygote:
-    """Main's end. ``fork`` and ``answers`` may be called from any thread.
+    """Main's end of a zygote. ``fork`` and ``answers`` may be called from any thread.
 
     ``first_timeout_s``: for the first answer of one that imports SGLang first, and then says so; None of others.
     """
@@ -112,7 +105,7 @@ class Zygote:
         """Fork one child. Raises ZygoteError."""
         ours, theirs = Pipe()
         try:
-            answer, fds = self._ask(_FORK, [theirs.fileno()])
+            answer, fds = self._ask(FORK, [theirs.fileno()])
             if not fds:
                 if answer:
                     raise ForkFailed(f"the zygote (pid {self.pid}) could not fork: {answer.decode()}")
@@ -127,7 +120,7 @@ class Zygote:
 
     @property
     def importing(self) -> bool:
-        """Whether it has not said yet that it is ready."""
+        """Return whether it has not said yet that it is ready."""
         return self._first_timeout_s is not None
 
     def close(self) -> None:
@@ -138,16 +131,16 @@ class Zygote:
             self._exits.close()
 
     def answers(self) -> bool:
-        """Whether it would fork in time; of one that still imports SGLang: whether it may get there."""
+        """Return whether it would fork in time; of one that still imports SGLang, whether it may get there."""
         if self._first_timeout_s is not None and not wait_readable(self._control.fileno(), 0.0):
             return not is_dead(self.pidfd) and time.monotonic() < self._made_at + self._first_timeout_s
         try:
-            return self._ask(_PING, [])[0] == _PING
+            return self._ask(PING, [])[0] == PING
         except ZygoteError:
             return False
 
     def _ask(self, request: bytes, fds: list[int]) -> tuple[bytes, list[int]]:
-        """Its answer. An earlier one that came too late is let go of, so that a slow zygote can be asked again."""
+        """Ask, and return the answer. Late answers to earlier requests are dropped, so it can be asked again."""
         try:
             with self._lock:
                 deadline = time.monotonic() + (self._first_timeout_s or _ANSWER_TIMEOUT_S)
@@ -156,7 +149,7 @@ class Zygote:
                 self._owed += 1
                 while True:
                     self._control.settimeout(max(0.001, deadline - time.monotonic()))
-                    answer, received, _, _ = socket.recv_fds(self._control, _MESSAGE_BYTES, 1)
+                    answer, received, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES, 1)
                     self._owed -= 1
                     self._first_timeout_s = None
                     if not self._owed or not answer:
@@ -174,36 +167,8 @@ class Zygote:
             pass
 
 
-def unfit_to_fork() -> str | None:
-    """Why this process must not become a zygote; None if it may."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        return f"it has {threads} threads"
-    torch = sys.modules.get("torch")
-    if (torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised():
-        return "CUDA is initialised"
-    opened = {_target(fd) for fd in os.listdir("/proc/self/fd")} & _DRIVER_FILES
-    return f"it has {opened.pop()} open" if opened else None
-
-
-def _driver_is_initialised() -> bool:
-    """Whether anything in this process has called cuInit: the driver does not survive a fork then."""
-    with open("/proc/self/maps") as maps:
-        if "/libcuda.so" not in maps.read():
-            return False
-    context = ctypes.c_void_p()
-    return bool(ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_ERROR_NOT_INITIALIZED)
-
-
-def _target(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except FileNotFoundError:
-        return ""  # of listing the folder itself
-
-
 def fork_zygote() -> Zygote:
-    """Turn a fork of this process into the zygote. The caller must have checked ``unfit_to_fork``."""
+    """Turn a fork of this process into the zygote. The caller must have checked ``fork_guard.unfit_to_fork``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent, exits = os.getpid(), Exits()
     gc.collect()
@@ -223,110 +188,10 @@ def fork_zygote() -> Zygote:
 
 
 def spawn_zygote() -> Zygote:
-    """A zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
+    """Start a zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     exits = Exits()
     fds = [theirs.fileno(), exits.fd]
     process = subprocess.Popen([sys.executable, "-m", "anchortp_sglang.zygote_main", *map(str, fds)], pass_fds=fds)
     theirs.close()
     return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S, exits)
-
-
-def announce(control: socket.socket) -> None:
-    """Say that ``serve`` is about to begin, for a main that was told to wait for it (``first_timeout_s``)."""
-    control.send(_PING)
-
-
-def serve(control: socket.socket, exits: Exits) -> None:
-    """The zygote's loop: fork on request, reap the dead, end when main's end of the socket closes.
-
-    ``exits``: where it notes how its children ended.
-    """
-    _set_title("anchortp::reserve")  # until it is needed
-    for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main's handler would put away what is main's
-    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    selector = selectors.DefaultSelector()
-    selector.register(control, selectors.EVENT_READ)
-    selector.register(wake_read, selectors.EVENT_READ)
-    while True:
-        ready = {key.fd for key, _ in selector.select()}
-        if wake_read in ready:
-            os.read(wake_read, 4096)
-            _reap(exits)
-        if control.fileno() in ready and not _answer_one(control, (wake_read, wake_write)):
-            return
-
-
-def _answer_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:
-    request, fds, _, _ = socket.recv_fds(control, _MESSAGE_BYTES, 1)
-    if request == _PING:
-        control.send(_PING)
-        return True
-    if not request or not fds:
-        return False  # main is gone
-    _set_title("anchortp::zygote")
-    zygote = os.getpid()
-    try:
-        pid = os.fork()
-    except OSError as error:
-        control.send(str(error).encode()[:_MESSAGE_BYTES])
-        os.close(fds[0])
-        return True
-    if pid == 0:
-        _become_child(zygote, control, close_in_child, fds[0])
-    # Reaping happens in this thread only, so the pid cannot be reused before its pidfd is open.
-    pidfd = os.pidfd_open(pid)
-    socket.send_fds(control, [str(pid).encode()], [pidfd])
-    os.close(pidfd)
-    os.close(fds[0])
-    return True
-
-
-def _become_child(zygote: int, control: socket.socket, close: tuple[int, ...], pipe_fd: int) -> None:
-    try:
-        die_with_parent(zygote)
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        control.close()
-        for fd in close:
-            os.close(fd)
-        pipe = Connection(pipe_fd)
-        target, argument = pipe.recv()
-        target(argument, pipe)
-    except EOFError:
-        pass  # main let go of a spare
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(1)  # no atexit, no collective teardown with dead peers
-
-
-def _reap(exits: Exits) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        exits.note(pid, status)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask for SIGKILL when the forking thread of ``parent`` ends; exit at once if it already has."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _set_title(title: str) -> None:
-    try:
-        import setproctitle
-    except ImportError:
-        return
-    setproctitle.setproctitle(title)

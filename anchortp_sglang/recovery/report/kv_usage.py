@@ -1,4 +1,4 @@
-"""What main reads of a generation's KV: how many slots hold what, and how far the mirror is."""
+"""Reads how a generation uses its KV slots, and how far the mirror is."""
 
 import mmap
 from typing import Any
@@ -19,7 +19,7 @@ class KVUsage:
         self._table = SlotTable.attach(table, plan.rows, namespace)
 
     def to_json(self) -> dict[str, Any]:
-        """As in the status. ``lag_slots``: used ones that the mirror has room for and does not hold yet."""
+        """Return it as in the status. ``lag_slots``: used ones that the mirror has room for and does not hold yet."""
         return {"slots": self._plan.slots, "used": self._table.used(), "mirror": self._mirror_json()}
 
     def _mirror_json(self) -> dict[str, Any] | None:
@@ -28,7 +28,7 @@ class KVUsage:
         try:
             facts = mirror_facts(self._table, KVMirror.attach(self._mirror, self._shape))
         except MirrorMismatch:
-            return None  # nobody has written to it so far
+            return None  # it has not been written to so far
         return {
             "rows": facts.rows,
             "mirrored": facts.mirrored,

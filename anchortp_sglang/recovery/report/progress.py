@@ -1,4 +1,4 @@
-"""The recovery under way: when it is over, and how long the full throughput takes after it."""
+"""Follows the recovery under way: when it is over, and how long the full throughput takes after it."""
 
 import asyncio
 import time
@@ -12,10 +12,11 @@ _POLL_S = 0.05
 
 
 class RecoveryProgress:
-    """On the event loop only. ``serving``: whether a generation serves now; ``awaited``: whether any client waits for
-    a token; ``spawn`` runs a coroutine as a task.
+    """Follows recoveries; on the event loop only.
 
-    ``recovery``: from its first fault until a token is handed out, nobody waits for one, or it is given up.
+    ``serving``: whether a generation serves now; ``awaited``: whether any client waits for a token; ``spawn`` runs a
+    coroutine as a task. ``recovery``: from its first fault until a token is delivered, no client waits for one, or
+    it is given up.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class RecoveryProgress:
         self._throughput = Throughput()
 
     def begin(self) -> None:
-        """A fault of a server that served; one that nobody has been given a token since is over with it."""
+        """Begin the record of a recovery; ends the previous one if no token was delivered since."""
         self.finish()
         self.recovery = self._recoveries.begin()
 
     def on_tokens(self, tokens: int) -> None:
-        """New tokens go to clients: with the first ones after a recovery it is over."""
+        """Note new tokens that go to clients: the first ones after a recovery end it."""
         self._throughput.note(tokens, time.monotonic())
         recovery = self.recovery
         if recovery is None or not self._serving():
@@ -49,13 +50,20 @@ class RecoveryProgress:
         self._spawn(self._measure_peak(recovery, time.monotonic()))
 
     def resumed(self) -> None:
-        """The next generation serves. Where nobody waits for a token (any more), the next one says nothing about this
-        recovery."""
+        """Note that the next generation serves. Without a client that waits for a token the recovery ends here: a later
+        token would say nothing about it."""
         if self.recovery is not None:
             self._spawn(self._finish_unless_awaited(self.recovery))
 
+    def give_up(self, reason: str) -> None:
+        """End the recovery under way, if there is one, as one that has failed."""
+        if self.recovery is not None:
+            self.recovery.failed = reason
+            self.recovery.stage("gave_up")
+            self.finish()
+
     def finish(self) -> None:
-        """It is over, if one is under way."""
+        """End the recovery under way, if there is one."""
         recovery, self.recovery = self.recovery, None
         if recovery is not None:
             self._recoveries.finish(recovery)
@@ -67,7 +75,7 @@ class RecoveryProgress:
             await asyncio.sleep(_POLL_S)
 
     async def _measure_peak(self, recovery: Recovery, first_token_at: float) -> None:
-        """TTP, unless another fault comes before it can be told."""
+        """Measure TTP, unless another fault comes first."""
         await asyncio.sleep(2 * WINDOW_S)
         if self._serving() and self._recoveries.last() is recovery:
             recovery.ttp_s = self._throughput.time_to_peak(first_token_at)

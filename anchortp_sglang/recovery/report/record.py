@@ -1,4 +1,4 @@
-"""What a recovery was, stage by stage: for the status, the timeline, the metrics, the log and the command line."""
+"""Records a recovery, stage by stage: for the status, the timeline, the metrics, the log and the command line."""
 
 import copy
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anchortp_sglang.recovery.state_machine import Cause
+from anchortp_sglang.recovery.state_machine import Cause, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,20 @@ class Recovery:
             "moved_bytes": sum(info["moved_bytes"].values()),
         }
 
+    def take_verdict(self, verdict: Verdict) -> None:
+        """Note what has failed; devices that earlier attempts have lost stay lost."""
+        self.cause, self.device, self.reason = verdict.cause, verdict.device, verdict.reason
+        if self.exception:
+            self.reason += f"; it failed with {self.exception}"
+        self.lost = sorted({*self.lost, *verdict.lost})
+
     def close(self) -> None:
-        """Its generation is about to be replaced: what it counted so far is final."""
+        """Make the token counts final: the generation is about to be replaced."""
         self.token_counts()
         self.tokens = lambda: None
 
     def token_counts(self) -> tuple[int, int]:
-        """Tokens of resumed requests: (found in kept KV, computed again)."""
+        """Return tokens of resumed requests: (found in kept KV, computed again)."""
         self._last_tokens = self.tokens() or self._last_tokens
         return self._last_tokens
 
@@ -169,7 +176,7 @@ class Recoveries:
         return recovery
 
     def finish(self, recovery: Recovery) -> None:
-        """Nothing but its TTP and token counts will change. Observers must not disturb the recovery."""
+        """Report a recovery of which nothing but TTP and token counts will change. Observers must not disturb it."""
         recovery.finished = True
         for observe in self.on_finished:
             try:
@@ -181,7 +188,7 @@ class Recoveries:
         return self._ring[-1] if self._ring else None
 
     def totals(self) -> Totals:
-        """Of all recoveries, also of those that are no longer listed."""
+        """Sum over all recoveries, also over those that are no longer listed."""
         totals = copy.deepcopy(self._forgotten)
         for recovery in self._ring:
             if recovery.finished:

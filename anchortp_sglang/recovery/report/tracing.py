@@ -1,4 +1,4 @@
-"""A recovery as OpenTelemetry spans, where SGLang's tracing is on (``--enable-trace``).
+"""Exports a recovery as OpenTelemetry spans, where SGLang's tracing is on (``--enable-trace``).
 
 SGLang's own spans hang on requests (TraceReqContext in observability/trace.py), and a recovery is none: it gets a trace
 of its own from the provider that SGLang has set up, with a span for each stage and one for each new rank.
@@ -21,7 +21,7 @@ def export(recovery: Recovery) -> None:
 
 
 def make_spans(recovery: Recovery, epoch_ns: int) -> None:
-    """``epoch_ns``: wall clock minus monotonic clock, as spans are in Unix time."""
+    """Make the spans. ``epoch_ns``: wall clock minus monotonic clock, as spans are in Unix time."""
     from opentelemetry import trace
     from opentelemetry.context import Context
 
@@ -31,9 +31,9 @@ def make_spans(recovery: Recovery, epoch_ns: int) -> None:
     def at(seconds: float) -> int:
         return began_ns + round(seconds * 1e9)
 
-    told = recovery.to_json()
-    server, *ranks = rows(told)
-    scalars = {f"anchortp.{key}": value for key, value in told.items() if isinstance(value, (str, int, float))}
+    record = recovery.to_json()
+    server, *ranks = rows(record)
+    scalars = {f"anchortp.{key}": value for key, value in record.items() if isinstance(value, (str, int, float))}
     whole = tracer.start_span("recovery", Context(), start_time=began_ns, attributes=scalars)
     inside = trace.set_span_in_context(whole)
     for bar in server.bars:
@@ -46,4 +46,4 @@ def make_spans(recovery: Recovery, epoch_ns: int) -> None:
             span.end(at(row.all_bars[-1].end_s))
     if recovery.failed is not None:
         whole.set_status(trace.StatusCode.ERROR, recovery.failed)
-    whole.end(at(end_s(told)))
+    whole.end(at(end_s(record)))

@@ -23,6 +23,8 @@ from anchortp_sglang.admission.requests import (
     SERVED_MESSAGES,
     SERVED_ROUTES,
 )
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
+from anchortp_sglang.platforms.cuda.platform import CudaPlatform
 
 SRT = Path(importlib.util.find_spec("sglang").submodule_search_locations[0]) / "srt"
 
@@ -50,7 +52,7 @@ def defaults():
 
 
 def asked(defaults, **changed):
-    return check_server_args(SimpleNamespace(**(defaults | changed)), {})
+    return check_server_args(SimpleNamespace(**(defaults | changed)), CpuPlatform.rules, {})
 
 
 def test_stock_defaults_on_cpu_are_refused_nothing(defaults):
@@ -143,7 +145,7 @@ def test_all_refusals_are_told_at_once_and_cuda_says_when(defaults):
 @pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])
 def test_cuda_may_be_tried_with_the_attention_backends_it_is_written_for(defaults, backend):
     view = defaults | {"device": "cuda", "attention_backend": backend, "disable_overlap_schedule": True}
-    assert check_server_args(view, {}, experimental_cuda=True) == []
+    assert check_server_args(view, CudaPlatform.rules, {}) == []
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_cuda_may_be_tried_with_the_attention_backends_it_is_written_for(default
 )
 def test_cuda_is_not_tried_with_what_it_is_not_written_for(defaults, change, flag):
     view = defaults | {"device": "cuda", "attention_backend": "triton", "disable_overlap_schedule": True} | change
-    (refusal,) = check_server_args(view, {}, experimental_cuda=True)
+    (refusal,) = check_server_args(view, CudaPlatform.rules, {})
     assert flag in refusal.flag
 
 
@@ -162,13 +164,13 @@ def test_kv_of_the_models_own_dtype_may_be_named(defaults):
 
 
 def test_a_mapping_is_checked_like_a_record(defaults):
-    (refusal,) = check_server_args(defaults | {"pp_size": 3}, {})
+    (refusal,) = check_server_args(defaults | {"pp_size": 3}, CpuPlatform.rules, {})
     assert str(refusal).startswith("--pp-size 3: ")
 
 
 @pytest.mark.parametrize(("value", "refused"), [("1", True), ("true", True), ("0", False), ("", False)])
 def test_the_rust_server_is_refused_when_its_variable_is_on(defaults, value, refused):
-    found = check_server_args(defaults, {"SGLANG_RUST_SERVER": value})
+    found = check_server_args(defaults, CpuPlatform.rules, {"SGLANG_RUST_SERVER": value})
     assert [refusal.flag for refusal in found] == (["SGLANG_RUST_SERVER"] if refused else [])
 
 

@@ -12,6 +12,7 @@ from anchortp_sglang.planning.layout.extents import WeightPlacement, hold
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.ownership.ownership import split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank.attachment import Assignment, Attachment
 
 AXES = model((8, 4), hidden_size=1024, head_dim=128, intermediate_size=6144, vocab_size=2048)
@@ -24,8 +25,8 @@ def attachment(rig: AnchorRig, weights: WeightPlacement) -> Attachment:
     shard = weights.shards[0]
     if shard.added not in {segment.name for segment in client.status().segments}:
         client.allocate(0, shard.added, shard.added_bytes)
-    at = Assignment(0, 0, 0, Path(rig.run.path), rig.run.run_id, Path("/"), AXES, weights, None, KV, KV, False, None)
-    return Attachment(at)
+    run = Path(rig.run.path), rig.run.run_id, Path("/")
+    return Attachment(Assignment(0, 0, 0, *run, AXES, weights, None, KV, KV, False, None, CpuPlatform()))
 
 
 def test_writes_arrive_where_the_mapping_shows_them_and_spare_what_was_kept(tmp_path: Path) -> None:

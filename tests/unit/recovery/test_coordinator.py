@@ -14,8 +14,11 @@ from planning_cases import model
 
 from anchortp_sglang.planning.layout.extents import WeightPlacement, hold
 from anchortp_sglang.planning.ownership.ownership import split
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.recovery import coordinator as module
-from anchortp_sglang.recovery.coordinator import Coordinator, Policy
+from anchortp_sglang.recovery import steps
+from anchortp_sglang.recovery.coordinator import Coordinator
+from anchortp_sglang.recovery.policy import Policy
 from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.pidfd import process_state
 from anchortp_sglang.recovery.processes.zygote import Child
@@ -81,7 +84,7 @@ class SlowNextGeneration:
 def next_generation(monkeypatch: pytest.MonkeyPatch) -> SlowNextGeneration:
     slow = SlowNextGeneration()
     monkeypatch.setattr(module, "NextGeneration", lambda *about: slow)
-    monkeypatch.setattr(module, "wait_ready", report)
+    monkeypatch.setattr(steps, "wait_ready", report)
     return slow
 
 
@@ -98,15 +101,15 @@ def processes() -> SimpleNamespace:
         processes=dict.fromkeys((-1, 0, 1), SimpleNamespace(pidfd=here)),
     )  # fmt: skip
     return SimpleNamespace(
-        plan=SimpleNamespace(gpus=(), graph_batch_sizes=()), anchors=anchors, detokenizer=SimpleNamespace(pidfd=here),
-        kv_capacity=lambda ownership: None,
+        plan=SimpleNamespace(platform=CpuPlatform(), graph_batch_sizes=()), anchors=anchors,
+        detokenizer=SimpleNamespace(pidfd=here), kv_capacity=lambda ownership: None,
     )  # fmt: skip
 
 
 async def prepared(next_generation: SlowNextGeneration) -> Coordinator:
     """A coordinator that serves."""
     made = Coordinator(processes(), OWNERSHIP, Policy(1, 30.0, 60.0, spare_ranks=False))
-    made.generation = sleeping_generation(0, next_generation.weights)
+    made._steps.generation = sleeping_generation(0, next_generation.weights)
     made._tm = SimpleNamespace(rid_to_state={"a": 1}, gracefully_exit=False, server_status=SimpleNamespace(value="Up"))
     made._loop = asyncio.get_running_loop()
     made._fence_line = SimpleNamespace(drain=nothing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,19 +14,25 @@ from planning_cases import model
 from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.ownership.ownership import split
+from anchortp_sglang.platforms.base import Platform
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.platforms.cuda import probe
 from anchortp_sglang.platforms.cuda.detection import GpuDetection
 from anchortp_sglang.platforms.cuda.health import GpuLost
+from anchortp_sglang.platforms.cuda.platform import CudaPlatform
 from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.recovery import graphs
 from anchortp_sglang.recovery.graphs import GraphCapture
 from anchortp_sglang.recovery.next_generation import NextGeneration
+from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote
 from anchortp_sglang.recovery.state_machine import DeviceEvidence, judge
 
-SHARES = [GpuShare("GPU-a", 1), GpuShare("GPU-b", 1), GpuShare("GPU-a", 1)]
+SERVING = Generation(1, None, [])
+SHARES = (GpuShare("GPU-a", 1), GpuShare("GPU-b", 1), GpuShare("GPU-a", 1))
+CUDA = CudaPlatform(shares=SHARES)
 
 
 def test_a_failed_gpu_is_lost_though_its_anchor_lives() -> None:
@@ -41,16 +46,18 @@ def test_a_failed_gpu_is_lost_though_its_anchor_lives() -> None:
 
 
 @pytest.mark.parametrize(
-    "gpus, lost, kept", [((), (1,), True), (SHARES, (1,), False), (SHARES, (), True)], ids=["cpu", "gpu", "process"]
+    "platform, lost, kept",
+    [(CpuPlatform(), (1,), True), (CUDA, (1,), False), (CUDA, (), True)],
+    ids=["cpu", "gpu", "process"],
 )
 def test_kv_of_gpus_stays_after_the_death_of_a_process_and_goes_with_a_device(
-    gpus: Sequence[GpuShare], lost: tuple[int, ...], kept: bool, monkeypatch: pytest.MonkeyPatch
+    platform: Platform, lost: tuple[int, ...], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     axes = model((12, 4))
     plan = ServerPlan(
         run_dir=Path("/nowhere"), run_id="r", identity="i", checkpoint=Path("/nowhere"), model=axes,
         kv=KVPlan(100, 1, 4), rotate_heads=False, expert_counts=None, device_bytes=None, mirror=None, linger_s=0.0,
-        server_args=lambda tp_size: None, controller_pid=0, gpus=tuple(gpus),
+        server_args=lambda tp_size: None, controller_pid=0, platform=platform,
     )  # fmt: skip
     processes = ServerProcesses(plan, cast(Zygote, None))
     monkeypatch.setattr(processes.anchors, "alive", lambda device: True)
@@ -85,14 +92,6 @@ class TestDetection:
         assert asked == [{"GPU-b"}] and detection.errors[1] == "does not answer within 10 s"
         assert len(faults) == 1  # the probe is part of answering a fault, and makes none
 
-    def test_without_gpus_nothing_is_asked_or_started(self) -> None:
-        async def both() -> None:
-            detection = GpuDetection((), lambda reason: None)
-            await detection.probe()
-            await asyncio.wait_for(detection.watch(), 1)
-
-        asyncio.run(both())
-
 
 class TestGraphCapture:
     @pytest.fixture(autouse=True)
@@ -100,47 +99,50 @@ class TestGraphCapture:
         monkeypatch.setattr(graphs, "_POLL_S", 0.01)
         monkeypatch.setattr(graphs, "_PATIENCE_S", 0.1)
 
-    def capture(self, of: GraphCapture, idle: bool = True, generation: Any = None) -> list[list[int]]:
-        asked: list[list[int]] = []
-        asyncio.run(of.capture(generation, lambda: idle, asked.append))
-        return asked
+    def made(self, *sizes: int, idle: bool = True) -> GraphCapture:
+        self.sent: list[list[int]] = []
+        return GraphCapture(sizes, lambda: SERVING, lambda: idle, lambda message: self.sent.append(message.batch_sizes))
+
+    def capture(self, capture: GraphCapture, generation: Any = None) -> list[list[int]]:
+        self.sent.clear()
+        asyncio.run(capture.capture(SERVING if generation is None else generation))
+        return list(self.sent)
 
     def test_ranks_are_asked_when_nobody_waits(self) -> None:
-        assert self.capture(GraphCapture([1, 2], lambda: None, lambda: False)) == [[1, 2]]
+        assert self.capture(self.made(1, 2)) == [[1, 2]]
 
     def test_under_constant_load_they_are_asked_in_the_end(self) -> None:
         started = time.monotonic()
-        assert len(self.capture(GraphCapture([1], lambda: None, lambda: False), idle=False)) == 1
+        assert len(self.capture(self.made(1, idle=False))) == 1
         assert time.monotonic() - started > 0.1
 
     def test_a_superseded_generation_is_not_asked_and_none_where_ranks_stay_eager(self) -> None:
-        assert self.capture(GraphCapture([1], lambda: None, lambda: False), generation=object()) == []
-        assert self.capture(GraphCapture([], lambda: None, lambda: False)) == []
+        assert self.capture(self.made(1), generation=Generation(0, None, [])) == []
+        assert self.capture(self.made()) == []
 
     @pytest.mark.parametrize("captured", [True, False])
     def test_ranks_that_die_while_they_capture_are_not_asked_again(self, captured: bool) -> None:
-        capture = GraphCapture([1], lambda: None, lambda: captured)
+        capture = self.made(1)
         assert len(self.capture(capture)) == 1
-        capture.on_fault()
+        memory = mmap.mmap(-1, heartbeat.BYTES)
+        if captured:
+            heartbeat.Counters(memory, 0).note_graphs()
+        capture.on_fault(Generation(1, None, [], control=memory))
         assert len(self.capture(capture)) == (1 if captured else 0)
 
     def test_a_fault_before_they_were_asked_changes_nothing(self) -> None:
-        capture = GraphCapture([1], lambda: None, lambda: False)
-        capture.on_fault()
+        capture = self.made(1)
+        capture.on_fault(SERVING)
         assert len(self.capture(capture)) == 1
 
 
 def test_a_rank_beats_while_it_captures_but_not_for_ever() -> None:
     memory = mmap.mmap(-1, heartbeat.BYTES)
-    heartbeat.open_counters(memory, 3)
-    try:
-        with heartbeat.beating(limit_s=0.05, every_s=0.01):
-            time.sleep(0.3)
-        assert 3 <= heartbeat.read_beats(memory, 4)[3] <= 5
-        heartbeat.note_graphs()
-        assert not heartbeat.read_graphs(memory)  # rank 0's to say
-        heartbeat.open_counters(memory, 0)
-        heartbeat.note_graphs()
-        assert heartbeat.read_graphs(memory) and heartbeat.read_tokens(memory) == (0, 0)
-    finally:
-        heartbeat._counters = None
+    first, other = heartbeat.Counters(memory, 0), heartbeat.Counters(memory, 3)
+    with other.beating(limit_s=0.05, every_s=0.01):
+        time.sleep(0.3)
+    assert 3 <= heartbeat.read_beats(memory, 4)[3] <= 5
+    other.note_graphs()
+    assert not heartbeat.read_graphs(memory), "it is rank 0's to say"
+    first.note_graphs()
+    assert heartbeat.read_graphs(memory) and heartbeat.read_tokens(memory) == (0, 0)

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
+from anchortp_sglang.platforms.base import describe
 from anchortp_sglang.platforms.cpu import sgl_kernel_stub
-from anchortp_sglang.platforms.cpu.environment import cpu_defaults, describe
+from anchortp_sglang.platforms.cpu.environment import cpu_defaults
 
 BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 

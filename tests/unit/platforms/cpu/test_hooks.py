@@ -10,6 +10,7 @@ from rank_processes import TIMEOUT_S, run_ranks
 
 from anchortp_sglang.platforms.cpu import futex, hooks
 from anchortp_sglang.platforms.cpu.collectives import SharedMemoryGroup, region_bytes
+from anchortp_sglang.rank import attachment
 
 pytestmark = pytest.mark.skipif(not futex.supported(), reason="the store order of x86-64 is assumed")
 
@@ -24,7 +25,7 @@ def from_another_thread(function, *args):
 
 
 def hooked_calls(region, rank, world_size):
-    assert hooks.attach(region, rank, world_size)
+    attachment._current = SimpleNamespace(collectives=hooks.share(region, rank, world_size))
     everyone = SimpleNamespace(world_size=world_size, size=lambda: world_size)
     some = SimpleNamespace(world_size=world_size - 1, size=lambda: world_size - 1)
     ones = torch.ones(2, 3)
@@ -56,11 +57,11 @@ def test_without_a_region_the_hooks_are_stock():
     assert hooks.all_reduce(stock, group, torch.ones(2)) == "stock"
     assert hooks.all_gather(stock, group, torch.ones(2)) == "stock"
     assert hooks.broadcast_pyobj(stock, [], 0, group) == "stock"
-    assert not hooks.attach(mmap.mmap(-1, region_bytes(1)), 0, 1), "a single rank has nobody to talk to"
+    assert hooks.share(mmap.mmap(-1, region_bytes(1)), 0, 1) is None, "a single rank has nobody to talk to"
 
 
 def test_another_machine_keeps_gloo(monkeypatch):
     monkeypatch.setattr(futex.platform, "machine", lambda: "aarch64")
-    assert not hooks.attach(mmap.mmap(-1, region_bytes(2)), 0, 2)
+    assert hooks.share(mmap.mmap(-1, region_bytes(2)), 0, 2) is None
     with pytest.raises(RuntimeError, match="x86-64"):
         SharedMemoryGroup(mmap.mmap(-1, region_bytes(2)), 0, 2)

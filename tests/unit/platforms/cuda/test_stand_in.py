@@ -86,6 +86,15 @@ def test_the_doctor_says_what_the_gpus_lack(environment: dict[str, str], refused
     assert run(environment | {"FAKE_CUDA_REFUSES": refused}, *script).strip() == level
 
 
+def test_the_platform_is_chosen_with_the_gpus_that_are_visible(environment: dict[str, str]) -> None:
+    script = code("""
+        from anchortp_sglang.startup.device import choose_platform
+        platform = choose_platform({"device": "cuda"}, experimental_cuda=True)
+        print(*[gpu.uuid for gpu in platform.gpus], platform.defaults({}, {}, 2).flags["device"])
+    """)
+    assert run(environment, *script).split() == [*UUIDS, "cuda"]
+
+
 def test_a_gpu_that_is_not_there_is_named_by_the_probe(environment: dict[str, str]) -> None:
     out = run(
         environment,
@@ -102,7 +111,7 @@ def test_the_tensor_of_a_mapping_is_its_memory(environment: dict[str, str]) -> N
         environment,
         *code("""
         import ctypes, torch
-        from anchortp_sglang.rank.device_memory import tensor_at
+        from anchortp_sglang.platforms.cuda.device_memory import tensor_at
         from anchortp_sglang.memory.cuda_driver import call
         from anchortp_sglang.memory.cuda_vmm import create, map_fd
         call("cuInit", 0)
@@ -168,7 +177,7 @@ def test_a_process_that_has_initialised_the_driver_is_unfit_to_fork(
         environment,
         *code(f"""
         import ctypes
-        from anchortp_sglang.recovery.processes.zygote import unfit_to_fork
+        from anchortp_sglang.startup.fork_guard import unfit_to_fork
         {before}
         print(unfit_to_fork())
     """),

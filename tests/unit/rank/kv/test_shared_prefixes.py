@@ -15,7 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from scheduled_kv import LONGEST, Server, hooked_memory, new_request
 
 from anchortp_sglang.kv.slot_table import SlotTable
-from anchortp_sglang.rank.kv import prefixes
 
 SLOTS = 96
 PLAIN = (None, None)
@@ -54,7 +53,7 @@ def test_a_request_that_is_moved_to_the_slots_of_another_is_kept_whole_at_every_
             successor = Server(SLOTS, page_size, core)
             kept = successor.take_over(buffer, server.written)
             assert promised <= {server.written[slot] for slot in kept.slots.tolist()}
-            prefixes.start_writing()
+            successor.prefixes.start_writing()
             successor.check()
     assert kill > len(common), "the first of these stores forget its own slots"
 
@@ -141,7 +140,7 @@ class SharedPrefixes(RuleBasedStateMachine):
         assert sorted(self.server.tree.all_values_flatten().tolist()) == kept.slots.tolist()
         try:
             with killed_after(kill):
-                prefixes.start_writing()
+                self.server.prefixes.start_writing()
         except Killed:
             self.recover(None)
 

@@ -16,10 +16,11 @@ from planning_cases import model
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import prepare_run_dir
 from anchortp_sglang.planning.layout.extents import WeightPlacement
-from anchortp_sglang.planning.layout.kv_layout import KVPlan
+from anchortp_sglang.planning.layout.kv_layout import KVPlan, MirrorPlan
 from anchortp_sglang.planning.ownership.ownership import split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
-from anchortp_sglang.rank.attachment import HOST_DEVICE, MirrorPlan
+from anchortp_sglang.platforms.cpu.platform import CpuPlatform
+from anchortp_sglang.rank.attachment import HOST_DEVICE
 from anchortp_sglang.recovery.processes.anchor_respawn import restore_anchor
 from anchortp_sglang.recovery.processes.anchors import Anchors
 from anchortp_sglang.recovery.processes.generation import Generation
@@ -37,6 +38,7 @@ def anchors(tmp_path: Path) -> Iterator[Anchors]:
     plan = ServerPlan(
         Path(run.path), run.run_id, "model", tmp_path, AXES, KV, False, None, None, MirrorPlan(65, 1e9), 0.0,
         server_args=lambda tp_size: None, controller_pid=os.getpid(),
+        platform=CpuPlatform(),
     )  # fmt: skip
     made = Anchors(plan)
     made.start(range(4))

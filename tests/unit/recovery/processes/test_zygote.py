@@ -11,6 +11,7 @@ PRELUDE = """
     import os, signal, time
     from anchortp_sglang.recovery.processes.exits import Exits
     from anchortp_sglang.recovery.processes.zygote import *
+    from anchortp_sglang.recovery.processes.zygote_loop import announce, serve
     from anchortp_sglang.recovery.processes.pidfd import died_within
     from zygote_targets import *
 """
@@ -179,16 +180,6 @@ def test_a_spawned_zygote_is_waited_for_until_it_says_that_it_is_ready():
         zygote.kill()
     """)
     assert out.splitlines() == ["True True", "True", "42 True", "False True"]
-
-
-def test_a_process_with_threads_is_unfit_to_fork():
-    out = run("""
-        import threading
-        print(unfit_to_fork())
-        threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
-        print(unfit_to_fork())
-    """)
-    assert out.splitlines() == ["None", "it has 2 threads"]
 
 
 def test_sigint_to_the_group_does_not_end_zygote_or_children():

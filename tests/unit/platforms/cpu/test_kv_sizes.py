@@ -9,8 +9,8 @@ from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.ownership.ownership import split
-from anchortp_sglang.startup.cgroups import MemoryRoom
-from anchortp_sglang.startup.kv_sizes import plan_kv, plan_mirror, process_bytes
+from anchortp_sglang.platforms.cpu.cgroups import MemoryRoom
+from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, process_bytes
 
 MODEL = model_axes((12, 4))
 OWNERSHIP = split(MODEL, (0, 1))

@@ -15,7 +15,8 @@ from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership, split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
-from anchortp_sglang.rank.weights.mover import HostMover, Mover, pieces
+from anchortp_sglang.platforms.cpu.mover import HostMover
+from anchortp_sglang.platforms.mover import Mover, pieces
 
 Platform = tuple[str, Callable[[], Mover]]
 Shard = dict[str, torch.Tensor]

@@ -1,0 +1,137 @@
+"""The CPU platform: a device is an anchor process and the host memory that it holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import psutil
+
+from anchortp_sglang.admission.devices import DeviceRules
+from anchortp_sglang.memory.arena import Part, map_together
+from anchortp_sglang.memory.arena_kinds import HOST_MEMORY, ArenaSpec
+from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.platforms.base import Defaults, MemoryPlan
+from anchortp_sglang.platforms.cpu.cgroups import cpu_quota, memory_room
+from anchortp_sglang.platforms.cpu.environment import cpu_defaults
+
+if TYPE_CHECKING:
+    import torch
+
+    from anchortp_sglang.platforms.mover import Mover, Write
+
+log = logging.getLogger(__name__)
+
+_NEVER_RAN = (
+    "what is written for GPUs has never run on one",
+    "use --device cpu, or try it with --anchor-experimental-cuda",
+)
+
+
+@dataclass(frozen=True)
+class CpuPlatform:
+    """All devices share the host's memory, so there is nothing to know about one."""
+
+    rules: ClassVar[DeviceRules] = DeviceRules(
+        device="cpu",
+        attention_backends=("torch_native",),
+        may_overlap=True,
+        why_no_fp8_kv="SGLang has it on CPUs with AMX only, whose kernels are not supported",
+        others=(("cuda", _NEVER_RAN),),
+    )
+    identity: ClassVar[tuple[str, ...]] = ()
+    rank_overrides: ClassVar[Mapping[str, Any]] = {}
+    maps_parts: ClassVar[bool] = True
+    lazy_memory: ClassVar[bool] = True
+    new_memory_is_zero: ClassVar[bool] = True
+    in_host_memory: ClassVar[bool] = True
+    moves_kv: ClassVar[bool] = True
+    spares_join_early: ClassVar[bool] = True
+
+    def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
+        """Settings for as many cores and as much memory as this process may use."""
+        return cpu_defaults(given, environ, tp_size, sorted(os.sched_getaffinity(0)), cpu_quota(), _limited_bytes())
+
+    def plan_memory(
+        self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
+    ) -> MemoryPlan:
+        """Slots and mirror in the memory that is available now, beside what this server's processes will take."""
+        from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, process_bytes
+
+        room = memory_room(psutil.virtual_memory().available)
+        log.info("anchortp: %s", room)
+        available = room.less(process_bytes(ownership.tp_size))
+        kv = plan_kv(model, ownership, view, options.device_bytes, available)
+        mirror, said = plan_mirror(model, ownership, kv, options, available)
+        return MemoryPlan(self, kv, mirror, said)
+
+    def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
+        """None: there are no graphs on CPU."""
+        return ()
+
+    def arena(self, device: int) -> ArenaSpec:
+        """Memfds."""
+        return HOST_MEMORY
+
+    def byte_tensor(self, device: int, parts: Sequence[Part]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """The mapping ends by itself, with the last tensor that uses it."""
+        import torch
+
+        return torch.frombuffer(map_together(parts), dtype=torch.uint8), _nothing
+
+    def mover(self, device: int, open_writer: Callable[[], Write]) -> Mover:
+        """Writes past the mapping: pages that are new to the kernel cost less so."""
+        from anchortp_sglang.platforms.cpu.mover import HostMover
+
+        return HostMover(open_writer())
+
+    def gpu_id(self, device: int, rank: int) -> int:
+        """The rank: SGLang takes it for an index of thread bindings."""
+        return rank
+
+    def make_collectives(self, buffer: object, rank: int, world_size: int, on_progress: Callable[[], None]) -> Any:
+        """Make those of a step, over shared memory."""
+        from anchortp_sglang.platforms.cpu import hooks
+
+        return hooks.share(buffer, rank, world_size, on_progress)
+
+    def collectives_bytes(self, world_size: int) -> int:
+        """Bytes of the region that all ranks map."""
+        from anchortp_sglang.platforms.cpu.collectives import region_bytes
+
+        return region_bytes(world_size)
+
+    def wait_for_forward(self) -> None:
+        """Do nothing: a forward pass that has returned is complete."""
+
+    def watch(self, on_fault: Callable[[str], None]) -> NothingToWatch:
+        """Nothing: the death of a device is the death of its anchor."""
+        return NothingToWatch()
+
+
+class NothingToWatch:
+    """A DeviceWatch of devices that fail with their anchors only."""
+
+    errors: Mapping[int, str] = {}
+
+    async def watch(self) -> None:
+        """Return at once."""
+
+    async def probe(self) -> None:
+        """Ask nothing."""
+
+
+def _nothing() -> None:
+    pass
+
+
+def _limited_bytes() -> int | None:
+    """What the cgroup leaves of memory; None if it is the host that sets the limit."""
+    of_host = psutil.virtual_memory().available
+    room = memory_room(of_host)
+    return room.nbytes if room.nbytes < of_host else None

@@ -1,0 +1,140 @@
+"""The CUDA platform: a device is a GPU, or a share of one. Nothing here calls a driver but in ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from anchortp_sglang.admission.devices import DeviceRules
+from anchortp_sglang.memory.arena import Part
+from anchortp_sglang.memory.arena_kinds import ArenaSpec
+from anchortp_sglang.memory.cuda_driver import device_by_uuid
+from anchortp_sglang.memory.gpu import GpuShare
+from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.platforms.base import Defaults, MemoryPlan
+from anchortp_sglang.platforms.cuda import plan
+from anchortp_sglang.platforms.cuda.environment import cuda_defaults
+from anchortp_sglang.platforms.cuda.probe import GpuFacts, visible_gpus
+from anchortp_sglang.platforms.cuda.shares import share_out
+
+if TYPE_CHECKING:
+    import torch
+
+    from anchortp_sglang.platforms.cuda.detection import GpuDetection
+    from anchortp_sglang.platforms.mover import Mover, Write
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CudaPlatform:
+    """``gpus``: those that are visible, until memory is planned. ``shares``: of each device, from then on."""
+
+    gpus: tuple[GpuFacts, ...] = ()
+    shares: tuple[GpuShare, ...] = ()
+
+    rules: ClassVar[DeviceRules] = DeviceRules(
+        device="cuda", attention_backends=("flashinfer", "triton", "fa3"), may_overlap=False
+    )
+    rank_overrides: ClassVar[Mapping[str, Any]] = plan.EAGER_START
+    maps_parts: ClassVar[bool] = False
+    lazy_memory: ClassVar[bool] = False
+    new_memory_is_zero: ClassVar[bool] = False
+    in_host_memory: ClassVar[bool] = False
+    moves_kv: ClassVar[bool] = False
+    spares_join_early: ClassVar[bool] = False
+
+    @classmethod
+    def of_this_machine(cls) -> CudaPlatform:
+        """Ask for the visible GPUs, by another process. Raises ProbeError if they cannot be asked."""
+        return cls(gpus=tuple(visible_gpus()))
+
+    def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
+        """Settings for ranks that can be replaced. Raises ValueError if no GPU is visible."""
+        if not self.gpus:
+            raise ValueError("no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
+        return cuda_defaults(given, environ, shared=tp_size > len(self.gpus))
+
+    def plan_memory(
+        self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
+    ) -> MemoryPlan:
+        """Shares of GPUs, and slots within them; there is no mirror."""
+        plan.check_gpu_plan(model, view, options, spreads_experts)
+        shares = share_out(self.gpus, ownership.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
+        _tell(shares)
+        kv = plan.plan_gpu_kv(model, ownership, shares, options.min_devices, view)
+        said = "off: KV in a GPU's memory is not mirrored yet, and goes with a lost device"
+        return MemoryPlan(CudaPlatform(shares=shares), kv, None, said)
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The shares."""
+        return tuple(map(str, self.shares))
+
+    def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
+        """What SGLang would capture at start; none where ranks share a GPU."""
+        return plan.graph_batch_sizes(view, self.shares)
+
+    def arena(self, device: int) -> ArenaSpec:
+        """Memory of the device's GPU, within its budget."""
+        share = self.shares[device]
+        return ArenaSpec(share.sharing, share.uuid, share.budget_bytes)
+
+    def byte_tensor(self, device: int, parts: Sequence[Part]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Nothing keeps track of the mapping's tensors."""
+        from anchortp_sglang.platforms.cuda.device_memory import map_whole
+
+        (part,) = parts
+        return map_whole(part, self.shares[device])
+
+    def mover(self, device: int, open_writer: Callable[[], Write]) -> Mover:
+        """Copies by streams of its own, through the mapping."""
+        import torch
+
+        from anchortp_sglang.platforms.cuda.mover import CudaMover
+
+        return CudaMover(torch.device("cuda", device_by_uuid(self.shares[device].uuid)))
+
+    def gpu_id(self, device: int, rank: int) -> int:
+        """The GPU's ordinal in this process. Has torch initialise CUDA first: ranks whose first call came from
+        cuda-bindings ended with a segmentation fault in torch's."""
+        import torch
+
+        torch.cuda.init()
+        return device_by_uuid(self.shares[device].uuid)
+
+    def make_collectives(self, buffer: object, rank: int, world_size: int, on_progress: Callable[[], None]) -> Any:
+        """Requests and tensors in host memory go the CPU's way; SGLang reduces those of GPUs."""
+        from anchortp_sglang.platforms.cpu import hooks
+
+        return hooks.share(buffer, rank, world_size, on_progress)
+
+    def collectives_bytes(self, world_size: int) -> int:
+        """Bytes of the region that all ranks map."""
+        from anchortp_sglang.platforms.cpu.collectives import region_bytes
+
+        return region_bytes(world_size)
+
+    def wait_for_forward(self) -> None:
+        """Wait for the GPU, where to have returned is only to have been launched."""
+        import torch
+
+        torch.cuda.synchronize()
+
+    def watch(self, on_fault: Callable[[str], None]) -> GpuDetection:
+        """Watch the GPUs by NVML, in another process."""
+        from anchortp_sglang.platforms.cuda.detection import GpuDetection
+
+        return GpuDetection(self.shares, on_fault)
+
+
+def _tell(shares: Sequence[GpuShare]) -> None:
+    log.warning("anchortp: --device cuda has never run on a GPU before this; see docs/cuda.md")
+    for device, gpu in enumerate(shares):
+        log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
+    if any(gpu.sharing == "ipc" for gpu in shares):
+        log.warning("anchortp: the driver exports no memory here, so CUDA IPC it is: it dies with a device's anchor")

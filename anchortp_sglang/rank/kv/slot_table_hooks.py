@@ -1,0 +1,133 @@
+"""Keeps rank 0's slot table true: hooks enter what SGLang frees, computes, moves and flushes.
+
+They find the table through ``attachment.current()``. Where there is no attachment, and on ranks that write no table,
+they leave SGLang as it is. They run in every step of the scheduler.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from anchortp_sglang.kv.slot_table import SlotTable
+from anchortp_sglang.rank.attachment import current
+from anchortp_sglang.rank.kv.prefixes import slots_of_pages
+
+FEW_REQUESTS = 64
+"""Up to this batch size a loop in Python commits a decode step sooner than numpy does (measured in a live server)."""
+
+
+def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER kv_cache_builder.build_kv_cache: the prefix tree of the last generation, from verified chains only."""
+    attachment = current()
+    if attachment is not None:
+        attachment.prefixes.build(result)
+
+
+def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE TokenToKVPoolAllocator.free: whatever these slots hold is forgotten before anyone can have them anew.
+
+    Only rank 0 writes the table, yet no peer can be ahead of it: the vocabulary-parallel embedding's all-reduce,
+    which rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
+    """
+    attachment = current()
+    if attachment is None or attachment.prefixes.table is None:
+        return
+    if allocator.free_group is None and slots.numel():
+        attachment.prefixes.forget(slots.cpu().numpy())
+
+
+def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
+    """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: what their slots hold is forgotten, as above."""
+    attachment = current()
+    if attachment is None or attachment.prefixes.table is None:
+        return
+    for pages in page_ids:
+        attachment.prefixes.forget(slots_of_pages(pages, allocator.page_size))
+
+
+def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """AFTER Gemma3TextScaledWordEmbedding.forward: an all-reduce, as the other models' embeddings make one.
+
+    Here every rank has all rows. Without it a peer could write KV into a slot that rank 0 has not freed yet.
+    """
+    if current() is not None:
+        from sglang.srt.distributed import tensor_model_parallel_all_reduce
+
+        tensor_model_parallel_all_reduce(torch.zeros(1, device=embedded.device))
+    return embedded
+
+
+def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: int, **kwargs: Any) -> Any:
+    """AROUND UnifiedRadixCache.checkpoint_into_tree: tokens that the tree has from another request go on in its slots.
+
+    The request's own slots of these tokens are freed. What comes after them is hung on the tree's slots first, so that
+    its chain is intact at every instant.
+    """
+    attachment = current()
+    table = None if attachment is None else attachment.prefixes.table
+    if attachment is None or table is None or not req.kv.holds_kv:
+        return original(tree, req, up_to=up_to, **kwargs)
+    row = tree.req_to_token_pool.req_to_token[req.kv.req_pool_idx, req.kv.cache_protected_len : up_to]
+    before = row.cpu().numpy().copy()
+    with attachment.prefixes.forgetting_later():
+        result = original(tree, req, up_to=up_to, **kwargs)
+        after = row.cpu().numpy()
+        replaced = before != after
+        last = np.flatnonzero(replaced[:-1] & ~replaced[1:])
+        if last.size:
+            table.move_below(after[last + 1], after[last])
+    return result
+
+
+def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
+
+    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. Where to return is only to have
+    been launched, wait for it, as SGLang will do next to read the tokens.
+    """
+    attachment = current()
+    if attachment is None or (table := attachment.prefixes.table) is None or batch is None or not batch.reqs:
+        return
+    rows = scheduler.req_to_token_pool.req_to_token
+    platform = attachment.prefixes.platform
+    platform.wait_for_forward()
+    if batch.forward_mode.is_decode():
+        _commit_decode(table, batch, rows, platform.in_host_memory)
+    elif batch.forward_mode.is_extend():
+        _commit_extend(table, batch, rows)
+
+
+def _commit_decode(table: SlotTable, batch: Any, rows: torch.Tensor, in_host_memory: bool) -> None:
+    # The input of this step is the last token that was put out; the new one is appended afterwards.
+    if len(batch.reqs) <= FEW_REQUESTS and in_host_memory:
+        slots = memoryview(rows.numpy())
+        places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
+        table.commit_tokens((slots[row, end - 1], token, slots[row, end - 2]) for row, end, token in places)
+        return
+    tokens = np.fromiter((req.output_ids[-1] for req in batch.reqs), np.int64, len(batch.reqs))
+    last = batch.seq_lens - 1
+    slots, parents = (rows[batch.req_pool_indices, at].cpu().numpy() for at in (last, last - 1))
+    table.commit_step(slots, tokens, parents)
+
+
+def _commit_extend(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
+    for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+        if extend_len == 0:
+            continue
+        row = rows[req.kv.req_pool_idx]
+        end, before = prefix_len + extend_len, min(prefix_len, 1)
+        slots = row[prefix_len - before : end].cpu().numpy()
+        tokens = np.asarray(req.full_untruncated_fill_ids[prefix_len:end], np.int64)
+        # RadixKey takes an empty cache salt for none.
+        parent = int(slots[0]) if before else table.root_of((req.extra_key, req.cache_salt or None))
+        if parent is not None:
+            table.commit_run(slots[before:], tokens, parent)
+
+
+def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
+    """AFTER Scheduler.flush_cache: what was flushed must not come back with the next generation."""
+    attachment = current()
+    if flushed and attachment is not None and (table := attachment.prefixes.table) is not None:
+        table.invalidate(np.arange(1, table.slots))
+    return flushed

@@ -1,0 +1,17 @@
+"""Says how recoveries are decided: the part of AnchorOptions that the coordinator reads."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How recoveries are decided. ``hang_timeout_s``: without progress for so long, ranks hang. ``deadline_s``: of one
+    recovery, from its fault on.
+
+    ``min_devices``: with fewer the server gives up. ``spare_ranks``: whether ranks are forked ahead of the next fault.
+    """
+
+    min_devices: int
+    hang_timeout_s: float
+    deadline_s: float
+    spare_ranks: bool

@@ -1,0 +1,137 @@
+"""Carries out the steps of a recovery: fence the old generation, start the next one, replay what is open.
+
+Each step returns why the state machine can go on, and raises what has cut it short.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from anchortp_sglang import start_log
+from anchortp_sglang.platforms.base import DeviceWatch
+from anchortp_sglang.recovery.next_generation import NextGeneration, Unrecoverable
+from anchortp_sglang.recovery.processes.generation import Generation, KVUnusable, wait_dead, wait_ready
+from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
+from anchortp_sglang.recovery.processes.stall import StallWatch
+from anchortp_sglang.recovery.report.record import Recovery
+from anchortp_sglang.recovery.requests.fence import FenceLine
+from anchortp_sglang.recovery.requests.inflight import InflightRequests
+from anchortp_sglang.threads import in_thread
+
+log = logging.getLogger(__name__)
+
+_STALL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The attempt that a step belongs to, as the state machine knows it. ``deadline_at``: monotonic seconds.
+
+    ``is_current``: whether it still waits for this step.
+    """
+
+    back_off_s: float
+    deadline_at: float
+    is_current: Callable[[], bool]
+
+    def check(self) -> None:
+        """Raise Unrecoverable once it has been abandoned; what such a step reports is ignored."""
+        if not self.is_current():
+            raise Unrecoverable("abandoned")
+
+
+class Steps:
+    """Holds the current generation and takes the steps to the next one; on the event loop, but for the first.
+
+    ``generation``: the current one, from its fork on. ``ready``: the last one whose ranks were all ready.
+    ``scheduler_info``: what SGLang's scheduler of rank 0 says of itself; SGLang keeps this very object, for
+    /server_info.
+    """
+
+    def __init__(self, processes: ServerProcesses, next_generation: NextGeneration, devices: DeviceWatch) -> None:
+        self.generation: Generation | None = None
+        self.ready: Generation | None = None
+        self.scheduler_info: dict[str, Any] = {}
+        self._processes = processes
+        self._next = next_generation
+        self._devices = devices
+        self._forking: asyncio.Future[Generation] | None = None
+
+    def start_first(self) -> None:
+        """Start anchors and ranks of the configured ownership. Does not wait for the ranks."""
+        self.generation = self._next.first()
+
+    def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Wait for the first generation; return what its schedulers say of themselves. Raises StartFailed."""
+        generation = self.generation
+        assert generation is not None
+        wait_ready(generation, timeout_s)
+        self._on_ready(generation)
+        self._processes.anchors.seal_and_free(generation)
+        start_log.step("ranks are ready")
+        return [self.scheduler_info, *(info["scheduler"] for info in generation.infos[1:])]
+
+    async def fence(self, recovery: Recovery, line: FenceLine, inflight: InflightRequests) -> str:
+        """Reap the killed ranks, then drain what rank 0 still said."""
+        if self._forking is not None:
+            await asyncio.wait([self._forking])  # of an attempt that is given up: its ranks are killed, too
+        generation = self.generation
+        assert generation is not None
+        await asyncio.gather(in_thread(wait_dead, generation), self._devices.probe())
+        recovery.stage("reaped")
+        await line.drain(generation.number, self._processes, inflight)
+        recovery.stage("fenced")
+        return "the old generation is dead and drained"
+
+    async def start(self, recovery: Recovery, inflight: InflightRequests, attempt: Attempt) -> str:
+        """Make the verdict and the plan, fork, and wait until the new ranks are ready."""
+        old = self.generation
+        assert old is not None
+        await asyncio.sleep(attempt.back_off_s)
+        attempt.check()
+        verdict = self._next.judge(old, self._devices.errors, recovery.reason)
+        recovery.take_verdict(verdict)
+        log.info("anchortp: verdict: %s: %s", verdict.cause, recovery.reason)
+        ownership = self._next.plan(verdict.lost)
+        recovery.generation = self._next.number
+        recovery.stage("planned")
+        running = self._next.kept_first(ownership, inflight.open_tokens())
+        self._forking = asyncio.ensure_future(in_thread(self._next.fork, ownership, running))
+        new = await self._forking
+        old.close()
+        self.generation = new
+        recovery.stage("forked")
+        try:
+            attempt.check()
+        except Unrecoverable:
+            new.kill()  # given up while the fork was under way
+            raise
+        try:
+            await in_thread(wait_ready, new, attempt.deadline_at - time.monotonic(), StallWatch(_STALL_S))
+        except KVUnusable:
+            self._next.kv_valid = False
+            raise
+        await in_thread(self._on_ready, new)
+        recovery.add_ranks(new.infos)
+        return "all ranks are ready"
+
+    async def replay(self, recovery: Recovery, inflight: InflightRequests, attempt: Attempt) -> str:
+        """Send the open requests to the new ranks."""
+        generation = self.generation
+        assert generation is not None
+        attempt.check()
+        recovery.requests_replayed = inflight.replay(generation.number)
+        recovery.tokens = generation.tokens_reused
+        recovery.stage("replayed")
+        return f"{recovery.requests_replayed} requests resumed"
+
+    def _on_ready(self, generation: Generation) -> None:
+        anchors = self._processes.anchors
+        self._next.on_generation_ready(generation)
+        generation.control = anchors.map_control(generation.number)
+        generation.kv_usage = anchors.open_kv_usage(generation)
+        self.ready = generation
+        self.scheduler_info.update(generation.infos[0]["scheduler"])
