@@ -46,7 +46,8 @@ def check_sources(
     """Names of the checkpoint tensors that are rightly unused, sorted.
 
     ``source_shapes`` are the shapes found in the checkpoint. Raises CoverageError if a tensor is missing, of
-    another shape than the model needs, or unknown; or if elements of it are on no rank, or twice on one.
+    another shape than the model needs, or an unknown one of the model itself; or if elements of it are on no rank, or
+    twice on one.
     """
     names = set(checkpoint_names)
     expected = sources(model)
@@ -88,9 +89,19 @@ def _check_places(layout: ShardLayout) -> None:
         raise CoverageError(f"the parameters end at byte {end} of a shard of {layout.total_bytes}")
 
 
-def _unused(model: ModelAxes, others: set[str]) -> tuple[str, ...]:
+def foreign_sources(model: ModelAxes, unused: Iterable[str]) -> tuple[str, ...]:
+    """Those of the unused tensors that no family knows, such as the value head of a reward model (``v_head.…``).
+
+    SGLang's ``load_weights`` leaves them out with a warning.
+    """
     known = [re.compile(pattern) for pattern in model.unused_sources]
-    strangers = sorted(name for name in others if not any(pattern.search(name) for pattern in known))
+    return tuple(name for name in unused if not any(pattern.search(name) for pattern in known))
+
+
+def _unused(model: ModelAxes, others: set[str]) -> tuple[str, ...]:
+    """SGLang leaves out what it has no parameter for. Of the model itself that would be a mistake in a family's rules,
+    or answers that are not this model's."""
+    strangers = sorted(name for name in foreign_sources(model, others) if name.startswith("model."))
     if strangers:
         raise CoverageError(
             f"the checkpoint has {len(strangers)} tensors that {model.architecture} has no place for: "

@@ -108,7 +108,7 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
     architecture = _architecture(config)
     family = FAMILIES[architecture]
     _refuse(config, architecture, family)
-    config = {**dict(family.defaults), **config}
+    config = family.resolved(config)
     quantization = read_quantization(config)
     group = 1 if quantization is None else quantization.group
     if whole_experts and not family.experts:
@@ -137,7 +137,8 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
             *UNUSED_SOURCES,
             *(() if quantization is None else quantization.unused),
             *((r"^lm_head\.weight$",) if tied else ()),
-            *(rf"^model\.layers\.{num_layers + n}\." for n in range(_left_out(family, config))),
+            # Layers behind the last one, those for multi-token prediction among them (`get_layer_id`, `end_layer`).
+            rf"^model\.layers\.(?!(?:{'|'.join(map(str, range(num_layers)))})\.)\d+\.",
         ),
         quantization=None if quantization is None else quantization.name,
     )
@@ -158,12 +159,8 @@ def refuse_layout_only(model: ModelAxes) -> None:
 def caveats(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What SGLang does otherwise on this platform than the released model, for the operator to know."""
     family = FAMILIES[_architecture(config)]
-    config = {**dict(family.defaults), **config}
+    config = family.resolved(config)
     return tuple(text for key, text in family.caveats if config.get(key))
-
-
-def _left_out(family: Family, config: Mapping[str, Any]) -> int:
-    return int(config.get(family.left_out) or 0) if family.left_out else 0
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
