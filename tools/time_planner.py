@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from anchortp_sglang.planning.model.catalog import read_plan_model
 from anchortp_sglang.planning.model.plan_model import PlanModel
 from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership
-from anchortp_sglang.planning.placement.migration import FAMILIES, plan_migration
+from anchortp_sglang.planning.placement.migration import STRATEGIES, plan_migration
 from anchortp_sglang.planning.placement.place import equal_split
 
 QWEN3_235B_A22B = {
@@ -34,13 +34,13 @@ def without(devices: int, *lost: int) -> list[int]:
 
 
 def show(label: str, model: PlanModel, old: LayerOwnership, targets: Sequence[int]) -> None:
-    for family in FAMILIES:
+    for strategy in STRATEGIES:
         begin = time.perf_counter()
-        plan = plan_migration(model, old, targets, family)
+        plan = plan_migration(model, old, targets, strategy)
         took_ms = (time.perf_counter() - begin) * 1e3
         reload, p2p = plan.reload_bytes / plan.sharded_bytes, plan.p2p_bytes / plan.sharded_bytes
         shares = f"reload {reload:6.2%}  P2P {p2p:6.2%}"
-        print(f"{label:32} {family:10} {took_ms:8.1f} ms  {shares}  {len(plan.transfers)} transfers")
+        print(f"{label:32} {strategy:10} {took_ms:8.1f} ms  {shares}  {len(plan.transfers)} transfers")
 
 
 def main() -> None:

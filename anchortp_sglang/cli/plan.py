@@ -29,8 +29,8 @@ DEFAULT_TOPOLOGY = "8xH100-NVLink"
 MOST_DEVICES = 4096
 
 
-class FamilyChoice(StrEnum):
-    """Which family of plans; ``auto`` takes the one that is predicted to be done first."""
+class StrategyChoice(StrEnum):
+    """How the next ownership is made; ``auto`` takes the one that is predicted to be done first."""
 
     AUTO = "auto"
     CONTIGUOUS = "contiguous"
@@ -67,7 +67,9 @@ def plan(
             "--topology", metavar="NAME|FILE", help=f"A JSON file, or one of {', '.join(MACHINES)}; of any size."
         ),
     ] = DEFAULT_TOPOLOGY,
-    family: Annotated[FamilyChoice, typer.Option("--family", help="Which plans to consider.")] = FamilyChoice.AUTO,
+    strategy: Annotated[
+        StrategyChoice, typer.Option("--strategy", help="How the next ownership is made.")
+    ] = StrategyChoice.AUTO,
     experts: Annotated[ExpertSplit, typer.Option("--experts", help="How experts are split.")] = ExpertSplit.TP,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of the dtype that the config names.")] = None,
     mem_fraction: Annotated[
@@ -86,7 +88,7 @@ def plan(
             model=read_model(model, experts.value, dtype),
             topology=read_topology(topology, highest + 1),
             devices=devices,
-            family=family.value,
+            strategy=strategy.value,
             mem_fraction=mem_fraction,
         )
         if not 0 < mem_fraction <= 1:

@@ -1,4 +1,4 @@
-"""New ownerships: the equal split, SGLang's own, and what the two families make of the one before."""
+"""New ownerships: the equal split, SGLang's own, and what each strategy makes of the one before."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
 from anchortp_sglang.planning.placement.adoption import adopted_layouts
 from anchortp_sglang.planning.placement.contiguous import contiguous_layouts
 from anchortp_sglang.planning.placement.head_shares import adopted_heads, contiguous_heads
-from anchortp_sglang.planning.placement.migration_types import Family, InfeasiblePlan
+from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan, Strategy
 
 Cut = Callable[[AxisGroup, bool, Sequence[Layout], Sequence[int]], tuple[Layout, ...]]
 """From a group, whether KV heads follow it, what was held in the layers built like it and the devices' weights, to the
@@ -60,7 +60,7 @@ def stock_split(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
 
 
 def place(
-    model: PlanModel, old: LayerOwnership, devices: Sequence[int], family: Family, weights: Sequence[int]
+    model: PlanModel, old: LayerOwnership, devices: Sequence[int], strategy: Strategy, weights: Sequence[int]
 ) -> LayerOwnership:
     """The new ownership over ``devices``, in this order. Raises InfeasiblePlan."""
     devices = tuple(devices)
@@ -72,7 +72,7 @@ def place(
         return known.setdefault(index, tuple(() if rank is None else layout[rank] for rank in ranks))
 
     before = {name: held(index) for name, index in old.shares}
-    cut = _contiguous if family == "contiguous" else _adopting(give_back=None in ranks)
+    cut = _contiguous if strategy == "contiguous" else _adopting(give_back=None in ranks)
     return _place(model, devices, tuple(weights), before, cut)
 
 

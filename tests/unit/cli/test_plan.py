@@ -16,7 +16,7 @@ from anchortp_sglang.planning.prediction.topology_file import topology_to_json
 
 LLAMA = CONFIGS / "llama-3.1-70b.json"
 KEYS = [
-    "family",
+    "strategy",
     "reload_bytes",
     "reload_lower_bound_bytes",
     "p2p_bytes",
@@ -68,13 +68,13 @@ def assert_adds_up(found):
     assert found["reload_bytes"] == found["reload_lower_bound_bytes"]
 
 
-@pytest.mark.parametrize("family", ["auto", "contiguous", "adopt"])
-def test_the_json_has_the_documented_keys_and_adds_up(family):
-    found = answer("--lose", 3, "--family", family)
+@pytest.mark.parametrize("strategy", ["auto", "contiguous", "adopt"])
+def test_the_json_has_the_documented_keys_and_adds_up(strategy):
+    found = answer("--lose", 3, "--strategy", strategy)
     assert list(found) == KEYS
     assert all(list(device) == DEVICE_KEYS for device in found["devices"])
     assert all(list(entry) == ENTRY_KEYS for entry in found["timeline"])
-    assert found["family"] == family or family == "auto"
+    assert found["strategy"] == strategy or strategy == "auto"
     assert [device["id"] for device in found["devices"]] == [0, 1, 2, 4, 5, 6, 7]
     assert {entry["layer"] for entry in found["timeline"]} == {None, *range(80)}
     assert_adds_up(found)
@@ -102,14 +102,14 @@ def test_every_named_model_is_planned_for(config, experts):
 
 
 def test_adopt_moves_nothing_between_devices_and_contiguous_does():
-    assert answer("--lose", 3, "--family", "adopt")["p2p_bytes"] == 0
-    assert answer("--lose", 3, "--family", "contiguous")["p2p_bytes"] > 0
+    assert answer("--lose", 3, "--strategy", "adopt")["p2p_bytes"] == 0
+    assert answer("--lose", 3, "--strategy", "contiguous")["p2p_bytes"] > 0
 
 
-def test_auto_takes_the_family_that_is_done_first():
+def test_auto_takes_the_strategy_that_is_done_first():
     for topology in ("8xH100-NVLink", "8xA100-PCIe"):
         options = ("--lose", 0, "--topology", topology)
-        each = {name: answer(*options, "--family", name)["makespan_s"] for name in ("contiguous", "adopt")}
+        each = {name: answer(*options, "--strategy", name)["makespan_s"] for name in ("contiguous", "adopt")}
         assert answer(*options)["makespan_s"] == pytest.approx(min(each.values()))
 
 
@@ -117,9 +117,9 @@ def test_with_fast_storage_adopt_is_done_first_as_it_reloads_over_all_host_links
     file = tmp_path / "machine.json"
     file.write_text(topology_to_json(replace(machine("8xA100-PCIe"), storage_bytes_per_s=1e12)))
     options = ("--lose", 3, "--topology", file)
-    each = {name: answer(*options, "--family", name)["makespan_s"] for name in ("contiguous", "adopt")}
+    each = {name: answer(*options, "--strategy", name)["makespan_s"] for name in ("contiguous", "adopt")}
     assert each["adopt"] < 0.5 * each["contiguous"]
-    assert answer(*options)["family"] == "adopt"
+    assert answer(*options)["strategy"] == "adopt"
 
 
 def test_losses_and_a_return_are_answered_one_after_another():
@@ -156,7 +156,7 @@ def test_the_tables_tell_what_the_json_does():
         "device 5 lost",
         "P2P in",
         "KV tokens",
-        "family",
+        "strategy",
         "first token",
         "restart and reload",
     ):
