@@ -11,7 +11,8 @@ from pathlib import Path
 
 from table_page import publish
 
-from anchortp_sglang.planning.model.catalog import read_plan_model
+from anchortp_sglang.planning.model.axes import read_model_axes
+from anchortp_sglang.planning.model.plan_model import plan_model
 from anchortp_sglang.planning.prediction.changes import Change
 from anchortp_sglang.planning.prediction.presets import machine
 from anchortp_sglang.planning.prediction.scenario import Scenario, answer_all
@@ -84,7 +85,7 @@ def _cells(config: str, case: Case) -> Iterator[str]:
 
 def answer(config: str, case: Case, strategy: str) -> WhatIf:
     topology = replace(machine(MACHINE, case.devices), device_memory_bytes=(ENOUGH_BYTES,) * case.devices)
-    model = read_plan_model(json.loads((CONFIGS / f"{config}.json").read_text()))
+    model = plan_model(read_model_axes(json.loads((CONFIGS / f"{config}.json").read_text())))
     return answer_all(Scenario(model, topology, case.devices, strategy), case.changes)[-1]
 
 

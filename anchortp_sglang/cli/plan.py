@@ -14,8 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from anchortp_sglang.planning.model.axes import UnsupportedModel
-from anchortp_sglang.planning.model.plan_model import PlanModel
+from anchortp_sglang.planning.layout.coverage import CoverageError, check_names
+from anchortp_sglang.planning.model.axes import UnsupportedModel, has_experts, read_model_axes
+from anchortp_sglang.planning.model.plan_model import PlanModel, plan_model
 from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan
 from anchortp_sglang.planning.prediction.changes import Change, InvalidChange
 from anchortp_sglang.planning.prediction.presets import MACHINES, machine
@@ -115,20 +116,23 @@ def plan(
 
 
 def read_model(path: Path, experts: str, dtype: str | None = None) -> PlanModel:
-    """The model of a config.json, or of a checkpoint's folder with its index if there is one.
+    """Read a config.json, or a checkpoint's folder, as a server would; an index beside it must fit.
 
     Raises BadInput for a file that cannot be read, UnsupportedModel for what it says.
     """
-    from anchortp_sglang.planning.model.catalog import read_plan_model
-
-    config = path / CONFIG if path.is_dir() else path
-    index = config.with_name(INDEX)
-    return read_plan_model(
-        _read_json("--model", config),
-        moe="ep" if experts == "ep" else "tp",
-        dtype=dtype,
-        index=_read_json("--model", index) if index.exists() else None,
-    )
+    file = path / CONFIG if path.is_dir() else path
+    config = _read_json("--model", file)
+    model = read_model_axes(config, dtype, whole_experts=experts == "ep" and has_experts(config))
+    index = file.with_name(INDEX)
+    if index.exists():
+        names = _read_json("--model", index).get("weight_map")
+        if not isinstance(names, dict):
+            raise BadInput(f"--model: {index} has no weight_map, which maps tensors to files")
+        try:
+            check_names(model, names)
+        except CoverageError as error:
+            raise BadInput(f"--model: {index}: {error}") from None
+    return plan_model(model)
 
 
 def read_topology(name: str, devices: int) -> Topology:

@@ -105,6 +105,21 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
     (``_get_and_verify_dtype``: float32 checkpoints are served in float16).
     Raises UnsupportedModel, with the reason, for what cannot be served.
     """
+    try:
+        return _read(config, dtype, whole_experts)
+    except UnsupportedModel:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # Fields are read where they are used; one of the wrong type shows there.
+        raise UnsupportedModel(f"config.json: a field cannot be read ({type(error).__name__}: {error})") from error
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture is a mixture of experts. Raises UnsupportedModel for an unknown one."""
+    return FAMILIES[_architecture(config)].experts is not None
+
+
+def _read(config: Mapping[str, Any], dtype: str | None, whole_experts: bool) -> ModelAxes:
     architecture = _architecture(config)
     family = FAMILIES[architecture]
     _refuse(config, architecture, family)
@@ -164,7 +179,9 @@ def caveats(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or ["(none named)"]
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise UnsupportedModel("architectures: none named in config.json, whose first one says what the model is")
     if architectures[0] not in FAMILIES:
         raise UnsupportedModel(
             f"architecture {architectures[0]} is not supported; supported are {', '.join(sorted(FAMILIES))}"

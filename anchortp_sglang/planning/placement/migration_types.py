@@ -23,8 +23,7 @@ class Transfer:
     ``kind``: "p2p" from the memory of the device ``source``; "copy" from a copy in host memory; "reload" from
     the checkpoint. ``source`` is None for the latter two. What a device holds before and after is no transfer.
     ``stage`` is the place in the order of execution (0: before the layers, ``layer + 1``, then what follows
-    them); ``layer`` is None outside of the layers. ``runs`` are units of ``group``, which
-    ``tensor_ranges`` turns into ranges of checkpoint tensors.
+    them); ``layer`` is None outside of the layers. ``runs`` are units of ``group``.
     """
 
     kind: TransferKind

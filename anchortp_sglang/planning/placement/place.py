@@ -1,12 +1,10 @@
-"""New ownerships: the equal split, SGLang's own, and what each strategy makes of the one before."""
+"""New ownerships: the equal split, and what each strategy makes of the one before."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from anchortp_sglang.planning.model.plan_model import AxisGroup, PlanModel
 from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership, Layout, followed, layer_ownership
-from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
 from anchortp_sglang.planning.placement.adoption import adopted_layouts
 from anchortp_sglang.planning.placement.contiguous import contiguous_layouts
 from anchortp_sglang.planning.placement.head_shares import adopted_heads, contiguous_heads
@@ -36,27 +34,6 @@ def split_without_rotation(model: PlanModel, devices: Sequence[int]) -> LayerOwn
 
 def _held_by_nobody(model: PlanModel, devices: Sequence[int]) -> dict[str, Layout]:
     return {group.name: ((),) * len(devices) for group in model.sharded}
-
-
-def stock_split(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
-    """SGLang's own layout: everything divides equally, KV heads are replicated over more devices than there are.
-
-    Rows that SGLang adds to pad the vocabulary are left out, so its last device holds fewer; where its cuts fall
-    between two units (possible with more than 8 devices) they are rounded down. Raises InvalidOwnership if SGLang
-    cannot split the model so.
-    """
-    split = equal_split(model, devices)
-    shares: dict[str, Layout] = {}
-    for group in model.sharded:
-        layout = split.layout(group.name)
-        if group.axis == "vocab":
-            layout = _padded_cut(group, len(split.devices))
-        elif len({sum(stop - start for start, stop in runs) for runs in layout}) > 1:
-            raise InvalidOwnership(
-                f"{group.name}: SGLang splits equally only, and {group.units} units do not divide by {len(layout)}"
-            )
-        shares[group.name] = layout
-    return layer_ownership(split.devices, shares)
 
 
 def place(
@@ -150,14 +127,3 @@ def _check_enough(group: AxisGroup, leads: bool, devices: Sequence[int], weights
                 f"device {device} would hold no units of {group.axis}: there are {units} for {len(devices)} devices; "
                 "use fewer devices or more equal shares"
             )
-
-
-def _padded_cut(group: AxisGroup, tp_size: int) -> Layout:
-    # pad_vocab_size of sglang.srt.layers.vocab_parallel_embedding (0.5.23): to 64 rows, or to 64 per device.
-    part = group.parts[0]
-    rows, padding = part.shape[0], 64
-    padded = -(-rows // padding) * padding
-    if padded % tp_size:
-        padded = -(-rows // (padding * tp_size)) * padding * tp_size
-    cuts = [min(rank * (padded // tp_size) // part.per_unit, group.units) for rank in range(tp_size)]
-    return tuple(((a, b),) if a < b else () for a, b in pairwise([*cuts, group.units]))

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from anchortp_sglang.cli.app import app
 from anchortp_sglang.planning.prediction.presets import machine
 from anchortp_sglang.planning.prediction.topology_file import topology_to_json
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.tiny_families import FAMILIES as TINY_FAMILIES
 
 LLAMA = CONFIGS / "llama-3.1-70b.json"
 KEYS = [
@@ -200,6 +202,34 @@ def test_a_checkpoint_folder_and_a_topology_file_will_do(tmp_path):
     file = tmp_path / "machine.json"
     file.write_text(topology_to_json(machine("8xH100-NVLink")))
     assert answer("--lose", 3, "--topology", file, model=tmp_path) == answer("--lose", 3)
+
+
+@pytest.mark.parametrize("experts", ["tp", "ep"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_checkpoint_of_every_family_is_planned_for(tmp_path, family, experts):
+    write_checkpoint(tmp_path, family, num_layers=2, shards=2)
+    found = answer("--lose", 1, "--experts", experts, "--topology", "cpu", model=tmp_path, devices=3)
+    assert_adds_up(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda names: names.pop("model.norm.weight"), "the checkpoint has no model.norm.weight"),
+        (lambda names: names.update({"model.layers.0.odd.weight": "a"}), "no place for: model.layers.0.odd.weight"),
+        (lambda names: names.update({"v_head.summary.weight": "a"}), None),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused_by_the_tensors_name(tmp_path, change, told):
+    write_checkpoint(tmp_path, "olmo2", num_layers=2, shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    done = run("--lose", 1, "--topology", "cpu", model=tmp_path, devices=3)
+    assert (done.exit_code, told is None or told in " ".join(done.output.split())) == (2 if told else 0, True)
+    path.write_text("{}")
+    assert "has no weight_map" in run("--lose", 1, model=tmp_path, devices=3).output
 
 
 @pytest.mark.parametrize(
