@@ -7,6 +7,7 @@ What was compared comes from docs/models.json (tools/compare_models.py), everyth
 """
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,13 @@ _ROUNDS = ("before loss", "after loss")
 def _notes() -> Iterator[str]:
     for architecture, family in FAMILIES.items():
         if family.layout_only:
-            yield f"- `{architecture}` is refused at start: {family.layout_only}."
+            yield _item(f"`{architecture}` is refused at start: {family.layout_only}.")
         for _, caveat in family.caveats:
-            yield f"- `{architecture}`: {caveat}. The server logs it at start."
+            yield _item(f"`{architecture}`: {caveat}. The server logs it at start.")
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, 120, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from table_page import publish
 
-from anchortp_sglang.planning.model.catalog import read_plan_model
+from anchortp_sglang.planning.model.axes import read_model_axes
+from anchortp_sglang.planning.model.plan_model import plan_model
 from anchortp_sglang.planning.prediction.changes import Change
 from anchortp_sglang.planning.prediction.presets import machine
 from anchortp_sglang.planning.prediction.scenario import Scenario, answer_all
@@ -70,7 +71,7 @@ def table() -> Iterator[str]:
 
 
 def _cells(config: str, case: Case) -> Iterator[str]:
-    adopt, contiguous = (answer(config, case, family) for family in ("adopt", "contiguous"))
+    adopt, contiguous = (answer(config, case, strategy) for strategy in ("adopt", "contiguous"))
     reloads = [_gigabytes(answer.plan.reload_bytes) for answer in (adopt, contiguous)]
     yield " / ".join(dict.fromkeys(reloads))
     yield _gigabytes(adopt.plan.p2p_bytes)
@@ -82,10 +83,10 @@ def _cells(config: str, case: Case) -> Iterator[str]:
     yield _gigabytes(max(nbytes for answer in (adopt, contiguous) for nbytes in answer.plan.weight_bytes.values()))
 
 
-def answer(config: str, case: Case, family: str) -> WhatIf:
+def answer(config: str, case: Case, strategy: str) -> WhatIf:
     topology = replace(machine(MACHINE, case.devices), device_memory_bytes=(ENOUGH_BYTES,) * case.devices)
-    model = read_plan_model(json.loads((CONFIGS / f"{config}.json").read_text()))
-    return answer_all(Scenario(model, topology, case.devices, family), case.changes)[-1]
+    model = plan_model(read_model_axes(json.loads((CONFIGS / f"{config}.json").read_text())))
+    return answer_all(Scenario(model, topology, case.devices, strategy), case.changes)[-1]
 
 
 def _gigabytes(nbytes: int) -> str:

@@ -7,10 +7,10 @@ Models that run on 512 devices do not exist yet; that one is made up, with enoug
 import time
 from collections.abc import Sequence
 
-from anchortp_sglang.planning.model.catalog import read_plan_model
-from anchortp_sglang.planning.model.plan_model import PlanModel
+from anchortp_sglang.planning.model.axes import read_model_axes
+from anchortp_sglang.planning.model.plan_model import PlanModel, plan_model
 from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership
-from anchortp_sglang.planning.placement.migration import FAMILIES, plan_migration
+from anchortp_sglang.planning.placement.migration import STRATEGIES, plan_migration
 from anchortp_sglang.planning.placement.place import equal_split
 
 QWEN3_235B_A22B = {
@@ -34,17 +34,17 @@ def without(devices: int, *lost: int) -> list[int]:
 
 
 def show(label: str, model: PlanModel, old: LayerOwnership, targets: Sequence[int]) -> None:
-    for family in FAMILIES:
+    for strategy in STRATEGIES:
         begin = time.perf_counter()
-        plan = plan_migration(model, old, targets, family)
+        plan = plan_migration(model, old, targets, strategy)
         took_ms = (time.perf_counter() - begin) * 1e3
         reload, p2p = plan.reload_bytes / plan.sharded_bytes, plan.p2p_bytes / plan.sharded_bytes
         shares = f"reload {reload:6.2%}  P2P {p2p:6.2%}"
-        print(f"{label:32} {family:10} {took_ms:8.1f} ms  {shares}  {len(plan.transfers)} transfers")
+        print(f"{label:32} {strategy:10} {took_ms:8.1f} ms  {shares}  {len(plan.transfers)} transfers")
 
 
 def main() -> None:
-    columns, whole = read_plan_model(QWEN3_235B_A22B), read_plan_model(QWEN3_235B_A22B, moe="ep")
+    columns, whole = (plan_model(read_model_axes(QWEN3_235B_A22B, whole_experts=whole)) for whole in (False, True))
     for name, model in (("TP-MoE", columns), ("EP", whole)):
         for devices, lost in ((8, 3), (64, 20)):
             full = equal_split(model, range(devices))
@@ -52,7 +52,7 @@ def main() -> None:
             show(f"Qwen3-235B {name} {devices}→{devices - 1}", model, full, left)
             reduced = plan_migration(model, full, left, "adopt").new
             show(f"Qwen3-235B {name} {devices - 1}→{devices}", model, reduced, range(devices))
-    wide = read_plan_model(WIDE, moe="ep")
+    wide = plan_model(read_model_axes(WIDE, whole_experts=True))
     show("wide EP 512→500", wide, equal_split(wide, range(512)), without(512, *range(5, 512, 43)))
 
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from anchortp_sglang.planning.model.axes import UnsupportedModel
-from anchortp_sglang.planning.model.plan_model import PlanModel
+from anchortp_sglang.planning.layout.coverage import CoverageError, check_names
+from anchortp_sglang.planning.model.axes import UnsupportedModel, has_experts, read_model_axes
+from anchortp_sglang.planning.model.plan_model import PlanModel, plan_model
 from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan
 from anchortp_sglang.planning.prediction.changes import Change, InvalidChange
 from anchortp_sglang.planning.prediction.presets import MACHINES, machine
@@ -29,8 +30,8 @@ DEFAULT_TOPOLOGY = "8xH100-NVLink"
 MOST_DEVICES = 4096
 
 
-class FamilyChoice(StrEnum):
-    """Which family of plans; ``auto`` takes the one that is predicted to be done first."""
+class StrategyChoice(StrEnum):
+    """How the next ownership is made; ``auto`` takes the one that is predicted to be done first."""
 
     AUTO = "auto"
     CONTIGUOUS = "contiguous"
@@ -67,7 +68,9 @@ def plan(
             "--topology", metavar="NAME|FILE", help=f"A JSON file, or one of {', '.join(MACHINES)}; of any size."
         ),
     ] = DEFAULT_TOPOLOGY,
-    family: Annotated[FamilyChoice, typer.Option("--family", help="Which plans to consider.")] = FamilyChoice.AUTO,
+    strategy: Annotated[
+        StrategyChoice, typer.Option("--strategy", help="How the next ownership is made.")
+    ] = StrategyChoice.AUTO,
     experts: Annotated[ExpertSplit, typer.Option("--experts", help="How experts are split.")] = ExpertSplit.TP,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of the dtype that the config names.")] = None,
     mem_fraction: Annotated[
@@ -86,7 +89,7 @@ def plan(
             model=read_model(model, experts.value, dtype),
             topology=read_topology(topology, highest + 1),
             devices=devices,
-            family=family.value,
+            strategy=strategy.value,
             mem_fraction=mem_fraction,
         )
         if not 0 < mem_fraction <= 1:
@@ -113,20 +116,23 @@ def plan(
 
 
 def read_model(path: Path, experts: str, dtype: str | None = None) -> PlanModel:
-    """The model of a config.json, or of a checkpoint's folder with its index if there is one.
+    """Read a config.json, or a checkpoint's folder, as a server would; an index beside it must fit.
 
     Raises BadInput for a file that cannot be read, UnsupportedModel for what it says.
     """
-    from anchortp_sglang.planning.model.catalog import read_plan_model
-
-    config = path / CONFIG if path.is_dir() else path
-    index = config.with_name(INDEX)
-    return read_plan_model(
-        _read_json("--model", config),
-        moe="ep" if experts == "ep" else "tp",
-        dtype=dtype,
-        index=_read_json("--model", index) if index.exists() else None,
-    )
+    file = path / CONFIG if path.is_dir() else path
+    config = _read_json("--model", file)
+    model = read_model_axes(config, dtype, whole_experts=experts == "ep" and has_experts(config))
+    index = file.with_name(INDEX)
+    if index.exists():
+        names = _read_json("--model", index).get("weight_map")
+        if not isinstance(names, dict):
+            raise BadInput(f"--model: {index} has no weight_map, which maps tensors to files")
+        try:
+            check_names(model, names)
+        except CoverageError as error:
+            raise BadInput(f"--model: {index}: {error}") from None
+    return plan_model(model)
 
 
 def read_topology(name: str, devices: int) -> Topology:

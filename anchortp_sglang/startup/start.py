@@ -20,7 +20,7 @@ from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
 from anchortp_sglang.options import AnchorOptions
-from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources
+from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources, foreign_sources
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
@@ -221,6 +221,8 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
     unused = check_sources(model, layouts, shapes.keys(), shapes)
     if unused:
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
+    if foreign := foreign_sources(model, unused):
+        log.warning("anchortp: the model has no place for %s: left out, as SGLang does", ", ".join(foreign[:8]))
 
 
 def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, kv_dtype: str) -> str:

@@ -33,8 +33,8 @@ def answer_view(title: str, answer: WhatIf, width: int = 80) -> RenderableType:
 def failures_view(title: str, answers: Sequence[tuple[str, WhatIf | str]]) -> RenderableType:
     """Show a line for each change. An answer that is a text says why there is no plan."""
     table = Table(title=title, title_justify="left")
-    for heading in ("lost", "family", "reload", "P2P", "moving", "first token", "restart"):
-        table.add_column(heading, justify="left" if heading == "family" else "right")
+    for heading in ("lost", "strategy", "reload", "P2P", "moving", "first token", "restart"):
+        table.add_column(heading, justify="left" if heading == "strategy" else "right")
     refused = []
     for lost, answer in answers:
         if isinstance(answer, str):
@@ -43,7 +43,7 @@ def failures_view(title: str, answers: Sequence[tuple[str, WhatIf | str]]) -> Re
             continue
         plan = answer.plan
         table.add_row(
-            *(lost, plan.family, byte_size(plan.reload_bytes), byte_size(plan.p2p_bytes)),
+            *(lost, plan.strategy, byte_size(plan.reload_bytes), byte_size(plan.p2p_bytes)),
             *(_seconds(s) for s in (answer.timeline.makespan_s, answer.recovery.tfs_s, answer.restart.tfs_s)),
         )
     return Group(table, *refused)
@@ -72,7 +72,7 @@ def _totals(answer: WhatIf) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     from_memory = f", {byte_size(plan.copy_bytes)} of it from host memory" if plan.copy_bytes else ""
     for name, value in (
-        ("family", plan.family),
+        ("strategy", plan.strategy),
         (
             "reload",
             f"{byte_size(plan.reload_bytes)} (no plan can do with less than "

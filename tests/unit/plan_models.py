@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from anchortp_sglang.planning.model.plan_model import PlanModel, TensorPart, axis_group
+from anchortp_sglang.planning.model.axes import has_experts, read_model_axes
+from anchortp_sglang.planning.model.plan_model import AxisGroup, AxisKind, PlanModel, plan_model
 
 
 def _config(architecture: str, **fields: Any) -> dict[str, Any]:
@@ -48,16 +49,16 @@ DEEPSEEK_V2_LITE = _config(
 GPT_OSS_120B = _config(
     "GptOssForCausalLM", hidden_size=2880, intermediate_size=2880, num_attention_heads=64, head_dim=64,
     num_hidden_layers=36, num_local_experts=128, vocab_size=201088,
-    layer_types=["sliding_attention", "full_attention"] * 18, quantization_config={"quant_method": "mxfp4"},
+    layer_types=["sliding_attention", "full_attention"] * 18,
 )  # fmt: skip
 GPT_OSS_20B = GPT_OSS_120B | {"num_hidden_layers": 24, "num_local_experts": 32}
-GLM_45_AIR = _config(
-    "Glm4MoeForCausalLM", hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408,
-    n_routed_experts=128, n_shared_experts=1, first_k_dense_replace=1, num_attention_heads=96, attention_bias=True,
-    use_qk_norm=False, num_hidden_layers=46, num_nextn_predict_layers=1, vocab_size=151552,
-)  # fmt: skip
 BLOCK_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 TENSOR_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
+
+
+def planned(config: dict[str, Any], whole_experts: bool = False, dtype: str | None = None) -> PlanModel:
+    """The planner's model of a config.json; ``whole_experts`` if it has any."""
+    return plan_model(read_model_axes(config, dtype, whole_experts=whole_experts and has_experts(config)))
 
 
 def toy(
@@ -65,25 +66,18 @@ def toy(
 ) -> PlanModel:
     """``axes`` are (name, units, bytes of one) in every layer; ``heads`` are KV heads and query heads of each."""
 
-    def part(nbytes: int, units: int) -> tuple[TensorPart, ...]:
-        return (TensorPart("weight", (units, nbytes), 1, 0, 1),)
-
-    groups = []
+    groups: list[AxisGroup] = []
     for layer in range(layers):
-        at = {"layer": layer, "stage": layer + 1, "prefix": f"{layer}."}
+
+        def add(name: str, kind: AxisKind, units: int, nbytes: int, layer: int = layer, **more: Any) -> None:
+            groups.append(AxisGroup(f"{layer}.{name}", name, kind, layer, layer + 1, units, nbytes, **more))
+
         if replicated:
-            groups.append(
-                axis_group(f"{layer}.r", "r", 1, part(replicated, 1), kind="replicated", **at)  # type: ignore[arg-type]
-            )
+            add("r", "replicated", 1, replicated)
         if heads:
             kv, grain = heads
-            q = axis_group(f"{layer}.q", "q", kv * grain, part(3, kv * grain), grain=grain, **at)  # type: ignore[arg-type]
-            k = axis_group(
-                f"{layer}.kv", "kv", kv, part(5, kv), kind="shared", grain=grain, follows=q.name,
-                kv_bytes_per_token=2, **at,  # type: ignore[arg-type]
-            )  # fmt: skip
-            groups += [q, k]
+            add("q", "split", kv * grain, 3, grain=grain)
+            add("kv", "shared", kv, 5, grain=grain, follows=f"{layer}.q", kv_bytes_per_token=2)
         for name, units, nbytes in axes:
-            kind = "shared" if name == "expert" else "split"
-            groups.append(axis_group(f"{layer}.{name}", name, units, part(nbytes, units), kind=kind, **at))  # type: ignore[arg-type]
-    return PlanModel("Toy", layers, "float32", "none", None, tuple(groups))
+            add(name, "shared" if name == "expert" else "split", units, nbytes)
+    return PlanModel("Toy", layers, tuple(groups))

@@ -37,7 +37,6 @@ def config(heads: tuple[int, int] = (12, 4), architecture: str = "Qwen3ForCausal
         "head_dim": 2,
         "intermediate_size": 1040,
         "moe_intermediate_size": 40,
-        "num_experts": EXPERTS,
         "num_local_experts": EXPERTS,
         "vocab_size": 130,
         "dtype": "float32",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from anchortp_sglang.planning.intervals import normalize, subtract
-from anchortp_sglang.planning.layout.shards import ShardLayout, sources
+from anchortp_sglang.planning.layout.shards import ShardLayout, Source, sources
 from anchortp_sglang.planning.model.axes import ModelAxes
 
 Runs = list[tuple[int, int]]
@@ -46,17 +46,15 @@ def check_sources(
     """Names of the checkpoint tensors that are rightly unused, sorted.
 
     ``source_shapes`` are the shapes found in the checkpoint. Raises CoverageError if a tensor is missing, of
-    another shape than the model needs, or unknown; or if elements of it are on no rank, or twice on one.
+    another shape than the model needs, or an unknown one of the model itself; or if elements of it are on no rank, or
+    twice on one.
     """
-    names = set(checkpoint_names)
     expected = sources(model)
+    unused = _check_names(model, expected, set(checkpoint_names))
     for source, needed in expected.items():
-        if source not in names:
-            raise CoverageError(f"the checkpoint has no {source}, which {model.architecture} needs")
         found = tuple(source_shapes.get(source, ()))
         if found != needed.shape and (found, needed.shape) != ((1,), ()):
             raise CoverageError(f"{source} has shape {found} in the checkpoint; config.json says {needed.shape}")
-    unused = _unused(model, names - expected.keys())
     read = _reads(layouts_of_all_ranks)
     for source, needed in expected.items():
         _check_read(source, needed.extent, read.get(source, []))
@@ -88,9 +86,28 @@ def _check_places(layout: ShardLayout) -> None:
         raise CoverageError(f"the parameters end at byte {end} of a shard of {layout.total_bytes}")
 
 
-def _unused(model: ModelAxes, others: set[str]) -> tuple[str, ...]:
+def foreign_sources(model: ModelAxes, unused: Iterable[str]) -> tuple[str, ...]:
+    """Those of the unused tensors that no family knows, such as the value head of a reward model (``v_head.…``).
+
+    SGLang's ``load_weights`` leaves them out with a warning.
+    """
     known = [re.compile(pattern) for pattern in model.unused_sources]
-    strangers = sorted(name for name in others if not any(pattern.search(name) for pattern in known))
+    return tuple(name for name in unused if not any(pattern.search(name) for pattern in known))
+
+
+def check_names(model: ModelAxes, checkpoint_names: Iterable[str]) -> tuple[str, ...]:
+    """Check the names of a checkpoint's tensors alone. Returns and raises like ``check_sources``."""
+    return _check_names(model, sources(model), set(checkpoint_names))
+
+
+def _check_names(model: ModelAxes, expected: Mapping[str, Source], names: set[str]) -> tuple[str, ...]:
+    """SGLang leaves out what it has no parameter for. Of the model itself that would be a mistake in a family's rules,
+    or answers that are not this model's."""
+    for source in expected:
+        if source not in names:
+            raise CoverageError(f"the checkpoint has no {source}, which {model.architecture} needs")
+    others = names - expected.keys()
+    strangers = sorted(name for name in foreign_sources(model, others) if name.startswith("model."))
     if strangers:
         raise CoverageError(
             f"the checkpoint has {len(strangers)} tensors that {model.architecture} has no place for: "

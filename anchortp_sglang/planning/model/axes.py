@@ -105,10 +105,25 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
     (``_get_and_verify_dtype``: float32 checkpoints are served in float16).
     Raises UnsupportedModel, with the reason, for what cannot be served.
     """
+    try:
+        return _read(config, dtype, whole_experts)
+    except UnsupportedModel:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # Fields are read where they are used; one of the wrong type shows there.
+        raise UnsupportedModel(f"config.json: a field cannot be read ({type(error).__name__}: {error})") from error
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture is a mixture of experts. Raises UnsupportedModel for an unknown one."""
+    return FAMILIES[_architecture(config)].experts is not None
+
+
+def _read(config: Mapping[str, Any], dtype: str | None, whole_experts: bool) -> ModelAxes:
     architecture = _architecture(config)
     family = FAMILIES[architecture]
     _refuse(config, architecture, family)
-    config = {**dict(family.defaults), **config}
+    config = family.resolved(config)
     quantization = read_quantization(config)
     group = 1 if quantization is None else quantization.group
     if whole_experts and not family.experts:
@@ -137,7 +152,8 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
             *UNUSED_SOURCES,
             *(() if quantization is None else quantization.unused),
             *((r"^lm_head\.weight$",) if tied else ()),
-            *(rf"^model\.layers\.{num_layers + n}\." for n in range(_left_out(family, config))),
+            # Layers behind the last one, those for multi-token prediction among them (`get_layer_id`, `end_layer`).
+            rf"^model\.layers\.(?!(?:{'|'.join(map(str, range(num_layers)))})\.)\d+\.",
         ),
         quantization=None if quantization is None else quantization.name,
     )
@@ -158,16 +174,14 @@ def refuse_layout_only(model: ModelAxes) -> None:
 def caveats(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What SGLang does otherwise on this platform than the released model, for the operator to know."""
     family = FAMILIES[_architecture(config)]
-    config = {**dict(family.defaults), **config}
+    config = family.resolved(config)
     return tuple(text for key, text in family.caveats if config.get(key))
 
 
-def _left_out(family: Family, config: Mapping[str, Any]) -> int:
-    return int(config.get(family.left_out) or 0) if family.left_out else 0
-
-
 def _architecture(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or ["(none named)"]
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise UnsupportedModel("architectures: none named in config.json, whose first one says what the model is")
     if architectures[0] not in FAMILIES:
         raise UnsupportedModel(
             f"architecture {architectures[0]} is not supported; supported are {', '.join(sorted(FAMILIES))}"

@@ -63,8 +63,9 @@ _QWEN3_MOE = replace(
     dense=(),
     sparse=experts("mlp.", "gate_proj", "up_proj", "down_proj"),
     columns=(("expert_column", "moe_intermediate_size"),),
-    experts="num_experts",
-    defaults=(("num_key_value_heads", 4),),
+    experts="num_local_experts",
+    aliases=(("num_experts", "num_local_experts"),),
+    defaults=(("num_key_value_heads", 4), ("num_local_experts", 128)),
 )
 
 # models/mixtral.py: no biases.
@@ -76,6 +77,7 @@ _MIXTRAL = Family(
     after=(NORM, HEAD),
     columns=(("expert_column", "intermediate_size"),),
     experts="num_local_experts",
+    aliases=(("num_experts", "num_local_experts"),),
     defaults=(("num_local_experts", 8), ("num_key_value_heads", 8)),
 )
 
@@ -210,6 +212,7 @@ _GPT_OSS = Family(
     after=(NORM, replace(HEAD, unless=None)),
     columns=(("expert_column", "intermediate_size"),),
     experts="num_local_experts",
+    aliases=(("num_experts", "num_local_experts"),),
     layer_types=("full_attention", "sliding_attention"),
     defaults=(("num_key_value_heads", 8), ("head_dim", 64), ("attention_bias", True)),
     layout_only="SGLang serves it with attention kernels that know sinks, and has none on a CPU without AMX",
@@ -248,14 +251,18 @@ _DEEPSEEK_V2 = Family(
         ("expert_column", "moe_intermediate_size"),
     ),
     experts="n_routed_experts",
+    aliases=(("num_experts", "n_routed_experts"),),
     latent_kv=True,
-    left_out="num_nextn_predict_layers",
     refused=(("attention_bias", "SGLang's DeepSeek attention has no biases"),),
 )
 
 # The router of topk_method noaux_tc adds a bias to the scores by which experts are chosen; SGLang keeps it in float32.
 _CORRECTION = replace(vector("mlp.gate.e_score_correction_bias", "experts"), dtype="float32")
-_DEEPSEEK_V3 = replace(_DEEPSEEK_V2, sparse=(_DEEPSEEK_V2.sparse[0], _CORRECTION, *_DEEPSEEK_V2.sparse[1:]))
+_DEEPSEEK_V3 = replace(
+    _DEEPSEEK_V2,
+    sparse=(_DEEPSEEK_V2.sparse[0], _CORRECTION, *_DEEPSEEK_V2.sparse[1:]),
+    aliases=(("num_local_experts", "n_routed_experts"), ("num_mtp_layers", "num_nextn_predict_layers")),
+)
 
 FAMILIES: dict[str, Family] = {
     "DeepseekV2ForCausalLM": _DEEPSEEK_V2,

@@ -1,65 +1,39 @@
-"""A model as the planner sees it: per layer, what can be split, into how many units, of how many bytes.
+"""A model as the planner sees it: what can be split, into how many units, of how many bytes.
 
-It knows nothing of what can be served with unequal shards today, so that any model can be planned for.
+It is made of the parameters that a server would hold, so its bytes are those of the shards.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Literal
 
 from anchortp_sglang.planning.intervals import Intervals, total
+from anchortp_sglang.planning.model.axes import ModelAxes
 
 AxisKind = Literal["split", "shared", "replicated"]
-"""Each unit on exactly one device; on at least one (KV heads, redundant experts); or on every device."""
+"""Each unit on exactly one device; on at least one (KV heads); or on every device."""
 
-MoeSplit = Literal["tp", "ep"]
-"""Experts cut along their columns over all devices, as SGLang does by default, or dealt whole (``--ep-size``)."""
+VOCAB_UNIT_ROWS = 8
+"""SGLang pads the vocabulary to a multiple of 64: so its equal cuts over up to 8 devices fall between units."""
 
+EMBED, HEAD = "embed", "head"
+"""What lies before the layers, and what behind them."""
 
-@dataclass(frozen=True, slots=True)
-class TensorPart:
-    """A checkpoint tensor on an axis: unit ``u`` is ``[u * per_unit, (u + 1) * per_unit)`` along ``dim``.
-
-    The last unit is cut short where ``shape`` ends. With ``dim`` None the tensor is whole wherever it is.
-    ``name`` may hold ``{unit}`` (one whole tensor per unit) or ``{expert}`` (``experts`` tensors, all cut
-    alike).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    element_bytes: int
-    dim: int | None = None
-    per_unit: int = 0
-    experts: int = 1
-
-    def unit_bytes(self, start: int, stop: int) -> int:
-        """Bytes of the units ``[start, stop)``."""
-        return self.row_bytes * self.rows(start, stop) * self.experts
-
-    def rows(self, start: int, stop: int) -> int:
-        """Elements along ``dim`` of the units ``[start, stop)``; without ``dim``, whole tensors."""
-        if self.dim is None:
-            return stop - start if "{unit}" in self.name else 1
-        extent = self.shape[self.dim]
-        return min(stop * self.per_unit, extent) - min(start * self.per_unit, extent)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one element along ``dim`` and all of the other dimensions."""
-        sizes = self.shape if self.dim is None else (*self.shape[: self.dim], *self.shape[self.dim + 1 :])
-        return prod(sizes) * self.element_bytes
+_Place = int | str
+"""A layer, ``EMBED`` or ``HEAD``."""
 
 
 @dataclass(frozen=True, slots=True)
 class AxisGroup:
-    """One axis of one layer (``layer`` None: outside of the layers).
+    """One axis of one layer, or of all together (``layer`` None, as for what lies outside of the layers).
 
     ``stage`` is its place in the order of execution. Shares are cut at multiples of ``grain`` units as long
     as there are enough of them for all devices. An axis that ``follows`` another is held where any of the
     ``grain`` units of that one that belong to its unit is held: KV heads follow query heads.
-    ``kv_bytes_per_token`` is what a token of context costs per unit.
+    ``unit_bytes`` are weights; ``kv_bytes_per_token`` is what a token of context costs per unit.
     """
 
     name: str
@@ -68,41 +42,33 @@ class AxisGroup:
     layer: int | None
     stage: int
     units: int
-    prefix: str
-    parts: tuple[TensorPart, ...]
     unit_bytes: int
-    last_unit_bytes: int
     grain: int = 1
     follows: str | None = None
     kv_bytes_per_token: int = 0
 
     def nbytes(self, runs: Intervals) -> int:
         """Bytes of weights in the units of ``runs``."""
-        whole = total(runs) * self.unit_bytes
-        return whole - (self.unit_bytes - self.last_unit_bytes if runs and runs[-1][1] == self.units else 0)
+        return total(runs) * self.unit_bytes
 
     @property
     def total_bytes(self) -> int:
         """Bytes of weights of all units, each once."""
-        return self.nbytes(((0, self.units),))
+        return self.units * self.unit_bytes
 
     @property
     def shape_key(self) -> tuple[object, ...]:
         """Equal for the same axis of layers that are built alike: over those, extra units rotate."""
-        return (self.axis, self.kind, self.units, self.unit_bytes, self.last_unit_bytes, self.grain, self.follows)
+        return (self.axis, self.kind, self.units, self.unit_bytes, self.grain, self.follows)
 
 
 @dataclass(frozen=True)
 class PlanModel:
-    """``groups`` in the order of execution; ``left_out`` names parts of the checkpoint that are not served."""
+    """``groups`` in the order of execution."""
 
     architecture: str
     num_layers: int
-    dtype: str
-    quantization: str
-    moe: MoeSplit | None
     groups: tuple[AxisGroup, ...]
-    left_out: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, AxisGroup]:
@@ -134,40 +100,79 @@ class PlanModel:
         """Bytes of the whole model, each weight once: what a single device would hold."""
         return self.sharded_bytes + self.replicated_bytes
 
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
-        """``(name, shape, bytes per element)`` of each checkpoint tensor that the model needs."""
-        for group in self.groups:
-            for part in group.parts:
-                for name in tensor_names(group, part):
-                    yield name, part.shape, part.element_bytes
+
+def plan_model(model: ModelAxes) -> PlanModel:
+    """List all parameters by axis: a group for each axis of each layer, and of what is before and behind the layers."""
+    unit_bytes = _unit_bytes(model)
+    groups = []
+    for stage, place in enumerate((EMBED, *range(model.num_layers), HEAD)):
+        layer = place if isinstance(place, int) else None
+        scope = place if isinstance(place, str) else f"layers.{place}"
+        for axis in ("replicated", *model.axes):
+            if (place, axis) in unit_bytes:
+                groups.append(_group(model, axis, f"{scope}.", layer, stage, unit_bytes[place, axis]))
+    return PlanModel(model.architecture, model.num_layers, tuple(groups))
 
 
-def tensor_names(group: AxisGroup, part: TensorPart) -> list[str]:
-    """The checkpoint tensors that a part stands for."""
-    if "{unit}" in part.name:
-        return [group.prefix + part.name.format(unit=unit) for unit in range(group.units)]
-    if "{expert}" in part.name:
-        return [group.prefix + part.name.format(expert=expert) for expert in range(part.experts)]
-    return [group.prefix + part.name]
+def served_plan_model(model: ModelAxes, by_layer: Container[str] = ()) -> PlanModel:
+    """List what a server is free to cut: heads, columns, experts.
+
+    An axis is one group for all layers together; those ``by_layer`` are one in each layer that has them.
+    """
+    together: defaultdict[tuple[str, int | None], int] = defaultdict(int)
+    for (place, axis), nbytes in _unit_bytes(model).items():
+        if axis not in ("replicated", "vocab"):
+            assert isinstance(place, int), f"{axis} outside of the layers"
+            leader = "q_head" if axis == "kv_head" else axis
+            together[axis, place if leader in by_layer else None] += nbytes
+    groups = [
+        _group(model, axis, "" if layer is None else f"layers.{layer}.", layer, 0, nbytes)
+        for axis in model.axes
+        for (one, layer), nbytes in together.items()
+        if one == axis
+    ]
+    return PlanModel(model.architecture, model.num_layers, tuple(groups))
 
 
-def axis_group(
-    name: str,
-    axis: str,
-    units: int,
-    parts: tuple[TensorPart, ...],
-    *,
-    kind: AxisKind = "split",
-    layer: int | None = None,
-    stage: int = 0,
-    prefix: str = "",
-    grain: int = 1,
-    follows: str | None = None,
-    kv_bytes_per_token: int = 0,
-) -> AxisGroup:
-    """An axis group, its bytes summed from its parts."""
-    first = sum(part.unit_bytes(0, 1) for part in parts)
-    last = sum(part.unit_bytes(units - 1, units) for part in parts)
+def _unit_bytes(model: ModelAxes) -> dict[tuple[_Place, str], int]:
+    """Bytes of one unit of each axis in each place; under "replicated", of all that every device holds there."""
+    found: defaultdict[tuple[_Place, str], int] = defaultdict(int)
+    place: _Place = EMBED
+    for spec in model.params:
+        if spec.layer is not None:
+            place = spec.layer
+        elif place != EMBED:
+            place = HEAD
+        if spec.expert:
+            continue  # of whole experts the first one stands for all: they are of one size
+        element_bytes = prod(spec.rest) * spec.element_bytes
+        for block in spec.blocks:
+            axis = "expert" if spec.expert is not None else block.axis or "replicated"
+            found[place, axis] += block.elements_per_unit * element_bytes
+    return dict(found)
+
+
+def _group(model: ModelAxes, axis: str, scope: str, layer: int | None, stage: int, unit_bytes: int) -> AxisGroup:
+    """``unit_bytes`` are those of a unit of the model's axis, which of the vocabulary is a row."""
+    token_bytes = model.kv_row * model.dtype_bytes if layer is not None else 0
+    if axis == "replicated":
+        # Latent attention has one row of KV for all heads, on every device; its layers have replicated projections.
+        latent = token_bytes if model.latent_kv else 0
+        return AxisGroup(scope + axis, axis, "replicated", layer, stage, 1, unit_bytes, kv_bytes_per_token=latent)
+    units = model.axes[axis]
+    if axis == "vocab" and units >= 512 * VOCAB_UNIT_ROWS:
+        units, unit_bytes = units // VOCAB_UNIT_ROWS, unit_bytes * VOCAB_UNIT_ROWS
+    grouped = axis in ("q_head", "kv_head") and not model.latent_kv
+    follows = f"{scope}q_head" if axis == "kv_head" else None
     return AxisGroup(
-        name, axis, kind, layer, stage, units, prefix, parts, first, last, grain, follows, kv_bytes_per_token
-    )  # fmt: skip
+        name=scope + axis,
+        axis=axis,
+        kind="shared" if follows else "split",
+        layer=layer,
+        stage=stage,
+        units=units,
+        unit_bytes=unit_bytes,
+        grain=model.group_size if grouped else 1,
+        follows=follows,
+        kv_bytes_per_token=token_bytes if follows else 0,
+    )

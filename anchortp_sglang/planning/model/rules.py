@@ -51,9 +51,11 @@ class Family:
     """The parameters of one architecture, in the order of execution.
 
     ``layer`` rules are relative to ``model.layers.N.``; in a layer with experts ``sparse`` takes the place of
-    ``dense``. ``columns`` pairs an axis with the config keys whose product is its size. ``defaults`` are what
-    transformers assumes for a key that config.json lacks. ``refused`` pairs a config key with why a true value cannot
-    be served. ``layout_only``: why SGLang cannot serve it on this platform; its rules then hold for planning and tests.
+    ``dense``. ``columns`` pairs an axis with the config keys whose product is its size. ``aliases`` pairs another name
+    that config.json may have for a key with that key, as the ``attribute_map`` of transformers' config class does.
+    ``defaults`` are what transformers assumes for a key that config.json lacks. ``refused`` pairs a config key with why
+    a true value cannot be served. ``layout_only``: why SGLang cannot serve it on this platform; its rules then hold for
+    planning and tests.
     """
 
     before: tuple[Rule, ...]
@@ -68,13 +70,17 @@ class Family:
     """Multi-head latent attention: all heads share one row of KV per token, which every rank holds."""
     layer_types: tuple[str, ...] = ("full_attention",)
     """What may stand in the config's ``layer_types``."""
-    left_out: str | None = None
-    """Config key of how many layers follow the others in the checkpoint and are not served."""
+    aliases: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
     caveats: tuple[tuple[str, str], ...] = ()
     """Pairs a config key with what SGLang makes of a true value on this platform, and says to nobody."""
     layout_only: str | None = None
+
+    def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json with its keys by their own names, and with defaults for those that it lacks."""
+        named = {key: config[alias] for alias, key in self.aliases if alias in config}
+        return {**dict(self.defaults), **named, **config}
 
     def is_sparse(self, config: Mapping[str, Any], layer: int) -> bool:
         """Whether config.json gives a layer experts, by the keys that Qwen and DeepSeek have for it; else all do."""
@@ -99,8 +105,13 @@ REFUSED: tuple[tuple[str, str], ...] = (
 )
 """Config keys that no family can have set."""
 
-UNUSED_SOURCES: tuple[str, ...] = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",)
-"""Checkpoint tensors that SGLang's ``load_weights`` skips for every family (regex, searched)."""
+UNUSED_SOURCES: tuple[str, ...] = (
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
+    r"\.(k|v|kv)_scale$",
+    r"projector|^model\.vision_tower",
+)
+"""Checkpoint tensors that SGLang's ``load_weights`` skips (regex, searched): what it computes itself, scales of a
+quantized KV cache (``maybe_remap_kv_scale_name``), and what turns images into embeddings."""
 
 
 def vector(name: str, size: str, only_if: tuple[str, ...] = ()) -> Rule:

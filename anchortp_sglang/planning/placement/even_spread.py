@@ -6,6 +6,7 @@ layers as its state, chooses these sums. That is all there is to choose if a sum
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from anchortp_sglang.planning.intervals import Intervals
 from anchortp_sglang.planning.ownership.layer_ownership import Layout
@@ -27,6 +28,23 @@ def evenly_spread(units: int, weights: Sequence[int], held: Sequence[Layout]) ->
     # Cut i ends at totals[i] / layers: one unit later in the first layers of the order.
     by_place = (tuple((total + layers - 1 - place) // layers for total in totals) for place in range(layers))
     return [cuts for _, cuts in sorted(zip(order, by_place, strict=True))]
+
+
+def is_best(whole: Sequence[int], extra: int, layout: Layout) -> bool:
+    """Say whether spreading evenly is the best there is for layers that all have this layout.
+
+    It is if each cut, from where it is with all widths rounded down on, first gains units, then neither gains nor loses
+    any, then loses some: then the sum of a cut over the layers is best spread evenly, whatever it is.
+    """
+    if len(whole) > WINDOW:
+        return False
+    ends = accumulate(whole[:-1])
+    for cut, (end, (left, right)) in enumerate(zip(ends, pairwise(layout), strict=True)):
+        places = range(end, end + min(extra, cut + 1))
+        steps = [_holds(left, unit) - _holds(right, unit) for unit in places]
+        if steps != sorted(steps, reverse=True):
+            return False
+    return True
 
 
 def _best_totals(units: int, weights: Sequence[int], held: Sequence[Layout]) -> list[int]:

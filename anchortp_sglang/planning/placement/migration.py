@@ -13,23 +13,23 @@ from anchortp_sglang.planning.ownership.layer_ownership import (
 )
 from anchortp_sglang.planning.placement.migration_types import (
     DeviceTotals,
-    Family,
     InfeasiblePlan,
     MigrationPlan,
+    Strategy,
     Transfer,
 )
 from anchortp_sglang.planning.placement.place import place
 from anchortp_sglang.planning.placement.targets import target_weights
 from anchortp_sglang.planning.placement.transfers import find_transfers
 
-FAMILIES: tuple[Family, ...] = ("contiguous", "adopt")
+STRATEGIES: tuple[Strategy, ...] = ("contiguous", "adopt")
 
 
 def plan_migration(
     model: PlanModel,
     old: LayerOwnership,
     targets: Sequence[int],
-    family: Family | Literal["auto"] = "contiguous",
+    strategy: Strategy | Literal["auto"] = "contiguous",
     *,
     weights: Mapping[int, int] | None = None,
     capacities: Mapping[int, int] | None = None,
@@ -40,24 +40,24 @@ def plan_migration(
 
     Devices of ``old`` that are no targets are lost: nothing is read from them. Targets that are not in ``old``
     join. ``weights`` (relative) and ``capacities`` (bytes of weights, a hard limit) are by device id;
-    ``host_copies`` are units by group that lie in host memory. "auto" takes the family with the shorter
+    ``host_copies`` are units by group that lie in host memory. "auto" takes the strategy with the shorter
     ``makespan``, then fewer reloaded bytes, fewer P2P bytes, less imbalance.
     Raises InfeasiblePlan, with what is short and where; InvalidOwnership if ``old`` is not one of this model.
     """
     check_layer_ownership(model, old)
     shares = target_weights(model, targets, weights, capacities)
 
-    def plan(chosen: Family) -> MigrationPlan:
+    def plan(chosen: Strategy) -> MigrationPlan:
         made = migration_between(model, old, place(model, old, targets, chosen, shares), chosen, host_copies or {})
         _check_capacities(made, capacities)
         return made
 
-    if family != "auto":
-        return plan(family)
+    if strategy != "auto":
+        return plan(strategy)
     if makespan is None:
-        raise ValueError('family "auto" compares predicted times: pass a makespan function')
+        raise ValueError('strategy "auto" compares predicted times: pass a makespan function')
     plans, reasons = [], []
-    for each in FAMILIES:
+    for each in STRATEGIES:
         try:
             plans.append(plan(each))
         except InfeasiblePlan as reason:
@@ -71,14 +71,14 @@ def migration_between(
     model: PlanModel,
     old: LayerOwnership,
     new: LayerOwnership,
-    family: Family,
+    strategy: Strategy,
     host_copies: Mapping[str, Intervals] | None = None,
 ) -> MigrationPlan:
     """The plan from one ownership to another that is given. Raises InvalidOwnership if ``new`` is none."""
     check_layer_ownership(model, new)
     transfers = find_transfers(model, old, new, host_copies or {})
     return MigrationPlan(
-        family,
+        strategy,
         old,
         new,
         transfers,
@@ -144,6 +144,6 @@ def _check_capacities(plan: MigrationPlan, capacities: Mapping[int, int] | None)
     if over:
         short, device = max(over, key=lambda each: (each[0], -each[1].id))
         raise InfeasiblePlan(
-            f"device {device.id} would hold {device.weight_bytes} bytes of weights ({plan.family}): "
+            f"device {device.id} would hold {device.weight_bytes} bytes of weights ({plan.strategy}): "
             f"it is {short} bytes short"
         )

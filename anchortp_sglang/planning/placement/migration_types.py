@@ -7,7 +7,7 @@ from typing import Literal
 from anchortp_sglang.planning.intervals import Intervals
 from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership
 
-Family = Literal["contiguous", "adopt"]
+Strategy = Literal["contiguous", "adopt"]
 TransferKind = Literal["p2p", "reload", "copy"]
 TRANSFER_KINDS: tuple[TransferKind, ...] = ("p2p", "copy", "reload")
 
@@ -23,8 +23,7 @@ class Transfer:
     ``kind``: "p2p" from the memory of the device ``source``; "copy" from a copy in host memory; "reload" from
     the checkpoint. ``source`` is None for the latter two. What a device holds before and after is no transfer.
     ``stage`` is the place in the order of execution (0: before the layers, ``layer + 1``, then what follows
-    them); ``layer`` is None outside of the layers. ``runs`` are units of ``group``, which
-    ``tensor_ranges`` turns into ranges of checkpoint tensors.
+    them); ``layer`` is None outside of the layers. ``runs`` are units of ``group``.
     """
 
     kind: TransferKind
@@ -68,7 +67,7 @@ class MigrationPlan:
     ``replicated_bytes`` what every device holds besides.
     """
 
-    family: Family
+    strategy: Strategy
     old: LayerOwnership
     new: LayerOwnership
     transfers: tuple[Transfer, ...]
@@ -116,7 +115,7 @@ class MigrationPlan:
     def as_json(self) -> dict[str, object]:
         """The numbers of the plan, as JSON types; the ownerships have ``to_json`` of their own."""
         return {
-            "family": self.family,
+            "strategy": self.strategy,
             "reload_bytes": self.reload_bytes,
             "reload_lower_bound_bytes": self.reload_lower_bound_bytes,
             "p2p_bytes": self.p2p_bytes,

@@ -1,83 +1,120 @@
-"""The rounding by which most units are kept over all layers: an integer program, by branch and bound.
+"""The rounding by which most units are kept over all layers: an integer program.
 
-Where the best rounding divides layers, it is looked for with fewer and with more of them taking the step in question;
-both together cover all whole numbers. A branch whose bound is no more than what is known to be possible is left.
+The roundings of a layer are the paths through a graph: from device to device, by how many before it are rounded up.
+Layers that are alike are a flow along such paths, and how many of them round a device up is bounded over all layers.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, floor
 
-from anchortp_sglang.planning.placement.relaxation import Choice, Flow, Kinds, Relaxation
-from anchortp_sglang.planning.placement.rounding import LayerKind, RoundedUp, Step
+from anchortp_sglang.planning.placement.rounding import LayerKind, RoundedUp
 
-MOST_WORK = 3_000_000
-"""How many numbers are computed before the search is given up: some tenths of a second. With eight devices it seldom
-takes a tenth of them."""
+MOST_STEPS = 3000
+"""How many variables a program may have: up to fifty devices with layers that were cut alike, or eight with a hundred
+layers that were all cut differently."""
 
-
-@dataclass
-class Search:
-    """``best`` is the best choice that is known and keeps ``kept`` units. Once the search is over there is no better
-    one, unless the ``work`` that is left for it is below zero."""
-
-    best: Choice
-    kept: int
-    work: int = MOST_WORK
+MOST_NODES = 200
+"""How many branches are tried before the best answer so far is taken. Few programs need more than one."""
 
 
-def most_kept(kinds: Kinds, totals: Sequence[int], search: Search) -> None:
-    """Improve ``search``, whose choice is for all layers of these kinds and has each device rounded up in
-    ``totals`` of them."""
-    if 20 * len(totals) * (len(kinds) + len(totals)) ** 2 > search.work:
-        search.work = -1  # it would not get far
-        return
-    branches = [(search.kept + 1, Relaxation(kinds, totals, search.best))]
-    while branches and search.work >= 0:
-        bound, relaxation = branches.pop()
-        flows = relaxation.solve(search.kept, search.work) if bound > search.kept else None
-        search.work -= relaxation.work
-        if flows is None:
-            continue
-        fewer_or_more = _branch(relaxation.kinds, flows)
-        if not fewer_or_more:
-            search.best = list(_choice(relaxation.kinds, flows))
-            search.kept = relaxation.bound
-        for parts in fewer_or_more:
-            branches.append((relaxation.bound, Relaxation(parts, totals, relaxation.used())))
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Layers of the kind ``kind`` in which ``device`` is rounded ``up`` or down, ``before`` having been so ahead of it.
+
+    Each of them keeps ``gain`` units there.
+    """
+
+    kind: int
+    device: int
+    before: int
+    up: bool
+    gain: int
 
 
-def _branch(kinds: Kinds, flows: Sequence[Flow]) -> list[Kinds]:
-    """The kinds with fewer and with more layers taking a step that a fraction takes now; nothing if none does. Steps
-    in the middle of the devices settle most on both sides."""
-    fractional = [
-        (abs(2 * step.device - len(kind.down)), not step.up, index, step)
-        for index, (kind, flow) in enumerate(zip(kinds, flows, strict=True))
-        for step, layers in flow.items()
-        if layers.denominator > 1
-    ]
-    if not fractional:
-        return []
-    *_, index, step = min(fractional)
-    kind, layers = kinds[index], flows[index][step]
-    fewer = kind.part(step, kind.layers - floor(layers), taken=False)
-    more = kind.part(step, ceil(layers), taken=True)
-    return [(*kinds[:index], *parts, *kinds[index + 1 :]) for parts in (fewer, more)]
+def most_kept(kinds: Sequence[LayerKind], limits: Sequence[tuple[int, int]]) -> list[list[RoundedUp]] | None:
+    """Find who is rounded up in each layer of each kind, such that most is kept.
+
+    ``limits`` are in how many layers each device may be rounded up, at least and at most. None if the program is too
+    large, or has no answer after ``MOST_NODES``.
+    """
+    steps = [step for index, kind in enumerate(kinds) for step in _steps(index, kind)]
+    if len(steps) > MOST_STEPS:
+        return None
+    # Imported here: most plans need no program, and `anchortp plan` answers at once.
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    layers = [kinds[step.kind].layers for step in steps]
+    rows, columns, signs, low, high = _constraints(kinds, limits, steps)
+    matrix = csr_array((signs, (rows, columns)), shape=(len(low), len(steps)))
+    found = milp(
+        [-step.gain for step in steps],
+        constraints=LinearConstraint(matrix, low, high),
+        integrality=np.ones(len(steps)),
+        bounds=Bounds(0, layers),
+        options={"node_limit": MOST_NODES, "mip_rel_gap": 0},
+    )
+    if found.x is None:
+        return None
+    flow = Counter({step: round(amount) for step, amount in zip(steps, found.x, strict=True)})
+    return [[_take_layer(index, kind, flow) for _ in range(kind.layers)] for index, kind in enumerate(kinds)]
 
 
-def _choice(kinds: Kinds, flows: Sequence[Flow]) -> Iterator[tuple[int, RoundedUp]]:
-    for kind, flow in zip(kinds, flows, strict=True):
-        left = dict(flow)
-        for _ in range(kind.layers):
-            yield kind.name, _take_layer(kind, left)
+def _steps(index: int, kind: LayerKind) -> Iterator[_Step]:
+    """What can become of each device on a way that rounds up as many as are due."""
+    devices = len(kind.down)
+    for device in range(devices):
+        for before in range(min(device, kind.extra) + 1):
+            for up in (False, True):
+                gain = (kind.up if up else kind.down)[device][before]
+                if gain >= 0 and 0 <= kind.extra - before - up <= devices - device - 1:
+                    yield _Step(index, device, before, up, gain)
 
 
-def _take_layer(kind: LayerKind, flow: Flow) -> RoundedUp:
+def _constraints(
+    kinds: Sequence[LayerKind], limits: Sequence[tuple[int, int]], steps: Sequence[_Step]
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Rows, columns and signs of the matrix, and the lower and upper bounds of its rows.
+
+    First the devices' totals; then, by kind, device and how many are rounded up before it, that as many layers leave as
+    arrive.
+    """
+    low, high = ([limit[end] for limit in limits] for end in (0, 1))
+    nodes: dict[tuple[int, int, int], int] = {}
+    rows, columns, signs = [], [], []
+
+    def add(row: int, column: int, sign: int) -> None:
+        rows.append(row)
+        columns.append(column)
+        signs.append(sign)
+
+    def node(kind: int, device: int, before: int) -> int:
+        if (kind, device, before) not in nodes:
+            nodes[kind, device, before] = len(low)
+            source, sink = device == 0, device == len(limits)
+            balance = kinds[kind].layers * (source - sink)
+            low.append(balance)
+            high.append(balance)
+        return nodes[kind, device, before]
+
+    for column, step in enumerate(steps):
+        if step.up:
+            add(step.device, column, 1)
+        add(node(step.kind, step.device, step.before), column, 1)
+        add(node(step.kind, step.device + 1, step.before + step.up), column, -1)
+    return rows, columns, signs, low, high
+
+
+def _take_layer(index: int, kind: LayerKind, flow: Counter[_Step]) -> RoundedUp:
     """A layer's way along steps that whole layers take, which is taken off them."""
     rounded_up: list[int] = []
     for device in range(len(kind.down)):
-        up, down = (Step(device, len(rounded_up), up) for up in (True, False))
-        step = up if flow.get(up) else down
+        before = len(rounded_up)
+        step = _Step(index, device, before, True, kind.up[device][before])
+        if before == kind.extra or not flow[step]:
+            step = _Step(index, device, before, False, kind.down[device][before])
         flow[step] -= 1
         if step.up:
             rounded_up.append(device)

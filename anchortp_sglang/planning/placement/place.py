@@ -1,16 +1,14 @@
-"""New ownerships: the equal split, SGLang's own, and what the two families make of the one before."""
+"""New ownerships: the equal split, and what each strategy makes of the one before."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from anchortp_sglang.planning.model.plan_model import AxisGroup, PlanModel
 from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership, Layout, followed, layer_ownership
-from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
 from anchortp_sglang.planning.placement.adoption import adopted_layouts
 from anchortp_sglang.planning.placement.contiguous import contiguous_layouts
 from anchortp_sglang.planning.placement.head_shares import adopted_heads, contiguous_heads
-from anchortp_sglang.planning.placement.migration_types import Family, InfeasiblePlan
+from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan, Strategy
 
 Cut = Callable[[AxisGroup, bool, Sequence[Layout], Sequence[int]], tuple[Layout, ...]]
 """From a group, whether KV heads follow it, what was held in the layers built like it and the devices' weights, to the
@@ -38,29 +36,8 @@ def _held_by_nobody(model: PlanModel, devices: Sequence[int]) -> dict[str, Layou
     return {group.name: ((),) * len(devices) for group in model.sharded}
 
 
-def stock_split(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
-    """SGLang's own layout: everything divides equally, KV heads are replicated over more devices than there are.
-
-    Rows that SGLang adds to pad the vocabulary are left out, so its last device holds fewer; where its cuts fall
-    between two units (possible with more than 8 devices) they are rounded down. Raises InvalidOwnership if SGLang
-    cannot split the model so.
-    """
-    split = equal_split(model, devices)
-    shares: dict[str, Layout] = {}
-    for group in model.sharded:
-        layout = split.layout(group.name)
-        if group.axis == "vocab":
-            layout = _padded_cut(group, len(split.devices))
-        elif len({sum(stop - start for start, stop in runs) for runs in layout}) > 1:
-            raise InvalidOwnership(
-                f"{group.name}: SGLang splits equally only, and {group.units} units do not divide by {len(layout)}"
-            )
-        shares[group.name] = layout
-    return layer_ownership(split.devices, shares)
-
-
 def place(
-    model: PlanModel, old: LayerOwnership, devices: Sequence[int], family: Family, weights: Sequence[int]
+    model: PlanModel, old: LayerOwnership, devices: Sequence[int], strategy: Strategy, weights: Sequence[int]
 ) -> LayerOwnership:
     """The new ownership over ``devices``, in this order. Raises InfeasiblePlan."""
     devices = tuple(devices)
@@ -72,7 +49,7 @@ def place(
         return known.setdefault(index, tuple(() if rank is None else layout[rank] for rank in ranks))
 
     before = {name: held(index) for name, index in old.shares}
-    cut = _contiguous if family == "contiguous" else _adopting(give_back=None in ranks)
+    cut = _contiguous if strategy == "contiguous" else _adopting(give_back=None in ranks)
     return _place(model, devices, tuple(weights), before, cut)
 
 
@@ -150,14 +127,3 @@ def _check_enough(group: AxisGroup, leads: bool, devices: Sequence[int], weights
                 f"device {device} would hold no units of {group.axis}: there are {units} for {len(devices)} devices; "
                 "use fewer devices or more equal shares"
             )
-
-
-def _padded_cut(group: AxisGroup, tp_size: int) -> Layout:
-    # pad_vocab_size of sglang.srt.layers.vocab_parallel_embedding (0.5.23): to 64 rows, or to 64 per device.
-    part = group.parts[0]
-    rows, padding = part.shape[0], 64
-    padded = -(-rows // padding) * padding
-    if padded % tp_size:
-        padded = -(-rows // (padding * tp_size)) * padding * tp_size
-    cuts = [min(rank * (padded // tp_size) // part.per_unit, group.units) for rank in range(tp_size)]
-    return tuple(((a, b),) if a < b else () for a, b in pairwise([*cuts, group.units]))

@@ -6,11 +6,10 @@ they are.
 """
 
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
-from anchortp_sglang.planning.layout.shards import block_extent
 from anchortp_sglang.planning.model.axes import ModelAxes, equal_vocab_cut
-from anchortp_sglang.planning.model.plan_model import AxisGroup, PlanModel, TensorPart, axis_group
+from anchortp_sglang.planning.model.plan_model import PlanModel, served_plan_model
 from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership, Layout, layer_ownership
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, ownership_by_layer, validate
 from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan
@@ -26,7 +25,7 @@ def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
 
     Raises InvalidOwnership if there are too few units for so many devices.
     """
-    planned = planned_axes(model, ROTATING)
+    planned = served_plan_model(model, ROTATING)
     try:
         return _as_it_runs(model, planned, equal_split(planned, devices))
     except InfeasiblePlan as error:
@@ -46,7 +45,7 @@ def reconfigure(model: ModelAxes, previous: Ownership, survivors: Sequence[int],
     devices = tuple(device for device in previous.devices if device in set(survivors))
     if devices == previous.devices:
         return previous
-    planned = planned_axes(model, previous.by_layer.union(ROTATING if rotate else ()))
+    planned = served_plan_model(model, previous.by_layer.union(ROTATING if rotate else ()))
     held = {group.name: previous.ranks(group.axis, group.layer) for group in planned.sharded}
     try:
         new = place(planned, layer_ownership(previous.devices, held), devices, "adopt", (1,) * len(devices))
@@ -57,6 +56,8 @@ def reconfigure(model: ModelAxes, previous: Ownership, survivors: Sequence[int],
 
 def _as_it_runs(model: ModelAxes, planned: PlanModel, made: LayerOwnership) -> Ownership:
     alike: dict[str, Layout] = {"vocab": equal_vocab_cut(model.vocab_size, len(made.devices))}
+    if model.latent_kv:
+        alike["kv_head"] = (((0, 1),),) * len(made.devices)
     by_layer: defaultdict[int, dict[str, Layout]] = defaultdict(dict)
     for group in planned.sharded:
         layout = made.layout(group.name)
@@ -67,43 +68,3 @@ def _as_it_runs(model: ModelAxes, planned: PlanModel, made: LayerOwnership) -> O
     ownership = ownership_by_layer(made.devices, [alike | by_layer[layer] for layer in range(model.num_layers)])
     validate(model, ownership)
     return ownership
-
-
-def planned_axes(model: ModelAxes, by_layer: Container[str] = ()) -> PlanModel:
-    """The model with the groups that the planner is free to cut: one per axis for all layers together, or of the axes
-    ``by_layer`` one in each layer that has it."""
-    parts: defaultdict[str, defaultdict[int | None, list[TensorPart]]] = defaultdict(lambda: defaultdict(list))
-
-    def add(axis: str, layer: int | None, part: TensorPart) -> None:
-        parts[axis][layer if axis in by_layer else None].append(part)
-
-    for spec in model.params:
-        for block in spec.blocks:
-            shape = (*spec.rest[: spec.dim], block_extent(model, block), *spec.rest[spec.dim :])
-            if spec.expert is not None:
-                if spec.expert == 0:  # the others are as large
-                    add("expert", spec.layer, TensorPart(f"{spec.name}{{unit}}", shape, spec.element_bytes))
-            elif block.axis not in (None, "vocab"):
-                per_unit = block.elements_per_unit
-                add(block.axis, spec.layer, TensorPart(block.source, shape, spec.element_bytes, spec.dim, per_unit))
-    groups = [
-        _group(model, axis, layer, tuple(parts[axis][layer]))
-        for axis in ("q_head", "kv_head", *(each.axis for each in model.columns))
-        for layer in tuple(parts["q_head" if axis == "kv_head" else axis])
-    ]
-    return PlanModel(model.architecture, model.num_layers, model.dtype, "", None, tuple(groups))
-
-
-def _group(model: ModelAxes, axis: str, layer: int | None, parts: tuple[TensorPart, ...]) -> AxisGroup:
-    where = "" if layer is None else f" of layer {layer}"
-    follows = "q_head" + where if axis == "kv_head" else None
-    return axis_group(
-        axis + where,
-        axis,
-        model.axes[axis],
-        parts,
-        kind="shared" if follows else "split",
-        layer=layer,
-        grain=model.group_size if axis in ("q_head", "kv_head") else 1,
-        follows=follows,
-    )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchortp_sglang.planning.intervals import Intervals, intersect, normalize, subtract
-from anchortp_sglang.planning.model.plan_model import AxisGroup, PlanModel, tensor_names
+from anchortp_sglang.planning.model.plan_model import AxisGroup, PlanModel
 from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership, Layout
 from anchortp_sglang.planning.placement.migration_types import Transfer, TransferKind
 
@@ -19,17 +19,6 @@ class Need:
     rank: int
     holders: tuple[int, ...]
     runs: Intervals
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRange:
-    """Elements ``[start, stop)`` of a checkpoint tensor along ``dim``; all of it if ``dim`` is None."""
-
-    tensor: str
-    dim: int | None
-    start: int
-    stop: int
-    nbytes: int
 
 
 def find_transfers(
@@ -58,25 +47,6 @@ def find_transfers(
             needs = known[key]
         transfers += _fill(group, needs, new.devices, host_copies.get(group.name, ()), sent)
     return tuple(transfers)
-
-
-def tensor_ranges(model: PlanModel, transfer: Transfer) -> Iterator[TensorRange]:
-    """The elements of checkpoint tensors that a transfer brings, in as few ranges as there can be."""
-    group = model.by_name[transfer.group]
-    for part in group.parts:
-        names = tensor_names(group, part)
-        if "{unit}" in part.name:
-            for unit in (unit for start, stop in transfer.runs for unit in range(start, stop)):
-                yield TensorRange(names[unit], None, 0, 1, part.row_bytes)
-            continue
-        for name in names:
-            if part.dim is None:
-                yield TensorRange(name, None, 0, 1, part.row_bytes)
-                continue
-            for start, stop in transfer.runs:
-                rows = part.rows(start, stop)
-                first = start * part.per_unit
-                yield TensorRange(name, part.dim, first, first + rows, rows * part.row_bytes)
 
 
 def _needs(old: LayerOwnership, new: LayerOwnership, before: Layout, after: Layout) -> Iterator[Need]:

@@ -13,7 +13,7 @@ from anchortp_sglang.planning.prediction.schedule import schedule
 from anchortp_sglang.planning.prediction.topology import Topology
 from anchortp_sglang.planning.prediction.what_if import WhatIf, what_if
 
-FamilyChoice = Literal["auto", "contiguous", "adopt"]
+StrategyChoice = Literal["auto", "contiguous", "adopt"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Scenario:
     model: PlanModel
     topology: Topology
     devices: int
-    family: FamilyChoice = "auto"
+    strategy: StrategyChoice = "auto"
     mem_fraction: float = 1.0
 
 
@@ -44,7 +44,7 @@ def answer_all(scenario: Scenario, changes: Sequence[Change]) -> tuple[WhatIf, .
     answers = []
     for devices in steps:
         plan = plan_migration(
-            model, ownership, devices, scenario.family, capacities=capacities, makespan=predicted_makespan(topology)
+            model, ownership, devices, scenario.strategy, capacities=capacities, makespan=predicted_makespan(topology)
         )
         answers.append(what_if(model, topology, plan, capacities))
         ownership = plan.new

@@ -46,7 +46,7 @@ class WhatIf:
         """The answer as JSON types; times in the timeline count from the first transfer."""
         plan = self.plan
         return {
-            "family": plan.family,
+            "strategy": plan.strategy,
             "reload_bytes": plan.reload_bytes,
             "reload_lower_bound_bytes": plan.reload_lower_bound_bytes,
             "p2p_bytes": plan.p2p_bytes,

@@ -79,6 +79,9 @@ def _shards(folder: Path) -> list[Path]:
         paths = [folder / name for name in sorted(set(_weight_map(index).values()))]
     else:
         paths = sorted(folder.glob("*.safetensors"))
+        # Mistral's releases have the same weights twice; `filter_duplicate_safetensors_files` reads the second.
+        if [path.name for path in paths] == ["consolidated.safetensors", "model.safetensors"]:
+            del paths[0]
     if not paths:
         raise CheckpointError(f"{folder} holds no *.safetensors file; convert the checkpoint to safetensors")
     missing = [path.name for path in paths if not path.exists()]

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 from anchortp_sglang.cli.app import app
 from anchortp_sglang.planning.prediction.presets import machine
 from anchortp_sglang.planning.prediction.topology_file import topology_to_json
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
+from anchortp_sglang.testing.tiny_families import FAMILIES as TINY_FAMILIES
 
 LLAMA = CONFIGS / "llama-3.1-70b.json"
 KEYS = [
-    "family",
+    "strategy",
     "reload_bytes",
     "reload_lower_bound_bytes",
     "p2p_bytes",
@@ -68,13 +70,13 @@ def assert_adds_up(found):
     assert found["reload_bytes"] == found["reload_lower_bound_bytes"]
 
 
-@pytest.mark.parametrize("family", ["auto", "contiguous", "adopt"])
-def test_the_json_has_the_documented_keys_and_adds_up(family):
-    found = answer("--lose", 3, "--family", family)
+@pytest.mark.parametrize("strategy", ["auto", "contiguous", "adopt"])
+def test_the_json_has_the_documented_keys_and_adds_up(strategy):
+    found = answer("--lose", 3, "--strategy", strategy)
     assert list(found) == KEYS
     assert all(list(device) == DEVICE_KEYS for device in found["devices"])
     assert all(list(entry) == ENTRY_KEYS for entry in found["timeline"])
-    assert found["family"] == family or family == "auto"
+    assert found["strategy"] == strategy or strategy == "auto"
     assert [device["id"] for device in found["devices"]] == [0, 1, 2, 4, 5, 6, 7]
     assert {entry["layer"] for entry in found["timeline"]} == {None, *range(80)}
     assert_adds_up(found)
@@ -102,14 +104,14 @@ def test_every_named_model_is_planned_for(config, experts):
 
 
 def test_adopt_moves_nothing_between_devices_and_contiguous_does():
-    assert answer("--lose", 3, "--family", "adopt")["p2p_bytes"] == 0
-    assert answer("--lose", 3, "--family", "contiguous")["p2p_bytes"] > 0
+    assert answer("--lose", 3, "--strategy", "adopt")["p2p_bytes"] == 0
+    assert answer("--lose", 3, "--strategy", "contiguous")["p2p_bytes"] > 0
 
 
-def test_auto_takes_the_family_that_is_done_first():
+def test_auto_takes_the_strategy_that_is_done_first():
     for topology in ("8xH100-NVLink", "8xA100-PCIe"):
         options = ("--lose", 0, "--topology", topology)
-        each = {name: answer(*options, "--family", name)["makespan_s"] for name in ("contiguous", "adopt")}
+        each = {name: answer(*options, "--strategy", name)["makespan_s"] for name in ("contiguous", "adopt")}
         assert answer(*options)["makespan_s"] == pytest.approx(min(each.values()))
 
 
@@ -117,9 +119,9 @@ def test_with_fast_storage_adopt_is_done_first_as_it_reloads_over_all_host_links
     file = tmp_path / "machine.json"
     file.write_text(topology_to_json(replace(machine("8xA100-PCIe"), storage_bytes_per_s=1e12)))
     options = ("--lose", 3, "--topology", file)
-    each = {name: answer(*options, "--family", name)["makespan_s"] for name in ("contiguous", "adopt")}
+    each = {name: answer(*options, "--strategy", name)["makespan_s"] for name in ("contiguous", "adopt")}
     assert each["adopt"] < 0.5 * each["contiguous"]
-    assert answer(*options)["family"] == "adopt"
+    assert answer(*options)["strategy"] == "adopt"
 
 
 def test_losses_and_a_return_are_answered_one_after_another():
@@ -156,7 +158,7 @@ def test_the_tables_tell_what_the_json_does():
         "device 5 lost",
         "P2P in",
         "KV tokens",
-        "family",
+        "strategy",
         "first token",
         "restart and reload",
     ):
@@ -200,6 +202,34 @@ def test_a_checkpoint_folder_and_a_topology_file_will_do(tmp_path):
     file = tmp_path / "machine.json"
     file.write_text(topology_to_json(machine("8xH100-NVLink")))
     assert answer("--lose", 3, "--topology", file, model=tmp_path) == answer("--lose", 3)
+
+
+@pytest.mark.parametrize("experts", ["tp", "ep"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_checkpoint_of_every_family_is_planned_for(tmp_path, family, experts):
+    write_checkpoint(tmp_path, family, num_layers=2, shards=2)
+    found = answer("--lose", 1, "--experts", experts, "--topology", "cpu", model=tmp_path, devices=3)
+    assert_adds_up(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda names: names.pop("model.norm.weight"), "the checkpoint has no model.norm.weight"),
+        (lambda names: names.update({"model.layers.0.odd.weight": "a"}), "no place for: model.layers.0.odd.weight"),
+        (lambda names: names.update({"v_head.summary.weight": "a"}), None),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused_by_the_tensors_name(tmp_path, change, told):
+    write_checkpoint(tmp_path, "olmo2", num_layers=2, shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    done = run("--lose", 1, "--topology", "cpu", model=tmp_path, devices=3)
+    assert (done.exit_code, told is None or told in " ".join(done.output.split())) == (2 if told else 0, True)
+    path.write_text("{}")
+    assert "has no weight_map" in run("--lose", 1, model=tmp_path, devices=3).output
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_the_documented_table_is_up_to_date():
 def test_in_every_case_adopt_moves_nothing_and_both_families_reload_the_lower_bound():
     for config in planner_table.MODELS.values():
         for case in planner_table.CASES:
-            for family in ("adopt", "contiguous"):
-                plan = planner_table.answer(config, case, family).plan
+            for strategy in ("adopt", "contiguous"):
+                plan = planner_table.answer(config, case, strategy).plan
                 assert plan.reload_bytes == plan.reload_lower_bound_bytes
-                assert (plan.p2p_bytes == 0) == (family == "adopt")
+                assert (plan.p2p_bytes == 0) == (strategy == "adopt")

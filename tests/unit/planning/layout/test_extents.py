@@ -102,7 +102,7 @@ def test_shards_of_too_many_pieces_to_be_mapped_are_made_anew() -> None:
     shape = {"hidden_size": 1024, "head_dim": 16, "moe_intermediate_size": 64}
     before, kept = split(model((8, 4), "Qwen3MoeForCausalLM", **shape), (0, 1, 2, 3)), []
     for experts in (9, 600):
-        axes = model((8, 4), "Qwen3MoeForCausalLM", **(shape | {"num_experts": experts}))
+        axes = model((8, 4), "Qwen3MoeForCausalLM", **(shape | {"num_local_experts": experts}))
         after = reconfigure(axes, before, (0, 1, 3))
         kept.append([shard.kept_bytes for shard in hold(axes, after, hold(axes, before)).shards])
     assert min(kept[0]) > 0 and max(kept[1]) == 0

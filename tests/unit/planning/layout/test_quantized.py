@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from layout_oracle import Share, Tensors, expected
+from planned_shards import check_bytes
 
 from anchortp_sglang.planning.layout.coverage import CoverageError, check_coverage, check_sources
-from anchortp_sglang.planning.layout.shards import shard_layout, sources
+from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel, read_model_axes, refuse_layout_only
-from anchortp_sglang.planning.model.catalog import read_plan_model
 from anchortp_sglang.planning.ownership.ownership import split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
 from anchortp_sglang.startup.preflight import read_config
@@ -259,13 +259,10 @@ def test_scales_cut_by_a_wrong_rule_are_noticed(checkpoint: Callable[[str, Kind]
             check_sources(wrong, [shard_layout(wrong, ownership, rank) for rank in range(3)], shapes, shapes)
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [("qwen3", "fp8-tensor"), ("qwen3", "fp8-block"), ("deepseek_v3", "fp8-block")]
-)
-def test_the_planners_catalog_has_the_same_tensors(
-    checkpoint: Callable[[str, Kind], Path], family: str, kind: Kind
+@pytest.mark.parametrize(("family", "kind", "whole_experts"), CASES)
+def test_the_planner_counts_the_bytes_of_the_shards(
+    checkpoint: Callable[[str, Kind], Path], family: str, kind: Kind, whole_experts: bool
 ) -> None:
-    config = read_config(checkpoint(family, kind))
-    served = sources(read_model_axes(config))
-    planned = {name: shape for name, shape, _ in read_plan_model(config).tensors()}
-    assert planned == {name: one.shape for name, one in served.items()}
+    model = read_model_axes(read_config(checkpoint(family, kind)), whole_experts=whole_experts)
+    for devices in (1, 2, 3):
+        check_bytes(model, split(model, range(devices)))

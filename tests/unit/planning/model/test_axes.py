@@ -12,6 +12,8 @@ from anchortp_sglang.planning.model.axes import (
     read_model_axes,
     refuse_layout_only,
 )
+from anchortp_sglang.planning.model.families import FAMILIES as RULES
+from anchortp_sglang.testing.tiny_families import FAMILIES as TINY_FAMILIES
 
 
 def names(architecture: str, **changes: object) -> list[str]:
@@ -187,11 +189,29 @@ def test_the_bias_by_which_experts_are_chosen_stays_in_float32() -> None:
     assert dtypes["model.layers.1.mlp.gate.weight"] == "bfloat16"
 
 
-def test_layers_for_several_tokens_at_once_are_left_out() -> None:
-    patterns = [re.compile(pattern) for pattern in latent(num_nextn_predict_layers=1).unused_sources]
-    assert any(pattern.search("model.layers.2.eh_proj.weight") for pattern in patterns)
-    assert not any(pattern.search("model.layers.1.mlp.gate.weight") for pattern in patterns)
-    assert not any(re.search(pattern, "model.layers.2.eh_proj.weight") for pattern in latent().unused_sources)
+@pytest.mark.parametrize("layers", [2, 12])
+def test_layers_behind_the_last_one_are_left_out(layers: int) -> None:
+    """As those for several tokens at once are."""
+    patterns = [re.compile(pattern) for pattern in latent(num_hidden_layers=layers).unused_sources]
+    for layer in range(layers + 3):
+        unused = any(pattern.search(f"model.layers.{layer}.eh_proj.weight") for pattern in patterns)
+        assert unused == (layer >= layers)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "MixtralForCausalLM", "GptOssForCausalLM"])
+def test_experts_may_be_counted_by_either_name_and_its_own_goes_first(architecture: str) -> None:
+    counts = [{"num_local_experts": 5}, {"num_experts": 5}, {"num_experts": 9, "num_local_experts": 5}]
+    for given in counts:
+        nameless = {key: value for key, value in config(architecture=architecture).items() if "num_ex" not in key}
+        del nameless["num_local_experts"]
+        assert read_model_axes(nameless | given, whole_experts=True).axes["expert"] == 5
+
+
+def test_aliases_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    types = {tiny.architecture: name for name, tiny in TINY_FAMILIES.items()}
+    for architecture, family in RULES.items():
+        assert dict(family.aliases) == transformers.CONFIG_MAPPING[types[architecture]].attribute_map, architecture
 
 
 def test_sliding_window_sizes_that_are_switched_off_are_accepted() -> None:

@@ -15,7 +15,7 @@ from anchortp_sglang.planning.ownership.layer_ownership import Layout
 from anchortp_sglang.planning.placement.contiguous import contiguous_layouts
 from anchortp_sglang.planning.placement.even_spread import evenly_spread
 from anchortp_sglang.planning.placement.migration import plan_migration
-from anchortp_sglang.planning.placement.migration_types import Family
+from anchortp_sglang.planning.placement.migration_types import Strategy
 from anchortp_sglang.planning.placement.place import equal_split
 
 Rows = list[tuple[dict[int, int], float, float]]
@@ -136,10 +136,10 @@ def changed(rng: random.Random, alive: Sequence[int], devices: int) -> list[int]
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["few units", "many units"])
-@pytest.mark.parametrize("families", [("contiguous",), ("contiguous", "adopt")], ids=["rotated", "mixed"])
+@pytest.mark.parametrize("strategies", [("contiguous",), ("contiguous", "adopt")], ids=["rotated", "mixed"])
 @pytest.mark.parametrize("seed", range(60))
 def test_chains_of_losses_and_rejoins_move_the_least_by_integer_program(
-    seed: int, families: tuple[Family, ...], wide: bool
+    seed: int, strategies: tuple[Strategy, ...], wide: bool
 ) -> None:
     """Layers that earlier plans cut differently, and left with several runs where they adopted."""
     rng = random.Random(seed)
@@ -153,7 +153,7 @@ def test_chains_of_losses_and_rejoins_move_the_least_by_integer_program(
         plan = plan_migration(model, ownership, alive)
         assert sum(plan.kept_bytes.values()) == most_kept_by_program(units, [1] * len(alive), before)
         assert plan.reload_bytes == plan.reload_lower_bound_bytes
-        ownership = plan_migration(model, ownership, alive, rng.choice(families)).new
+        ownership = plan_migration(model, ownership, alive, rng.choice(strategies)).new
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -30,6 +30,7 @@ from anchortp_sglang.planning.layout.moves import fill_moves
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, kept_units, split, validate
+from anchortp_sglang.planning.placement import contiguous
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure, rotating_split
 
 VOCAB_PARAMS = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -124,6 +125,23 @@ def test_shards_made_by_moves_are_exact_and_only_what_was_lost_is_reloaded(data:
             ownership, shards = after, new
         else:
             break
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_recovery_waits_for_an_integer_program(data: st.DataObject) -> None:
+    """Nor for the import of scipy, which takes longer than a plan."""
+    heads, architecture = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from(FAMILIES))
+    axes = model(heads, architecture, num_hidden_layers=data.draw(st.integers(1, 8)))
+    devices = range(data.draw(st.integers(2, heads[0])))
+    rotate = data.draw(st.booleans())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contiguous, "most_kept", None)
+        ownership = rotating_split(axes, devices) if rotate else split(axes, devices)
+        while len(ownership.devices) > 1:
+            alive = ownership.devices
+            left = data.draw(st.sets(st.sampled_from(alive), min_size=1, max_size=len(alive) - 1))
+            ownership = reconfigure(axes, ownership, sorted(left), rotate)
 
 
 def _check_reloads(axes: ModelAxes, before: Ownership, after: Ownership, moved: list) -> None:

@@ -1,22 +1,23 @@
 """The parts of the search for the best rounding, each against an oracle that knows only what it promises."""
 
 import random
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement, product
 
-import numpy as np
 import pytest
-from scipy.optimize import linprog
 
+from anchortp_sglang.planning.placement import most_kept as programs
+from anchortp_sglang.planning.placement.even_spread import is_best
+from anchortp_sglang.planning.placement.most_kept import most_kept
 from anchortp_sglang.planning.placement.priced_rounding import priced_rounding
-from anchortp_sglang.planning.placement.rounding import LayerKind
-from anchortp_sglang.planning.placement.simplex import Simplex
+from anchortp_sglang.planning.placement.rounding import NEVER, LayerKind, RoundedUp, most_conceivable
 
 
-def kind(rng: random.Random, devices: int, extra: int, layers: int = 1) -> LayerKind:
+def kind(rng: random.Random, devices: int, extra: int, layers: int = 1, barred: float = 0.0) -> LayerKind:
     down, up = (
         tuple(tuple(rng.randint(0, 4) for _ in range(extra + 1)) for _ in range(devices)) for _ in ("down", "up")
     )
-    return LayerKind(0, layers, extra, down, up)
+    up = tuple((NEVER,) * (extra + 1) if rng.random() < barred else row for row in up)
+    return LayerKind(layers, extra, down, up)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -24,51 +25,51 @@ def test_the_best_rounding_of_a_layer_is_that_of_all(seed: int) -> None:
     rng = random.Random(seed)
     devices = rng.randint(1, 7)
     one = kind(rng, devices, rng.randint(0, devices))
-    prices, scale = [rng.randint(-5, 9) for _ in range(devices)], rng.randint(1, 3)
+    prices = [rng.randint(-5, 9) for _ in range(devices)]
 
-    def value(rounded_up: tuple[int, ...]) -> int:
-        return scale * one.kept(rounded_up) - sum(prices[device] for device in rounded_up)
+    def value(rounded_up: RoundedUp) -> int:
+        return one.kept(rounded_up) - sum(prices[device] for device in rounded_up)
 
-    found, rounded_up = one.best(prices, scale)
+    found, rounded_up = one.best(prices)
     assert found == value(rounded_up) == max(map(value, combinations(range(devices), one.extra)))
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_the_parts_of_a_kind_allow_just_the_roundings_that_take_a_step_or_do_not(seed: int) -> None:
-    rng = random.Random(seed)
-    devices = rng.randint(2, 6)
-    whole = kind(rng, devices, rng.randint(1, devices - 1), layers=5)
-    roundings = list(combinations(range(devices), whole.extra))
-    step = rng.choice(whole.steps(rng.choice(roundings)))
-    for taken in (True, False):
-        part, rest = whole.part(step, 3, taken)
-        assert (part.layers, rest.layers) == (3, 2)
-        for rounded_up in roundings:
-            allowed = (step in whole.steps(rounded_up)) == taken
-            assert part.kept(rounded_up) == whole.kept(rounded_up) if allowed else part.kept(rounded_up) < 0
-            assert rest.kept(rounded_up) == whole.kept(rounded_up)
+def totals(choice: list[RoundedUp], devices: int) -> list[int]:
+    return [sum(device in rounded_up for rounded_up in choice) for device in range(devices)]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_columns_that_enter_while_they_are_worth_it_solve_the_linear_program(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(60))
+def test_the_program_finds_what_exhaustion_does_within_the_limits(seed: int) -> None:
     rng = random.Random(seed)
-    size = rng.randint(2, 7)
-    columns = [tuple(rng.sample(range(size), rng.randint(1, size))) for _ in range(4 * size)]
-    gains = [rng.randint(0, 9) for _ in columns]
-    matrix = np.array([[float(row in rows) for rows in columns] for row in range(size)])
-    sums = [int(total) for total in matrix @ [rng.randint(0, 3) for _ in columns]]
-    simplex = Simplex[int](sums)
-    while True:
-        worth, entering = max((simplex.worth(rows, gains[index]), index) for index, rows in enumerate(columns))
-        if worth <= 0:
-            break
-        simplex.enter(entering, columns[entering], gains[entering])
-    amounts = dict(simplex.amounts())
-    assert [sum(n for index, n in amounts.items() if row in columns[index]) for row in range(size)] == [
-        simplex.scale * total for total in sums
-    ]
-    best = linprog([-gain for gain in gains], A_eq=matrix, b_eq=sums)
-    assert sum(gains[index] * n for index, n in amounts.items()) == pytest.approx(-best.fun * simplex.scale)
+    devices = rng.randint(2, 4)
+    extra = rng.randint(1, devices - 1)
+    kinds = [kind(rng, devices, extra, rng.randint(1, 3), barred=0.2) for _ in range(rng.randint(1, 2))]
+    layers = sum(each.layers for each in kinds)
+    due = layers * extra / devices
+    limits = [(rng.randint(0, int(due)), rng.randint(-int(-due), layers)) for _ in range(devices)]
+    roundings = list(combinations(range(devices), extra))
+    best = -1
+    for chosen in product(*(combinations_with_replacement(roundings, each.layers) for each in kinds)):
+        every = [rounded_up for one in chosen for rounded_up in one]
+        within = all(low <= n <= high for n, (low, high) in zip(totals(every, devices), limits, strict=True))
+        if within:
+            best = max(best, sum(k.kept(one) for k, ones in zip(kinds, chosen, strict=True) for one in ones))
+    found = most_kept(kinds, limits)
+    if best < 0:
+        assert found is None
+        return
+    assert found is not None and [len(ones) for ones in found] == [each.layers for each in kinds]
+    every = [rounded_up for ones in found for rounded_up in ones]
+    assert all(low <= n <= high for n, (low, high) in zip(totals(every, devices), limits, strict=True))
+    assert sum(k.kept(one) for k, ones in zip(kinds, found, strict=True) for one in ones) == best
+    assert best <= most_conceivable(kinds)
+
+
+def test_a_program_that_is_too_large_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [kind(random.Random(1), 4, 2, 3)]
+    assert most_kept(kinds, [(0, 3)] * 4)
+    monkeypatch.setattr(programs, "MOST_STEPS", 5)
+    assert most_kept(kinds, [(0, 3)] * 4) is None
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -78,7 +79,15 @@ def test_a_priced_rounding_has_the_totals_that_are_asked_for(seed: int) -> None:
     extra = rng.randint(1, devices - 1)
     layers = [kind(rng, devices, extra) for _ in range(count)]
     asked = [device for _ in layers for device in rng.sample(range(devices), extra)]
-    totals = [asked.count(device) for device in range(devices)]
-    chosen = priced_rounding(layers, totals)
+    wanted = [asked.count(device) for device in range(devices)]
+    chosen = priced_rounding(layers, wanted)
     assert all(len(rounded_up) == extra for rounded_up in chosen)
-    assert [sum(device in rounded_up for rounded_up in chosen) for device in range(devices)] == totals
+    assert totals(chosen, devices) == wanted
+
+
+def test_an_even_spread_is_best_where_no_cut_gains_again_after_it_lost() -> None:
+    old = (((0, 4),), ((4, 8),), ((8, 12),))
+    assert is_best((4, 4, 4), 0, old)
+    assert is_best((3, 3, 3), 3, old)
+    assert is_best((6, 6), 1, (((0, 4),), ((8, 12),)))  # the one between them is lost
+    assert not is_best((2, 2, 2), 2, (((0, 2),), ((5, 6),), ((4, 5),)))
