@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from anchortp_sglang.planning.intervals import Intervals, intersect
 from anchortp_sglang.planning.layout.moves import Move
 from anchortp_sglang.planning.layout.shards import ShardLayout, shard_layout, source_shape
 from anchortp_sglang.planning.model.axes import ModelAxes, read_model_axes
@@ -59,6 +60,13 @@ def source_names(axes: ModelAxes) -> list[str]:
 
 def source_shapes(axes: ModelAxes) -> dict[str, tuple[int, ...]]:
     return {name: source_shape(axes, name) for name in source_names(axes)}
+
+
+def overlap(old: Ownership, new: Ownership, axis: str, device: int, layer: int | None = None) -> Intervals:
+    """Units of an axis that a device holds before and after; none if it is missing from either."""
+    if device not in old.devices or device not in new.devices:
+        return ()
+    return intersect(old.of(axis, old.devices.index(device), layer), new.of(axis, new.devices.index(device), layer))
 
 
 def held_elements(axes: ModelAxes, ownership: Ownership, rank: int) -> set[tuple[str, int]]:

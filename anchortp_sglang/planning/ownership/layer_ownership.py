@@ -1,12 +1,10 @@
 """Which device holds which units of each axis of each layer: the ownership that the planner reasons about.
 
-``ownership.Ownership`` is what runs today: one share per axis, the same in all layers, the vocabulary cut
-equally with SGLang's padding. Here every layer has shares of its own, and vocabulary rows are an axis like any
-other: cut unequally and never padded.
+``ownership.Ownership`` is what a server runs: shares of the axes that SGLang knows, the vocabulary in its equal cut.
+Here each group of a ``PlanModel`` has shares of its own: layers by themselves or all together, and the rows of the
+vocabulary before and behind the layers like any other axis. ``placement/reconfiguration.py`` makes one of the other.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,29 +56,6 @@ class LayerOwnership:
         """Units of a group that a device holds; none if the device is not part of this."""
         rank = self.ranks.get(device)
         return () if rank is None else self.layout(group)[rank]
-
-    def to_json(self) -> str:
-        """Canonical JSON text: equal ownerships give equal text."""
-        value = {"devices": self.devices, "layouts": self.layouts, "shares": self.shares}
-        return json.dumps(value, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> "LayerOwnership":
-        """The inverse of ``to_json``. Raises InvalidOwnership for any other text."""
-        try:
-            value = json.loads(text)
-            devices = tuple(int(device) for device in value["devices"])
-            layouts = tuple(
-                tuple(tuple((int(a), int(b)) for a, b in runs) for runs in layout) for layout in value["layouts"]
-            )
-            shares = tuple((str(group), int(index)) for group, index in value["shares"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidOwnership(f"not the JSON of an ownership by layer: {error!r}") from error
-        return cls(devices, layouts, shares)
-
-    def digest(self) -> str:
-        """16 hex characters that name this ownership."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
 def layer_ownership(devices: Iterable[int], shares: Mapping[str, Layout]) -> LayerOwnership:

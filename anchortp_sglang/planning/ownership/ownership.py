@@ -183,13 +183,6 @@ def _check_head_groups(model: ModelAxes, device: int, q_heads: Intervals, kv_hea
         raise InvalidOwnership(f"device {device} has KV heads with unequal numbers of query heads: {sorted(sizes)}")
 
 
-def kept_units(old: Ownership, new: Ownership, axis: str, device: int, layer: int | None = None) -> Intervals:
-    """Units of an axis that a device holds before and after; none if it is missing from either."""
-    if device not in old.devices or device not in new.devices:
-        return ()
-    return intersect(old.of(axis, old.devices.index(device), layer), new.of(axis, new.devices.index(device), layer))
-
-
 def split(model: ModelAxes, devices: Sequence[int], widths: Sequence[int] | None = None) -> Ownership:
     """A contiguous split, in device order, alike in all layers.
 

@@ -1,7 +1,7 @@
 """What a migration plan is: the transfers that turn one ownership into another, and their totals."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from anchortp_sglang.planning.intervals import Intervals
@@ -9,7 +9,6 @@ from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership
 
 Strategy = Literal["contiguous", "adopt"]
 TransferKind = Literal["p2p", "reload", "copy"]
-TRANSFER_KINDS: tuple[TransferKind, ...] = ("p2p", "copy", "reload")
 
 
 class InfeasiblePlan(ValueError):
@@ -102,24 +101,7 @@ class MigrationPlan:
         return {device.id: device.weight_bytes for device in self.devices}
 
     @property
-    def kv_bytes_per_token(self) -> Mapping[int, int]:
-        """By device id."""
-        return {device.id: device.kv_bytes_per_token for device in self.devices}
-
-    @property
     def imbalance(self) -> float:
         """The fullest device's weight bytes over the mean, less one."""
         held = [device.weight_bytes for device in self.devices]
         return max(held) * len(held) / sum(held) - 1 if sum(held) else 0.0
-
-    def as_json(self) -> dict[str, object]:
-        """The numbers of the plan, as JSON types; the ownerships have ``to_json`` of their own."""
-        return {
-            "strategy": self.strategy,
-            "reload_bytes": self.reload_bytes,
-            "reload_lower_bound_bytes": self.reload_lower_bound_bytes,
-            "p2p_bytes": self.p2p_bytes,
-            "sharded_bytes": self.sharded_bytes,
-            "replicated_bytes": self.replicated_bytes,
-            "devices": [asdict(device) for device in self.devices],
-        }

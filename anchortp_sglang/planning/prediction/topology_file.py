@@ -1,4 +1,4 @@
-"""The JSON form of a topology: read with every error naming its field, written so that it reads back equal.
+"""The JSON form of a topology, read with every error naming its field.
 
 A per-device field is a number (all devices alike) or a list. ``p2p_link_bytes_per_s`` is a number or an object
 ``{"0-1": …, "0-2": …}`` with each pair of devices, either way round, once.
@@ -16,7 +16,6 @@ from anchortp_sglang.planning.prediction.topology import (
     RecoveryTimes,
     Topology,
     check_number,
-    pairs,
 )
 
 _FIELDS = ("devices", *(field.name for field in fields(Topology)))
@@ -47,23 +46,6 @@ def topology_from_json(text: str) -> Topology:
         times=RecoveryTimes(**_object("times", found["times"], _TIMES)),
         **{field: _per_device(field, found[field], devices) for field in PER_DEVICE},
     )
-
-
-def topology_to_json(topology: Topology) -> str:
-    """The text that ``topology_from_json`` reads back as an equal topology, if its links are the same both ways.
-
-    Raises InvalidTopology if they are not.
-    """
-    value: dict[str, Any] = {"name": topology.name, "devices": topology.devices}
-    for field in fields(Topology):
-        value[field.name] = getattr(topology, field.name)
-    for name in PER_DEVICE:
-        values = value[name]
-        value[name] = values[0] if len(set(values)) == 1 else list(values)
-    if isinstance(topology.p2p_link_bytes_per_s, tuple):
-        value["p2p_link_bytes_per_s"] = _pairs_of(topology)
-    value["times"] = {name: getattr(topology.times, name) for name in _TIMES}
-    return json.dumps(value, indent=2)
 
 
 def _object(field: str, value: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
@@ -108,12 +90,3 @@ def _pair(key: str, devices: int) -> tuple[int, int]:
     if not (a.isdecimal() and b.isdecimal()) or a == b or max(int(a), int(b)) >= devices:
         raise InvalidTopology(f"p2p_link_bytes_per_s.{key}: not two different devices below {devices}, as in 0-1")
     return int(a), int(b)
-
-
-def _pairs_of(topology: Topology) -> dict[str, float]:
-    for a, b in pairs(range(topology.devices)):
-        if topology.p2p_bytes_per_s(a, b) != topology.p2p_bytes_per_s(b, a):
-            raise InvalidTopology(
-                f"p2p_link_bytes_per_s[{a}][{b}]: differs from the way back; the file has no form for it"
-            )
-    return {f"{a}-{b}": topology.p2p_bytes_per_s(a, b) for a, b in combinations(range(topology.devices), 2)}

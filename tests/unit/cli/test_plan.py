@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 from places import CONFIGS
+from topology_json import topology_to_json
 from typer.testing import CliRunner
 
 from anchortp_sglang.cli.app import app
 from anchortp_sglang.planning.prediction.presets import machine
-from anchortp_sglang.planning.prediction.topology_file import topology_to_json
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 from anchortp_sglang.testing.tiny_families import FAMILIES as TINY_FAMILIES
 

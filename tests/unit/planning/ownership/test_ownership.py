@@ -4,10 +4,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planning_cases import SHAPES, model
+from planning_cases import SHAPES, model, overlap
 
 from anchortp_sglang.planning.intervals import subtract, total
-from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, kept_units, split, validate
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, split, validate
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
 
 MODELS = {heads: model(heads) for heads in SHAPES}
@@ -133,7 +133,7 @@ def test_adopting_keeps_every_unit_and_levels_the_lost_ones(given_widths: list[i
         for axis in ("q_head", "kv_head", "mlp"):
             for device in after.devices:
                 before = ownership.of(axis, ownership.devices.index(device))
-                assert kept_units(ownership, after, axis, device) == before
+                assert overlap(ownership, after, axis, device) == before
             _check_levelled(ownership, after, axis, axes.group_size if axis == "q_head" else 1)
         if after == ownership:
             break
@@ -164,8 +164,8 @@ def test_of_replicated_kv_heads_lost_queries_go_to_whoever_has_their_kv_head() -
     before = split(MODELS[6, 2], range(4))
     after = reconfigure(MODELS[6, 2], before, [0, 2, 3])
     for device in after.devices:
-        assert kept_units(before, after, "kv_head", device) == after.of("kv_head", after.devices.index(device))
-        assert kept_units(before, after, "q_head", device) == before.of("q_head", device)
+        assert overlap(before, after, "kv_head", device) == after.of("kv_head", after.devices.index(device))
+        assert overlap(before, after, "q_head", device) == before.of("q_head", device)
 
 
 def test_a_kv_head_whose_holders_all_died_is_dealt_anew() -> None:
@@ -182,8 +182,8 @@ def test_survivors_must_be_previous_devices(survivors: list[int]) -> None:
 
 def test_a_device_that_is_gone_keeps_nothing() -> None:
     before, after = split(MODELS[12, 4], range(3)), split(MODELS[12, 4], range(2))
-    assert kept_units(before, after, "mlp", 2) == ()
-    assert total(kept_units(before, after, "mlp", 0)) == 22
+    assert overlap(before, after, "mlp", 2) == ()
+    assert total(overlap(before, after, "mlp", 0)) == 22
 
 
 def test_an_ownership_is_a_value_that_survives_json() -> None:

@@ -19,6 +19,7 @@ from planning_cases import (
     materialize,
     mlp,
     model,
+    overlap,
     source_shapes,
 )
 
@@ -29,7 +30,7 @@ from anchortp_sglang.planning.layout.kv_layout import KVPlan, fit_slots, held_he
 from anchortp_sglang.planning.layout.moves import fill_moves
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
-from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, kept_units, split, validate
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, split, validate
 from anchortp_sglang.planning.placement import contiguous
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure, rotating_split
 
@@ -118,7 +119,7 @@ def test_shards_made_by_moves_are_exact_and_only_what_was_lost_is_reloaded(data:
             for layer in range(axes.num_layers):
                 for axis in axes.axes.keys() - {"vocab"}:
                     before = ownership.of(axis, ownership.devices.index(device), layer)
-                    assert kept_units(ownership, after, axis, device, layer) == before
+                    assert overlap(ownership, after, axis, device, layer) == before
         assert {move.param for move in moved if move.kind == "p2p"} <= VOCAB_PARAMS
         if after != ownership:
             _check_reloads(axes, ownership, after, moved)
