@@ -145,29 +145,20 @@ PENALTIES = (
 )
 
 
-def test_penalties_count_the_tokens_from_before_the_kill(server, unbroken):
-    """All kinds in one batch, next to requests without any."""
-    plain = [request(prompt(800 + seed, 20), 100) for seed in range(6)]
-    penalized = [request(one["input_ids"], 100, **PENALTIES[n]) for n, one in enumerate(plain[:4])]
-    without, expected = unbroken(plain), unbroken(penalized + plain[4:])
-    for number, (one, other) in enumerate(zip(without[:4], expected[:4], strict=True)):
+def penalized(unbroken):
+    plain = [request(prompt(800 + seed, 20), 100) for seed in range(4)]
+    requests = [request(one["input_ids"], 100, **PENALTIES[n]) for n, one in enumerate(plain)]
+    for number, (one, other) in enumerate(zip(unbroken(plain), unbroken(requests), strict=True)):
         assert one.output_ids != other.output_ids, f"{PENALTIES[number]} does nothing"
-    with Streams(server.url, penalized + plain[4:]) as streams:
-        streams.wait_tokens(50)
-        recovered(server, kill_rank(server, 0), "process")
-    assert_identical(expected, outcomes(streams.histories))
+    return requests
 
 
-def test_a_stop_string_across_the_kill_still_stops(server, unbroken):
-    plain = [request(prompt(820 + seed, 20), 100) for seed in range(4)]
+def stopped_by_a_string(unbroken):
+    plain = [request(prompt(820 + seed, 20), 100) for seed in range(2)]
     texts = [one.text for one in unbroken(plain)]
     requests = [request(prompt(820 + seed, 20), 100, stop=[stop_in(text)]) for seed, text in enumerate(texts)]
-    expected = unbroken(requests)
-    assert all(40 < len(one.output_ids) < 100 for one in expected), "the stop strings do not stop"
-    with Streams(server.url, requests) as streams:
-        streams.wait_tokens(40)
-        recovered(server, kill_rank(server, 2), "process")
-    assert_identical(expected, outcomes(streams.histories))
+    assert all(40 < len(one.output_ids) < 100 for one in unbroken(requests)), "the stop strings do not stop"
+    return requests
 
 
 def stop_in(text):
@@ -182,16 +173,23 @@ def stop_in(text):
 STOPS = range(0, 480, 7)  # one of them comes soon, and would come too soon
 
 
-def test_min_new_tokens_counts_the_tokens_from_before_the_kill(server, unbroken):
-    plain = [request(prompt(840 + seed, 20), 100) for seed in range(4)]
+def held_by_min_new_tokens(unbroken):
+    plain = [request(prompt(840 + seed, 20), 100) for seed in range(2)]
     early = [one.output_ids[5] for one in unbroken(plain)]  # would stop at once
     requests = [
         request(prompt(840 + seed, 20), 100, min_new_tokens=60, stop_token_ids=[token, *STOPS], ignore_eos=False)
         for seed, token in enumerate(early)
     ]
+    assert all(60 <= len(one.output_ids) < 100 for one in unbroken(requests)), "nothing stops after min_new_tokens"
+    return requests
+
+
+def test_penalties_stop_strings_and_min_new_tokens_count_the_tokens_from_before_the_kill(server, unbroken):
+    """In one batch, next to requests without any."""
+    plain = [request(prompt(860 + seed, 20), 100) for seed in range(2)]
+    requests = [*penalized(unbroken), *stopped_by_a_string(unbroken), *held_by_min_new_tokens(unbroken), *plain]
     expected = unbroken(requests)
-    assert all(60 <= len(one.output_ids) < 100 for one in expected), "nothing stops after min_new_tokens"
     with Streams(server.url, requests) as streams:
         streams.wait_tokens(30)
-        recovered(server, kill_rank(server, 1), "process")
+        recovered(server, kill_rank(server, 0), "process")
     assert_identical(expected, outcomes(streams.histories))

@@ -1,4 +1,4 @@
-"""``anchortp parity`` with real servers: it says yes, it can say no, and it passes on why a model is refused."""
+"""``anchortp parity`` with real servers: it compares, and it passes on why a model is refused."""
 
 import json
 import os
@@ -50,14 +50,6 @@ def test_heads_that_rotate_answer_as_stock_before_and_after_a_lost_device(parity
         assert [one["prefill"]["pairs"] for one in prompts] == [0, 4, 32, 127, 299]
         assert all(one["decode"]["pairs"] == 32 and one["distinct_tokens"] > 16 for one in prompts)
         assert any(one["prefill"]["max"] > 0 for one in prompts), "two different servers do not agree to the last bit"
-
-
-def test_another_checkpoint_on_the_stock_side_is_told_to_differ(parity, tmp_path):
-    other = write_checkpoint(tmp_path / "other", "qwen3", seed=1, **SHAPE)
-    done = parity("--tokens", "8", "--reference", str(other))
-    assert done.returncode == 1, done.stderr
-    assert "DIFFERENT: tokens differ in 5 of 5 answers" in done.stdout
-    assert "no, at 0" in done.stdout
 
 
 def test_a_refused_model_is_told_with_the_reason(parity, model, tmp_path):

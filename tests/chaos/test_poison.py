@@ -13,7 +13,7 @@ from histories import Unbroken, assert_identical, outcomes, prompt, request, unt
 from anchortp_sglang.testing.streams import Streams
 
 POISON = Path(__file__).parent / "poison"
-RAISES, DIES, RAISES_LATER, RAISES_SOMEWHERE = ([7, n] for n in range(1, 5))
+RAISES, DIES, RAISES_SOMEWHERE = ([7, n] for n in range(1, 4))
 """How prompts begin that poison/anchortp_poison.py makes ranks fail with."""
 GOOD = [request(prompt(2000 + seed, 30), 150) for seed in range(4)]
 
@@ -48,11 +48,10 @@ def refusal(server, body):
     ("mark", "words", "most_generations"),
     [
         (RAISES, "RuntimeError: poisoned", 4),
-        (RAISES_LATER, "RuntimeError: poisoned", 5),
         (RAISES_SOMEWHERE, "RuntimeError: poisoned somewhere", 4),
         (DIES, "", 9),
     ],
-    ids=["raises", "raises in decode", "raises without naming a request", "dies by a signal"],
+    ids=["raises", "raises without naming a request", "dies by a signal"],
 )
 def test_it_is_ended_and_the_others_go_on(poisoned, unbroken, mark, words, most_generations):
     expected = unbroken(GOOD)

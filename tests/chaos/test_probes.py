@@ -84,7 +84,7 @@ def test_readiness_is_503_in_a_recovery_and_the_others_are_not(server):
 
 
 def test_liveness_does_not_wait_behind_a_long_prefill(server):
-    with Streams(server.url, [request(prompt(4600, 6000), 2)]) as streams:
+    with Streams(server.url, [request(prompt(4600, 3000), 2)]) as streams:
         for _ in range(5):
             began = time.monotonic()
             assert ask(server, "GET", "/health")[0] == 200

@@ -64,7 +64,7 @@ def test_kept_kv_is_used_again_after_a_rank_died(server, unbroken):
     assert record["kv"]["slots_dropped"] == 0
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [3])
 def test_a_rank_killed_in_prefill_costs_no_token(server, unbroken, rank):
     expected = unbroken(SHORT)
     with LoggedStreams(server, SHORT) as streams:
@@ -74,7 +74,7 @@ def test_a_rank_killed_in_prefill_costs_no_token(server, unbroken, rank):
     check(expected, streams.histories)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0])
 def test_a_rank_killed_in_chunked_prefill_costs_no_token(server, unbroken, rank):
     """700 tokens a prompt in chunks of 128: after three chunks nobody has a token."""
     expected = unbroken(LONG)

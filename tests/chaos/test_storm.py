@@ -9,7 +9,7 @@ from anchortp_sglang.bench.storm.run import Storm
 from anchortp_sglang.bench.storm.view import summary
 from anchortp_sglang.testing.process_tree import Tree
 
-SEED, FAULTS, CLIENTS = 11, 22, 6
+SEED, FAULTS, CLIENTS = 11, 16, 6
 KINDS = "rank:kill,rank:crash,two-ranks:kill,all-ranks:kill,anchor:kill,host-anchor:kill,detokenizer:kill,spare:kill"
 VOCAB_SIZE = 512  # of the tiny checkpoint
 
@@ -27,4 +27,4 @@ def test_a_storm_costs_no_client_a_token_and_leaves_nothing_behind(server):
     for kind, counts in told["faults"].items():
         assert counts.get("effect"), f"{kind} struck nobody: {counts}"
     assert told["recoveries"] >= FAULTS // 3
-    assert told["good_requests"] >= 12 and told["bad_requests"]
+    assert told["good_requests"] >= 8 and told["bad_requests"]

@@ -11,7 +11,7 @@ from openai_calls import ask_all
 from rank_kills import RankKills
 
 pytestmark = pytest.mark.skipif(kit_list.STOCK, reason="stock SGLang ends when a rank dies")
-CALL_FAULTS = 4
+CALL_FAULTS = 2
 """Faults that must strike while the OpenAI client's calls run."""
 
 

@@ -8,8 +8,8 @@ import os
 import signal
 
 MARK = 7
-RAISE, DIE, RAISE_LATER, RAISE_SOMEWHERE = (MARK, 1), (MARK, 2), (MARK, 3), (MARK, 4)
-"""Raise; be killed by a signal; raise in a decode step; raise where the code has no single request."""
+RAISE, DIE, RAISE_SOMEWHERE = (MARK, 1), (MARK, 2), (MARK, 3)
+"""Raise; be killed by a signal; raise where the code has no single request."""
 
 
 def load() -> None:
@@ -28,11 +28,11 @@ def before_init_model_worker(*args, **kwargs) -> None:
 
 def before_run_batch(scheduler, batch, *args, **kwargs) -> None:
     for request in batch.reqs:
-        _act(tuple(request.origin_input_ids[:2]), batch.forward_mode.is_decode(), request)
+        _act(tuple(request.origin_input_ids[:2]), request)
 
 
-def _act(mark, decoding, request) -> None:
-    if mark == RAISE or (mark == RAISE_LATER and decoding):
+def _act(mark, request) -> None:
+    if mark == RAISE:
         raise RuntimeError("poisoned")
     if mark == DIE:
         os.kill(os.getpid(), signal.SIGSEGV)
