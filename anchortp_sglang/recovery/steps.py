@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchortp_sglang import start_log
+from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.base import DeviceWatch
 from anchortp_sglang.recovery.next_generation import NextGeneration, Unrecoverable
 from anchortp_sglang.recovery.processes.generation import Generation, KVUnusable, wait_dead, wait_ready
@@ -24,6 +25,8 @@ from anchortp_sglang.threads import in_thread
 log = logging.getLogger(__name__)
 
 _STALL_S = 2.0
+_LOOK_EVERY_S = 0.5
+"""How often helpers are looked at while a start may wait for one that somebody stopped."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,19 @@ class Steps:
         recovery.generation = self._next.number
         recovery.stage("planned")
         running = self._next.kept_first(ownership, inflight.open_tokens())
+        awake = asyncio.create_task(self._keep_helpers_awake())
+        try:
+            new = await self._begin(old, ownership, running, recovery, attempt)
+        finally:
+            awake.cancel()
+        await in_thread(self._on_ready, new)
+        recovery.add_ranks(new.infos)
+        return "all ranks are ready"
+
+    async def _begin(
+        self, old: Generation, ownership: Ownership, running: bytes, recovery: Recovery, attempt: Attempt
+    ) -> Generation:
+        """Fork the next generation in place of ``old``, and wait until its ranks are ready."""
         self._forking = asyncio.ensure_future(in_thread(self._next.fork, ownership, running))
         new = await self._forking
         old.close()
@@ -114,9 +130,12 @@ class Steps:
         except KVUnusable:
             self._next.kv_valid = False
             raise
-        await in_thread(self._on_ready, new)
-        recovery.add_ranks(new.infos)
-        return "all ranks are ready"
+        return new
+
+    async def _keep_helpers_awake(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await in_thread(self._processes.resume_stopped)
 
     async def replay(self, recovery: Recovery, inflight: InflightRequests, attempt: Attempt) -> str:
         """Send the open requests to the new ranks."""

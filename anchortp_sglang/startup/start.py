@@ -37,7 +37,7 @@ from anchortp_sglang.recovery.policy import Policy
 from anchortp_sglang.recovery.processes.generation import StartFailed
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
-from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote
+from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.startup.fork_guard import unfit_to_fork
@@ -167,8 +167,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         graph_batch_sizes=memory.platform.graph_batch_sizes(view),
     )
     keeper = RunDirKeeper(run_dir)
-    if metrics_folder is not None:
-        keeper.note_outside([metrics_folder])
+    keeper.note_outside([folder for folder in (metrics_folder, tile_folder()) if folder is not None])
     keeper.start()
     processes = ServerProcesses(plan, zygote, reserve, keeper)
     log.info("anchortp: %s", processes.kv_capacity(ownership))

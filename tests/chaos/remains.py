@@ -67,9 +67,9 @@ class Place:
         return {"TMPDIR": folder, "XDG_RUNTIME_DIR": folder, "PYTHONPATH": str(ROOT)}
 
     def leftovers(self) -> list[str]:
-        """Sockets and run directories."""
+        """Sockets, run directories and folders for temporary files."""
         left = [path for path in self.folder.rglob("*") if path.is_socket()]
-        return [str(path) for path in (*left, *self.folder.glob("anchortp/*"))]
+        return [str(path) for path in (*left, *self.folder.glob("anchortp/*"), *self.folder.glob("tmp*"))]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -19,6 +19,8 @@ _POLL_S = 0.5
 # Allowed growth: pools fill with use, and the first recovery imports and opens what it needs.
 _FEW = {"descriptors of main": 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
 _ALLOWED = _FEW | {"memory of all (MiB)": 256}
+_IMPORTED_MIB = 750
+"""Memory of one more interpreter that has imported SGLang: a zygote that was spawned in place of a dead one."""
 _SUMS_OF_THE_DEAD = "_0.db"
 """Suffix of the files in which http/dead_series.py adds up the series of dead ranks, one for each kind."""
 
@@ -47,19 +49,27 @@ def holdings(tree: Tree) -> Holdings:
     """Return what ``tree`` holds now."""
     main = psutil.Process(tree.server.pid)
     processes = tree.all()
+    roles = tree.roles()
+    spawned = len({_interpreter(pid) for pid in (main.pid, *roles["zygote"], *roles["reserve"])}) - 1
     figures = {
         "descriptors of main": main.num_fds(),
         "sockets of main": len(main.net_connections("all")),
         "threads of main": main.num_threads(),
         "memory of main (MiB)": main.memory_info().rss >> 20,
-        "memory of all (MiB)": total_bytes([process.pid for process in processes]) >> 20,
+        "memory of all (MiB)": (total_bytes([process.pid for process in processes]) >> 20) - _IMPORTED_MIB * spawned,
         "zombies": sum(_is_zombie(process) for process in processes),
         "files in /dev/shm": len(os.listdir("/dev/shm")),
     }
     figures |= {f"files {kind}": count for kind, count in kinds_of_files(tree.folder).items()}
     width = tree.server.status()["tp_size"]
     wanted = {"rank": width, "anchor": width, "spare": width}
-    return Holdings(figures, {role: (len(pids), wanted.get(role, 1)) for role, pids in tree.roles().items()})
+    return Holdings(figures, {role: (len(pids), wanted.get(role, 1)) for role, pids in roles.items()})
+
+
+def _interpreter(pid: int) -> str:
+    """Return where a process has the kernel's vdso: forks of one interpreter have it at one address."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return next(line.partition(" ")[0] for line in maps if line.endswith("[vdso]"))
 
 
 def kinds_of_files(folder: Path) -> Mapping[str, int]:

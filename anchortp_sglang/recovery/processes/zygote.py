@@ -187,11 +187,23 @@ def fork_zygote() -> Zygote:
     return Zygote(pid, ours, exits=exits)
 
 
+def tile_folder() -> str | None:
+    """Return this interpreter's folder for cuda.tile, which SGLang imports; None if it has not been imported.
+
+    Each interpreter makes one, and removes it at a regular exit. A zygote has no such exit: it takes main's.
+    """
+    tile = sys.modules.get("cuda.tile._cext")
+    return None if tile is None else str(tile.default_tile_context.config.temp_dir)
+
+
 def spawn_zygote() -> Zygote:
     """Start a zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     exits = Exits()
     fds = [theirs.fileno(), exits.fd]
-    process = subprocess.Popen([sys.executable, "-m", "anchortp_sglang.zygote_main", *map(str, fds)], pass_fds=fds)
+    command = [sys.executable, "-m", "anchortp_sglang.zygote_main", *map(str, fds)]
+    folder = tile_folder()
+    env = os.environ | ({} if folder is None else {"CUDA_TILE_TEMP_DIR": folder})
+    process = subprocess.Popen(command, pass_fds=fds, env=env)
     theirs.close()
     return Zygote(process.pid, ours, _SPAWN_TIMEOUT_S, exits)

@@ -102,7 +102,7 @@ def processes() -> SimpleNamespace:
     )  # fmt: skip
     return SimpleNamespace(
         plan=SimpleNamespace(platform=CpuPlatform(), graph_batch_sizes=()), anchors=anchors,
-        detokenizer=SimpleNamespace(pidfd=here), kv_capacity=lambda ownership: None,
+        detokenizer=SimpleNamespace(pidfd=here), kv_capacity=lambda ownership: None, resume_stopped=lambda: None,
     )  # fmt: skip
 
 
@@ -128,6 +128,18 @@ async def until(condition) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+def test_a_helper_that_was_stopped_goes_on_while_a_start_waits_for_it(next_generation: SlowNextGeneration) -> None:
+    async def scenario() -> None:
+        coordinator = await prepared(next_generation)
+        coordinator.processes.resume_stopped = next_generation.go.set
+        began = time.monotonic()
+        coordinator._fault("the first")
+        await until(lambda: coordinator.state.phase is Phase.SERVING)
+        assert time.monotonic() - began < 5, "it waited for as long as an anchor may take"
+
+    asyncio.run(scenario())
 
 
 def test_a_fault_while_ranks_are_forked_waits_for_that_fork_and_ends_what_it_made(
