@@ -66,12 +66,19 @@ class Answer:
         return sum(len(choice.get("output_ids", ())) for choice in self.choices.values())
 
 
+_INCOMPLETE = "\ufffd"
+
+
 def _listed(logprobs: Any) -> list[Any]:
-    """Return one entry for each token, without text_offset, which counts from the beginning of the message."""
+    """Return one entry for each token, without text_offset, which counts from the beginning of the message.
+
+    Tokens that end within a character are left out: a chat's stream has their logprobs only if text came in the same
+    chunk (serving_chat.py), so that they depend on how tokens were bundled.
+    """
     if not logprobs:
         return []
     if "content" in logprobs:
-        return list(logprobs["content"] or ())
+        return [entry for entry in logprobs["content"] or () if _INCOMPLETE not in entry["token"]]
     return [list(entry) for entry in zip(*(logprobs[k] for k in ("tokens", "token_logprobs")), strict=True)]
 
 

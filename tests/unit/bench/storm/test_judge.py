@@ -203,6 +203,17 @@ def test_openai_streams_are_joined_by_choice():
     assert ruled(CHAT, answer(chunk("abc", "stop"), chunk("xy", index=1)), expected).ruling == "wrong"  # no usage
 
 
+def test_logprobs_of_tokens_within_a_character_depend_on_how_chunks_were_cut():
+    def streamed(*tokens):
+        content = [{"token": token, "logprob": -1.0} for token in tokens]
+        choice = {"index": 0, "delta": {"content": "sea"}, "finish_reason": "stop", "logprobs": {"content": content}}
+        usage = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4, "prompt_tokens_details": None}
+        return answer({"choices": [choice], "usage": None}, {"choices": [], "usage": usage})
+
+    assert ruled(CHAT, streamed("s", "\ufffd", "ea"), streamed("s", "ea")) == RIGHT
+    assert ruled(CHAT, streamed("s", "ea", "ea"), streamed("s", "ea")).ruling == "wrong"
+
+
 # ---- leaks, and the report
 
 FIGURES = {"descriptors of main": 90, "memory of main (MiB)": 700, "zombies": 0, "files in /dev/shm": 3}
