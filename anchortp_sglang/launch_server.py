@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from anchortp_sglang import start_log
+from anchortp_sglang.anchor.outside import remove_files
 from anchortp_sglang.hooks import preload
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 from anchortp_sglang.platforms.base import Platform, describe
 from anchortp_sglang.recovery import ending
+from anchortp_sglang.recovery.processes.zygote import tile_folder
 from anchortp_sglang.startup import device, preflight
 
 log = logging.getLogger("anchortp_sglang")
@@ -42,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
 def _serve(options: AnchorOptions, argv: list[str], settings: str, platform: Platform) -> None:
     started = time.monotonic()
     print("anchortp: importing SGLang (once, for all processes) …", file=sys.stderr, flush=True)
+    ending.on_end(_remove_tile_folder)
     preload.import_sglang()
     from sglang.srt.server_args import prepare_server_args
 
@@ -92,6 +95,12 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     )
     http_server.app.add_exception_handler(NotAdmitted, answer_not_admitted)
     http_server.launch_server(server_args)
+
+
+def _remove_tile_folder() -> None:
+    """Remove what cuda.tile would remove at a regular exit."""
+    if (folder := tile_folder()) is not None:
+        remove_files([folder])
 
 
 def _end_start(runtime: Any, reason: str) -> None:
