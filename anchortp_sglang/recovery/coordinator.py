@@ -118,7 +118,7 @@ class Coordinator:
         self.stop()
         self.processes.shut_down(self._next.number)
 
-    # ---- what is asked of the server, and told to it
+    # ---- callbacks of the other parts
 
     def _serving(self) -> Generation | None:
         return self.generation if self.state.phase is Phase.SERVING else None

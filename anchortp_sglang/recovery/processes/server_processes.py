@@ -112,7 +112,7 @@ class ServerProcesses:
     # ---- what stands still
 
     def resume_stopped(self) -> None:
-        """Resume all processes except ranks that were stopped (SIGSTOP), as their memory may be needed."""
+        """Resume stopped processes (SIGSTOP), except ranks: in the worst case their memory is needed."""
         found = [(f"zygote {zygote.pid}", resume(zygote.pid, zygote.pidfd)) for zygote in self._zygotes.all()]
         found += [(f"anchor {a.pid}", resume(a.pid, a.pidfd)) for a in list(self.anchors.processes.values())]
         if self.detokenizer is not None:

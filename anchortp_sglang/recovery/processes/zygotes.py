@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 _PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 600.0
-"""Longest pause between two spawned reserves: each imports SGLang, and the last one may have failed at that."""
+"""First and longest pause between spawned reserves: each imports SGLang, and the last one may have failed at that."""
 
 
 class Zygotes:

@@ -8,7 +8,7 @@ from fastapi import HTTPException
 
 
 class ServerDown(HTTPException, ValueError):
-    """A request to a server that has given up; the text says why.
+    """The error of a request to a server that has given up; the text says why.
 
     FastAPI and SGLang's OpenAI routes (serving_base.handle_request) turn an HTTPException into its status; SGLang's
     /generate and its streams report a ValueError (http_server.serve_generate_request), with its ``status_code``.
