@@ -139,8 +139,8 @@ def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: 
 def before_add_request_to_queue(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: a client that has tokens has the input's logprobs, too.
 
-    Where logprobs are wanted no kept KV is used (``Req._compute_max_prefix_len``), so their start is set after all
-    tokens. handle_generate_request sets it after the request is made, and accepts none after the prompt.
+    No kept KV is used after the start of the wanted logprobs (``Req._compute_max_prefix_len``), so this start is set
+    behind all tokens. handle_generate_request sets it after the request is made, and accepts none after the prompt.
     """
     if getattr(req, "anchortp_resumed_at", None) and req.return_logprob and req.output_ids:
         req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)

@@ -27,7 +27,7 @@ def absorbed(attention: Any, forward_batch: Any) -> Any:
 
 
 def register() -> None:
-    """Register it in a process without our hooks."""
+    """Register ``absorbed`` in a process without our hooks."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
 
     AttentionBackendRegistry.register(BACKEND, absorbed)

@@ -38,9 +38,7 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
-    """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: forget what the slots of these pages hold, as in
-    ``before_free``.
-    """
+    """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: forget what their slots hold, like ``before_free``."""
     attachment = current()
     if attachment is None or attachment.prefixes.table is None:
         return
