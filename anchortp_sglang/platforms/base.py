@@ -84,9 +84,7 @@ class Platform(Protocol):
 
     @property
     def lazy_memory(self) -> bool:
-        """Whether memory is taken page by page when first touched. Else a model must be built as a skeleton, without
-        any.
-        """
+        """Whether memory is taken page by page when first touched. Else a model is built as a skeleton."""
 
     @property
     def new_memory_is_zero(self) -> bool:

@@ -165,7 +165,7 @@ def _repeated(state: State, event: Event) -> tuple[EventKind, str, State]:
 def back_off_s(state: State) -> float:
     """Return the seconds to wait before the next start.
 
-    None at first; longer while attempts are cut short, or recoveries get no client a token.
+    No wait at first; longer while attempts are cut short, or recoveries get no client a token.
     """
     beyond = max(state.fruitless, state.aborts) - FREE_FAULTS
     return min(BACK_OFF_S * 2.0 ** (beyond - 1), LONGEST_BACK_OFF_S) if beyond > 0 else 0.0
@@ -216,8 +216,7 @@ NO_DEVICE = -1
 
 
 def judge(evidence: Sequence[DeviceEvidence], reason: str) -> Verdict:
-    """Judge whether a process or a device failed. A device is lost if its anchor, which held its memory, died, or its
-    GPU.
+    """Judge whether a process or a device failed. A device is lost with its anchor, which held its memory, or its GPU.
 
     The order in which rank and anchor died does not matter. Without a culprit (a dead detokenizer, a batch that
     contradicts what clients have) it is a process failure with ``reason``.

@@ -147,9 +147,7 @@ def whole_layout(model: ModelAxes, rows: int, unit_bytes: int) -> KVLayout:
 
 
 def kv_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership) -> tuple[KVMove, ...]:
-    """Return what fills a rank's new KV segment: from its device's old one, from another survivor's, or from the
-    mirror.
-    """
+    """Return what fills a rank's new KV segment, from its device's old one, a survivor's, or the mirror."""
     return _merged([tuple(_layer_moves(model, new, rank, old, layer)) for layer in range(model.num_layers)])
 
 

@@ -14,9 +14,7 @@ ALWAYS = 1e9
 
 
 def priced_rounding(layers: Sequence[LayerKind], totals: Sequence[int]) -> list[RoundedUp]:
-    """Choose the devices rounded up in each of ``layers``, given by their kinds; device ``d`` is in ``totals[d]`` of
-    them.
-    """
+    """Choose the devices rounded up in each of ``layers`` (their kinds): device ``d`` in ``totals[d]`` of them."""
     due = [total / len(layers) for total in totals]
     prices = _prices(layers, due)
     missing = list(totals)

@@ -20,8 +20,7 @@ ROTATING = ("q_head", "kv_head", "expert")
 
 
 def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
-    """Split each layer contiguously, in device order; heads and whole experts that do not divide rotate over the
-    layers.
+    """Split each layer contiguously, in device order; heads and whole experts that do not divide rotate.
 
     Over all layers each device then has its due to within one of them. Raises InvalidOwnership if there are too few
     units for so many devices.

@@ -36,9 +36,7 @@ class LayerKind:
         return kept
 
     def best(self, prices: Sequence[float] | None = None) -> tuple[float, RoundedUp]:
-        """Find the best rounding of a layer: most kept units, less the prices of devices rounded up. Return (value,
-        rounding).
-        """
+        """Find the most kept units, less the prices of devices rounded up, and the rounding that keeps them."""
         values: list[float] = [0, *(NEVER for _ in range(self.extra))]
         choices: list[tuple[list[float], list[float]]] = []
         for price, down, up in zip(prices or [0] * len(self.up), self.down, self.up, strict=True):

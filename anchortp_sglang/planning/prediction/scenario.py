@@ -52,7 +52,5 @@ def answer_all(scenario: Scenario, changes: Sequence[Change]) -> tuple[WhatIf, .
 
 
 def predicted_makespan(topology: Topology) -> Callable[[MigrationPlan], float]:
-    """Return what "auto" compares: seconds until all bytes have moved, to the microsecond so that rounding does not
-    decide.
-    """
+    """Return what "auto" compares: seconds until all bytes have moved, rounded to the microsecond."""
     return lambda plan: round(schedule(topology, plan.transfers).makespan_s, 6)

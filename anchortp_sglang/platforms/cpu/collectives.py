@@ -53,7 +53,7 @@ class SharedMemoryGroup:
     """
 
     def __init__(self, buffer: object, rank: int, world_size: int, lane: Lane = Lane.TENSORS) -> None:
-        """Join the group. Raises RuntimeError on a machine that futex.supported() refuses, ValueError for a wrong size."""
+        """Join the group. Raises RuntimeError where futex.supported() is false, ValueError for a wrong size."""
         if not futex.supported():
             raise RuntimeError("shared-memory collectives rely on the store order of x86-64, on Linux")
         memory = memoryview(buffer).cast("B")  # type: ignore[arg-type]

@@ -47,8 +47,7 @@ def wake(address: int) -> None:
 
 
 def sleep_while(address: int, value: int) -> None:
-    """Sleep until woken, at most a second, and only if the word at ``address`` still holds the low 32 bits of
-    ``value``.
+    """Sleep until woken, at most a second, if the word at ``address`` still holds ``value`` (low 32 bits).
 
     May return early: read the word again.
     """

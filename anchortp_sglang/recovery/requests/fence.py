@@ -59,8 +59,8 @@ class FenceLine:
     async def watch(self, processes: ServerProcesses, serving: Callable[[], bool]) -> None:
         """Ping the detokenizer while ``serving`` and clients wait for tokens.
 
-        After one unanswered ping it may be stopped, and is resumed; after ``_UNANSWERED`` it is killed. Pings are
-        counted, not seconds: while main itself does not run, it does not ping.
+        After one unanswered ping the detokenizer may be stopped, so it is resumed; after ``_UNANSWERED`` it is killed.
+        Pings are counted, not seconds: while main itself does not run, it does not ping.
         """
         while True:
             await asyncio.sleep(_PING_EVERY_S)

@@ -241,9 +241,7 @@ class InflightRequests:
                 self._send(self._control[kind])
 
     def _abort(self, message: AbortReq) -> None:
-        """End requests that are not with the ranks; tell ranks of the others (``Scheduler.abort_request`` matches
-        prefixes).
-        """
+        """End requests that are not with the ranks; tell ranks of the others (``abort_request`` takes prefixes)."""
         matching = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
         here = set(matching) if self.outage else set(self.isolation.waiting).intersection(matching)
         for rid in here:

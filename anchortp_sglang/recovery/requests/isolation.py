@@ -1,4 +1,4 @@
-"""Decides which open requests go to a new generation, and when: requests that ranks keep dying with are isolated.
+"""Decides which open requests go to a new generation, and when; isolates requests that ranks keep dying with.
 
 A replay is a hypothesis. A request that was with the ranks in two faults in a row, and got next to no tokens, is a
 suspect: it waits until the others go on, and is then tried in groups that halve with each further fault, until one is
