@@ -1,4 +1,4 @@
-"""``anchortp plan``: what losing or regaining devices would cost. Needs no GPU and no server.
+"""``anchortp plan``: predicts the cost of losing or regaining devices. Needs no GPU and no server.
 
 Imports neither SGLang nor torch, so that it answers at once.
 """
@@ -31,7 +31,7 @@ MOST_DEVICES = 4096
 
 
 class StrategyChoice(StrEnum):
-    """How the next ownership is made; ``auto`` takes the one that is predicted to be done first."""
+    """How the next ownership is made; ``auto`` takes the strategy that is predicted to finish first."""
 
     AUTO = "auto"
     CONTIGUOUS = "contiguous"
@@ -46,7 +46,7 @@ class ExpertSplit(StrEnum):
 
 
 class BadInput(ValueError):
-    """The command cannot be answered as it was given; the text names the option or field."""
+    """A command that cannot be answered; the text names the option or field."""
 
 
 def plan(
@@ -116,9 +116,9 @@ def plan(
 
 
 def read_model(path: Path, experts: str, dtype: str | None = None) -> PlanModel:
-    """Read a config.json, or a checkpoint's folder, as a server would; an index beside it must fit.
+    """Read a config.json, or a checkpoint's folder, as a server would. An index beside it must fit.
 
-    Raises BadInput for a file that cannot be read, UnsupportedModel for what it says.
+    Raises BadInput for a file that cannot be read, UnsupportedModel for a model that is not supported.
     """
     file = path / CONFIG if path.is_dir() else path
     config = _read_json("--model", file)
@@ -136,7 +136,7 @@ def read_model(path: Path, experts: str, dtype: str | None = None) -> PlanModel:
 
 
 def read_topology(name: str, devices: int) -> Topology:
-    """A topology file, or a ready-made one, for so many devices. Raises InvalidTopology or BadInput."""
+    """Read a topology file, or take a ready-made one, for ``devices`` devices. Raises InvalidTopology or BadInput."""
     path = Path(name)
     if name.lower() not in (known.lower() for known in MACHINES) and (path.exists() or path.suffix == ".json"):
         return topology_from_json(_read_text("--topology", path)).resized(devices)
@@ -190,7 +190,7 @@ def _answer_json(answer: WhatIf | str) -> dict[str, object]:
 
 
 def _chain_json(answers: Sequence[WhatIf]) -> dict[str, object]:
-    """The last change's answer; with several changes, also all of them under "steps"."""
+    """Return the last change's answer; with several changes, also all of them under "steps"."""
     last = answers[-1].as_json()
     return last if len(answers) == 1 else last | {"steps": [answer.as_json() for answer in answers]}
 

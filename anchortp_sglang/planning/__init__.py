@@ -1,1 +1,1 @@
-"""Who holds which part of a model, and what must move when that changes. Pure: values in, values out."""
+"""Plans which device holds which part of a model, and what must move when that changes. Pure: values in, values out."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 Intervals = tuple[tuple[int, int], ...]
-"""Half-open ``(start, stop)`` runs: sorted, disjoint, coalesced. A rank lays its units out in this order."""
+"""Half-open ``(start, stop)`` runs: sorted, disjoint, coalesced. A rank stores its units in this order."""
 
 
 def normalize(runs: Iterable[tuple[int, int]]) -> Intervals:
-    """The canonical form of a union of runs; empty runs vanish.
+    """Return the union of some runs in canonical form; empty runs vanish.
 
     Raises ValueError for a run that is reversed or starts below zero.
     """
@@ -25,17 +25,17 @@ def normalize(runs: Iterable[tuple[int, int]]) -> Intervals:
 
 
 def total(runs: Intervals) -> int:
-    """How many units the runs hold."""
+    """Count the units in the runs."""
     return sum(stop - start for start, stop in runs)
 
 
 def intersect(left: Intervals, right: Intervals) -> Intervals:
-    """Units in both."""
+    """Return the units that are in both."""
     return normalize((max(a, c), min(b, d)) for a, b in left for c, d in right if max(a, c) < min(b, d))
 
 
 def subtract(left: Intervals, right: Intervals) -> Intervals:
-    """Units in ``left`` and not in ``right``."""
+    """Return the units in ``left`` and not in ``right``."""
     rest: list[tuple[int, int]] = []
     for start, stop in left:
         for taken_start, taken_stop in right:
@@ -49,12 +49,12 @@ def subtract(left: Intervals, right: Intervals) -> Intervals:
 
 
 def scale(runs: Intervals, factor: int) -> Intervals:
-    """The same runs counted in a unit ``factor`` times smaller."""
+    """Count the same runs in a unit ``factor`` times smaller."""
     return tuple((start * factor, stop * factor) for start, stop in runs)
 
 
 def locate(runs: Intervals, unit: int) -> int:
-    """Where ``unit`` lies in a rank's own layout of ``runs``. Raises ValueError if it is not held."""
+    """Return the position of ``unit`` among the units of ``runs``. Raises ValueError if it is not one of them."""
     before = 0
     for start, stop in runs:
         if start <= unit < stop:
@@ -64,7 +64,7 @@ def locate(runs: Intervals, unit: int) -> int:
 
 
 def deal(runs: Intervals, counts: Sequence[int]) -> tuple[Intervals, ...]:
-    """Hand the units out in order: the first ``counts[0]`` units, the next ``counts[1]``, and so on.
+    """Deal the units in order: the first ``counts[0]`` units, the next ``counts[1]``, and so on.
 
     Raises ValueError unless the counts add up to all units.
     """

@@ -1,9 +1,9 @@
-"""What the rest asks of CPU and CUDA: the interface that ``platforms/cpu`` and ``platforms/cuda`` implement.
+"""The interface between the rest and a platform, which ``platforms/cpu`` and ``platforms/cuda`` implement.
 
 A server's platform is chosen once, before SGLang is imported (``startup.device.choose_platform``). The server plan and
-each rank's assignment carry it, pickled. Nothing outside ``platforms/`` asks which one it is: what differs is a
-question of ``Platform``. Imports neither SGLang nor torch, and no module of an implementation may either when it is
-imported, but for those that only ranks need.
+each rank's assignment carry it, pickled. Nothing outside ``platforms/`` asks which one it is: every difference is a
+question of ``Platform``. Imports neither SGLang nor torch; of an implementation only modules that ranks alone need may
+import them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["Defaults", "DeviceWatch", "MemoryPlan", "Platform", "describe"]
 class Platform(Protocol):
     """One kind of device. Implementations are frozen, small, equal if their fields are, and can be pickled.
 
-    Devices are numbered from 0. Until ``plan_memory`` a platform does not know what they are, and answers only what is
-    asked before that.
+    Devices are numbered from 0. A platform learns what they are in ``plan_memory``; before that it answers only what is
+    needed earlier.
     """
 
     # ---- before SGLang is imported, in main
@@ -42,7 +42,7 @@ class Platform(Protocol):
         """What flags may say about the device."""
 
     def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
-        """Work out what SGLang must be told. What is in ``given`` (by ServerArgs field) or ``environ`` stays.
+        """Work out the settings that SGLang needs. Values in ``given`` (by ServerArgs field) or ``environ`` stay.
 
         Changes nothing. Raises ValueError for the operator.
         """
@@ -52,37 +52,39 @@ class Platform(Protocol):
     def plan_memory(
         self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
     ) -> MemoryPlan:
-        """Decide what each device is, how many KV slots there are, and whether there is a mirror of them.
+        """Decide what each device is, the number of KV slots, and whether there is a mirror.
 
-        ``view``: SGLang's resolved arguments. ``spreads_experts``: experts are dealt by counts. Raises ValueError for
-        what does not fit or is not supported.
+        ``view``: SGLang's resolved arguments. ``spreads_experts``: experts are dealt by counts. Raises ValueError for a
+        plan that does not fit or is not supported.
         """
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """Names the devices: anchors of a server with others must not be taken over."""
+        """Names of the devices: anchors of a server with other devices must not be taken over."""
 
     @property
     def rank_overrides(self) -> Mapping[str, Any]:
         """ServerArgs that ranks start with, whatever the operator asks for."""
 
     def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
-        """Batch sizes for which ranks shall capture decode graphs; none if they stay eager. ``view``: as above."""
+        """Return the batch sizes for which ranks capture decode graphs; none if they stay eager. ``view``: as above."""
 
     # ---- memory
 
     def arena(self, device: int) -> ArenaSpec:
-        """The arena that the device's anchor makes. (The host anchor's is HOST_MEMORY everywhere.)"""
+        """Return the arena that the device's anchor makes. (The host anchor's is HOST_MEMORY everywhere.)"""
 
     @property
     def maps_parts(self) -> bool:
-        """Whether pages of several segments can be mapped as one: then a shard's bytes stay where they are when it
-        changes. Else segments are mapped whole, and a shard that changes is copied."""
+        """Whether pages of several segments can be mapped as one.
+
+        If so, a shard's bytes stay in place when it changes. Else segments are mapped whole, and a changed shard is
+        copied.
+        """
 
     @property
     def lazy_memory(self) -> bool:
-        """Whether memory is taken page by page when it is touched first. Else a model must be built without any, as a
-        skeleton."""
+        """Whether memory is taken page by page when first touched. Else a model is built as a skeleton."""
 
     @property
     def new_memory_is_zero(self) -> bool:
@@ -94,34 +96,38 @@ class Platform(Protocol):
 
     @property
     def moves_kv(self) -> bool:
-        """Whether KV can be copied between devices and from the mirror. Else it stays in place, or goes when the heads
-        that a device holds change."""
+        """Whether KV can be copied between devices and from the mirror.
+
+        Else it stays in place, and is dropped when the heads that a device holds change.
+        """
 
     # ---- inside a rank
 
     def byte_tensor(self, device: int, parts: Sequence[Part]) -> tuple[torch.Tensor, Callable[[], None]]:
         """Map parts of segments of any device one after the other, for use by a rank on ``device``.
 
-        Returns a tensor of their bytes (uint8) and what ends the mapping, to be called when the tensor is no longer
-        used. Unless ``maps_parts`` it takes one part, a whole segment. Raises OSError or ArenaError.
+        Returns a tensor of their bytes (uint8) and a function that ends the mapping, to be called when the tensor is no
+        longer used. Unless ``maps_parts`` it takes one part, a whole segment. Raises OSError or ArenaError.
         """
 
     def mover(self, device: int, open_writer: Callable[[], Write]) -> Mover:
-        """Make a mover that fills a shard on ``device``. ``open_writer``: opens a way past the mapping of the shard, if
-        the mover wants it."""
+        """Make a mover that fills a shard on ``device``.
+
+        ``open_writer`` opens a way to write past the mapping of the shard, which the mover may use.
+        """
 
     def gpu_id(self, device: int, rank: int) -> int:
-        """The ordinal that SGLang gets for a rank on ``device``. To be asked before SGLang touches the device."""
+        """Return the ordinal that SGLang gets for a rank on ``device``. Call it before SGLang touches the device."""
 
     def make_collectives(self, buffer: object, rank: int, world_size: int, on_progress: Callable[[], None]) -> Any:
-        """Make what takes the place of SGLang's collectives, in the scheduler's thread, before process groups are made.
+        """Make replacements for SGLang's collectives; in the scheduler's thread, before process groups are made.
 
         Returns what the attachment holds for the platform's hooks; None where SGLang's stay. ``buffer``:
-        ``collectives_bytes(world_size)`` of shared memory, zeroed. ``on_progress``: called in each of them.
+        ``collectives_bytes(world_size)`` of shared memory, zeroed. ``on_progress`` is called in each collective.
         """
 
     def collectives_bytes(self, world_size: int) -> int:
-        """Bytes of host memory that the collectives of a generation share."""
+        """Return the bytes of host memory that the collectives of a generation share."""
 
     def wait_for_forward(self) -> None:
         """Wait until the forward pass that has returned is complete on this rank's device. Called in every step."""
@@ -133,7 +139,7 @@ class Platform(Protocol):
         """Whether spare ranks may form the next generation's process group ahead of a fault."""
 
     def watch(self, on_fault: Callable[[str], None]) -> DeviceWatch:
-        """Make what notices lost devices whose anchors live. ``on_fault``: called on the event loop, with a reason."""
+        """Make a watch for lost devices whose anchors live. ``on_fault`` is called on the event loop, with a reason."""
 
 
 class DeviceWatch(Protocol):
@@ -141,10 +147,10 @@ class DeviceWatch(Protocol):
 
     @property
     def errors(self) -> Mapping[int, str]:
-        """Device -> why it is lost, for good."""
+        """Reasons of devices that are lost for good, by device."""
 
     async def watch(self) -> None:
-        """Follow the devices as long as the server runs; returns at once if there is nothing to follow."""
+        """Follow the devices as long as the server runs; return at once if there is nothing to follow."""
 
     async def probe(self) -> None:
         """Ask each device whether it still answers, and note those that do not. Reports no fault."""
@@ -152,7 +158,7 @@ class DeviceWatch(Protocol):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What ``plan_memory`` has decided. ``platform``: the same one, which now knows what each device is.
+    """The result of ``plan_memory``. ``platform``: the same one, which now knows what each device is.
 
     ``kv``: the most slots that any generation has. ``mirror``: None without one; ``mirror_said``: why, or how large.
     """
@@ -165,7 +171,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Additions only: ``env`` for os.environ, before SGLang is imported; ``flags`` by ServerArgs field."""
+    """Settings to add: ``env`` for os.environ, before SGLang is imported; ``flags`` by ServerArgs field."""
 
     env: dict[str, str]
     flags: dict[str, object]
@@ -173,7 +179,7 @@ class Defaults:
 
 
 def describe(defaults: Defaults) -> str:
-    """Say in one line for the log what was set, as a user would have written it."""
+    """Describe in one line for the log what was set, as a user would have written it."""
     env = [f"{name}={value}" for name, value in defaults.env.items()]
     flags = [_as_option(name, value) for name, value in defaults.flags.items()]
     return f"{defaults.title}: " + (" ".join(env + flags) or "nothing, all of it was given")

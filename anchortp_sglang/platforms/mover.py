@@ -1,6 +1,6 @@
-"""How bytes come into a rank's shard: the interface of all movers.
+"""The interface of movers, which bring bytes into a rank's shard.
 
-A mover may work behind its caller's back; what was asked of it is done when its ``with`` block has been left.
+A mover may work asynchronously; all its work is done when its ``with`` block has been left.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,10 @@ import torch
 
 @dataclass
 class Moved:
-    """What a mover has done, for the log. Seconds count from its start; ``layer_ready_s`` by layer, None for what
-    belongs to no layer."""
+    """What a mover has done, for the log.
+
+    Seconds count from its start; ``layer_ready_s`` is by layer, None for what belongs to no layer.
+    """
 
     loaded_bytes: int = 0
     copied_bytes: int = 0
@@ -31,30 +33,32 @@ class Moved:
 
 
 class Mover(AbstractContextManager["Mover"], Protocol):
-    """Fills parts of a device's memory. Targets may be strided; a call's tensors agree in shape, and
-    but for loads in dtype."""
+    """Fills parts of a device's memory.
+
+    Targets may be strided; the tensors of a call agree in shape and, except for loads, in dtype.
+    """
 
     moved: Moved
 
     def load(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """From host memory, which may be given away at once."""
+        """Load from host memory, which may be reused at once."""
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """From device memory, this device's or a peer's, which stays as it is until the end of the block."""
+        """Copy from memory of this device or a peer, which must not change until the end of the block."""
 
     def clear(self, into: torch.Tensor) -> None:
-        """Zeros, in memory that nothing else was ever written to."""
+        """Zero memory that nothing else was ever written to."""
 
     def layer_done(self, layer: int | None) -> None:
-        """All of a layer has been asked for: note when it is there."""
+        """Note that all of a layer has been requested, to record when it is there."""
 
 
 Write = Callable[[torch.Tensor, memoryview], None]
-"""Puts bytes where a tensor, contiguous and of as many, has its own."""
+"""Writes bytes to the memory of a contiguous tensor of the same size."""
 
 
 def pieces(into: torch.Tensor, source: torch.Tensor, limit_bytes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same parts of both, none larger than ``limit_bytes`` (or than an element), the outermost dimension halved."""
+    """Split both tensors alike into parts of at most ``limit_bytes`` (or one element), by halving outer dimensions."""
     if into.nbytes <= limit_bytes or into.numel() == 1:
         yield into, source
         return

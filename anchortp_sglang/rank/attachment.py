@@ -128,7 +128,7 @@ class Attachment:
         return self._kv_bytes
 
     def kv_memory(self) -> memoryview:
-        """Return the same for host code. Only where the platform has it in host memory."""
+        """Return this rank's KV segment for host code. Only where the platform has it in host memory."""
         return memoryview(self.kv_tensor().numpy())
 
     @property
@@ -180,8 +180,9 @@ class Attachment:
     def shard_writer(self, device: int, shard: ShardExtents) -> Iterator[Callable[[int, memoryview], None]]:
         """Yield, for the time of a block, a function that writes bytes at an offset of a shard in host memory.
 
-        It writes past all mappings, as pages that are new to the kernel cost less so, and raises RuntimeError outside
-        of what was added for the shard: the rest is to stay as it is."""
+        It writes past all mappings, which is cheaper for pages that are new to the kernel. It raises RuntimeError
+        outside of what was added for the shard, as the rest must stay.
+        """
         fd = self._open(device, shard.added).fd
 
         def write(start: int, data: memoryview) -> None:

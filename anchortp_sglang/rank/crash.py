@@ -1,4 +1,4 @@
-"""What a rank that fails by an exception says of it: the words, and the requests that it was busy with."""
+"""Describes the exception that ends a rank: its text, and the requests that the rank was working on."""
 
 import traceback
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def describe(error: BaseException) -> Crash:
 
 
 def _innermost_requests(frames: Sequence[FrameType]) -> set[str]:
-    """Of the innermost frame that has a request in a variable, or else of the innermost one that has a batch."""
+    """Find the requests of the innermost frame with one in a variable, else of the innermost frame with a batch."""
     for look in (_single, _batched):
         for frame in reversed(frames):
             if found := {rid for value in _sglang_objects(frame) for rid in look(value)}:
@@ -51,7 +51,7 @@ def _single(value: Any) -> Iterator[str]:
 
 
 def _batched(value: Any) -> Iterator[str]:
-    """Requests of a ScheduleBatch (``reqs``) or of a batch message (``batch``)."""
+    """Yield the requests of a ScheduleBatch (``reqs``) or of a batch message (``batch``)."""
     for name in ("reqs", "batch"):
         members = getattr(value, name, None)
         if isinstance(members, list):

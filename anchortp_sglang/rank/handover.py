@@ -1,7 +1,7 @@
 """Hands a rank's descriptors of its memory to main, on the pipe that the rank was forked with.
 
-The pipe is a socket pair that no other process can reach. A thread of the rank answers (``answer_on``) what main asks
-(``ask``).
+The pipe is a socket pair that no other process can reach. Main asks with ``ask``; a thread of the rank answers
+(``answer_on``).
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 
 _NUMBER = struct.Struct("i")
-"""A request: a descriptor's number in the rank. With it comes a socket for the answer, which is the descriptor, or the
-socket's end; so an answer that comes too late meets nobody, and what ranks say on the pipe is left alone."""
+"""A request: a descriptor's number in the rank, sent with a socket for the answer. The answer is the descriptor, or the
+end of that socket. So a late answer has no receiver, and the messages of ranks on the pipe are untouched."""
 
 _READ_BYTES = 4096
 ANSWER_TIMEOUT_S = 2.0
 
 
 def answer_on(pipe: Connection, descriptors: Callable[[], Collection[int]]) -> None:
-    """In a rank to which main has nothing more to say: hand out those of ``descriptors()``, and no others.
+    """Hand out the descriptors in ``descriptors()``, and no others; for a rank whose pipe main uses for nothing else.
 
-    A blocked thread, whatever the rank's own is at, unless the process is stopped or keeps Python's lock.
+    A blocked thread of its own answers whatever the rank does, unless the process is stopped or holds the GIL.
     """
     sock = socket.socket(fileno=os.dup(pipe.fileno()))
     threading.Thread(target=_answer, args=(sock, descriptors), name="anchortp-handover", daemon=True).start()
@@ -35,7 +35,7 @@ def _answer(sock: socket.socket, descriptors: Callable[[], Collection[int]]) -> 
         received, fds, _, _ = socket.recv_fds(sock, _READ_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         if not received:
             return  # main is gone
-        request = received[-_NUMBER.size :]  # a read ends with what a descriptor came with
+        request = received[-_NUMBER.size :]  # a read ends at the data that carries a descriptor
         for fd in fds:
             with contextlib.suppress(OSError, struct.error), socket.socket(fileno=fd) as answer:
                 (number,) = _NUMBER.unpack(request)
@@ -44,7 +44,7 @@ def _answer(sock: socket.socket, descriptors: Callable[[], Collection[int]]) -> 
 
 
 def ask(pipe: Connection, number: int, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
-    """A duplicate of descriptor ``number`` of the rank at the other end. Raises OSError."""
+    """Ask the rank at the other end for a duplicate of its descriptor ``number``. Raises OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs, socket.socket(fileno=os.dup(pipe.fileno())) as sock:

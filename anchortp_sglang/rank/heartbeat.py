@@ -1,7 +1,7 @@
 """Shows main that a rank works: counters in shared memory that the rank moves.
 
-One per rank, moved by every turn of its scheduler loop and by every all-reduce, tells hung from busy. Three more are
-rank 0's: what resumed requests could reuse, and whether its decode graphs are captured.
+Each rank has one, moved by every turn of its scheduler loop and every all-reduce, which tells hung from busy. Three
+more are rank 0's: the tokens that resumed requests reused and recomputed, and whether its decode graphs are captured.
 """
 
 import mmap
@@ -27,7 +27,7 @@ class Counters:
 
     @contextmanager
     def beating(self, limit_s: float, every_s: float = 1.0) -> Iterator[None]:
-        """Beat meanwhile, for something long that makes no steps; not after ``limit_s``, when it counts as hung."""
+        """Beat during long work that makes no steps; not after ``limit_s``, when it counts as hung."""
         done = threading.Event()
 
         def beat_on() -> None:

@@ -1,7 +1,7 @@
 """Runs a rank: its entry point, the gate of its generation, the seeding of resumed requests.
 
-Stands in for ``run_scheduler_process`` (managers/scheduler.py), which answers an exception with SIGQUIT to its
-parent: here that is the zygote. A rank that fails says so on its pipe and dies; the coordinator sees its pidfd.
+Replaces ``run_scheduler_process`` (managers/scheduler.py), which answers an exception with SIGQUIT to its parent: here
+that is the zygote. A rank that fails reports it on its pipe and dies; the coordinator sees its pidfd.
 """
 
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankSpec:
-    """All that turns a forked process into rank ``assignment.rank``."""
+    """What a forked process needs to become rank ``assignment.rank``."""
 
     assignment: Assignment
     server_args: Any
@@ -34,9 +34,9 @@ class RankSpec:
 
 
 def run(spec: RankSpec, pipe: Connection) -> None:
-    """Be one rank until killed.
+    """Run one rank until it is killed.
 
-    Sends ("ready", info), ("unrestored", text) or ("failed", text) to main; after "ready" a Crash, if it comes to that.
+    Sends ("ready", info), ("unrestored", text) or ("failed", text) to main; after "ready", a Crash if it fails.
     """
     stamps = Stamps()
     try:
@@ -79,7 +79,7 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     if kv_kept_at:
         stamps.taken["kv_kept"] = kv_kept_at
     return scheduler, {
-        "scheduler": scheduler.get_init_info(),  # SGLang's own, which /server_info shows to everybody
+        "scheduler": scheduler.get_init_info(),  # SGLang's own, which /server_info shows
         "rank": assignment.rank,
         "device": assignment.device,
         "moved_bytes": filler.moved,
@@ -128,7 +128,7 @@ def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] 
 
 
 def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> Any:
-    """AFTER Scheduler._create_generation_req: the state that a request had when its last token was delivered."""
+    """AFTER Scheduler._create_generation_req: restore a request's state at its last delivered token."""
     if isinstance(received, Resume):
         req.anchortp_resumed_at = len(req.origin_input_ids) + len(received.delivered)
         if received.delivered:
@@ -139,8 +139,8 @@ def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: 
 def before_add_request_to_queue(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: a client that has tokens has the input's logprobs, too.
 
-    From where logprobs are wanted no kept KV is used (``Req._compute_max_prefix_len``), so that start is set behind all
-    there is. handle_generate_request sets it after the request is made, and takes none behind the prompt.
+    No kept KV is used after the start of the wanted logprobs (``Req._compute_max_prefix_len``), so this start is set
+    behind all tokens. handle_generate_request sets it after the request is made, and accepts none after the prompt.
     """
     if getattr(req, "anchortp_resumed_at", None) and req.return_logprob and req.output_ids:
         req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)
@@ -151,8 +151,8 @@ def _seed(scheduler: Any, req: Any, received: Resume) -> None:
     req.output_ids.extend(received.delivered)
     req.send_token_offset = delivered
     req.send_decode_id_offset = min(CONTEXT_TOKENS, len(req.origin_input_ids_unpadded)) + delivered
-    # As after a retraction: origin + output are prefilled again (refresh_fill_ids). The stain freezes
-    # cached_tokens, which the client has been told already.
+    # As after a retraction: origin + output are prefilled again (refresh_fill_ids). The stain freezes cached_tokens,
+    # which the client has received already.
     req.retracted_stain = req.is_retracted = True
     req.cached_tokens = received.cached_tokens
     if req.return_logprob:
@@ -161,7 +161,7 @@ def _seed(scheduler: Any, req: Any, received: Resume) -> None:
 
 
 def _seed_logprobs(req: Any, delivered: int) -> None:
-    """Lists are sliced by output index when sent: pad what was delivered, and never send input logprobs again."""
+    """Pad output logprobs of delivered tokens: lists are sliced by output index. Never resend input logprobs."""
     req.input_logprob_sent = True
     logprob = req.logprob
     logprob.input_token_logprobs_val = logprob.input_token_logprobs_val or []
@@ -173,7 +173,7 @@ def _seed_logprobs(req: Any, delivered: int) -> None:
 
 
 def before_process_batch_result_prefill(processor: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE SchedulerBatchResultProcessor.process_batch_result_prefill: what resumed requests reused is counted."""
+    """BEFORE SchedulerBatchResultProcessor.process_batch_result_prefill: count what resumed requests reused."""
     attachment = current()
     if attachment is None or attachment.assignment.rank != 0:
         return

@@ -14,7 +14,7 @@ class Resume(TokenizedGenerateReqInput, kw_only=True):
 
 
 class GenerationStart(BaseReq, kw_only=True):
-    """First message of a generation: rank 0 drops whatever arrived before it, meant for its dead predecessor."""
+    """First message of a generation: rank 0 drops earlier arrivals, which were meant for its dead predecessor."""
 
     generation: int
 
@@ -34,17 +34,17 @@ class Fence(BaseReq, kw_only=True):
 
 
 class Ping(BaseReq, kw_only=True):
-    """main -> detokenizer -> TokenizerManager: whether the detokenizer answers."""
+    """main -> detokenizer -> TokenizerManager: checks that the detokenizer answers."""
 
     number: int
 
 
 class Reseed(BaseReq, kw_only=True):
-    """main -> a new detokenizer: how far its predecessor had come with each request that delivered tokens.
+    """main -> a new detokenizer: its predecessor's progress with each request that has delivered tokens.
 
-    ``decode_ids``: as in SGLang's DecodeStatus, the last prompt tokens (``context_tokens`` of them), then the
-    delivered ones. ``sent_chars``: characters of text that TokenizerManager holds. ``skip_special``,
-    ``space_special``: the request's skip_special_tokens and spaces_between_special_tokens.
+    ``decode_ids``: as in SGLang's DecodeStatus, the last prompt tokens (``context_tokens`` of them), then the delivered
+    ones. ``sent_chars``: characters of text that TokenizerManager holds. ``skip_special``, ``space_special``: the
+    request's skip_special_tokens and spaces_between_special_tokens.
     """
 
     rids: list[str]

@@ -1,7 +1,7 @@
-"""Penalty counters of resumed requests.
+"""Restores the penalty counters of resumed requests.
 
 A penalizer starts at zero and is then fed each newest token (``cumulate_penalty_output_tokens``,
-managers/schedule_batch.py). A resumed request enters with output tokens nobody has counted.
+managers/schedule_batch.py). A resumed request enters with output tokens that it has not counted.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""Keeps a spare ready: a child that warms up and meets the others, until main says which rank it is.
+"""Keeps a spare ready: a child that warms up and joins the others, until main assigns it a rank.
 
-Also says where a rank meets the others of its generation, spare or not (``rendezvous``).
+``rendezvous`` is also how a rank that was no spare finds the others of its generation.
 """
 
 import logging
@@ -22,7 +22,10 @@ ARE_YOU_THERE = "are you there"
 
 @dataclass(frozen=True)
 class SpareSpec:
-    """Which rank of how many a spare would be, and where it meets the others; ``timeout_s``: None for torch's own."""
+    """The rank that a spare would be, of how many, and where it meets the others.
+
+    ``timeout_s``: of torch's process group; None for torch's default.
+    """
 
     rank: int
     world_size: int
@@ -31,7 +34,7 @@ class SpareSpec:
 
 
 def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
-    """Warm up, then wait until main says what to be, or closes the pipe. Sends None when it is ready for that."""
+    """Warm up, then wait until main says what to be, or closes the pipe. Sends None when ready for that."""
     try:
         warm_up()
     except Exception:
@@ -46,7 +49,7 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
 
 
 def _join(spec: SpareSpec) -> None:
-    """Join the group that SGLang would make otherwise (init_distributed_environment, distributed/parallel_state.py)."""
+    """Join the group that SGLang would otherwise make (init_distributed_environment, distributed/parallel_state.py)."""
     _stay_on_loopback()
     timeout: dict[str, Any] = {} if spec.timeout_s is None else {"timeout": timedelta(seconds=spec.timeout_s)}
     store = dist.TCPStore(STORE_HOST, spec.store_port, is_master=False, wait_for_workers=False, **timeout)
@@ -55,9 +58,9 @@ def _join(spec: SpareSpec) -> None:
 
 
 def rendezvous(store_port: int) -> None:
-    """Let SGLang meet the other ranks at this store of main's (torch: agent store).
+    """Make SGLang meet the other ranks at this store, which main serves (torch: agent store).
 
-    A spare that has met them there stays in that group, and SGLang makes no other; it leaves any other.
+    A spare that met them there stays in that group, and SGLang makes no other; it leaves any other group.
     """
     if dist.is_initialized() and os.environ.get("MASTER_PORT") != str(store_port):
         dist.destroy_process_group()
@@ -68,7 +71,7 @@ def rendezvous(store_port: int) -> None:
 
 
 def _name_store(store_port: int) -> None:
-    """Say in torch's variables where this process meets its group, or has met it."""
+    """Set torch's variables to where this process meets its group, or has met it."""
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = STORE_HOST, str(store_port)
 
 

@@ -4,7 +4,7 @@ import time
 
 
 class Stamps:
-    """``taken``: step name -> time.monotonic() when it was done."""
+    """Time stamps of steps. ``taken``: step name -> time.monotonic() when it was done."""
 
     def __init__(self) -> None:
         self.taken: dict[str, float] = {}

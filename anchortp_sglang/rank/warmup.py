@@ -1,4 +1,4 @@
-"""What a spare child does while nobody needs it: first uses, which would cost the next recovery a tenth of a second.
+"""Warms up an idle spare child: first uses would otherwise cost the next recovery a tenth of a second.
 
 A forked process copies every page that it writes to, and torch prepares each kind of operation when it is first called.
 None of it depends on what the child will be. It must not run before the fork: it may start OpenMP's threads.
@@ -14,7 +14,7 @@ _TOKENS, _HIDDEN, _HEAD = 16, 64, 32
 
 
 def warm_up() -> None:
-    """A little of what a rank does in its start and its first step, on tensors that are dropped."""
+    """Do a little of a rank's start and first step, on tensors that are dropped."""
     root = logging.getLogger()
     root.setLevel(root.level)  # writes to every logger that there is
     torch.manual_seed(0)

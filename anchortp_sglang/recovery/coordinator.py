@@ -1,6 +1,6 @@
-"""Coordinates recoveries: tells the state machine what happens, and has done what it decides.
+"""Coordinates recoveries: feeds events to the state machine, and carries out what it decides.
 
-It lives in main, on TokenizerManager's event loop, because it needs its request state. What blocks (forks, anchors,
+It lives in main, on TokenizerManager's event loop, because it needs its request state. Blocking work (forks, anchors,
 waiting for ranks) runs in a worker thread.
 """
 
@@ -36,7 +36,7 @@ from anchortp_sglang.recovery.steps import Attempt, Steps
 log = logging.getLogger(__name__)
 
 _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSError)
-"""What a recovery step raises when something died meanwhile: it is planned again from what is left."""
+"""Errors of a recovery step that mean another process died meanwhile: plan again from what is left."""
 
 
 class Coordinator:
@@ -66,12 +66,12 @@ class Coordinator:
 
     @property
     def generation(self) -> Generation | None:
-        """Return the current generation, from its fork on."""
+        """The current generation, from its fork on."""
         return self._steps.generation
 
     @property
     def kv_usage(self) -> KVUsage | None:
-        """Return the KV usage of the last generation that became ready."""
+        """KV usage of the last generation that became ready."""
         return None if self._steps.ready is None else self._steps.ready.kv_usage
 
     # ---- the first generation (no event loop yet)
@@ -81,7 +81,7 @@ class Coordinator:
         self._steps.start_first()
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Wait for the first generation; return what its schedulers say of themselves. Raises StartFailed."""
+        """Wait for the first generation; return the schedulers' info. Raises StartFailed."""
         return self._steps.wait_first(timeout_s)
 
     # ---- on TokenizerManager's loop
@@ -105,12 +105,12 @@ class Coordinator:
             self._advance(Event(EventKind.TOKENS, "clients are served"))
 
     def on_mismatch(self, error: TokenCountMismatch) -> None:
-        """Answer a batch that contradicts what clients have: nothing of this generation can be trusted."""
+        """Treat a batch that contradicts what clients have as a fault: nothing of this generation can be trusted."""
         log.error("anchortp: %s", error)
         self._fault(str(error))
 
     def stop(self) -> None:
-        """End recoveries, as the operator ends the server: deaths are no faults any more."""
+        """End recoveries, as the operator ends the server: deaths are no longer faults."""
         self._advance(Event(EventKind.STOP, "the server is being shut down"))
 
     def shut_down(self) -> None:
@@ -118,7 +118,7 @@ class Coordinator:
         self.stop()
         self.processes.shut_down(self._next.number)
 
-    # ---- what is asked of the server, and told to it
+    # ---- callbacks of the other parts
 
     def _serving(self) -> Generation | None:
         return self.generation if self.state.phase is Phase.SERVING else None
@@ -165,7 +165,7 @@ class Coordinator:
         self._spawn(self._graphs.capture(generation))
 
     def _begin(self, before: state_machine.State, reason: str) -> None:
-        """Stop what is left of the current generation, in answer to a fault."""
+        """Stop what is left of the current generation, in response to a fault."""
         generation = self.generation
         assert self.inflight is not None and generation is not None
         self.inflight.outage = True
@@ -183,7 +183,7 @@ class Coordinator:
         generation.kill()
 
     def _find_culprits(self, generation: Generation, reason: str) -> None:
-        """End requests that ranks cannot serve; end all, if recoveries do not get any client a token."""
+        """End requests that ranks cannot serve; end all of them if no recovery gets any client a token."""
         assert self.inflight is not None and self._progress.recovery is not None
         found = evidence(last_words(generation), generation.hung_since, reason)
         self._progress.recovery.exception = found.text if found.kind == "exception" else ""
@@ -192,7 +192,7 @@ class Coordinator:
             self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
 
     def _carry_out(self, action: Action) -> None:
-        """Take the step that an action asks for, and report to the state machine how it went."""
+        """Take the step for an action, and report to the state machine how it went."""
         step, done = self._step(action)
         attempt = self.state.attempt
 
@@ -210,7 +210,7 @@ class Coordinator:
         self._spawn(report())
 
     def _step(self, action: Action) -> tuple[Awaitable[str], EventKind]:
-        """Begin the step of an action; also return which event it ends with."""
+        """Begin the step of an action; also return the event that ends it."""
         recovery, inflight, line = self._progress.recovery, self.inflight, self._fence_line
         assert recovery is not None and inflight is not None and line is not None
         if action is Action.FENCE:

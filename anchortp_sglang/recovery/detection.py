@@ -1,4 +1,4 @@
-"""Detects what dies or hangs of the generation that serves, notes it there, and reports the fault."""
+"""Detects which processes of the serving generation die or hang, notes it there, and reports the fault."""
 
 import asyncio
 import logging
@@ -20,9 +20,9 @@ _ANCHOR_GRACE_S = 0.2
 
 
 class Detection:
-    """Watches the generation that serves. ``on_fault`` is called on the event loop, once per fault or more.
+    """Watches the serving generation. ``on_fault`` is called on the event loop, once or more per fault.
 
-    ``serving``: the generation that serves now, or None. ``spawn`` runs a coroutine as a task.
+    ``serving`` returns the generation that serves now, or None. ``spawn`` runs a coroutine as a task.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Detection:
         self._spawn(self._watch_for_hangs())
 
     def watch(self, generation: Generation) -> None:
-        """Watch its ranks, the detokenizer and the anchors; what is dead already is reported at once."""
+        """Watch its ranks, the detokenizer and the anchors; processes that are already dead are reported at once."""
         deaths, detokenizer = self._deaths, self._processes.detokenizer
         assert deaths is not None and detokenizer is not None
         for index, child in enumerate(generation.ranks):
@@ -56,7 +56,7 @@ class Detection:
             self._watch_anchor(generation, device)
 
     def stop_watching(self) -> None:
-        """Watch no process any more; must come before a child is closed."""
+        """Stop watching processes; call this before a child is closed."""
         if self._deaths is not None:
             self._deaths.stop()
 
@@ -71,7 +71,7 @@ class Detection:
         self._deaths.watch(pidfd, lambda: self._spawn(self._anchor_died(generation, device)))
 
     async def _anchor_died(self, generation: Generation, device: int) -> None:
-        """Replace an anchor that died alone: its rank still holds the memory. With its rank it is a lost device."""
+        """Replace an anchor that died alone: its rank still has the memory. If both died, the device is lost."""
         await asyncio.sleep(_ANCHOR_GRACE_S)
         if self._serving() is not generation:
             return
@@ -80,7 +80,7 @@ class Detection:
             segments = await in_thread(restore_anchor, anchors, generation, device)
         except Exception as error:
             log.error("anchortp: the anchor of device %s died and could not be restored: %s", device, error)
-            if self._serving() is generation:  # else that is known by now
+            if self._serving() is generation:  # otherwise this is known already
                 self._on_fault(f"the anchor of device {device} died")
             return
         log.warning("anchortp: the anchor of device %s died; a new one took back %s", device, ", ".join(segments))

@@ -1,8 +1,8 @@
-"""How a server ends on SIGTERM and SIGINT: at once while it starts, after its open requests while it serves.
+"""Ends a server on SIGTERM and SIGINT: at once while it starts, after its open requests while it serves.
 
-A handler is there from the first moment, since the kernel drops these signals for a PID 1 without one. What has to be
-put away is registered as it comes into being; it is put away right in the handler, as an exception might be swallowed
-on its way out of SGLang's start.
+A handler is there from the first moment, since the kernel drops these signals for a PID 1 without one. Cleanups are
+registered as resources are made. They run right in the handler, as an exception might be swallowed on its way out of
+SGLang's start.
 """
 
 import asyncio
@@ -26,31 +26,31 @@ log = logging.getLogger("anchortp_sglang")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _POLL_S = 0.2
-_LAST_WORDS_S = 0.5  # for answers that are on their way to clients
+_LAST_WORDS_S = 0.5  # for answers on their way to clients
 
 _put_away: list[Callable[[], None]] = []
 _serving = False
 
 
 def on_end(put_away: Callable[[], None]) -> None:
-    """Call it before the process ends by a signal, the last one first; it may come when some of it is gone already."""
+    """Register a cleanup for an end by a signal; the last one runs first, and must cope with what is gone already."""
     _put_away.append(put_away)
 
 
 def end_at_once_on_signals() -> None:
-    """While the server starts."""
+    """End at once on SIGTERM and SIGINT; for a server that starts."""
     for number in _SIGNALS:
         signal.signal(number, _on_start_signal)
 
 
 def ignore_signals() -> None:
-    """While everything is being put away, which must not be begun a second time."""
+    """Ignore SIGTERM and SIGINT during cleanup, which must not begin twice."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def end_by(number: int) -> NoReturn:
-    """Put everything away and end as a process does that this signal has killed."""
+    """Clean up, and end like a process that this signal has killed."""
     _say(f"{signal.Signals(number).name}: ending at once")
     _clean_up()
     signal.signal(number, signal.SIG_DFL)
@@ -59,7 +59,7 @@ def end_by(number: int) -> NoReturn:
 
 
 def drain_on_signals(loop: asyncio.AbstractEventLoop, tokenizer_manager: Any, coordinator: "Coordinator") -> None:
-    """While the server serves: the first signal lets open requests finish, the second ends it at once.
+    """Let open requests finish at the first signal, and end at once at the second; for a server that serves.
 
     Call it on the loop, once SGLang has installed its handler of SIGTERM (TokenizerManager.auto_create_handle_loop) and
     uvicorn that of SIGINT (Server.capture_signals).
@@ -73,7 +73,7 @@ def drain_on_signals(loop: asyncio.AbstractEventLoop, tokenizer_manager: Any, co
 
 def _on_start_signal(number: int, frame: Any) -> None:
     if _serving and number == signal.SIGINT:
-        raise KeyboardInterrupt  # uvicorn has drained, and raises again what it had caught; it expects this answer
+        raise KeyboardInterrupt  # uvicorn has drained, and raises the signal again, expecting this answer
     end_by(number)
 
 
@@ -93,8 +93,11 @@ class _Draining:
         self._task = asyncio.get_running_loop().create_task(self._end_unless_serving())
 
     async def _end_unless_serving(self) -> None:
-        """SGLang ends a server that serves (TokenizerManager.sigterm_watchdog), once nothing is open. When down it may
-        have requests that nobody will answer; in a recovery it would wait for ranks that cannot be asked to leave."""
+        """End a server that is down or recovering; SGLang ends one that serves, once no request is open.
+
+        SGLang's TokenizerManager.sigterm_watchdog would wait for requests that a server that is down never answers, and
+        in a recovery for ranks that cannot be told to exit.
+        """
         while self._awaits_answers():
             await asyncio.sleep(_POLL_S)
         inflight = self._coordinator.inflight
@@ -126,5 +129,5 @@ def _clean_up() -> None:
 
 
 def _say(text: str) -> None:
-    """Not by print: it must not be entered again while a signal interrupts it."""
+    """Write to stderr without print, which must not be re-entered when a signal interrupts it."""
     os.write(2, f"anchortp: {text}\n".encode())

@@ -1,4 +1,4 @@
-"""Has ranks capture decode graphs: not at their start, which clients wait for, but when idle."""
+"""Has ranks capture decode graphs when idle: at their start clients would wait for it."""
 
 import asyncio
 import logging
@@ -13,14 +13,14 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 _PATIENCE_S = 30.0
-"""A server that is never idle captures after so long under load: a pause of seconds for faster steps from then on."""
+"""Time after which a server that is never idle captures under load: a pause of seconds, then faster steps."""
 
 
 class GraphCapture:
     """Decides when graphs are captured; on the event loop.
 
-    ``batch_sizes``: none where ranks stay eager; ``serving``: the generation that serves; ``idle``: whether no
-    request is open; ``send``: sends a message to the ranks.
+    ``batch_sizes``: none where ranks stay eager; ``serving`` returns the generation that serves; ``idle``, whether no
+    request is open; ``send`` sends a message to the ranks.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class GraphCapture:
             self._send(CaptureGraphs(batch_sizes=self._batch_sizes))
 
     def on_fault(self, generation: Generation) -> None:
-        """Let ranks stay eager from now on if these may have died of a capture: it could go on for ever."""
+        """Keep ranks eager from now on if they may have died of a capture, which could go on for ever."""
         requested, self._requested = self._requested, False
         if requested and not generation.graphs_captured():
             log.error("anchortp: ranks died while they captured decode graphs; they stay eager from now on")

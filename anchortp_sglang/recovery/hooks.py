@@ -21,7 +21,7 @@ _coordinator: Coordinator | None = None
 
 
 def install_coordinator(coordinator: Coordinator) -> None:
-    """Make it this process's coordinator; the hooks below act on it."""
+    """Make this coordinator the process's own; the hooks below act on it."""
     global _coordinator
     _coordinator = coordinator
 
@@ -88,7 +88,7 @@ def after_auto_create_handle_loop(result: None, tokenizer_manager: Any) -> None:
 
 
 def around_dispatch(original: Callable[..., None], tokenizer_manager: Any, message: Any) -> None:
-    """AROUND TokenizerManager._dispatch_to_scheduler: recorded, or held back in an outage."""
+    """AROUND TokenizerManager._dispatch_to_scheduler: record the message, or hold it back in an outage."""
     _dispatch(message)
 
 
@@ -98,7 +98,7 @@ async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager:
 
 
 def _dispatch(message: Any) -> None:
-    """Record and send a message. Raises ValueError for what only an Engine's method may ask (``SERVED_MESSAGES``)."""
+    """Record and send a message. Raises ValueError for one that a recovery could not honour (``SERVED_MESSAGES``)."""
     refusal = check_message(type(message).__name__)
     if refusal is not None:
         raise ValueError(refusal)
@@ -108,7 +108,7 @@ def _dispatch(message: Any) -> None:
 
 
 async def around_tokenize_texts(original: Callable[..., Any], tokenizer_manager: Any, texts: Any, *args: Any) -> Any:
-    """AROUND TokenizerManager._tokenize_texts: long ones in a thread."""
+    """AROUND TokenizerManager._tokenize_texts: tokenize long texts in a thread."""
     if not is_long(texts) or tokenizer_manager.async_dynamic_batch_tokenizer is not None:
         return await original(tokenizer_manager, texts, *args)
     tokens = await run_in_thread(original, tokenizer_manager, texts, *args)
@@ -119,14 +119,14 @@ async def around_tokenize_texts(original: Callable[..., Any], tokenizer_manager:
 
 
 async def around_control_call(original: Callable[..., Any], communicator: Any, message: Any) -> Any:
-    """AROUND FanOutCommunicator.__call__: ends if the server goes down before the ranks have answered."""
+    """AROUND FanOutCommunicator.__call__: end the call if the server goes down before the ranks have answered."""
     inflight = installed_coordinator().inflight
     assert inflight is not None
     return await inflight.control_calls.run(original, communicator, message)
 
 
 async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:
-    """AROUND TokenizerManager._handle_batch_output: nothing doubled, nothing missing reaches a client.
+    """AROUND TokenizerManager._handle_batch_output: let no doubled or missing token reach a client.
 
     Must not raise: print_exception_wrapper would kill the whole tree.
     """

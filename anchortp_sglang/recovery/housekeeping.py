@@ -1,4 +1,4 @@
-"""Does what a generation that serves needs and no client waits for; another fault makes it moot."""
+"""Does a serving generation's background work, which no client waits for; another fault cancels it."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ _LOOK_EVERY_S = 5.0
 
 
 class Housekeeping:
-    """Seals weights and looks after the helpers. ``serving``: the generation that serves now, or None.
+    """Seals weights and looks after the helpers. ``serving`` returns the generation that serves now, or None.
 
     ``spare_ranks``: whether ranks are forked ahead of the next fault.
     """
@@ -35,11 +35,11 @@ class Housekeeping:
             log.info("anchortp: generation %d was not settled: %s", generation.number, error)
 
     async def look_after_helpers(self, generation: Generation) -> None:
-        """Fork the next ranks ahead, once the first tokens are out, and see that all helpers answer from then on."""
+        """Fork the next ranks once the first tokens are out, and check from then on that all helpers answer."""
         await asyncio.sleep(_FIRST_LOOK_S)
         while self._serving() is generation:
             try:
                 await in_thread(self._processes.prepare_next, generation.ownership.tp_size, self._spare_ranks)
             except Exception:
-                log.exception("anchortp: helpers were not looked after")  # they will be, the next time
+                log.exception("anchortp: helpers were not looked after")  # the next look may succeed
             await asyncio.sleep(_LOOK_EVERY_S)

@@ -1,4 +1,4 @@
-"""Faults on purpose: real signals to real processes, and proof that they took effect."""
+"""Injects faults: sends real signals to real processes, and checks that they took effect."""
 
 import asyncio
 import os
@@ -15,11 +15,11 @@ _EFFECT_TIMEOUT_S = 5.0
 
 
 class InjectionError(RuntimeError):
-    """The fault could not be injected, or had no effect."""
+    """A fault that could not be injected, or had no effect."""
 
 
 async def inject(coordinator: Coordinator, device: int, kind: Any) -> str:
-    """Kill or stop what belongs to ``device``; returns what was done, once it has been seen to be so."""
+    """Kill or stop the processes of ``device``; return what was done, once it has taken effect."""
     if kind not in ("process", "device", "hang"):
         raise InjectionError(f"kind must be process, device or hang, not {kind!r}")
     generation = coordinator.generation
@@ -28,7 +28,7 @@ async def inject(coordinator: Coordinator, device: int, kind: Any) -> str:
     if device not in generation.ownership.devices:
         raise InjectionError(f"device {device} is not serving; these are: {generation.ownership.devices}")
     child = generation.ranks[generation.ownership.devices.index(device)]
-    # Its own descriptor: the coordinator closes the child's once the rank is reaped.
+    # Duplicated: the coordinator closes the child's descriptor once the rank is reaped.
     rank_fd, anchor = os.dup(child.pidfd), coordinator.processes.anchors.processes[device]
     try:
         if kind == "hang":

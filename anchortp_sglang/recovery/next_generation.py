@@ -1,4 +1,4 @@
-"""Finds what comes next after a fault: the verdict on each device, the next ownership, and its generation."""
+"""Finds the next generation after a fault: the verdict on each device, the next ownership, and its processes."""
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -28,10 +28,10 @@ class Unrecoverable(RuntimeError):
 
 
 class NextGeneration:
-    """Finds and makes the generation that follows. Its methods block, but for ``judge`` and ``plan``.
+    """Finds and makes the next generation. Its methods block, except for ``judge`` and ``plan``.
 
-    ``number``: the number of the generation that was made last. ``held``: the complete weights that the anchors hold.
-    ``kv_valid``: whether the KV and the slot table of their ownership can be taken over.
+    ``number``: of the last generation made. ``held``: the complete weights that the anchors hold. ``kv_valid``: whether
+    the KV and the slot table of their ownership can be taken over.
     """
 
     def __init__(self, processes: ServerProcesses, configured: Ownership, min_devices: int) -> None:
@@ -73,11 +73,11 @@ class NextGeneration:
         return state_machine.judge(evidence, reason)
 
     def plan(self, lost: Collection[int]) -> Ownership:
-        """Work out the next ownership, and count up ``number``. Raises Unrecoverable."""
+        """Plan the next ownership, and increment ``number``. Raises Unrecoverable."""
         assert self.held is not None
         plan, held = self._processes.plan, self.held.ownership
         if not self._processes.anchors.alive(HOST_DEVICE):
-            self.kv_valid = False  # what the slots hold is not known any more
+            self.kv_valid = False  # the contents of the slots are no longer known
         if lost and not plan.platform.moves_kv:
             self.kv_valid = False
         survivors = [device for device in held.devices if device not in lost]
@@ -91,9 +91,9 @@ class NextGeneration:
         return ownership
 
     def kept_first(self, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]) -> bytes:
-        """Return chain hashes (uint64) of what open requests have, where there is less room for KV than before.
+        """Return chain hashes (uint64) of open requests' tokens, which are kept first if KV gets less room than before.
 
-        ``open_tokens``: of each request, int64[n], after its extra key and cache salt; not asked for where all fits.
+        ``open_tokens``: each request's extra key and cache salt, and its tokens (int64[n]); not read if all KV fits.
         """
         assert self.held is not None
         plan = self._processes.plan
@@ -115,7 +115,7 @@ class NextGeneration:
             anchors.allocate(self.number, weights)
         except AnchorRefused as refusal:
             if refusal.code == "no_memory":
-                time.sleep(_NO_MEMORY_PAUSE_S)  # it will be asked for again, until the deadline
+                time.sleep(_NO_MEMORY_PAUSE_S)  # it is requested again, until the deadline
             raise
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid, running)
 

@@ -1,14 +1,15 @@
-"""Says how recoveries are decided: the part of AnchorOptions that the coordinator reads."""
+"""The policy of recoveries: the part of AnchorOptions that the coordinator reads."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How recoveries are decided. ``hang_timeout_s``: without progress for so long, ranks hang. ``deadline_s``: of one
-    recovery, from its fault on.
+    """How recoveries are decided.
 
-    ``min_devices``: with fewer the server gives up. ``spare_ranks``: whether ranks are forked ahead of the next fault.
+    ``min_devices``: with fewer the server gives up. ``hang_timeout_s``: ranks without progress for this long hang.
+    ``deadline_s``: of one recovery, from its fault on. ``spare_ranks``: whether ranks are forked ahead of the next
+    fault.
     """
 
     min_devices: int

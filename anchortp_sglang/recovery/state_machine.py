@@ -1,8 +1,8 @@
-"""The coordinator's decisions, as pure functions: what happens next, and who is to blame.
+"""The coordinator's decisions, as pure functions: what to do next, and which device is to blame.
 
 ``step(state, event, now) -> (state, action, reason)`` follows the table TRANSITIONS. The shell around it
-(coordinator.py) watches processes, carries out actions and reports back with events that carry the attempt they
-belong to: what an abandoned attempt still reports is ignored.
+(coordinator.py) watches processes, carries out actions and reports events with the attempt they belong to: events of an
+abandoned attempt are ignored.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class EventKind(StrEnum):
     REPLAYED = "replayed"
     FAILED = "failed"
     DEADLINE = "deadline"
-    TOKENS = "tokens"  # a client was handed new tokens, or nobody waits for any
+    TOKENS = "tokens"  # a client got new tokens, or no client waits for any
     RETRY = "retry"  # what failed may work by now
     STOP = "stop"
 
@@ -46,10 +46,10 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """``attempt``: the attempt it reports on; None for what comes from outside (faults, deadline, stop).
+    """An event. ``attempt``: the attempt it reports on; None for events from outside (faults, deadline, stop).
 
-    ``failure``: what a start failed of by itself, alike if it fails in the same way again; empty if it was cut off.
-    ``final``: whether what failed cannot work later either.
+    ``failure``: why a start failed by itself, equal if it fails in the same way again; empty if it was cut off.
+    ``final``: whether it cannot work later either.
     """
 
     kind: EventKind
@@ -61,13 +61,12 @@ class Event:
 
 @dataclass(frozen=True)
 class State:
-    """``attempt`` counts fences; ``deadline_at``: monotonic seconds, only while recovering.
+    """State of the coordinator. ``attempt`` counts fences; ``deadline_at``: monotonic seconds, only while recovering.
 
-    ``fruitless``: faults of serving generations since a client was last handed a token; the first of them was at
+    ``fruitless``: faults of serving generations since a client last got a token, the first of them at
     ``fruitless_since``. ``failure``: of the last start that failed by itself, ``failures`` times in a row. ``aborts``:
-    attempts of this recovery that were cut short.
-    ``given_ups``: how often in a row open requests were ended and new ones refused; until a generation serves.
-    ``final``: whether it will not be tried again.
+    attempts of this recovery that were cut short. ``given_ups``: how often in a row open requests were ended and new
+    ones refused; reset when a generation serves. ``final``: whether no retry follows.
     """
 
     phase: Phase = Phase.SERVING
@@ -83,7 +82,7 @@ class State:
 
     @property
     def given_up(self) -> bool:
-        """Whether new requests are refused, be it that another try is under way."""
+        """Whether new requests are refused, even if another try is under way."""
         return self.given_ups > 0
 
 
@@ -115,11 +114,11 @@ LONGEST_BACK_OFF_S = 2.0
 RETRY_S = 10.0
 LONGEST_RETRY_S = 300.0
 FEWEST_FRUITLESS = 8
-"""Fewer faults without a token in between never end the open requests, however long they take."""
+"""Fewest faults without a token in between that may end the open requests, however long they take."""
 
 
 def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[State, Action, str]:
-    """The next state, what to do, and why. An event without a row in the table changes nothing."""
+    """Return the next state, what to do, and why. An event without a row in the table changes nothing."""
     if event.attempt is not None and event.attempt != state.attempt:
         return state, Action.NOTHING, f"{event.kind} of abandoned attempt {event.attempt} ignored"
     if event.kind is EventKind.TOKENS:
@@ -133,7 +132,7 @@ def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[Sta
         since = state.fruitless_since if state.fruitless else now
         state = replace(state, fruitless=state.fruitless + 1, fruitless_since=since)
     attempt = state.attempt + (action is Action.FENCE)
-    # A second fault does not extend the time that clients were promised.
+    # A second fault does not extend the time promised to clients.
     deadline_at = (state.deadline_at or now + deadline_s) if phase in _RECOVERING else None
     aborts = 0 if phase is Phase.SERVING else state.aborts + (kind is EventKind.ABORTED)
     given_ups = 0 if action is Action.RESUME else state.given_ups + (action is Action.GIVE_UP)
@@ -151,7 +150,7 @@ def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[Sta
 
 
 def _repeated(state: State, event: Event) -> tuple[EventKind, str, State]:
-    """A start that fails in the same way again and again will go on to do so."""
+    """Turn a start's failure into FAILED after it has occurred ``SAME_FAILURES`` times in a row."""
     if event.kind is EventKind.STARTED:
         return event.kind, event.reason, replace(state, failure="", failures=0)
     if not event.failure:
@@ -164,27 +163,29 @@ def _repeated(state: State, event: Event) -> tuple[EventKind, str, State]:
 
 
 def back_off_s(state: State) -> float:
-    """How long to wait before the next start: nothing at first, longer while attempts are cut short, or recoveries get
-    nobody a token."""
+    """Return the seconds to wait before the next start.
+
+    No wait at first; longer while attempts are cut short, or recoveries get no client a token.
+    """
     beyond = max(state.fruitless, state.aborts) - FREE_FAULTS
     return min(BACK_OFF_S * 2.0 ** (beyond - 1), LONGEST_BACK_OFF_S) if beyond > 0 else 0.0
 
 
 def retry_after_s(state: State) -> float:
-    """How long a server that has given up waits before it tries again."""
+    """Return the seconds after which a server that has given up tries again."""
     return min(RETRY_S * 2.0 ** (state.given_ups - 1), LONGEST_RETRY_S)
 
 
 def budget_is_spent(state: State, now: float, deadline_s: float) -> bool:
-    """Whether faults have kept every client from a token for as long as one recovery may take."""
+    """Return whether faults have kept every client from a token for as long as one recovery may take."""
     return state.fruitless >= FEWEST_FRUITLESS and now - state.fruitless_since > deadline_s
 
 
 @dataclass(frozen=True)
 class DeviceEvidence:
-    """What is known of one device of the generation that failed, once all of its ranks are dead.
+    """The evidence on one device of the failed generation, once all of its ranks are dead.
 
-    ``device_error``: why its GPU is lost, though its anchor lives; empty if it is not.
+    ``device_error``: why its GPU is lost, although its anchor lives; empty if it is not.
     """
 
     device: int
@@ -203,7 +204,7 @@ class DeviceEvidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``lost``: devices whose memory is gone. ``device``: the one to name in the status."""
+    """What has failed. ``lost``: devices whose memory is gone. ``device``: the one to name in the status."""
 
     cause: Cause
     device: int
@@ -215,9 +216,9 @@ NO_DEVICE = -1
 
 
 def judge(evidence: Sequence[DeviceEvidence], reason: str) -> Verdict:
-    """Process or device? A device is lost when its anchor is dead too: its memory went with it. Or its GPU failed.
+    """Judge whether a process or a device failed. A device is lost with its anchor, which held its memory, or its GPU.
 
-    The order in which the two died does not matter. Without a culprit (a dead detokenizer, a batch that
+    The order in which rank and anchor died does not matter. Without a culprit (a dead detokenizer, a batch that
     contradicts what clients have) it is a process failure with ``reason``.
     """
     lost = tuple(e for e in evidence if e.loss)

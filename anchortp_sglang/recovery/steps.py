@@ -1,6 +1,6 @@
-"""Carries out the steps of a recovery: fence the old generation, start the next one, replay what is open.
+"""Carries out the steps of a recovery: fence the old generation, start the next one, replay open requests.
 
-Each step returns why the state machine can go on, and raises what has cut it short.
+Each step returns why the state machine can go on, and raises the error that cut it short.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 _STALL_S = 2.0
 _LOOK_EVERY_S = 0.5
-"""How often helpers are looked at while a start may wait for one that somebody stopped."""
+"""Interval at which helpers are checked while a start may wait for a stopped one."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The attempt that a step belongs to, as the state machine knows it. ``deadline_at``: monotonic seconds.
+    """The attempt that a step belongs to. ``deadline_at``: monotonic seconds.
 
-    ``is_current``: whether it still waits for this step.
+    ``is_current`` returns whether the state machine still waits for this step.
     """
 
     back_off_s: float
@@ -41,17 +41,16 @@ class Attempt:
     is_current: Callable[[], bool]
 
     def check(self) -> None:
-        """Raise Unrecoverable once it has been abandoned; what such a step reports is ignored."""
+        """Raise Unrecoverable if the attempt was abandoned; the event of such a step is ignored."""
         if not self.is_current():
             raise Unrecoverable("abandoned")
 
 
 class Steps:
-    """Holds the current generation and takes the steps to the next one; on the event loop, but for the first.
+    """Holds the current generation and takes the steps to the next one; on the event loop, except for the first.
 
     ``generation``: the current one, from its fork on. ``ready``: the last one whose ranks were all ready.
-    ``scheduler_info``: what SGLang's scheduler of rank 0 says of itself; SGLang keeps this very object, for
-    /server_info.
+    ``scheduler_info``: info from SGLang's scheduler of rank 0; SGLang keeps this very object, for /server_info.
     """
 
     def __init__(self, processes: ServerProcesses, next_generation: NextGeneration, devices: DeviceWatch) -> None:
@@ -68,7 +67,7 @@ class Steps:
         self.generation = self._next.first()
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
-        """Wait for the first generation; return what its schedulers say of themselves. Raises StartFailed."""
+        """Wait for the first generation; return the schedulers' info. Raises StartFailed."""
         generation = self.generation
         assert generation is not None
         wait_ready(generation, timeout_s)
@@ -78,9 +77,9 @@ class Steps:
         return [self.scheduler_info, *(info["scheduler"] for info in generation.infos[1:])]
 
     async def fence(self, recovery: Recovery, line: FenceLine, inflight: InflightRequests) -> str:
-        """Reap the killed ranks, then drain what rank 0 still said."""
+        """Reap the killed ranks, then drain what rank 0 has sent."""
         if self._forking is not None:
-            await asyncio.wait([self._forking])  # of an attempt that is given up: its ranks are killed, too
+            await asyncio.wait([self._forking])  # of an abandoned attempt: its ranks are killed, too
         generation = self.generation
         assert generation is not None
         await asyncio.gather(in_thread(wait_dead, generation), self._devices.probe())
@@ -123,7 +122,7 @@ class Steps:
         try:
             attempt.check()
         except Unrecoverable:
-            new.kill()  # given up while the fork was under way
+            new.kill()  # abandoned while the fork was under way
             raise
         try:
             await in_thread(wait_ready, new, attempt.deadline_at - time.monotonic(), StallWatch(_STALL_S))

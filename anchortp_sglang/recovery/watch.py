@@ -13,7 +13,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class DeathWatch:
-    """Reads pidfds, which become readable when the process is dead. On the event loop only."""
+    """Watches pidfds, which become readable when the process is dead. On the event loop only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -30,7 +30,7 @@ class DeathWatch:
         self._loop.add_reader(pidfd, readable)
 
     def stop(self) -> None:
-        """Watch nothing any more; must come before a watched descriptor is closed."""
+        """Stop watching; call this before a watched descriptor is closed."""
         for fd in list(self._fds):
             self._forget(fd)
 
@@ -41,17 +41,17 @@ class DeathWatch:
 
 
 _ALONE_FACTOR = 10
-"""A single rank has no all-reduce to show progress within a step: it gets that much more time."""
+"""Factor of the timeout of a single rank, which has no all-reduce to show progress within a step."""
 
 _MOST_PATIENCE = 8
 
 
 class OwnTime:
-    """Counts the seconds that a generation could have used: the clock by which it hangs.
+    """The clock of hangs: counts the seconds that a generation could have used.
 
-    Where main itself could not run (a stopped container, a suspended machine), ranks could not either, so a gap
-    between two looks counts as ``most_s`` at most. Where ranks compute but get little CPU (a throttled container), what
-    they got counts: a stopped rank and those that wait for it want none, so that their time runs on.
+    When main itself could not run (a stopped container, a suspended machine), ranks could not either, so a gap between
+    two looks counts as ``most_s`` at most. Where ranks compute but get little CPU (a throttled container), the CPU time
+    they got counts. A stopped rank, and ranks that wait for it, want no CPU: their time runs on.
     """
 
     def __init__(self, most_s: float) -> None:
@@ -61,7 +61,7 @@ class OwnTime:
         self._used: dict[int, int] = {}
 
     def advance(self, wall: float, ranks: Mapping[int, Usage]) -> float:
-        """Return the time now, at ``wall`` (monotonic seconds). ``ranks``: those that live, by pid."""
+        """Advance to ``wall`` (monotonic seconds) and return the time. ``ranks``: the living ones, by pid."""
         passed = 0.0 if self._looked_at is None else min(wall - self._looked_at, self._most_s)
         got = [r.ticks - self._used[pid] for pid, r in ranks.items() if r.state == "R" and pid in self._used]
         self._now += min(passed, max(got) / _TICKS_PER_S) if got else passed
@@ -70,10 +70,10 @@ class OwnTime:
 
 
 class HangWatch:
-    """Tells whether a generation's counters stand still for too long, from what it is shown and when: it has no clock.
+    """Tells whether a generation's counters stand still for too long. Pure: counters and times are arguments.
 
-    What is taken for a hang may be a step that takes long, and comes again after the recovery: so each time it waits
-    twice as long, until counters have moved on for as long as that without a pause above the timeout.
+    A supposed hang may be a long step, which comes again after the recovery. So it waits twice as long each time, until
+    counters have moved for that long without a pause above the timeout.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -85,10 +85,10 @@ class HangWatch:
         self._patience = 1
         self._steady_since = 0.0
         self.waited_s = timeout_s
-        """Before the last hang was called one."""
+        """Seconds waited before the last hang was reported."""
 
     def hung(self, generation: int, beats: tuple[int, ...], now: float) -> bool:
-        """Return whether no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers too."""
+        """Return whether no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers."""
         timeout_s = self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
         if self._seen is None or self._seen[0] != generation or now - self._since > timeout_s:
             self._steady_since = now
@@ -106,7 +106,7 @@ class HangWatch:
 
 
 async def watch_for_hang(watch: HangWatch, serving: Callable[[], Generation | None]) -> Generation:
-    """Return the generation that hangs. ``serving``: the one that serves, or None."""
+    """Wait for a hang; return the generation that hangs. ``serving`` returns the one that serves, or None."""
     while True:
         await asyncio.sleep(watch.poll_s)
         generation = serving()

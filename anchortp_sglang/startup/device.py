@@ -1,4 +1,4 @@
-"""What must be settled before SGLang is imported: platform, environment, stand-ins. Imports no SGLang."""
+"""Settles what must be known before SGLang is imported: platform, environment, stand-ins. Imports no SGLang."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _ALIASES = dict.fromkeys(_TP_FLAGS, "tp_size") | {"--model": "model_path"}
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, str]:
-    """ServerArgs field -> text, for every flag of a command line and of its --config file (YAML)."""
+    """Return ServerArgs field -> text for every flag of a command line and of its --config file (YAML)."""
     given: dict[str, str] = {}
     for index, token in enumerate(argv):
         if token.startswith("--"):
@@ -47,10 +47,10 @@ def tp_size_of(given: Mapping[str, object]) -> int:
 
 
 def choose_platform(given: Mapping[str, object], experimental_cuda: bool = False) -> Platform:
-    """Choose the server's platform, by ``--device``; the only place where one is told from another.
+    """Choose the server's platform by ``--device``; the only place that tells platforms apart.
 
-    Raises ValueError for one that there is not, that the operator must ask for (``experimental_cuda``), or that cannot
-    be reached.
+    Raises ValueError for an unknown platform, one that the operator must ask for (``experimental_cuda``), or one that
+    cannot be reached.
     """
     device = given.get("device") or "cpu"
     if device == "cpu":
@@ -67,9 +67,9 @@ def choose_platform(given: Mapping[str, object], experimental_cuda: bool = False
 
 
 def prepare(platform: Platform, given: Mapping[str, object]) -> Defaults:
-    """Set the environment for the platform and install stand-ins; returns the flags to add as well.
+    """Set the environment for the platform and install stand-ins; returns its flags, too.
 
-    Raises ValueError for what contradicts itself.
+    Raises ValueError for contradicting settings.
     """
     defaults = platform.defaults(given, os.environ, tp_size_of(given))
     os.environ.update(defaults.env)
@@ -79,14 +79,14 @@ def prepare(platform: Platform, given: Mapping[str, object]) -> Defaults:
 
 
 def install_stand_ins() -> None:
-    """Modules that cannot load on this machine and that SGLang imports by name."""
+    """Install stand-ins for modules that SGLang imports by name and that cannot load on this machine."""
     from anchortp_sglang.platforms.cpu import sgl_kernel_stub
 
     sgl_kernel_stub.install()
 
 
 def as_arguments(flags: Mapping[str, object]) -> list[str]:
-    """Fields as command-line arguments; True is a bare switch."""
+    """Return fields as command-line arguments; True is a bare switch."""
     arguments = []
     for name, value in flags.items():
         arguments.append("--" + name.replace("_", "-"))

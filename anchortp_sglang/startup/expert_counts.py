@@ -1,7 +1,7 @@
-"""How often each expert was chosen, from a file that SGLang's ``--init-expert-location`` takes.
+"""Reads how often each expert was chosen, from a file that SGLang's ``--init-expert-location`` takes.
 
-It is what SGLang's expert distribution recorder dumps: a .pt or .json with ``logical_count``, of shape (layers,
-experts) or (steps, layers, experts); or that JSON itself (``compute_initial_expert_location_metadata``,
+SGLang's expert distribution recorder writes it: a .pt or .json with ``logical_count``, of shape (layers, experts) or
+(steps, layers, experts). The flag also takes that JSON itself (``compute_initial_expert_location_metadata``,
 eplb/expert_location.py).
 """
 
@@ -21,7 +21,7 @@ NONE = "trivial"
 
 
 def read_expert_counts(text: str, model: ModelAxes) -> ExpertCounts:
-    """Counts of each layer. Raises ValueError, with what to do, for a file that does not fit the model."""
+    """Read the counts of each layer. Raises ValueError, with what to do, for a file that does not fit the model."""
     if "expert" not in model.axes:
         raise ValueError(f"{FLAG} deals whole experts: add --ep-size, or leave it out")
     counted = _read(text).get("logical_count")

@@ -1,4 +1,4 @@
-"""Folders that SGLang and torch write to while they are imported, and cannot do without. Imports neither."""
+"""Folders that SGLang and torch need to write to while they are imported. Imports neither."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["home_defaults"]
 
 
 def home_defaults(environ: Mapping[str, str]) -> dict[str, str]:
-    """HOME, if it is not set, is nobody's, or caches cannot be made in it: a folder of this user's in ``$TMPDIR``.
+    """Set HOME to a folder of this user in ``$TMPDIR`` if it is unset, does not exist, or takes no caches.
 
     SGLang keeps torch's caches in ``~/.cache/sglang`` (environ.SGLANG_CACHE_DIR), and torch makes them when it is
-    imported. Raises ValueError if there is no folder for temporary files either, where SGLang has its sockets.
+    imported. Raises ValueError if there is no folder for temporary files, where SGLang has its sockets.
     """
     try:
         temporary = tempfile.gettempdir()

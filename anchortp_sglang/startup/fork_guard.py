@@ -1,4 +1,4 @@
-"""Checks whether this process may become a zygote, or be forked into one: a fork can break things in its children."""
+"""Checks whether this process may become a zygote or be forked into one: a fork can break things in its children."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["unfit_to_fork"]
 
 
 def unfit_to_fork() -> str | None:
-    """Return why this process must not become a zygote, whatever its server's platform; None if it may."""
+    """Return why this process must not become a zygote, on any platform; None if it may."""
     names = [name for name in _threads() if not name.startswith(HARMLESS_THREADS)]
     if len(names) > 1:
         return f"it has {len(names)} threads"

@@ -1,4 +1,4 @@
-"""What can be refused before SGLang is imported, which takes ten seconds. Resolved values are checked later."""
+"""Refuses what can be refused before SGLang is imported, which takes ten seconds. Resolved values are checked later."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def check_given(given: Mapping[str, str], rules: DeviceRules) -> None:
 
 
 def check_run_base(given: str | None) -> None:
-    """Refuse if there is no place for the run directory. ``given``: of ``--anchor-run-dir``. Raises ValueError."""
+    """Check that a run directory can be made. ``given``: ``--anchor-run-dir``. Raises ValueError."""
     base = default_base() if given is None else Path(given)
     existing = next(folder for folder in (base, *base.parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -37,7 +37,7 @@ def check_run_base(given: str | None) -> None:
 
 
 def architectures(given: Mapping[str, str]) -> list[str]:
-    """The model classes that config.json names; none without a readable one."""
+    """Return the model classes that config.json names; none if it cannot be read."""
     try:
         return list(read_config(Path(given["model_path"])).get("architectures") or [])
     except (KeyError, ValueError):
@@ -45,10 +45,10 @@ def architectures(given: Mapping[str, str]) -> list[str]:
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
-    """A socket that keeps a port for a server that binds it later, as uvicorn does, with SO_REUSEADDR.
+    """Hold a port for a server that binds it later with SO_REUSEADDR, as uvicorn does.
 
-    SGLang would notice a port in use only after everything has been loaded; and until then a port that the kernel
-    picks for somebody else, as for gloo's connections, could be this one. Raises ValueError for the operator.
+    SGLang would notice a port in use only after everything has been loaded. Until then the kernel could also pick this
+    port for another socket, such as gloo's. Raises ValueError for the operator.
     """
     if port == 0:
         raise ValueError(
@@ -70,7 +70,7 @@ def reserve_port(host: str, port: int) -> socket.socket:
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder. Raises ValueError where SGLang would ask the hub, or fail obscurely."""
+    """Read config.json of a checkpoint folder. Raises ValueError where SGLang would ask the hub, or fail obscurely."""
     path = checkpoint / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -89,7 +89,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _value(text: Any) -> Any:
-    """A flag's text as the value it stands for; a bare switch is followed by the next flag or by nothing."""
+    """Parse a flag's text. A bare switch is followed by the next flag or by nothing."""
     if not isinstance(text, str):
         return text
     if text == "" or text.startswith("--") or text.lower() == "true":

@@ -1,4 +1,4 @@
-"""From SGLang's arguments to a coordinator: checks, plan, hooks, zygote, anchors. Shared by all faces."""
+"""Makes a coordinator from SGLang's arguments: checks, plan, hooks, zygote, anchors. All entry points share it."""
 
 import hashlib
 import logging
@@ -61,18 +61,18 @@ _PINNED = (
 """Resolved values of the first generation that later ones keep; SGLang derives some of them from tp_size."""
 
 _FIXED = {
-    # KV of layers with a sliding window is kept as of the others: one pool, one set of slots, one slot table.
+    # Sliding-window layers keep KV like the others: one pool, one set of slots, one slot table.
     "disable_hybrid_swa_memory": True,
     # Shared experts are an axis of their own.
     "disable_shared_experts_fusion": True,
 }
-"""What every generation runs with, whatever was given."""
+"""Values of every generation, whatever the flags say."""
 
 REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
-"""What ``start`` raises for the operator to mend: wrong flags, models, files, directories, another SGLang."""
+"""Errors of ``start`` for the operator to fix: wrong flags, models, files, directories, another SGLang."""
 
 START_FAILURES = (StartFailed, AnchorError, AnchorStartError)
-"""What SGLang's launch raises when our processes do not come up."""
+"""Errors of SGLang's launch when our processes do not come up."""
 
 
 @dataclass
@@ -82,10 +82,10 @@ class Runtime:
     coordinator: Coordinator
     keeper: RunDirKeeper
     port: socket.socket | None
-    """Keeps the port that SGLang binds at the end of its launch."""
+    """Socket that holds the port which SGLang binds at the end of its launch."""
 
     def close(self) -> None:
-        """End ranks, zygote and anchors, free their memory, remove the run directory."""
+        """End ranks, zygote and anchors, free their memory, and remove the run directory."""
         self.coordinator.shut_down()
         self.keeper.stop()
         remove_run_dir(self.keeper.run_dir)
@@ -94,12 +94,12 @@ class Runtime:
 
 
 def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serves_http: bool) -> Runtime:
-    """Check everything, then fork the zygote. ``server_args``: SGLang's record; gets resolved.
+    """Check everything, then fork the zygote. ``server_args``: SGLang's record, which gets resolved.
 
-    A server is known by its port, so that it finds its anchors again after a crash; an Engine by its process.
-    ``platform``: the one that the process was prepared for.
+    A server's run directory is named by its port, so that it finds its anchors after a crash; an Engine's by its
+    process. ``platform``: the one that the process was prepared for.
 
-    Raises ValueError subclasses with a text for the operator; nothing is left behind then.
+    Raises subclasses of ValueError with a text for the operator, and leaves nothing behind then.
     """
     from sglang.srt.plugins import load_plugins
 
@@ -110,7 +110,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint)
     expert_counts = server_args.init_expert_location
-    # Experts are dealt by us: SGLang's own tables have as many on each rank.
+    # We deal the experts: SGLang's own tables have the same number on each rank.
     server_args.init_expert_location = raw["init_expert_location"] = NONE
     server_args.resolve_once()
     view = _view(server_args)
@@ -132,7 +132,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     log.info("anchortp: KV mirror: %s", memory.mirror_said)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
-    load_plugins()  # the operator's own, for all processes: SGLang loads them in each, after the fork
+    load_plugins()  # the operator's plugins, for all processes: SGLang loads them in each, after the fork
     messages.register()
     start_log.step("hooks are installed")
     metrics_folder = metrics.prepare_folder() if view.enable_metrics else None
@@ -210,7 +210,7 @@ def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Own
 
 
 def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:
-    """Fail closed: every element of every shard comes from exactly one place, every tensor is used."""
+    """Check the plan: every element of every shard has exactly one source, and every tensor is used."""
     validate(model, ownership)
     layouts = [shard_layout(model, ownership, rank) for rank in range(ownership.tp_size)]
     for layout in layouts:
@@ -225,7 +225,7 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
 
 
 def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, kv_dtype: str) -> str:
-    """Of the memory that anchors hold: two servers of the same identity could take over each other's."""
+    """Identify the memory that anchors hold: servers of the same identity could take over each other's."""
     of_weights = [str(checkpoint.resolve()), model.dtype, ownership.digest()]
     parts = [*of_weights, str(memory.kv), kv_dtype, *memory.platform.identity]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
@@ -235,7 +235,7 @@ def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: 
 
 
 def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
-    """The zygote, and another in reserve for its death: idle, and nearly all of its memory is shared."""
+    """Make the zygote, and one in reserve for its death: it is idle and shares nearly all of its memory."""
     from anchortp_sglang.hooks import preload
 
     preload.preload(view)
@@ -256,8 +256,10 @@ def _policy(options: AnchorOptions) -> Policy:
 
 
 def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, Any]) -> Any:
-    """tp_size -> resolved ServerArgs; like the first one in all that must not change between generations, but for
-    what is ``changed`` for ranks."""
+    """Return a function from tp_size to resolved ServerArgs.
+
+    They equal the first generation's in all that must not change between generations, except for ``changed`` on ranks.
+    """
     from sglang.srt.server_args import ServerArgs
 
     pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots} | dict(changed)

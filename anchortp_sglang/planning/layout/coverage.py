@@ -1,6 +1,6 @@
-"""Fail-closed proof that shards are complete: no element missing, doubled, or read from an unknown tensor.
+"""Proves that shards are complete: no element missing, doubled, or read from an unknown tensor.
 
-SGLang's own weight loaders do not notice every tensor that they could not place, so nothing here is assumed.
+SGLang's own weight loaders do not notice every tensor that they could not place, so every element is checked.
 """
 
 import re
@@ -16,12 +16,14 @@ Runs = list[tuple[int, int]]
 
 
 class CoverageError(ValueError):
-    """Weights would be missing, doubled or misplaced; the text names the tensor and the elements."""
+    """Weights that would be missing, doubled or misplaced; the text names the tensor and the elements."""
 
 
 def check_coverage(layout: ShardLayout) -> None:
-    """Raise CoverageError unless pieces and padding cover every parameter exactly once, and the parameters
-    lie in the shard without overlap."""
+    """Check that pieces and padding cover every parameter exactly once, and that no two parameters overlap.
+
+    Raises CoverageError.
+    """
     dims = {placed.name: placed.dim for placed in layout.params}
     runs: defaultdict[str, Runs] = defaultdict(list)
     for piece in layout.pieces:
@@ -43,10 +45,10 @@ def check_sources(
     checkpoint_names: Iterable[str],
     source_shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[str, ...]:
-    """Names of the checkpoint tensors that are rightly unused, sorted.
+    """Check that the shards of all ranks together read the whole checkpoint, and return its unused tensors, sorted.
 
-    ``source_shapes`` are the shapes found in the checkpoint. Raises CoverageError if a tensor is missing, of
-    another shape than the model needs, or an unknown one of the model itself; or if elements of it are on no rank, or
+    ``source_shapes``: the shapes found in the checkpoint. Raises CoverageError if a tensor is missing, has another
+    shape than the model needs, or belongs to the model but is unknown; or if some of its elements are on no rank, or
     twice on one.
     """
     expected = sources(model)
@@ -87,7 +89,7 @@ def _check_places(layout: ShardLayout) -> None:
 
 
 def foreign_sources(model: ModelAxes, unused: Iterable[str]) -> tuple[str, ...]:
-    """Those of the unused tensors that no family knows, such as the value head of a reward model (``v_head.…``).
+    """Return the unused tensors that no family knows, such as the value head of a reward model (``v_head.…``).
 
     SGLang's ``load_weights`` leaves them out with a warning.
     """
@@ -96,13 +98,15 @@ def foreign_sources(model: ModelAxes, unused: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_names(model: ModelAxes, checkpoint_names: Iterable[str]) -> tuple[str, ...]:
-    """Check the names of a checkpoint's tensors alone. Returns and raises like ``check_sources``."""
+    """Check only the names of a checkpoint's tensors. Returns and raises like ``check_sources``."""
     return _check_names(model, sources(model), set(checkpoint_names))
 
 
 def _check_names(model: ModelAxes, expected: Mapping[str, Source], names: set[str]) -> tuple[str, ...]:
-    """SGLang leaves out what it has no parameter for. Of the model itself that would be a mistake in a family's rules,
-    or answers that are not this model's."""
+    """Check names: SGLang ignores tensors that it has no parameter for.
+
+    An ignored tensor of the model itself would mean a wrong rule in its family, or wrong answers.
+    """
     for source in expected:
         if source not in names:
             raise CoverageError(f"the checkpoint has no {source}, which {model.architecture} needs")
@@ -117,7 +121,7 @@ def _check_names(model: ModelAxes, expected: Mapping[str, Source], names: set[st
 
 
 def _reads(layouts: Sequence[ShardLayout]) -> dict[str, Runs]:
-    """Runs of each source that the ranks read. Raises CoverageError if a rank reads an element twice."""
+    """Return the runs of each source that the ranks read. Raises CoverageError if a rank reads an element twice."""
     read: defaultdict[str, Runs] = defaultdict(list)
     for rank, layout in enumerate(layouts):
         mine: defaultdict[str, Runs] = defaultdict(list)

@@ -1,8 +1,8 @@
-"""In which segments the bytes of a shard lie, page by page: what a device keeps stays where it is.
+"""The segments in which the bytes of a shard lie, page by page: what a device keeps stays in place.
 
-A new ownership's shard is put together from pages of the old one, which stay in their segments, and a new segment for
-the rest. So a device needs memory for what it is given only, and nothing else is copied. Shards of which too little
-would stay, or in too many pieces, are made anew.
+A new ownership's shard consists of pages of the old one, which stay in their segments, and a new segment for the rest.
+So a device needs memory only for what it is given, and nothing else is copied. A shard is made anew if too little of it
+would stay, or in too many pieces.
 """
 
 import hashlib
@@ -19,17 +19,18 @@ from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
 
 _MOST_EXTENTS = 5000
-"""A process may have 65530 mappings (vm.max_map_count). A rank that fills its shard maps it twice, and the old ones of
-up to eight devices."""
+"""Most extents of a shard. A process may have 65530 mappings (vm.max_map_count); a rank that fills its shard maps it
+twice, and the old ones of up to eight devices."""
 _MOST_PARAMS = 2048
-"""A parameter, of which each expert has its own, takes several extents: of more it is not worth the time to see."""
+"""Most parameters of a model for which pages are kept. A parameter with a slice per expert takes several extents;
+finding them takes too long beyond this."""
 _WORTH_KEEPING = 7 / 8
-"""Of the bytes of a segment, that it is kept for; whatever else is in it stays in memory with them."""
+"""Share of a segment's bytes that must stay for it to be kept; the rest of it stays allocated too."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Bytes ``[start, start + nbytes)`` of a shard lie in a segment from ``offset`` on; all are whole pages."""
+    """Bytes ``[start, start + nbytes)`` of a shard, which lie in a segment from ``offset`` on; all are whole pages."""
 
     start: int
     nbytes: int
@@ -43,8 +44,10 @@ class Extent:
 
 @dataclass(frozen=True)
 class ShardExtents:
-    """A shard's extents, in order and without gaps. ``sizes``: bytes of each segment that has any of them.
-    ``added``: the segment that was made for this shard."""
+    """A shard's extents, in order and without gaps.
+
+    ``sizes``: bytes of each segment that has some of them. ``added``: the segment made for this shard.
+    """
 
     extents: tuple[Extent, ...]
     sizes: dict[str, int]
@@ -56,20 +59,20 @@ class ShardExtents:
 
     @property
     def added_bytes(self) -> int:
-        """To be allocated for this shard."""
+        """Bytes to allocate for this shard."""
         return self.sizes[self.added]
 
     @property
     def kept_bytes(self) -> int:
-        """That were there before."""
+        """Bytes that were there before."""
         return sum(extent.nbytes for extent in self.extents if extent.segment != self.added)
 
     def to_fill(self, run: tuple[int, int]) -> Intervals:
-        """Of a run of bytes, those that are not there yet."""
+        """Return the part of a run of bytes that still has to be filled."""
         return subtract((run,), tuple((e.start, e.stop) for e in self._within(run) if e.segment != self.added))
 
     def find(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """(segment, offset, bytes) of a run of bytes."""
+        """Yield (segment, offset, bytes) of a run of bytes."""
         for extent in self._within((start, stop)):
             first = max(start, extent.start)
             yield extent.segment, extent.offset + first - extent.start, min(stop, extent.stop) - first
@@ -98,7 +101,7 @@ class WeightPlacement:
 
 
 def hold(model: ModelAxes, ownership: Ownership, before: WeightPlacement | None = None) -> WeightPlacement:
-    """Where the weights of an ownership shall lie, given what the anchors hold that is to stay where it is."""
+    """Plan where an ownership's weights lie, given the memory of the anchors that stays in place."""
     if before is not None and before.ownership == ownership:
         return before
     segment = _segment_name(ownership, before)
@@ -108,8 +111,10 @@ def hold(model: ModelAxes, ownership: Ownership, before: WeightPlacement | None 
 
 
 def _segment_name(ownership: Ownership, before: WeightPlacement | None) -> str:
-    """Of equal name are segments with the same bytes in the same places, so that one that was filled in part can be
-    filled again: it depends on the ownership, and on what was there before."""
+    """Name the segment that is added for an ownership, by it and by the segments there before.
+
+    Segments of equal name have the same bytes in the same places, so one that was filled in part can be filled again.
+    """
     name = f"weights-{ownership.digest()}"
     if before is None:
         return name
@@ -143,7 +148,7 @@ def _shard(
 
 
 def _worth_keeping(stays: Iterable[Extent], old: ShardExtents) -> list[Extent]:
-    """In the order of the shard, without the segments of which too little stays."""
+    """Return what stays, in the order of the shard, without the segments of which too little stays."""
     extents = sorted(stays, key=lambda extent: extent.start)
     used: defaultdict[str, int] = defaultdict(int)
     for extent in extents:
@@ -154,7 +159,7 @@ def _worth_keeping(stays: Iterable[Extent], old: ShardExtents) -> list[Extent]:
 def _pages_that_stay(
     model: ModelAxes, new: Ownership, rank: int, old: Ownership, before: ShardExtents
 ) -> Iterator[Extent]:
-    """Whole pages of the new shard that are whole pages of the old one."""
+    """Yield the whole pages of the new shard that are whole pages of the old one."""
     device = new.devices[rank]
     placed = {each.name: each for each in shard_layout(model, new, rank).params}
     old_placed = {each.name: each for each in shard_layout(model, old, old.devices.index(device)).params}
@@ -174,7 +179,7 @@ def _pages_that_stay(
 
 
 def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Neighbours that are neighbours in their segment, too, as one."""
+    """Join neighbours that are also neighbours in their segment."""
     last: Extent | None = None
     for extent in extents:
         if last is not None and last.segment == extent.segment and last.offset + last.nbytes == extent.offset:

@@ -1,7 +1,7 @@
-"""How KV lies in memory: which heads of which layers a rank holds, and what must move when ownership changes.
+"""The layout of KV in memory: the heads of each layer that a rank holds, and what moves when ownership changes.
 
-Everything that places, copies or mirrors KV asks here, layer by layer: a model whose KV is not split over the ranks, or
-whose layers are shared out unequally, differs in ``held_heads``, ``planes`` and the sizes of ``KVPlan`` alone.
+Code that places, copies or mirrors KV asks here, layer by layer. A model whose KV is not split over the ranks, or whose
+layers are shared out unequally, differs only in ``held_heads``, ``planes`` and the sizes of ``KVPlan``.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Owner
 
 @dataclass(frozen=True)
 class KVPlan:
-    """KV slots of every rank: the same number everywhere, whatever the rank's share of the heads.
+    """The number of KV slots: the same on every rank, whatever its share of the heads.
 
-    ``rows`` = slots + page_size, as SGLang's pools lay them out (the first page is padding).
+    ``rows`` = slots + page_size, as in SGLang's pools (the first page is padding).
     """
 
     slots: int
@@ -31,22 +31,22 @@ class KVPlan:
         return self.slots + self.page_size
 
     def unit_bytes(self, model: ModelAxes) -> int:
-        """Bytes of one head of one plane of one layer in one slot: the smallest piece that is ever moved."""
+        """Return the bytes of one head of one plane of one layer in one slot: the smallest unit that is moved."""
         return model.kv_row // planes(model) * self.dtype_bytes
 
     def slot_bytes(self, model: ModelAxes) -> int:
-        """Bytes of one slot over all heads and layers, each head counted once."""
+        """Return the bytes of one slot over all heads and layers, each head counted once."""
         return model.num_layers * model.num_kv_heads * model.kv_row * self.dtype_bytes
 
 
 def planes(model: ModelAxes) -> int:
-    """K and V are two planes of a layer, of equal shape; latents are one."""
+    """Count the planes of a layer, of equal shape: two for K and V, one for latents."""
     return 1 if model.latent_kv else 2
 
 
 @dataclass(frozen=True)
 class MirrorPlan:
-    """The KV mirror in host memory: slots it can hold, and the bytes per second that may be copied to it."""
+    """The KV mirror in host memory: how many slots it holds, and the bytes per second that may be copied to it."""
 
     rows: int
     bytes_per_s: float
@@ -64,7 +64,7 @@ class KVGroup:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """One rank's KV segment. Two layouts with one digest are the same bytes for the same slots."""
+    """One rank's KV segment. Layouts of equal digest store the same slots in the same bytes."""
 
     rows: int
     planes: int
@@ -79,20 +79,20 @@ class KVLayout:
         return group.layers * self.planes * self.rows * total(group.heads) * self.unit_bytes
 
     def shape(self, group: KVGroup) -> tuple[int, int, int, int]:
-        """(layers, planes, rows, heads), in units."""
+        """Return (layers, planes, rows, heads), in units."""
         return group.layers, self.planes, self.rows, total(group.heads)
 
     def digest(self) -> str:
-        """16 hex characters."""
+        """Return 16 hex characters that identify this layout."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class KVMove:
-    """Heads that a rank's new segment takes from elsewhere: ``count`` of them, in ``layers`` from ``first_layer`` on.
+    """``count`` heads that a rank's new segment takes from elsewhere, in ``layers`` layers from ``first_layer`` on.
 
-    ``device``: whose old segment has them, from ``source_head`` (a position there) on; None if no survivor has
-    them: then ``source_head`` is the head's number in the model, as the mirror counts.
+    ``device``: the survivor whose old segment has them, from position ``source_head`` on. None if no survivor has them:
+    ``source_head`` is then the head's number in the model, which is its position in the mirror.
     """
 
     first_layer: int
@@ -104,12 +104,12 @@ class KVMove:
 
 
 def held_heads(model: ModelAxes, ownership: Ownership, rank: int, layer: int) -> Intervals:
-    """KV heads of a layer that a rank holds."""
+    """Return the KV heads of a layer that a rank holds."""
     return ownership.of("kv_head", rank, layer)
 
 
 def kv_layout(model: ModelAxes, plan: KVPlan, ownership: Ownership, rank: int) -> KVLayout:
-    """A rank's KV segment."""
+    """Lay out a rank's KV segment."""
     groups: list[KVGroup] = []
     offset_bytes, unit_bytes = 0, plan.unit_bytes(model)
     heads_of = [held_heads(model, ownership, rank, layer) for layer in range(model.num_layers)]
@@ -123,7 +123,7 @@ def kv_layout(model: ModelAxes, plan: KVPlan, ownership: Ownership, rank: int) -
 
 
 def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes: int | None) -> KVPlan:
-    """As many slots, up to ``most``, as the fullest device has room for beside its weights; None: no limit.
+    """Reduce the slots to what the fullest device has room for beside its weights; None: no limit.
 
     Raises InvalidOwnership if there is no room for a page.
     """
@@ -142,28 +142,28 @@ def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes
 
 
 def whole_layout(model: ModelAxes, rows: int, unit_bytes: int) -> KVLayout:
-    """All heads of all layers, as the mirror has them."""
+    """Lay out all heads of all layers, as in the mirror."""
     return KVLayout(rows, planes(model), unit_bytes, (KVGroup(0, model.num_layers, ((0, model.num_kv_heads),), 0),))
 
 
 def kv_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership) -> tuple[KVMove, ...]:
-    """What fills a rank's new KV segment: from its device's old one, from another survivor's, from nobody's."""
+    """Return what fills a rank's new KV segment, from its device's old one, a survivor's, or the mirror."""
     return _merged([tuple(_layer_moves(model, new, rank, old, layer)) for layer in range(model.num_layers)])
 
 
 def lost_heads(model: ModelAxes, new: Ownership, old: Ownership) -> bool:
-    """Whether some KV heads were held by none of the devices that are left."""
+    """Return whether some KV heads were held by none of the devices that are left."""
     return any(move.device is None for rank in range(new.tp_size) for move in kv_moves(model, new, rank, old))
 
 
 def mirrored_heads(model: ModelAxes, ownership: Ownership, rank: int, layer: int) -> Intervals:
-    """The heads of a layer that a rank copies to the mirror: those that no lower rank holds."""
+    """Return the heads of a layer that a rank copies to the mirror: those that no lower rank holds."""
     lower = normalize(run for other in range(rank) for run in held_heads(model, ownership, other, layer))
     return subtract(held_heads(model, ownership, rank, layer), lower)
 
 
 def mirror_moves(model: ModelAxes, ownership: Ownership, rank: int) -> tuple[KVMove, ...]:
-    """What a rank copies to the mirror. ``head``: the position there; ``device``: the rank's own."""
+    """Return what a rank copies to the mirror. ``head``: the position there; ``device``: the rank's own."""
     device = ownership.devices[rank]
     by_layer = []
     for layer in range(model.num_layers):
@@ -177,7 +177,7 @@ _Part = tuple[int, int, int | None, int]  # head, count, device, source_head
 
 
 def _merged(by_layer: Sequence[tuple[_Part, ...]]) -> tuple[KVMove, ...]:
-    """One move for consecutive layers that are alike."""
+    """Merge the moves of consecutive layers that are alike."""
     moves: list[KVMove] = []
     first = 0
     for parts, layers in groupby(by_layer):
@@ -200,6 +200,6 @@ def _layer_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership, la
 
 
 def _in_turn(new: Ownership, rank: int, old: Ownership) -> tuple[int, ...]:
-    """Survivors in the order in which a rank asks them: itself, then each rank beginning with another one."""
+    """Return the survivors in copying order: itself first; each rank starts with another one."""
     in_turn = new.devices[rank:] + new.devices[:rank]
     return tuple(device for device in in_turn if device in old.devices)

@@ -1,4 +1,4 @@
-"""How a rank's new shard is filled when the ownership changes: from old shards, its own first, or reloaded."""
+"""Plans how a rank's new shard is filled when the ownership changes: from old shards, its own first, or reloaded."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ MoveKind = Literal["copy", "p2p", "reload"]
 
 @dataclass(frozen=True)
 class Move:
-    """Fill elements ``[start, start + length)`` of a parameter along ``dim``; other dimensions are whole.
+    """Fills elements ``[start, start + length)`` of a parameter along ``dim``; other dimensions are whole.
 
     "copy": from the parameter ``source`` of the same device's old shard, at ``source_start`` along dim.
     "p2p": the same from the old shard of another device.
@@ -39,10 +39,10 @@ class Move:
 
 
 def fill_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership | None) -> tuple[Move, ...]:
-    """All moves that fill a rank's new shard, in the order of execution of the layers.
+    """Return all moves that fill a rank's new shard, layers in the order of execution.
 
-    What the same device (by id) holds in ``old`` is copied from its old shard, what other devices of ``new`` hold
-    from theirs, the rest is reloaded; without ``old`` everything is. Rows of padding are not moved: zero them
+    Elements that the same device (by id) holds in ``old`` are copied from its old shard, elements of other devices of
+    ``new`` from theirs, the rest is reloaded; without ``old`` everything is. Padding rows are not moved: zero them
     (``ShardLayout.padding``).
     """
     holders = _holders(new, rank, old)
@@ -73,7 +73,7 @@ def _fill(
 
 
 def _renamed(like: ParamSpec, moves: Iterable[Move], spec: ParamSpec) -> Iterator[Move]:
-    """The moves of a parameter that is ``like`` another in all but names."""
+    """Rename the moves of ``like``, a parameter that differs from ``spec`` only in names."""
     sources = {old.source: new.source for old, new in zip(like.blocks, spec.blocks, strict=True)}
     for move in moves:
         source = sources[move.source] if move.device is None else spec.name
@@ -92,8 +92,10 @@ def _renamed(like: ParamSpec, moves: Iterable[Move], spec: ParamSpec) -> Iterato
 
 
 def _holders(new: Ownership, rank: int, old: Ownership | None) -> Holders:
-    """Devices of ``new``, and their ranks in ``old``, in the order in which this rank asks them: itself, then each
-    rank starting with another one, so that what several have is not taken from the same one by all."""
+    """Return the devices to copy from, with their ranks in ``old``: this rank's own first.
+
+    Each rank starts with another device, so that ranks do not all copy from the same one.
+    """
     if old is None:
         return ()
     in_turn = new.devices[rank:] + new.devices[:rank]
@@ -101,7 +103,7 @@ def _holders(new: Ownership, rank: int, old: Ownership | None) -> Holders:
 
 
 def moved_bytes(moves: Iterable[Move]) -> dict[str, int]:
-    """Bytes by kind; all kinds are always named."""
+    """Sum the bytes of each kind; all kinds are present."""
     moved = {"copy": 0, "p2p": 0, "reload": 0}
     for move in moves:
         moved[move.kind] += move.nbytes

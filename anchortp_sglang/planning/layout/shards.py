@@ -1,4 +1,4 @@
-"""The shard of one rank: where each parameter lies in memory, and which checkpoint elements it is made of."""
+"""The shard of one rank: where each parameter lies in memory, and from which checkpoint elements it is filled."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +11,7 @@ from anchortp_sglang.planning.ownership.ownership import Ownership
 PARAM_ALIGN_BYTES = 64
 PAGE_BYTES = 4096
 _PAGED_BYTES = 16 * PAGE_BYTES
-"""A parameter of this size starts on a page, so that its parts can be mapped by themselves."""
+"""Size from which a parameter starts on a page, so that parts of it can be mapped."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ParamSlot:
     column_major: bool
 
     def run(self, start: int, length: int) -> tuple[int, int] | None:
-        """Bytes of the shard [start, stop) that hold ``length`` elements along dim; None if they lie scattered."""
+        """Return the bytes [start, stop) of the shard with these elements along dim; None unless contiguous."""
         if self.dim and not self.column_major:
             return None
         unit_bytes = self.nbytes // self.shape[self.dim]
@@ -41,9 +41,11 @@ class ParamSlot:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements along ``dim``: ``param[start : start + length]`` is
-    ``checkpoint[source][source_start : source_start + length]``; all other dimensions are whole. ``transposed``: of
-    the checkpoint's tensor with its last two dimensions swapped."""
+    """Elements of a parameter along ``dim`` and their source; all other dimensions are whole.
+
+    ``param[start : start + length]`` is ``checkpoint[source][source_start : source_start + length]``, of which the last
+    two dimensions are swapped first if ``transposed``.
+    """
 
     param: str
     dim: int
@@ -58,8 +60,8 @@ class Piece:
 class ShardLayout:
     """One rank's parameters, in the order of execution.
 
-    ``padding`` is ``(param, start, length)`` along its dim: rows that no checkpoint tensor fills and that
-    must be zero. ``total_bytes`` is a multiple of 4096.
+    ``padding`` is ``(param, start, length)`` along its dim: rows that no checkpoint tensor fills and that must be zero.
+    ``total_bytes`` is a multiple of 4096.
     """
 
     params: tuple[ParamSlot, ...]
@@ -70,8 +72,7 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor as the model expects it; ``dim`` is the dimension along which it is split, as the
-    parameter counts them."""
+    """A checkpoint tensor as the model expects it; ``dim`` is the parameter's dimension along which it is split."""
 
     shape: tuple[int, ...]
     dim: int
@@ -79,14 +80,17 @@ class Source:
 
     @property
     def extent(self) -> int:
-        """Elements along the split dimension."""
+        """Number of elements along the split dimension."""
         return swapped(self.shape, self.transposed)[self.dim] if self.shape else 1
 
 
 @dataclass(frozen=True)
 class Span:
-    """A block of a rank's parameter: ``held`` are its elements along dim, laid out from ``base`` on; those from
-    ``extent`` on are padding."""
+    """A block of a rank's parameter.
+
+    ``held``: the block's elements along dim that the rank has, stored from ``base`` on; those from ``extent`` on are
+    padding.
+    """
 
     block: Block
     base: int
@@ -99,17 +103,17 @@ class Span:
         return intersect(self.held, ((0, self.extent),))
 
     def position(self, element: int) -> int:
-        """Where an element of the block lies in the parameter, along dim."""
+        """Return the position of a block's element in the parameter, along dim."""
         return self.base + locate(self.held, element)
 
 
 def is_held(spec: ParamSpec, ownership: Ownership, rank: int) -> bool:
-    """Whether a rank has any of a parameter: of whole experts only its own."""
+    """Return whether a rank has any of a parameter; it has whole experts only if they are its own."""
     return spec.expert is None or any(a <= spec.expert < b for a, b in ownership.of("expert", rank, spec.layer))
 
 
 def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) -> tuple[Span, ...]:
-    """The blocks of a parameter as a rank holds them."""
+    """Return a parameter's blocks as a rank holds them."""
     held = [_held(block, ownership, rank, spec.layer) for block in spec.blocks]
     bases = accumulate((total(runs) for runs in held[:-1]), initial=0)
     return tuple(
@@ -150,8 +154,10 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
 
 @dataclass(frozen=True)
 class _Form:
-    """What parameters of one likeness have in common in layers that are cut alike: ``pieces`` as (block, start,
-    length, start in its source), ``padding`` as (start, length)."""
+    """What parameters of one likeness share in layers that are cut alike.
+
+    ``pieces`` are (block, start, length, start in its source), ``padding`` (start, length).
+    """
 
     shape: tuple[int, ...]
     nbytes: int
@@ -181,15 +187,18 @@ def _form(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) ->
 
 
 def _column_major(model: ModelAxes, spec: ParamSpec) -> bool:
-    """Matrices that are split by columns are kept with their columns one after the other, so that what a rank has of
-    them stays where it is when it is given more. Only plain float32: matrix products of the CPU take it as it is, and
-    reorder other types each time (measured: oneDNN, bfloat16, up to twice as slow)."""
+    """Return whether a matrix is stored with its columns contiguous.
+
+    Matrices split by columns are, so that a rank's columns stay in place when it is given more. Only plain float32: the
+    CPU's matrix products take it as it is, but reorder other types each time (measured: oneDNN, bfloat16, up to twice
+    as slow).
+    """
     plain = spec.dtype == "float32" and model.quantization is None
     return plain and spec.dim == 1 and len(spec.rest) == 1
 
 
 def block_extent(model: ModelAxes, block: Block) -> int:
-    """Elements of a block along the split dimension, over all ranks."""
+    """Count a block's elements along the split dimension, over all ranks."""
     if block.axis is None:
         return block.elements_per_unit
     units = model.vocab_size if block.axis == "vocab" else model.axes[block.axis]
@@ -197,11 +206,11 @@ def block_extent(model: ModelAxes, block: Block) -> int:
 
 
 def sources(model: ModelAxes) -> dict[str, Source]:
-    """Every checkpoint tensor that the model needs, by name."""
+    """Return every checkpoint tensor that the model needs, by name."""
     found: dict[str, Source] = {}
     for spec in model.params:
         for block in spec.blocks:
-            # Of several blocks the last one reaches to the end.
+            # The last of several blocks of a source reaches to its end.
             extent = block.offset + block_extent(model, block)
             shape = swapped(_shape(spec, extent), spec.transposed)
             found[block.source] = Source(() if spec.scalars else shape, spec.dim, spec.transposed)
@@ -209,17 +218,17 @@ def sources(model: ModelAxes) -> dict[str, Source]:
 
 
 def swapped(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
-    """A shape, its last two dimensions swapped if ``transposed``."""
+    """Swap the last two dimensions of a shape if ``transposed``."""
     return (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
 
 
 def source_shape(model: ModelAxes, source: str) -> tuple[int, ...]:
-    """The full shape expected of a checkpoint tensor. Raises KeyError for one the model does not have."""
+    """Return the full shape expected of a checkpoint tensor. Raises KeyError for one the model does not have."""
     return sources(model)[source].shape
 
 
 def _held(block: Block, ownership: Ownership, rank: int, layer: int | None) -> Intervals:
-    # A replicated extent is an axis of a single unit, held by everybody.
+    # A replicated extent is an axis of a single unit that every rank holds.
     units = ((0, 1),) if block.axis is None else ownership.of(block.axis, rank, layer)
     return scale(units, block.elements_per_unit)
 

@@ -1,4 +1,4 @@
-"""From a HF config.json to the axes a model can be split along and the parameters that lie on them."""
+"""The axes along which a model can be split, and the parameters that lie on them, read from a HF config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,12 +41,12 @@ _DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class ModelAxes:
-    """What a model is made of. Sizes are the whole model's, in elements unless named otherwise.
+    """A model's sizes, axes and parameters. Sizes are the whole model's, in elements unless named otherwise.
 
-    ``columns`` are the axes besides heads and vocabulary; ``params`` are in the order of execution;
-    ``unused_sources`` are regular expressions (searched) for checkpoint tensors that nobody needs. ``kv_row`` is how
-    many elements a KV head keeps of a token in a layer. ``latent_kv``: there is a single one, of the latents.
-    ``heads_per_unit``: query heads that are dealt together. ``quantization``: its name, if the checkpoint is quantized.
+    ``columns``: the axes besides heads and vocabulary. ``params``: in the order of execution. ``unused_sources``:
+    regular expressions (searched) for checkpoint tensors that are not needed. ``kv_row``: elements that a KV head
+    stores per token and layer. ``latent_kv``: there is one KV head, of the latents. ``heads_per_unit``: query heads
+    that are dealt together. ``quantization``: its name, None for a plain checkpoint.
     """
 
     architecture: str
@@ -69,8 +69,10 @@ class ModelAxes:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Units of each axis. "vocab" is the padded rows of a single rank; with more ranks the padding may
-        grow, see ``padded_vocab_rows``."""
+        """Units of each axis.
+
+        "vocab" is the padded rows of a single rank; with more ranks the padding may grow, see ``padded_vocab_rows``.
+        """
         return {
             "q_head": self.num_q_heads // self.heads_per_unit,
             "kv_head": self.num_kv_heads,
@@ -85,7 +87,7 @@ class ModelAxes:
 
 
 def padded_vocab_rows(vocab_size: int, tp_size: int) -> int:
-    """Rows of the vocabulary after padding, over all ranks (``VocabParallelEmbedding.__init__``)."""
+    """Count the rows of the vocabulary after padding, over all ranks (``VocabParallelEmbedding.__init__``)."""
     padding = VOCAB_PADDING_ROWS
     if _round_up(vocab_size, padding) % tp_size:
         padding *= tp_size
@@ -93,7 +95,7 @@ def padded_vocab_rows(vocab_size: int, tp_size: int) -> int:
 
 
 def equal_vocab_cut(vocab_size: int, tp_size: int) -> tuple[Intervals, ...]:
-    """SGLang's own split: per rank an equal run of padded rows; rows from ``vocab_size`` on are padding."""
+    """Cut the vocabulary as SGLang does: equal runs of padded rows; rows from ``vocab_size`` on are padding."""
     rows = padded_vocab_rows(vocab_size, tp_size) // tp_size
     return tuple(((rank * rows, (rank + 1) * rows),) for rank in range(tp_size))
 
@@ -102,20 +104,20 @@ def read_model_axes(config: Mapping[str, Any], dtype: str | None = None, *, whol
     """Read a config.json. Experts are cut along their columns, or with ``whole_experts`` dealt whole.
 
     ``dtype`` is SGLang's ``--dtype``: None keeps the dtype that the config names, "auto" follows SGLang
-    (``_get_and_verify_dtype``: float32 checkpoints are served in float16).
-    Raises UnsupportedModel, with the reason, for what cannot be served.
+    (``_get_and_verify_dtype``: float32 checkpoints are served in float16). Raises UnsupportedModel, with the reason,
+    for a model that cannot be served.
     """
     try:
         return _read(config, dtype, whole_experts)
     except UnsupportedModel:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # Fields are read where they are used; one of the wrong type shows there.
+        # Fields are checked where they are used; a wrong type shows only there.
         raise UnsupportedModel(f"config.json: a field cannot be read ({type(error).__name__}: {error})") from error
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
-    """Whether the architecture is a mixture of experts. Raises UnsupportedModel for an unknown one."""
+    """Return whether the architecture is a mixture of experts. Raises UnsupportedModel for an unknown one."""
     return FAMILIES[_architecture(config)].experts is not None
 
 
@@ -152,7 +154,7 @@ def _read(config: Mapping[str, Any], dtype: str | None, whole_experts: bool) -> 
             *UNUSED_SOURCES,
             *(() if quantization is None else quantization.unused),
             *((r"^lm_head\.weight$",) if tied else ()),
-            # Layers behind the last one, those for multi-token prediction among them (`get_layer_id`, `end_layer`).
+            # Layers after the last one, those for multi-token prediction among them (`get_layer_id`, `end_layer`).
             rf"^model\.layers\.(?!(?:{'|'.join(map(str, range(num_layers)))})\.)\d+\.",
         ),
         quantization=None if quantization is None else quantization.name,
@@ -172,7 +174,7 @@ def refuse_layout_only(model: ModelAxes) -> None:
 
 
 def caveats(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What SGLang does otherwise on this platform than the released model, for the operator to know."""
+    """Return warnings for the operator where SGLang on this platform differs from the released model."""
     family = FAMILIES[_architecture(config)]
     config = family.resolved(config)
     return tuple(text for key, text in family.caveats if config.get(key))

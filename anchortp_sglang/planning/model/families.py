@@ -1,6 +1,6 @@
 """Model families as data: the parameters SGLang creates, and the checkpoint tensors that fill them.
 
-A new family is a new entry in ``FAMILIES``; ``family_rules`` has what they are written in.
+A new family is a new entry in ``FAMILIES``, written with the rules of ``rules.py``.
 """
 
 from dataclasses import replace
@@ -112,8 +112,8 @@ _GLM4 = replace(
     dense=(*FUSED_MLP, vector("post_mlp_layernorm.weight", "hidden")),
 )
 
-# models/gemma2.py: four norms; the head is always the embedding. SGLang keeps KV of its layers with a sliding window
-# as of the others (`disable_hybrid_swa_memory`, arg_groups/model_overrides/gemma2_gemma3.py) and masks what is older.
+# models/gemma2.py: four norms; the head is always the embedding. SGLang keeps the KV of its sliding-window layers like
+# that of the others (`disable_hybrid_swa_memory`, arg_groups/model_overrides/gemma2_gemma3.py) and masks older tokens.
 _GEMMA2 = Family(
     before=(EMBED,),
     layer=(BEFORE_ATTENTION, qkv(), qkv_bias(_BIAS), O_PROJ, o_bias(_BIAS), BEFORE_MLP),

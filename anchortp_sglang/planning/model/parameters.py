@@ -1,4 +1,4 @@
-"""The parameters of a model: what SGLang creates, of which checkpoint tensors it is made, and where it is split."""
+"""The parameters of a model: what SGLang creates, from which checkpoint tensors, and where it is split."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,13 +11,12 @@ from anchortp_sglang.planning.model.rules import Family, Rule
 from anchortp_sglang.planning.model.sizes import Size
 
 DTYPE_BYTES = {FP8: 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
-"""By the names that torch has for them."""
+"""Bytes per element, by torch's names of dtypes."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of one parameter along its split dimension that comes from one checkpoint tensor, from its element
-    ``offset`` on.
+    """A run of a parameter along its split dimension, filled from one checkpoint tensor from element ``offset`` on.
 
     ``axis`` None: every rank holds the whole extent, which is ``elements_per_unit``; with ``first_rank_only`` it is
     zero on all but the first.
@@ -32,13 +31,13 @@ class Block:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """An SGLang parameter: its blocks stacked along ``dim``, ``rest`` the sizes of its other dimensions.
+    """An SGLang parameter: its blocks stacked along ``dim``; ``rest`` are the sizes of its other dimensions.
 
-    A rank's shape is ``rest`` with the extent of its units inserted at ``dim``. ``layer`` None: outside of
-    the decoder layers. The slices of a parameter over experts are specs of their own, named ``parameter[expert]``
-    and in order: those that a rank holds lie side by side. ``expert`` is given where experts are dealt whole: a rank
-    holds the slice if it holds that unit of the axis "expert". ``transposed``: the last two dimensions are the other
-    way round in the checkpoint. ``scalars``: each of its elements is a tensor without dimensions there.
+    A rank's shape is ``rest`` with the extent of its units inserted at ``dim``. ``layer`` is None outside of the
+    decoder layers. A parameter over experts has one spec per expert, named ``parameter[expert]`` and in order: a rank's
+    slices lie side by side. ``expert`` is set where experts are dealt whole: a rank holds the slice if it holds that
+    unit of the axis "expert". ``transposed``: the checkpoint has the last two dimensions swapped. ``scalars``: each
+    element is a checkpoint tensor without dimensions.
     """
 
     name: str
@@ -58,7 +57,7 @@ class ParamSpec:
 
     @cached_property
     def likeness(self) -> tuple[object, ...]:
-        """Equal for parameters that differ in names only, as those of layers and experts do."""
+        """Key that is equal for parameters that differ only in names, such as those of layers and experts."""
         blocks = tuple((one.axis, one.elements_per_unit, one.offset, one.first_rank_only) for one in self.blocks)
         return blocks, self.dim, self.rest, self.dtype, self.transposed
 
@@ -72,7 +71,7 @@ def param_specs(
     whole_experts: bool,
     quantization: Quantization | None,
 ) -> tuple[ParamSpec, ...]:
-    """All parameters of a model in the order of execution, from its family's rules and the numbers of ``sizes``."""
+    """List a model's parameters in the order of execution, from its family's rules and the numbers of ``sizes``."""
 
     def specs(rules: Iterable[Rule], prefix: str = "", layer: int | None = None) -> Iterator[ParamSpec]:
         present = [rule for rule in rules if rule.exists(config)]
@@ -113,7 +112,7 @@ def _spec(rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None,
 
 
 def _size(sizes: Mapping[str, Size], name: str) -> Size:
-    """Of "mlp/128", for instance, that of a tensor with an element for each 128 columns."""
+    """Look up a size; "mlp/128", for instance, is that of a tensor with one element per 128 columns."""
     whole, _, per = name.partition("/")
     return scaled_size(whole, sizes[whole], int(per)) if per else sizes[whole]
 
@@ -135,7 +134,7 @@ def _per_expert(
 def _stacked(
     rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None, dtype: str, whole_experts: bool
 ) -> ParamSpec:
-    """All experts in one tensor; dealt whole, it is split along them, and no expert is on two ranks."""
+    """Make the spec of a tensor of all experts; dealt whole, it is split along them."""
     spec = _spec(rule, sizes, prefix, layer, dtype)
     if not whole_experts:
         return spec

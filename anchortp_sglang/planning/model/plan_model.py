@@ -1,6 +1,6 @@
-"""A model as the planner sees it: what can be split, into how many units, of how many bytes.
+"""A model for the planner: what can be split, into how many units, of how many bytes.
 
-It is made of the parameters that a server would hold, so its bytes are those of the shards.
+It is made from the parameters that a server would hold, so its bytes are those of the shards.
 """
 
 from collections import defaultdict
@@ -14,13 +14,13 @@ from anchortp_sglang.planning.intervals import Intervals, total
 from anchortp_sglang.planning.model.axes import ModelAxes
 
 AxisKind = Literal["split", "shared", "replicated"]
-"""Each unit on exactly one device; on at least one (KV heads); or on every device."""
+"""Where a unit is: on exactly one device; on at least one (KV heads); on every device."""
 
 VOCAB_UNIT_ROWS = 8
-"""SGLang pads the vocabulary to a multiple of 64: so its equal cuts over up to 8 devices fall between units."""
+"""Rows in a vocabulary unit. SGLang pads to a multiple of 64, so equal cuts over up to 8 devices fall between units."""
 
 EMBED, HEAD = "embed", "head"
-"""What lies before the layers, and what behind them."""
+"""Names of the parts before and after the layers."""
 
 _Place = int | str
 """A layer, ``EMBED`` or ``HEAD``."""
@@ -28,12 +28,12 @@ _Place = int | str
 
 @dataclass(frozen=True, slots=True)
 class AxisGroup:
-    """One axis of one layer, or of all together (``layer`` None, as for what lies outside of the layers).
+    """One axis of one layer, or of all layers together (``layer`` None, also outside of the layers).
 
-    ``stage`` is its place in the order of execution. Shares are cut at multiples of ``grain`` units as long
-    as there are enough of them for all devices. An axis that ``follows`` another is held where any of the
-    ``grain`` units of that one that belong to its unit is held: KV heads follow query heads.
-    ``unit_bytes`` are weights; ``kv_bytes_per_token`` is what a token of context costs per unit.
+    ``stage`` is its place in the order of execution. Shares are cut at multiples of ``grain`` units as long as there
+    are enough of them for all devices. A unit of an axis that ``follows`` another is held wherever any of the leader's
+    ``grain`` units that belong to it is: KV heads follow query heads. ``unit_bytes`` are weights;
+    ``kv_bytes_per_token`` is the KV of one token per unit.
     """
 
     name: str
@@ -48,23 +48,23 @@ class AxisGroup:
     kv_bytes_per_token: int = 0
 
     def nbytes(self, runs: Intervals) -> int:
-        """Bytes of weights in the units of ``runs``."""
+        """Return the bytes of weights in the units of ``runs``."""
         return total(runs) * self.unit_bytes
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of weights of all units, each once."""
+        """Bytes of weights of all units, each counted once."""
         return self.units * self.unit_bytes
 
     @property
     def shape_key(self) -> tuple[object, ...]:
-        """Equal for the same axis of layers that are built alike: over those, extra units rotate."""
+        """Key that is equal for the same axis of layers that are built alike: extra units rotate over those."""
         return (self.axis, self.kind, self.units, self.unit_bytes, self.grain, self.follows)
 
 
 @dataclass(frozen=True)
 class PlanModel:
-    """``groups`` in the order of execution."""
+    """A model's axis groups, in the order of execution."""
 
     architecture: str
     num_layers: int
@@ -72,7 +72,7 @@ class PlanModel:
 
     @cached_property
     def by_name(self) -> dict[str, AxisGroup]:
-        """The groups by their names."""
+        """Groups by their names."""
         return {group.name: group for group in self.groups}
 
     @cached_property
@@ -102,7 +102,7 @@ class PlanModel:
 
 
 def plan_model(model: ModelAxes) -> PlanModel:
-    """List all parameters by axis: a group for each axis of each layer, and of what is before and behind the layers."""
+    """Group all parameters by axis, in each layer and in what is before and after the layers."""
     unit_bytes = _unit_bytes(model)
     groups = []
     for stage, place in enumerate((EMBED, *range(model.num_layers), HEAD)):
@@ -117,7 +117,7 @@ def plan_model(model: ModelAxes) -> PlanModel:
 def served_plan_model(model: ModelAxes, by_layer: Container[str] = ()) -> PlanModel:
     """List what a server is free to cut: heads, columns, experts.
 
-    An axis is one group for all layers together; those ``by_layer`` are one in each layer that has them.
+    An axis is one group for all layers together; an axis in ``by_layer`` is one group in each layer that has it.
     """
     together: defaultdict[tuple[str, int | None], int] = defaultdict(int)
     for (place, axis), nbytes in _unit_bytes(model).items():
@@ -135,7 +135,7 @@ def served_plan_model(model: ModelAxes, by_layer: Container[str] = ()) -> PlanMo
 
 
 def _unit_bytes(model: ModelAxes) -> dict[tuple[_Place, str], int]:
-    """Bytes of one unit of each axis in each place; under "replicated", of all that every device holds there."""
+    """Return the bytes of one unit of each axis in each place; of "replicated", all that every device holds."""
     found: defaultdict[tuple[_Place, str], int] = defaultdict(int)
     place: _Place = EMBED
     for spec in model.params:
@@ -144,7 +144,7 @@ def _unit_bytes(model: ModelAxes) -> dict[tuple[_Place, str], int]:
         elif place != EMBED:
             place = HEAD
         if spec.expert:
-            continue  # of whole experts the first one stands for all: they are of one size
+            continue  # whole experts are of one size: the first one stands for all
         element_bytes = prod(spec.rest) * spec.element_bytes
         for block in spec.blocks:
             axis = "expert" if spec.expert is not None else block.axis or "replicated"
@@ -153,7 +153,7 @@ def _unit_bytes(model: ModelAxes) -> dict[tuple[_Place, str], int]:
 
 
 def _group(model: ModelAxes, axis: str, scope: str, layer: int | None, stage: int, unit_bytes: int) -> AxisGroup:
-    """``unit_bytes`` are those of a unit of the model's axis, which of the vocabulary is a row."""
+    """Make a group. ``unit_bytes`` are those of the model's axis, where a unit of the vocabulary is one row."""
     token_bytes = model.kv_row * model.dtype_bytes if layer is not None else 0
     if axis == "replicated":
         # Latent attention has one row of KV for all heads, on every device; its layers have replicated projections.

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: the tensors that stand in for a weight, and the groups that no cut may divide.
+"""Quantized checkpoints: the tensors that replace a weight, and the groups that no cut may divide.
 
 Written against SGLang 0.5.23 (layers/quantization: fp8.py, compressed_tensors, awq, gptq).
 """
@@ -13,16 +13,16 @@ from anchortp_sglang.planning.model.sizes import Size, UnsupportedModel
 
 FP8 = "float8_e4m3fn"
 _INT_BITS = 32
-"""AWQ and GPTQ pack small integers into numbers of 32 bits."""
+"""Width of the integers into which AWQ and GPTQ pack smaller ones."""
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """A tensor that a quantized weight has in its place or beside it.
+    """A tensor that a quantized checkpoint has in place of a weight, or beside it.
 
-    ``dims`` are its dimensions: of what ("out" or "in", the weight's two, or "one"), and how many elements of the
-    weight one of its own stands for. Without dimensions it is a scalar; a parameter that stacks several weights has
-    one for each. ``dtype`` None: the model's.
+    ``dims`` are its dimensions: which one of the weight ("out" or "in", or "one" for neither), and how many elements of
+    the weight one of its own stands for. Without dimensions it is a scalar, and a parameter that stacks several weights
+    has one for each. ``dtype`` None: the model's.
     """
 
     suffix: str
@@ -32,8 +32,11 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Quantization:
-    """``group``: outputs and inputs of a weight that must stay together. ``unquantized`` are parts of the names of
-    modules that keep plain weights. ``experts``: whether experts have such tensors too."""
+    """How a checkpoint is quantized.
+
+    ``group``: outputs and inputs of a weight that must stay together. ``unquantized``: parts of the names of modules
+    that keep plain weights. ``experts``: whether experts are quantized too.
+    """
 
     name: str
     stand_ins: tuple[StandIn, ...]
@@ -41,10 +44,10 @@ class Quantization:
     unquantized: tuple[str, ...]
     experts: bool = False
     unused: tuple[str, ...] = ()
-    """Tensors that nobody needs (regex, searched)."""
+    """Tensors that are not needed (regex, searched)."""
 
     def rules(self, rule: Rule, prefix: str) -> Iterator[Rule]:
-        """What a rule becomes; ``prefix`` is its layer's. Raises UnsupportedModel if it has no such form."""
+        """Yield the rules that replace ``rule`` in the layer ``prefix``. Raises UnsupportedModel if there are none."""
         skipped = [any(part in prefix + tensor for part in self.unquantized) for tensor, _ in rule.sources]
         if not rule.projection or all(skipped):
             yield rule
@@ -62,7 +65,7 @@ class Quantization:
 
 
 def quantized(rules: Iterable[Rule], quantization: Quantization, prefix: str) -> Iterator[Rule]:
-    """What the rules of a layer, or of what is around the layers, become."""
+    """Yield the rules that replace those of a layer, or of the part around the layers."""
     for rule in rules:
         yield from quantization.rules(rule, prefix)
 
@@ -76,7 +79,7 @@ def _stand_in(rule: Rule, stand_in: StandIn) -> Rule:
     which = [of for of, _ in stand_in.dims]
     names = {"one": "one", other: rule.rest[0]}
     if split not in which:
-        # It lies along the other dimension alone: every rank has it whole. Weights that are stacked have equal ones.
+        # Its only dimension is the one that is not split: every rank has it whole. Stacked weights have equal ones.
         return replace(
             made,
             sources=((sources[0][0], _scaled(names[which[0]], stand_in.dims[0][1])),),
@@ -98,7 +101,7 @@ def _scaled(size: str, per: int) -> str:
 
 
 def scaled_size(name: str, size: Size, per: int) -> Size:
-    """A size where one element stands for ``per``. Raises UnsupportedModel if units end inside a group."""
+    """Return a size of which one element stands for ``per``. Raises UnsupportedModel if units end inside a group."""
     if size.axis is None:
         return Size(None, -(-size.per_unit // per))
     if size.per_unit % per:
@@ -110,7 +113,7 @@ def scaled_size(name: str, size: Size, per: int) -> Size:
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """What config.json says, None if the checkpoint is not quantized. Raises UnsupportedModel."""
+    """Read config.json; None if the checkpoint is not quantized. Raises UnsupportedModel."""
     given = config.get("quantization_config")
     if not given:
         return None

@@ -1,6 +1,6 @@
-"""What families are written in: a rule for each parameter, and the rules that several families share.
+"""Rules for the parameters of a model family, and the rules that several families share.
 
-Sizes are names ("q_head", "hidden", ...); ``axis_sizes`` gives them their numbers. Written against SGLang 0.5.23.
+Sizes are names ("q_head", "hidden", ...); ``sizes.read_sizes`` gives their numbers. Written against SGLang 0.5.23.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ from typing import Any
 class Rule:
     """One SGLang parameter.
 
-    ``sources`` are ``(checkpoint tensor, size)`` in the order in which the parameter stacks them along
-    ``dim``; a size is an axis ("q_head", "kv_head", "mlp", "expert_column", "vocab", ...) or a whole extent
-    ("hidden", "head_dim", "experts", ...). A tensor that is named several times holds those sizes one after the
-    other. ``rest`` names the other dimensions in their order. The parameter exists when any config key in
-    ``only_if`` is true (or ``only_if`` is empty) and ``unless`` is not. With ``{expert}`` in its tensors' names it
-    has a leading dimension over the experts; with "experts" first in ``rest`` its tensor has that dimension too.
+    ``sources`` are ``(checkpoint tensor, size)`` in the order in which the parameter stacks them along ``dim``; a size
+    is an axis ("q_head", "kv_head", "mlp", "expert_column", "vocab", ...) or a whole extent ("hidden", "head_dim",
+    "experts", ...). A tensor named several times holds those sizes one after the other. ``rest`` names the other
+    dimensions in order. The parameter exists if a config key in ``only_if`` is true (or ``only_if`` is empty) and
+    ``unless`` is not. With ``{expert}`` in its tensors' names it has a leading dimension over the experts; with
+    "experts" first in ``rest`` its tensor has that dimension too.
 
-    ``projection``: a weight (out, in) that quantized checkpoints have in another form. ``transposed``: the
-    checkpoint has the last two dimensions the other way round. ``first_rank_only``: what every rank would add to a
-    sum is there on the first one alone, and zero on the others. ``dtype``: if it is not the model's.
+    ``projection``: a weight (out, in) that quantized checkpoints store in another form. ``transposed``: the checkpoint
+    has the last two dimensions swapped. ``first_rank_only``: a term of a sum over the ranks, zero on all but the first.
+    ``dtype``: set if it is not the model's.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Rule:
 
     @property
     def over_experts(self) -> bool:
-        """Whether there is one for each expert."""
+        """Whether there is one tensor per expert."""
         return "{expert}" in self.sources[0][0]
 
     def exists(self, config: Mapping[str, Any]) -> bool:
-        """Whether SGLang creates the parameter for this config.json."""
+        """Return whether SGLang creates the parameter for this config.json."""
         wanted = not self.only_if or any(config.get(key) for key in self.only_if)
         return wanted and not (self.unless and config.get(self.unless))
 
@@ -50,12 +50,11 @@ class Rule:
 class Family:
     """The parameters of one architecture, in the order of execution.
 
-    ``layer`` rules are relative to ``model.layers.N.``; in a layer with experts ``sparse`` takes the place of
-    ``dense``. ``columns`` pairs an axis with the config keys whose product is its size. ``aliases`` pairs another name
-    that config.json may have for a key with that key, as the ``attribute_map`` of transformers' config class does.
-    ``defaults`` are what transformers assumes for a key that config.json lacks. ``refused`` pairs a config key with why
-    a true value cannot be served. ``layout_only``: why SGLang cannot serve it on this platform; its rules then hold for
-    planning and tests.
+    ``layer`` rules are relative to ``model.layers.N.``; in a layer with experts ``sparse`` replaces ``dense``.
+    ``columns`` pairs an axis with the config keys whose product is its size. ``aliases`` pairs another name of a config
+    key with that key, like the ``attribute_map`` of transformers' config class. ``defaults`` are the values of
+    transformers for keys that config.json lacks. ``refused`` pairs a config key with why a true value cannot be served.
+    ``layout_only``: why SGLang cannot serve it on this platform; its rules are then for planning and tests only.
     """
 
     before: tuple[Rule, ...]
@@ -69,21 +68,21 @@ class Family:
     latent_kv: bool = False
     """Multi-head latent attention: all heads share one row of KV per token, which every rank holds."""
     layer_types: tuple[str, ...] = ("full_attention",)
-    """What may stand in the config's ``layer_types``."""
+    """Allowed entries of the config's ``layer_types``."""
     aliases: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
     caveats: tuple[tuple[str, str], ...] = ()
-    """Pairs a config key with what SGLang makes of a true value on this platform, and says to nobody."""
+    """Pairs a config key with what SGLang silently does otherwise on this platform if it is true."""
     layout_only: str | None = None
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json with its keys by their own names, and with defaults for those that it lacks."""
+        """Return config.json with aliases renamed and missing keys set to their defaults."""
         named = {key: config[alias] for alias, key in self.aliases if alias in config}
         return {**dict(self.defaults), **named, **config}
 
     def is_sparse(self, config: Mapping[str, Any], layer: int) -> bool:
-        """Whether config.json gives a layer experts, by the keys that Qwen and DeepSeek have for it; else all do."""
+        """Return whether a layer has experts, by the config keys of Qwen and DeepSeek; without these keys all have."""
         if not self.sparse:
             return False
         step, frequency = config.get("decoder_sparse_step") or 1, config.get("moe_layer_freq") or 1
@@ -103,34 +102,34 @@ REFUSED: tuple[tuple[str, str], ...] = (
         "dual chunk attention keeps per-head data of its own; remove the key to serve with full attention",
     ),
 )
-"""Config keys that no family can have set."""
+"""Config keys that no family may have set, each with the reason."""
 
 UNUSED_SOURCES: tuple[str, ...] = (
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
     r"\.(k|v|kv)_scale$",
     r"projector|^model\.vision_tower",
 )
-"""Checkpoint tensors that SGLang's ``load_weights`` skips (regex, searched): what it computes itself, scales of a
-quantized KV cache (``maybe_remap_kv_scale_name``), and what turns images into embeddings."""
+"""Checkpoint tensors that SGLang's ``load_weights`` skips (regex, searched): values it computes itself, scales of a
+quantized KV cache (``maybe_remap_kv_scale_name``), and the parts that turn images into embeddings."""
 
 
 def vector(name: str, size: str, only_if: tuple[str, ...] = ()) -> Rule:
-    """A vector: split if its size is that of an axis, else whole on every rank."""
+    """Describe a vector: split if its size is an axis, else whole on every rank."""
     return Rule(name, ((name, size),), rest=(), only_if=only_if)
 
 
 def plain(name: str, out: str) -> Rule:
-    """A matrix that stays as it is in quantized checkpoints: embeddings, routers."""
+    """Describe a matrix that quantized checkpoints leave plain: embeddings, routers."""
     return Rule(name, ((name, out),))
 
 
 def linear(name: str, out: str, inner: str = "hidden", only_if: tuple[str, ...] = ()) -> Rule:
-    """A weight whose outputs are split, or that is whole everywhere."""
+    """Describe a weight that is split along its outputs, or whole on every rank."""
     return Rule(name, ((name, out),), rest=(inner,), only_if=only_if, projection=True)
 
 
 def summed(name: str, inner: str) -> Rule:
-    """A weight whose inputs are split; its outputs are summed over the ranks."""
+    """Describe a weight that is split along its inputs; its outputs are summed over the ranks."""
     return Rule(name, ((name, inner),), dim=1, projection=True)
 
 
@@ -138,30 +137,30 @@ _QKV = (("q_proj", "q_head"), ("k_proj", "kv_head"), ("v_proj", "kv_head"))
 
 
 def qkv(only_if: tuple[str, ...] = ()) -> Rule:
-    """q, k and v in one parameter."""
+    """Describe q, k and v in one parameter."""
     sources = tuple((f"self_attn.{proj}.weight", axis) for proj, axis in _QKV)
     return Rule("self_attn.qkv_proj.weight", sources, only_if=only_if, projection=True)
 
 
 def qkv_bias(only_if: tuple[str, ...] = ()) -> Rule:
-    """Their biases."""
+    """Describe the biases of q, k and v."""
     sources = tuple((f"self_attn.{proj}.bias", axis) for proj, axis in _QKV)
     return Rule("self_attn.qkv_proj.bias", sources, rest=(), only_if=only_if)
 
 
 def o_bias(only_if: tuple[str, ...] = ()) -> Rule:
-    """`RowParallelLinear` keeps the whole bias on every rank and adds it on rank 0 alone."""
+    """Describe the bias of o_proj: `RowParallelLinear` keeps all of it on every rank, and rank 0 adds it."""
     return vector("self_attn.o_proj.bias", "hidden", only_if)
 
 
 def gated_mlp(prefix: str, axis: str) -> tuple[Rule, ...]:
-    """Gate and up in one parameter, and down."""
+    """Describe gate and up in one parameter, and down."""
     gate_up = ((f"{prefix}gate_proj.weight", axis), (f"{prefix}up_proj.weight", axis))
     return Rule(f"{prefix}gate_up_proj.weight", gate_up, projection=True), summed(f"{prefix}down_proj.weight", axis)
 
 
 def experts(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """`FusedMoE`: w13 stacks gate and up of each expert, w2 is down (layers/moe/fused_moe_triton/layer.py).
+    """Describe `FusedMoE`: w13 stacks gate and up of each expert, w2 is down (layers/moe/fused_moe_triton/layer.py).
 
     Every rank has all experts, each cut along its columns, or some of them whole. The router is whole everywhere.
     """

@@ -1,4 +1,4 @@
-"""From a HF config.json to the numbers behind the sizes that a family's rules name."""
+"""The numbers behind the sizes that a family's rules name, read from a HF config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from anchortp_sglang.planning.model.rules import Family
 
 
 class UnsupportedModel(ValueError):
-    """The model cannot be served with unequal shards; the text says why and what would help."""
+    """A model that cannot be served with unequal shards; the text says why and what would help."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """``units`` units of ``per_unit`` elements on an axis; a single one, which every rank holds, without."""
+    """``units`` units of ``per_unit`` elements on an axis; without an axis, one unit that every rank holds."""
 
     axis: str | None
     per_unit: int
@@ -28,8 +28,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Columns:
-    """An axis of ``units`` units of ``unit`` columns each; ``config_key`` names their number in config.json, None if
-    no single key does, as for whole experts."""
+    """An axis of ``units`` units of ``unit`` columns each.
+
+    ``config_key`` names their number in config.json; None if no single key does, as for whole experts.
+    """
 
     axis: str
     units: int
@@ -39,11 +41,11 @@ class Columns:
 
 @dataclass(frozen=True)
 class Heads:
-    """Query and KV heads; of latent attention a single KV head, which all query heads share.
+    """Query and KV heads; with latent attention a single KV head, which all query heads share.
 
-    ``kv_row`` is how many elements a KV head keeps of a token in a layer: K and V of ``head_dim`` each, or the latent
-    that stands for both. ``heads_per_unit``: how many query heads are dealt together. ``sizes`` are what attention's
-    rules name.
+    ``kv_row``: elements that a KV head stores per token and layer: K and V of ``head_dim`` each, or the latent that
+    replaces both. ``heads_per_unit``: query heads that are dealt together. ``sizes``: those that attention's rules
+    name.
     """
 
     num_q_heads: int
@@ -55,7 +57,7 @@ class Heads:
 
 
 def positive_size(config: Mapping[str, Any], key: str) -> int:
-    """A size that config.json must name. Raises UnsupportedModel."""
+    """Read a size that config.json must name. Raises UnsupportedModel."""
     value = config.get(key)
     if not isinstance(value, int) or value <= 0:
         raise UnsupportedModel(f"config.json needs a positive {key}, but has {value!r}")
@@ -65,8 +67,10 @@ def positive_size(config: Mapping[str, Any], key: str) -> int:
 def read_sizes(
     family: Family, config: Mapping[str, Any], group: int, whole_experts: bool
 ) -> tuple[Heads, tuple[Columns, ...], dict[str, Size]]:
-    """Heads, the other axes, and the sizes that rules name. Cuts fall between groups of ``group`` elements that are
-    quantized together. Raises UnsupportedModel."""
+    """Read heads, the other axes, and the sizes that rules name.
+
+    Cuts fall between groups of ``group`` elements that are quantized together. Raises UnsupportedModel.
+    """
     heads = _heads(family, config, group)
     columns = _columns(family, config, positive_size(config, "num_hidden_layers"), group)
     vocab_size = positive_size(config, "vocab_size")
@@ -88,7 +92,7 @@ def read_sizes(
 
 
 def _heads(family: Family, config: Mapping[str, Any], group: int) -> Heads:
-    """With latents, query heads are dealt so many at once that no cut falls into a group of rows."""
+    """Read the heads; with latents, so many are dealt together that no cut divides a group of rows."""
     num_q_heads = positive_size(config, "num_attention_heads")
     if family.latent_kv:
         return _latent_heads(config, num_q_heads, group)
@@ -129,7 +133,7 @@ def _latent_heads(config: Mapping[str, Any], num_q_heads: int, group: int) -> He
 
 
 def _columns(family: Family, config: Mapping[str, Any], num_layers: int, group: int) -> tuple[Columns, ...]:
-    """The axes that this model's layers have besides heads, in units of whole groups of columns."""
+    """Read the axes besides heads, in units of whole groups of columns."""
     kinds = {family.is_sparse(config, layer) for layer in range(num_layers)}
     if False in kinds and not family.dense:
         raise UnsupportedModel(
@@ -151,7 +155,7 @@ def _columns(family: Family, config: Mapping[str, Any], num_layers: int, group: 
 
 
 def _column_sizes(columns: tuple[Columns, ...]) -> dict[str, Size]:
-    """Their sizes; of gate and up that take turns, a pair of columns for each."""
+    """Name the sizes of column axes; "_pair" is for gate and up interleaved, two columns each."""
     sizes = {each.axis: Size(each.axis, each.unit, each.units) for each in columns}
     return sizes | {f"{axis}_pair": Size(axis, 2 * size.per_unit, size.units) for axis, size in sizes.items()}
 
@@ -166,6 +170,6 @@ def _derived_head_dim(hidden_size: int, num_q_heads: int) -> int:
 
 
 def _columns_per_unit(size: int, group: int) -> int:
-    """16 columns keep rows of a shard aligned; a narrow MLP is cut finer so that shares can be balanced."""
+    """Choose a unit: 16 columns keep a shard's rows aligned; a narrow MLP is cut finer to balance shares."""
     aligned = lcm(16, group)
     return aligned if size % aligned == 0 and size // aligned >= 64 else group

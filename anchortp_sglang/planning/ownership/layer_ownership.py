@@ -1,8 +1,8 @@
-"""Which device holds which units of each axis of each layer: the ownership that the planner reasons about.
+"""The planner's ownership: which device holds which units of each axis of each layer.
 
-``ownership.Ownership`` is what a server runs: shares of the axes that SGLang knows, the vocabulary in its equal cut.
-Here each group of a ``PlanModel`` has shares of its own: layers by themselves or all together, and the rows of the
-vocabulary before and behind the layers like any other axis. ``placement/reconfiguration.py`` makes one of the other.
+``ownership.Ownership`` is what a server runs: shares of the axes that SGLang knows, with the vocabulary cut equally.
+Here each group of a ``PlanModel`` has its own shares: layers one by one or all together, and the rows of the vocabulary
+before and after the layers like any other axis. ``placement/reconfiguration.py`` converts between the two.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +19,10 @@ Layout = tuple[Intervals, ...]
 
 @dataclass(frozen=True)
 class LayerOwnership:
-    """``devices`` in rank order; ``shares`` pairs the name of each sharded group with the index of its layout
-    in ``layouts``, which are distinct and in the order of their first use: equal ownerships are equal values.
+    """Shares of each sharded group of a model. Equal ownerships are equal values.
+
+    ``devices`` are in rank order. ``shares`` pairs the name of each sharded group with the index of its layout in
+    ``layouts``, which are distinct and in the order of their first use.
     """
 
     devices: tuple[int, ...]
@@ -49,32 +51,35 @@ class LayerOwnership:
         return dict(self.shares)
 
     def layout(self, group: str) -> Layout:
-        """Shares of all ranks. Raises KeyError for a group that is unknown or not sharded."""
+        """Return the shares of all ranks. Raises KeyError for a group that is unknown or not sharded."""
         return self.layouts[self._index[group]]
 
     def of(self, group: str, device: int) -> Intervals:
-        """Units of a group that a device holds; none if the device is not part of this."""
+        """Return the units of a group that a device holds; none for a device that is not part of this ownership."""
         rank = self.ranks.get(device)
         return () if rank is None else self.layout(group)[rank]
 
 
 def layer_ownership(devices: Iterable[int], shares: Mapping[str, Layout]) -> LayerOwnership:
-    """The canonical value of these shares. Raises InvalidOwnership."""
+    """Make the canonical value of these shares. Raises InvalidOwnership."""
     known: dict[Layout, int] = {}
     indices = tuple((group, known.setdefault(layout, len(known))) for group, layout in shares.items())
     return LayerOwnership(tuple(devices), tuple(known), indices)
 
 
 def check_layer_ownership(model: PlanModel, ownership: LayerOwnership) -> None:
-    """Raise InvalidOwnership unless each unit of a split axis is on exactly one device, each of a shared one on
-    at least one, and an axis that follows another is held exactly where that one needs it."""
+    """Check that the shares fit the model. Raises InvalidOwnership.
+
+    Each unit of a split axis must be on exactly one device, each of a shared one on at least one, and an axis that
+    follows another exactly where the leader needs it.
+    """
     if [group.name for group in model.sharded] != [name for name, _ in ownership.shares]:
         raise InvalidOwnership(f"the shares do not name the axes of this {model.architecture} in its order")
     checked: set[tuple[object, ...]] = set()
     for group in model.sharded:
         layout = ownership.layout(group.name)
         leader = ownership.layout(group.follows) if group.follows else ()
-        # Layers are alike: what was checked once need not be checked again.
+        # Layers are alike: each distinct pair of layouts is checked once.
         key = (group.kind, group.units, group.grain, id(layout), id(leader))
         if key not in checked:
             _check_layout(group, layout)
@@ -83,7 +88,7 @@ def check_layer_ownership(model: PlanModel, ownership: LayerOwnership) -> None:
 
 
 def weight_bytes(model: PlanModel, ownership: LayerOwnership) -> tuple[int, ...]:
-    """Bytes of weights by rank, replicated parts included."""
+    """Return the bytes of weights by rank, replicated parts included."""
     held = [model.replicated_bytes] * len(ownership.devices)
     for group in model.sharded:
         for rank, runs in enumerate(ownership.layout(group.name)):
@@ -92,7 +97,7 @@ def weight_bytes(model: PlanModel, ownership: LayerOwnership) -> tuple[int, ...]
 
 
 def kv_bytes_per_token(model: PlanModel, ownership: LayerOwnership) -> tuple[int, ...]:
-    """What one token of context costs each rank. Layers with a sliding window count as if they had none."""
+    """Return the KV bytes of one token by rank. Layers with a sliding window count like any other."""
     latent = sum(group.kv_bytes_per_token for group in model.replicated)
     held = [latent] * len(ownership.devices)
     for group in model.sharded:
@@ -103,7 +108,7 @@ def kv_bytes_per_token(model: PlanModel, ownership: LayerOwnership) -> tuple[int
 
 
 def followed(leader: Layout, grain: int) -> Layout:
-    """Shares of an axis whose unit is held wherever any of its ``grain`` units of the leader is."""
+    """Derive the shares of an axis whose unit is held wherever any of its ``grain`` units of the leader is."""
     return tuple(normalize((start // grain, -(-stop // grain)) for start, stop in runs) for runs in leader)
 
 

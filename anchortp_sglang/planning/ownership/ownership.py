@@ -1,4 +1,4 @@
-"""Ownership: which device holds which units of each axis. The one value that planner, loader and KV share."""
+"""The ownership that a server runs: which device holds which units of each axis. Planner, loader and KV share it."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from anchortp_sglang.planning.model.axes import ModelAxes, equal_vocab_cut
 from anchortp_sglang.planning.ownership.shares import even, proportional, split_heads
 
 AXES = ("q_head", "kv_head", "mlp", "shared_expert", "expert_column", "expert", "vocab")
-"""All axes there are, in canonical order; a model has some of them."""
+"""All axes, in canonical order; a model has some of them."""
 
 
 Shares = tuple[tuple[str, tuple[Intervals, ...]], ...]
@@ -19,16 +19,17 @@ Shares = tuple[tuple[str, tuple[Intervals, ...]], ...]
 
 
 class InvalidOwnership(ValueError):
-    """No server can run with these shares; the text says what breaks and what to change."""
+    """Shares with which no server can run; the text says what breaks and what to change."""
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """``devices`` in rank order; ``layouts`` are the shares that layers have, distinct and in the order of their
-    first use; ``layers`` is the index of each layer's, empty if all have the same.
+    """Shares of every axis, for all layers or layer by layer.
 
-    A layer that lacks an axis has some shares of it nevertheless: nothing asks for them.
-    Raises InvalidOwnership when it is not in that canonical form; ``validate`` checks it against a model.
+    ``devices`` are in rank order. ``layouts`` are the distinct shares of layers, in the order of their first use;
+    ``layers`` is the index of each layer's layout, empty if all have the same. A layer without an axis still has some
+    shares of it, which are not used. Raises InvalidOwnership unless it is in this canonical form; ``validate`` checks
+    it against a model.
     """
 
     devices: tuple[int, ...]
@@ -66,38 +67,38 @@ class Ownership:
 
     @cached_property
     def by_layer(self) -> frozenset[str]:
-        """The axes of which layers have different shares."""
+        """Axes whose shares differ between layers."""
         return frozenset(axis for axis, ranks in self.layouts[0] if any(one[axis] != ranks for one in self._by_axis))
 
     def layout_of(self, layer: int | None) -> int:
-        """The index of a layer's layout: layers that have the same one are cut alike."""
+        """Return the index of a layer's layout: layers of the same layout are cut alike."""
         return self.layers[layer] if self.layers and layer is not None else 0
 
     def ranks(self, axis: str, layer: int | None = None) -> tuple[Intervals, ...]:
-        """The units of an axis that rank 0, 1, … hold in a layer; without a layer, in each of them.
+        """Return the units of an axis that rank 0, 1, … hold in a layer; without a layer, in all of them.
 
-        Raises KeyError for an unknown axis, and for one of which layers have different shares if no layer is given.
+        Raises KeyError for an unknown axis, and without a layer for an axis whose shares differ between layers.
         """
         if layer is None and axis in self.by_layer:
             raise KeyError(f"shares of {axis} differ by layer, and none was named")
         return self._by_axis[self.layout_of(layer)][axis]
 
     def of(self, axis: str, rank: int, layer: int | None = None) -> Intervals:
-        """The units that one rank holds; see ``ranks``."""
+        """Return the units that one rank holds; see ``ranks``."""
         return self.ranks(axis, layer)[rank]
 
     def units(self, axis: str, rank: int, layer: int | None = None) -> int:
-        """How many units one rank holds; see ``ranks``."""
+        """Count the units that one rank holds; see ``ranks``."""
         return total(self.of(axis, rank, layer))
 
     def to_json(self) -> str:
-        """Canonical JSON text: equal ownerships give equal text."""
+        """Return canonical JSON: equal ownerships give equal text."""
         value = {"devices": self.devices, "layouts": [dict(shares) for shares in self.layouts], "layers": self.layers}
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Ownership":
-        """The inverse of ``to_json``. Raises InvalidOwnership for any other text."""
+        """Read the text of ``to_json``. Raises InvalidOwnership for any other text."""
         try:
             value = json.loads(text)
             devices = tuple(int(device) for device in value["devices"])
@@ -116,7 +117,7 @@ class Ownership:
         return cls(devices, layouts, layers)
 
     def digest(self) -> str:
-        """16 hex characters that name this ownership."""
+        """Return 16 hex characters that identify this ownership."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -131,7 +132,10 @@ class Ownership:
 
 
 def ownership_by_layer(devices: Sequence[int], shares: Sequence[Mapping[str, tuple[Intervals, ...]]]) -> Ownership:
-    """The canonical value of the shares of layer 0, 1, …; of a single entry, of all layers. Raises InvalidOwnership."""
+    """Make the canonical ownership from the shares of layer 0, 1, …; a single entry holds for all layers.
+
+    Raises InvalidOwnership.
+    """
     known: dict[Shares, int] = {}
     layers = tuple(known.setdefault(_in_order(each), len(known)) for each in shares)
     return Ownership(tuple(devices), tuple(known), layers if len(known) > 1 else ())
@@ -140,8 +144,8 @@ def ownership_by_layer(devices: Sequence[int], shares: Sequence[Mapping[str, tup
 def validate(model: ModelAxes, ownership: Ownership) -> None:
     """Raise InvalidOwnership unless SGLang can run the model with these shares.
 
-    Query heads and columns lie on exactly one rank; a rank holds the KV heads of its query heads, each for
-    an equal number of them; nobody is without units; the vocabulary is SGLang's own equal cut.
+    Query heads and columns must be on exactly one rank; a rank must hold the KV heads of its query heads, each for an
+    equal number of them; every rank must have units of every axis; the vocabulary must be SGLang's own equal cut.
     """
     if ownership.layers and len(ownership.layers) != model.num_layers:
         raise InvalidOwnership(f"shares of {len(ownership.layers)} layers for a model of {model.num_layers}")
@@ -184,11 +188,11 @@ def _check_head_groups(model: ModelAxes, device: int, q_heads: Intervals, kv_hea
 
 
 def split(model: ModelAxes, devices: Sequence[int], widths: Sequence[int] | None = None) -> Ownership:
-    """A contiguous split, in device order, alike in all layers.
+    """Split a model contiguously, in device order, alike in all layers.
 
-    ``widths`` are KV heads per device; columns follow them. Without widths both are as even as possible,
-    the larger shares first. With more devices than KV heads each KV head is replicated over some of them and
-    they share its query heads. Raises InvalidOwnership for a split that cannot be.
+    ``widths`` are KV heads per device; columns follow them. Without widths both are as even as possible, the larger
+    shares first. With more devices than KV heads, several devices hold the same KV head and share its query heads.
+    Raises InvalidOwnership for an impossible split.
     """
     tp_size = len(devices)
     heads = model.axes["q_head"]

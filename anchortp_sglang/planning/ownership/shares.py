@@ -1,4 +1,4 @@
-"""How many units each rank gets at a start, and which: evenly, or in proportion."""
+"""Shares at a start: how many units each rank gets, and which; evenly, or in proportion."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ from anchortp_sglang.planning.intervals import Intervals, deal, scale
 
 
 def even(units: int, ranks: int) -> tuple[int, ...]:
-    """As even as possible, the larger shares first: 4 over 3 ranks is 2, 1, 1."""
+    """Divide as evenly as possible, the larger shares first: 4 over 3 ranks is 2, 1, 1."""
     return tuple(units // ranks + (rank < units % ranks) for rank in range(ranks))
 
 
 def proportional(units: int, weights: Sequence[int]) -> tuple[int, ...]:
-    """In proportion to positive weights, by largest remainder; ties go to the lowest rank."""
+    """Divide in proportion to positive weights, by largest remainder; ties go to the lowest rank."""
     whole = sum(weights)
     shares = [units * weight // whole for weight in weights]
     by_remainder = sorted(range(len(weights)), key=lambda rank: (-(units * weights[rank] % whole), rank))
@@ -23,10 +23,10 @@ def proportional(units: int, weights: Sequence[int]) -> tuple[int, ...]:
 def split_heads(
     kv_heads: int, group_size: int, tp_size: int, widths: Sequence[int] | None
 ) -> tuple[tuple[Intervals, ...], tuple[Intervals, ...]]:
-    """KV heads and query heads of each rank, contiguous.
+    """Return the KV heads and query heads of each rank, contiguous.
 
-    With fewer KV heads than ranks each KV head is served by several ranks, which share its ``group_size``
-    query heads (at least one each).
+    With fewer KV heads than ranks, several ranks serve the same KV head and share its ``group_size`` query heads (at
+    least one each).
     """
     if tp_size <= kv_heads:
         kv_head = deal(((0, kv_heads),), widths or even(kv_heads, tp_size))

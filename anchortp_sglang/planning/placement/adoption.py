@@ -1,7 +1,7 @@
-"""Adoption: every survivor keeps all that it has and takes over a share of the units that nobody has.
+"""Adoption: every survivor keeps all its units and takes over a share of the lost ones.
 
-Nothing moves between devices, and what is reloaded is exactly what was lost: no plan reloads less. When devices
-join, those that hold more than they are due give up the difference, and nothing else moves.
+Nothing moves between devices, and exactly the lost units are reloaded: no plan reloads less. When devices join, those
+that hold more than they are due give up the difference, and nothing else moves.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,13 @@ from anchortp_sglang.planning.placement.rotation import Due, due, spread
 
 
 def adopted_layouts(units: int, weights: Sequence[int], held: Sequence[Layout], give_back: bool) -> tuple[Layout, ...]:
-    """Shares of each layer, given what each device ``held`` there, in proportion to ``weights`` as nearly as
-    keeping allows. With ``give_back`` shares come out as due and as much is kept as that allows."""
+    """Return the shares of each layer, as close to ``weights`` as possible if every device keeps what it ``held``.
+
+    With ``give_back`` shares are exactly as due, and devices keep as much as that allows.
+    """
     share = due(units, weights, len(held))
     if give_back:
-        # A unit on two devices counts for the first of them, else both might give it up.
+        # A unit on two devices counts for the first one; else both might give it up.
         held = [_each_once(layout) for layout in held]
     counted = [tuple(total(runs) for runs in layout) for layout in held]
     lost = [_missing(units, layout) for layout in held]
@@ -43,7 +45,7 @@ def _missing(units: int, layout: Layout) -> Intervals:
 
 
 def _balanced(units: int, share: Due, counted: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Widths as due; the extra units stay where they are kept by it."""
+    """Return widths as due; extra units stay on devices that keep a unit by it."""
     devices = range(len(share.whole))
     uneven = frozenset(d for d in devices if share.rest[d])
     keepers = [frozenset(d for d in uneven if widths[d] > share.whole[d]) for widths in counted]
@@ -53,7 +55,7 @@ def _balanced(units: int, share: Due, counted: Sequence[tuple[int, ...]]) -> lis
 
 
 def _filled(share: Due, counted: Sequence[tuple[int, ...]], lost: Sequence[Intervals]) -> list[tuple[int, ...]]:
-    """Widths after the lost units went to those that are farthest below their due."""
+    """Return widths after giving the lost units to the devices that are farthest below their due."""
     devices = range(len(share.whole))
     filled, counts, allowed, given = [], [], [], [0] * len(devices)
     for widths, gone in zip(counted, lost, strict=True):
@@ -69,8 +71,10 @@ def _filled(share: Due, counted: Sequence[tuple[int, ...]], lost: Sequence[Inter
 
 
 def _fill_to_whole(share: Due, widths: Sequence[int], units: int) -> tuple[list[int], int]:
-    """Widths with up to ``units`` more given to whoever lacks most of what it is due rounded down; and how many
-    units remain after all have that."""
+    """Give up to ``units`` units, one by one, to the device that lacks most of its due rounded down.
+
+    Return the widths, and the units left once no device lacks any.
+    """
     level = list(widths)
     lacks = [(-(share.whole[d] - level[d]), d) for d in range(len(level)) if level[d] < share.whole[d]]
     heapify(lacks)
@@ -83,7 +87,7 @@ def _fill_to_whole(share: Due, widths: Sequence[int], units: int) -> tuple[list[
 
 
 def _deal(layout: Layout, widths: Sequence[int], gone: Intervals) -> Layout:
-    """Everyone keeps the first units it has, up to its width; the others and the lost are dealt in order."""
+    """Let every device keep its first units, up to its width, and deal the others and the lost ones in order."""
     kept = [deal(runs, (min(total(runs), width), max(0, total(runs) - width)))[0]
             for runs, width in zip(layout, widths, strict=True)]  # fmt: skip
     held = normalize(run for runs in kept for run in runs)

@@ -1,12 +1,12 @@
 """Continuous Minimal Migration: every device holds one interval of each axis, in the order of the devices.
 
-A unit that a survivor holds is never reloaded, wherever it goes, so reloads are at their lower bound for any
-intervals; what is not kept and not reloaded moves between devices, so most kept is least moved. Widths are rounded
-down or up, in every layer and over all of them together; who is rounded up where is all there is to choose.
+A unit that a survivor holds is never reloaded, wherever it goes, so reloads are at their lower bound for any intervals.
+Units that are neither kept nor reloaded move between devices, so most kept is least moved. Widths are rounded down or
+up, in every layer and over all layers together; the only choice is which devices are rounded up where.
 
-First the cuts are spread evenly over the layers, which is best in the usual case: layers that were cut alike, and
-cuts that stay between the start of the left and the end of the right neighbour's old interval. Where something better
-may be, an integer program finds it, so the result is optimal. Only where the program would be too large (some fifty
+First the cuts are spread evenly over the layers. That is best in the usual case: layers that were cut alike, and cuts
+that stay between the start of the left and the end of the right neighbour's old interval. Where a better choice may
+exist, an integer program finds it, so the result is optimal. Only where the program would be too large (some fifty
 devices, or fewer and dozens of layers that were all cut differently) a choice by prices takes its place.
 """
 
@@ -24,8 +24,10 @@ from anchortp_sglang.planning.placement.rounding import NEVER, LayerKind, Rounde
 
 
 def contiguous_layouts(units: int, weights: Sequence[int], held: Sequence[Layout]) -> tuple[Layout, ...]:
-    """Shares of each layer in proportion to ``weights``, given what each device ``held`` there before: widths
-    rounded down or up in every layer, and over all layers together, such that most is kept."""
+    """Return the shares of each layer in proportion to ``weights`` that keep most of what each device ``held``.
+
+    Widths are rounded down or up in every layer, and over all layers together.
+    """
     share = due(units, weights, len(held))
     even = [
         tuple(device for device, (start, stop) in enumerate(pairwise((0, *cuts))) if stop - start > share.whole[device])
@@ -41,7 +43,7 @@ def contiguous_layouts(units: int, weights: Sequence[int], held: Sequence[Layout
 
 
 def _most_kept(share: Due, extra: int, held: Sequence[Layout], even: Sequence[RoundedUp]) -> Sequence[RoundedUp]:
-    """Who is rounded up in each layer: ``even``, unless another choice keeps more."""
+    """Choose the devices that are rounded up in each layer: ``even``, unless another choice keeps more."""
     names: dict[Layout, int] = {}
     by_layer = [names.setdefault(layout, len(names)) for layout in held]
     kinds = [_kind(by_layer.count(name), share, extra, layout) for layout, name in names.items()]
@@ -51,7 +53,7 @@ def _most_kept(share: Due, extra: int, held: Sequence[Layout], even: Sequence[Ro
 
     if (len(kinds) == 1 and is_best(share.whole, extra, held[0])) or kept(even) == most_conceivable(kinds):
         return even
-    if len(held) == 1:  # there are no other layers to make up for it
+    if len(held) == 1:  # no other layers could make up for it
         return [kinds[0].best()[1]]
     devices = range(len(share.whole))
     found = most_kept(kinds, [(share.lowest(device), share.highest(device)) for device in devices])
@@ -74,7 +76,7 @@ def _kind(layers: int, share: Due, extra: int, layout: Layout) -> LayerKind:
 
 
 def _overlaps(runs: Intervals, places: range, width: int) -> tuple[int, ...]:
-    """How many units of ``runs`` an interval of this width has that starts at each of the places."""
+    """Count the units of ``runs`` in an interval of this width, for each start in ``places``."""
     units = [0] * len(places)
     for start, stop in runs:
         for place in range(max(places.start, start - width + 1), min(places.stop, stop)):

@@ -1,8 +1,8 @@
-"""Cuts that move by a unit over the layers as evenly as can be, at the best places for it.
+"""Cuts that move by one unit over the layers, spread as evenly as possible, at the best places for it.
 
-All devices together keep a constant and, for each cut, the units that its left device has below it less those that
-its right one has: every cut counts for itself. A dynamic program over the cuts, with the sum of a cut over the
-layers as its state, chooses these sums. That is all there is to choose if a sum is spread evenly over the layers.
+All devices together keep a constant plus, for each cut, the units below it that its left device holds, less those that
+its right device holds: every cut counts for itself. A dynamic program over the cuts, with the sum of a cut over the
+layers as its state, chooses these sums. Nothing else is left to choose if a sum is spread evenly over the layers.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,17 @@ from anchortp_sglang.planning.ownership.layer_ownership import Layout
 from anchortp_sglang.planning.placement.rotation import layer_order
 
 WINDOW = 64
-"""How many totals of a cut are tried. It is never fewer than there are for up to 64 devices; for more it keeps the
-work in proportion to their number."""
+"""Number of sums tried for a cut: all that there are for up to 64 devices. For more, the work stays in proportion to
+the number of devices."""
 
 Chain = tuple[int, "Chain"] | None
 
 
 def evenly_spread(units: int, weights: Sequence[int], held: Sequence[Layout]) -> list[tuple[int, ...]]:
-    """For each layer, where the interval of each device ends: widths are rounded down or up, in every layer and over
-    all of them."""
+    """Return the end of each device's interval in each layer.
+
+    Widths are rounded down or up, in every layer and over all layers together.
+    """
     layers = len(held)
     order = layer_order(layers)
     totals = _best_totals(units, weights, [held[layer] for layer in order])
@@ -31,10 +33,10 @@ def evenly_spread(units: int, weights: Sequence[int], held: Sequence[Layout]) ->
 
 
 def is_best(whole: Sequence[int], extra: int, layout: Layout) -> bool:
-    """Say whether spreading evenly is the best there is for layers that all have this layout.
+    """Return whether spreading evenly is best for layers that all have this layout.
 
-    It is if each cut, from where it is with all widths rounded down on, first gains units, then neither gains nor loses
-    any, then loses some: then the sum of a cut over the layers is best spread evenly, whatever it is.
+    It is if each cut, moved up from where it is with all widths rounded down, first gains units, then neither gains nor
+    loses any, then loses some. Then any sum of a cut over the layers is best spread evenly.
     """
     if len(whole) > WINDOW:
         return False
@@ -48,13 +50,13 @@ def is_best(whole: Sequence[int], extra: int, layout: Layout) -> bool:
 
 
 def _best_totals(units: int, weights: Sequence[int], held: Sequence[Layout]) -> list[int]:
-    """Where each cut ends, summed over the layers: most kept, then nearest to what is due up to there.
+    """Return the end of each cut, summed over the layers: most kept first, then nearest to what is due below it.
 
-    One state of the dynamic program is the sum for one cut; ``held`` is in the order in which layers get their
-    cuts one unit later.
+    A state of the dynamic program is the sum of one cut; ``held`` is in the order in which layers get their cuts one
+    unit later.
     """
     layers, parts = len(held), sum(weights)
-    # sum of a cut -> (units kept so far, less how far the cuts are off), the sums that led there
+    # sum of a cut -> (units kept so far, minus the distance of the cuts from their due), the sums that led there
     states: dict[int, tuple[tuple[int, int], Chain]] = {0: ((0, 0), None)}
     before = 0
     for cut, weight in enumerate(weights):
@@ -83,8 +85,10 @@ def _best_totals(units: int, weights: Sequence[int], held: Sequence[Layout]) -> 
 
 
 def _gains(sums: Sequence[int], sides: Sequence[tuple[Intervals, Intervals]]) -> list[int]:
-    """Units more that are kept if a cut has each of these sums, than if it has the first. ``sides`` are what the
-    devices before and after the cut held, by layer."""
+    """Return the units kept with each sum of a cut, beyond those kept with the first sum.
+
+    ``sides`` are what the devices before and after the cut held, by layer.
+    """
     gains, gained, at = [], 0, sums[0]
     for end in sums:
         while at < end:

@@ -1,14 +1,14 @@
-"""Extra units exchanged between layers until no exchange lets more of them stay where they are kept.
+"""Exchanges extra units between layers until no exchange keeps more of them in place.
 
-Giving one extra unit per layer and device is a flow from layers to devices; it is optimal when its residual graph
-has no improving cycle (Klein 1967). Here layers are folded into edges between devices.
+Giving one extra unit per layer and device is a flow from layers to devices; it is optimal when its residual graph has
+no improving cycle (Klein 1967). Here layers are folded into edges between devices.
 """
 
 from collections.abc import Sequence
 
 MOST_DEVICES = 32
-"""Up to so many devices the search is exact; beyond, its cost would outgrow its use and it is left out, so that
-a rejoin may move a little more than it must (measured: 2.3 instead of 1.6% for 63→64)."""
+"""Most devices for which the exact search runs. With more it would cost more than it gains and is left out, so a rejoin
+may move a little more than necessary (measured: 2.3 instead of 1.6% for 63→64)."""
 
 Edges = dict[tuple[int, int], tuple[int, int]]
 
@@ -21,8 +21,11 @@ def keep_most(
     lowest: Sequence[int],
     highest: Sequence[int],
 ) -> None:
-    """Improve ``chosen``, the devices with an extra unit by layer, in place: as many as can be are ``preferred`` in
-    their layer, and all totals ``used`` stay between ``lowest`` and ``highest``."""
+    """Improve ``chosen``, the devices with an extra unit by layer, in place.
+
+    As many as possible are then ``preferred`` in their layer, and all totals ``used`` lie between ``lowest`` and
+    ``highest``.
+    """
     if len(used) > MOST_DEVICES:
         return
     outside = len(used)  # a cycle through it changes the totals of two devices
@@ -45,7 +48,7 @@ def keep_most(
 
 
 def _edges(chosen: Sequence[set[int]], allowed: Sequence[frozenset[int]], preferred: Sequence[frozenset[int]]) -> Edges:
-    """For each pair of devices the exchange that gains most, and its layer."""
+    """Return for each pair of devices the exchange that gains most, and its layer."""
     edges: Edges = {}
     for layer, ones in enumerate(chosen):
         keeps = preferred[layer]
@@ -58,7 +61,7 @@ def _edges(chosen: Sequence[set[int]], allowed: Sequence[frozenset[int]], prefer
 
 
 def _improving_cycle(nodes: int, edges: Edges) -> list[tuple[int, int]]:
-    """A cycle of positive gain (Bellman-Ford); empty if there is none."""
+    """Find a cycle of positive gain (Bellman-Ford); empty if there is none."""
     best, before = [0] * nodes, [-1] * nodes
     ordered = sorted((giver, taker, gain) for (giver, taker), (gain, _) in edges.items())
     last = -1

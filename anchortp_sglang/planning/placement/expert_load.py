@@ -1,6 +1,6 @@
-"""Which of the whole experts a device gets, so that those in demand do not sit on one: by counts of tokens.
+"""Deals whole experts by counts of tokens, so that those in demand are not all on one device.
 
-How many experts a device has in a layer is the ownership's; this only exchanges them, so that no byte more moves.
+How many experts a device has in a layer is the ownership's; this only exchanges them, so no more bytes move.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,17 @@ from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership, ownership_by_layer, validate
 
 ExpertCounts = tuple[tuple[int, ...], ...]
-"""By layer and expert: how many tokens chose it, in some sample. Zeros for a layer without experts."""
+"""Tokens that chose each expert in some sample, by layer and expert. Zeros for a layer without experts."""
 
 
 def spread_hot_experts(
     model: ModelAxes, ownership: Ownership, counts: ExpertCounts, previous: Ownership | None = None
 ) -> Ownership:
-    """The same numbers of experts, dealt so that the busiest device of each layer has least to do.
+    """Deal the same numbers of experts so that the busiest device of each layer has least to do.
 
-    What a device has in ``previous`` and in ``ownership`` it keeps; only the others change hands. Wherever dealing the
-    busiest expert first, to whom has least, makes it no better, the layer is left as it was.
+    A device keeps the experts that it has in both ``previous`` and ``ownership``; only the others are exchanged. They
+    are dealt busiest first, each to the device with the lowest load. A layer that this does not improve is left as it
+    was.
     """
     shares = []
     for layer, tokens in enumerate(counts):
@@ -35,7 +36,7 @@ def spread_hot_experts(
 
 
 def imbalance(ownership: Ownership, counts: ExpertCounts) -> float:
-    """Tokens of the busiest device over the mean, all layers taken together as they run: one after the other."""
+    """Return the load of the busiest device over the mean, summed over layers, as these run one after the other."""
     busiest = sum(_most(tokens, ownership.ranks("expert", layer)) for layer, tokens in enumerate(counts))
     return busiest * ownership.tp_size / max(1, sum(map(sum, counts)))
 

@@ -1,9 +1,9 @@
-"""Query heads, where KV heads may be too few: a KV head is never split, but several devices may hold it whole.
+"""Shares of query heads, where KV heads may be too few: a KV head is never split, but several devices may hold it.
 
-With at least one KV head for each device, shares are whole groups (a KV head and its query heads), dealt like any
-other axis. With fewer, each device serves one KV head, which its neighbours hold as well, and a part of its query
-heads. A device with several KV heads must serve equally many query heads of each, as SGLang's attention divides
-the ones by the others; so it serves all of each.
+With at least one KV head per device, shares are whole groups (a KV head and its query heads), dealt like any other
+axis. With fewer, each device serves one KV head, which its neighbours hold as well, and a part of its query heads. A
+device with several KV heads must serve equally many query heads of each, because SGLang's attention divides the number
+of query heads by that of KV heads; so it serves all of each.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from anchortp_sglang.planning.placement.rotation import layer_order
 
 
 def contiguous_heads(units: int, grain: int, weights: Sequence[int], held: Sequence[Layout]) -> tuple[Layout, ...]:
-    """Intervals of query units in the order of the devices, ``grain`` of them per KV head."""
+    """Return intervals of query units in the order of the devices, ``grain`` of them per KV head."""
     if len(weights) <= units // grain:
         groups = contiguous_layouts(units // grain, weights, [_whole_groups(layout, grain) for layout in held])
         return tuple(tuple(scale(runs, grain) for runs in layout) for layout in groups)
@@ -27,9 +27,11 @@ def contiguous_heads(units: int, grain: int, weights: Sequence[int], held: Seque
 def adopted_heads(
     units: int, grain: int, weights: Sequence[int], held: Sequence[Layout], give_back: bool
 ) -> tuple[Layout, ...]:
-    """Everyone keeps its query heads; lost ones go to those that hold their KV head already, so that neither query
-    nor KV weights move. Where that cannot be, because all holders of a KV head died and nobody has whole groups
-    only, the layer is cut anew as in ``contiguous_heads``."""
+    """Let devices keep their query heads, and give lost ones to devices that already hold their KV head.
+
+    Then neither query nor KV weights move. Where this is impossible, because all holders of a KV head died and no
+    device has whole groups only, the layer is cut anew as in ``contiguous_heads``.
+    """
     if len(weights) <= units // grain and all(_is_whole(layout, grain) for layout in held):
         groups = adopted_layouts(units // grain, weights, [_whole_groups(one, grain) for one in held], give_back)
         return tuple(tuple(scale(runs, grain) for runs in layout) for layout in groups)
@@ -47,7 +49,7 @@ def _is_whole(layout: Layout, grain: int) -> bool:
 
 
 def _whole_groups(layout: Layout, grain: int) -> Layout:
-    """Groups of which a device holds all query heads."""
+    """Return the groups of which a device holds all query heads."""
     return tuple(
         normalize((-(-a // grain), b // grain) for a, b in runs if -(-a // grain) < b // grain) for runs in layout
     )
@@ -59,7 +61,8 @@ def _replicated(units: int, grain: int, weights: Sequence[int], layers: int) -> 
     for place, layer in enumerate(layer_order(layers)):
         widths: list[int] = []
         for first, last in pairwise(_group_edges(units // grain, weights, 2 * place + 1, 2 * layers)):
-            # What each lacks of its due so far, in units times the sum of the weights: the neediest is served first.
+            # What each device lacks of its due so far, in units times the sum of the weights: the neediest is served
+            # first.
             lacks = [(place + 1) * units * weights[d] - sum(weights) * served[d] for d in range(first, last)]
             widths += _pour(grain, lacks, sum(weights))
         layouts[layer] = deal(((0, units),), widths)
@@ -68,8 +71,10 @@ def _replicated(units: int, grain: int, weights: Sequence[int], layers: int) -> 
 
 
 def _group_edges(groups: int, weights: Sequence[int], phase: int, phases: int) -> list[int]:
-    """Which devices serve which KV head: head k is on devices ``[edges[k], edges[k + 1])``. A device that lies
-    across an edge goes to the one side or the other as the phase says."""
+    """Choose the devices that serve each KV head: head k is on devices ``[edges[k], edges[k + 1])``.
+
+    A device that lies across an edge goes to one side or the other, depending on the phase.
+    """
     whole, befores = sum(weights), accumulate(weights, initial=0)
     reaches = [
         (before * phases + weight * (phases - phase)) * groups for before, weight in zip(befores, weights, strict=False)
@@ -78,7 +83,7 @@ def _group_edges(groups: int, weights: Sequence[int], phase: int, phases: int) -
 
 
 def _pour(units: int, lacks: Sequence[int], unit: int) -> list[int]:
-    """At least one unit each, the others one by one to whoever lacks most."""
+    """Give each device one unit, and the others one by one to the device that lacks most."""
     widths, left = [1] * len(lacks), [lack - unit for lack in lacks]
     for _ in range(units - len(lacks)):
         neediest = max(range(len(left)), key=lambda d: (left[d], -d))
@@ -118,7 +123,7 @@ def _heads(runs: Intervals, grain: int) -> set[int]:
 
 
 def _halve(runs: Intervals, grain: int) -> tuple[Intervals, Intervals]:
-    """What a donor keeps and what it gives: one of its KV heads, or half of the query heads of its only one."""
+    """Split a donor's share into kept and given: one of its KV heads, or half of the query heads of its only one."""
     heads = sorted(_heads(runs, grain))
     given = total(runs) // len(heads) if len(heads) > 1 else total(runs) // 2
     kept, gave = deal(runs, (total(runs) - given, given))

@@ -1,4 +1,4 @@
-"""Plan a reconfiguration: from who holds what now to who shall hold what, and all that must move for it."""
+"""Plans a reconfiguration: the new ownership, and all that must move to reach it from the old one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -36,13 +36,13 @@ def plan_migration(
     host_copies: Mapping[str, Intervals] | None = None,
     makespan: Callable[[MigrationPlan], float] | None = None,
 ) -> MigrationPlan:
-    """The plan that takes ``old`` to the devices ``targets``, in this rank order.
+    """Plan the migration of ``old`` to the devices ``targets``, in this rank order.
 
-    Devices of ``old`` that are no targets are lost: nothing is read from them. Targets that are not in ``old``
-    join. ``weights`` (relative) and ``capacities`` (bytes of weights, a hard limit) are by device id;
-    ``host_copies`` are units by group that lie in host memory. "auto" takes the strategy with the shorter
-    ``makespan``, then fewer reloaded bytes, fewer P2P bytes, less imbalance.
-    Raises InfeasiblePlan, with what is short and where; InvalidOwnership if ``old`` is not one of this model.
+    Devices of ``old`` that are no targets are lost: nothing is read from them. Targets that are not in ``old`` join.
+    ``weights`` (relative) and ``capacities`` (bytes of weights, a hard limit) are by device id; ``host_copies`` are
+    units by group that lie in host memory. "auto" takes the strategy with the shorter ``makespan``, then fewer reloaded
+    bytes, fewer P2P bytes, less imbalance. Raises InfeasiblePlan, with what is short and where; InvalidOwnership if
+    ``old`` does not fit the model.
     """
     check_layer_ownership(model, old)
     shares = target_weights(model, targets, weights, capacities)
@@ -74,7 +74,7 @@ def migration_between(
     strategy: Strategy,
     host_copies: Mapping[str, Intervals] | None = None,
 ) -> MigrationPlan:
-    """The plan from one ownership to another that is given. Raises InvalidOwnership if ``new`` is none."""
+    """Plan the migration to a given ownership. Raises InvalidOwnership if ``new`` does not fit the model."""
     check_layer_ownership(model, new)
     transfers = find_transfers(model, old, new, host_copies or {})
     return MigrationPlan(
@@ -120,7 +120,7 @@ def _totals(
 
 
 def _lost_bytes(model: PlanModel, old: LayerOwnership, new: LayerOwnership) -> int:
-    """Bytes of the model that no device holds before and after."""
+    """Return the bytes of the model that no device of ``new`` held before."""
     survivors = [rank for rank, device in enumerate(old.devices) if device in new.ranks]
     gone: dict[tuple[int, int], Intervals] = {}
     index = dict(old.shares)

@@ -1,4 +1,4 @@
-"""What a migration plan is: the transfers that turn one ownership into another, and their totals."""
+"""A migration plan: the transfers that turn one ownership into another, and their totals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ TransferKind = Literal["p2p", "reload", "copy"]
 
 
 class InfeasiblePlan(ValueError):
-    """No plan meets the demands; the text names the device or the axis, and what is short."""
+    """Demands that no plan meets; the text names the device or the axis, and what is short."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """Units of one axis group that a device lacks, and where they come from.
 
-    ``kind``: "p2p" from the memory of the device ``source``; "copy" from a copy in host memory; "reload" from
-    the checkpoint. ``source`` is None for the latter two. What a device holds before and after is no transfer.
-    ``stage`` is the place in the order of execution (0: before the layers, ``layer + 1``, then what follows
-    them); ``layer`` is None outside of the layers. ``runs`` are units of ``group``.
+    ``kind``: "p2p" from the memory of the device ``source``; "copy" from a copy in host memory; "reload" from the
+    checkpoint. ``source`` is None for the latter two. Units that a device holds before and after are not transferred.
+    ``stage`` is the place in the order of execution (0: before the layers, then ``layer + 1``, then after the layers);
+    ``layer`` is None outside of the layers. ``runs`` are units of ``group``.
     """
 
     kind: TransferKind
@@ -39,9 +39,9 @@ class Transfer:
 class DeviceTotals:
     """One device of the new ownership. Bytes of weights, except for ``kv_bytes_per_token``.
 
-    ``kept_bytes`` + ``p2p_in_bytes`` + ``reload_bytes`` = ``weight_bytes``. ``reload_bytes`` are those that
-    come through the host, ``copy_bytes`` of them from host memory, the others from the checkpoint.
-    ``weight_bytes_before`` is 0 for a device that joins.
+    ``kept_bytes`` + ``p2p_in_bytes`` + ``reload_bytes`` = ``weight_bytes``. ``reload_bytes`` come through the host:
+    ``copy_bytes`` of them from host memory, the others from the checkpoint. ``weight_bytes_before`` is 0 for a device
+    that joins.
     """
 
     id: int
@@ -58,12 +58,12 @@ class DeviceTotals:
 
 @dataclass(frozen=True)
 class MigrationPlan:
-    """From ``old`` to ``new``. ``devices`` and ``transfers`` are in rank order and in order of execution:
-    sorted by stage, then group, then rank of the receiver.
+    """A plan from ``old`` to ``new``.
 
-    ``reload_lower_bound_bytes`` are the bytes of the model that no surviving device holds: no plan can reload
-    fewer. ``sharded_bytes`` are those of all split and shared axes, each unit counted once;
-    ``replicated_bytes`` what every device holds besides.
+    ``devices`` are in rank order. ``transfers`` are in the order of execution: by stage, then group, then rank of the
+    receiver. ``reload_lower_bound_bytes`` are the bytes of the model that no surviving device holds: no plan can reload
+    fewer. ``sharded_bytes`` are those of all split and shared axes, each unit counted once; ``replicated_bytes`` those
+    that every device holds besides.
     """
 
     strategy: Strategy
@@ -82,7 +82,7 @@ class MigrationPlan:
 
     @property
     def copy_bytes(self) -> int:
-        """Those of ``reload_bytes`` that come from host memory."""
+        """Part of ``reload_bytes`` that comes from host memory."""
         return sum(device.copy_bytes for device in self.devices)
 
     @property
@@ -92,12 +92,12 @@ class MigrationPlan:
 
     @property
     def kept_bytes(self) -> Mapping[int, int]:
-        """By device id."""
+        """Kept bytes by device id."""
         return {device.id: device.kept_bytes for device in self.devices}
 
     @property
     def weight_bytes(self) -> Mapping[int, int]:
-        """By device id, replicated parts included."""
+        """Weight bytes by device id, replicated parts included."""
         return {device.id: device.weight_bytes for device in self.devices}
 
     @property

@@ -1,7 +1,8 @@
-"""The rounding by which most units are kept over all layers: an integer program.
+"""Finds the rounding by which most units are kept over all layers, by an integer program.
 
-The roundings of a layer are the paths through a graph: from device to device, by how many before it are rounded up.
-Layers that are alike are a flow along such paths, and how many of them round a device up is bounded over all layers.
+The roundings of a layer are the paths through a graph: from device to device, by the number of devices rounded up
+before. Layers that are alike are a flow along such paths; the number of layers in which a device is rounded up is
+bounded.
 """
 
 from collections import Counter
@@ -11,18 +12,18 @@ from dataclasses import dataclass
 from anchortp_sglang.planning.placement.rounding import LayerKind, RoundedUp
 
 MOST_STEPS = 3000
-"""How many variables a program may have: up to fifty devices with layers that were cut alike, or eight with a hundred
-layers that were all cut differently."""
+"""Most variables of a program: up to fifty devices with layers that were cut alike, or eight with a hundred layers that
+were all cut differently."""
 
 MOST_NODES = 200
-"""How many branches are tried before the best answer so far is taken. Few programs need more than one."""
+"""Most branches tried before the best answer so far is taken. Few programs need more than one."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Layers of the kind ``kind`` in which ``device`` is rounded ``up`` or down, ``before`` having been so ahead of it.
+    """Layers of the kind ``kind`` in which ``device`` is rounded ``up`` or down, after ``before`` devices rounded up.
 
-    Each of them keeps ``gain`` units there.
+    Each of these layers keeps ``gain`` units there.
     """
 
     kind: int
@@ -33,10 +34,10 @@ class _Step:
 
 
 def most_kept(kinds: Sequence[LayerKind], limits: Sequence[tuple[int, int]]) -> list[list[RoundedUp]] | None:
-    """Find who is rounded up in each layer of each kind, such that most is kept.
+    """Choose the devices that are rounded up in each layer of each kind, such that most is kept.
 
-    ``limits`` are in how many layers each device may be rounded up, at least and at most. None if the program is too
-    large, or has no answer after ``MOST_NODES``.
+    ``limits``: in how many layers each device may be rounded up, at least and at most. Returns None if the program is
+    too large, or has no answer after ``MOST_NODES``.
     """
     steps = [step for index, kind in enumerate(kinds) for step in _steps(index, kind)]
     if len(steps) > MOST_STEPS:
@@ -63,7 +64,7 @@ def most_kept(kinds: Sequence[LayerKind], limits: Sequence[tuple[int, int]]) -> 
 
 
 def _steps(index: int, kind: LayerKind) -> Iterator[_Step]:
-    """What can become of each device on a way that rounds up as many as are due."""
+    """Yield the possible roundings of each device on the paths that round up as many devices as are due."""
     devices = len(kind.down)
     for device in range(devices):
         for before in range(min(device, kind.extra) + 1):
@@ -76,9 +77,9 @@ def _steps(index: int, kind: LayerKind) -> Iterator[_Step]:
 def _constraints(
     kinds: Sequence[LayerKind], limits: Sequence[tuple[int, int]], steps: Sequence[_Step]
 ) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """Rows, columns and signs of the matrix, and the lower and upper bounds of its rows.
+    """Return rows, columns and signs of the matrix, and the lower and upper bounds of its rows.
 
-    First the devices' totals; then, by kind, device and how many are rounded up before it, that as many layers leave as
+    First the devices' totals. Then, by kind, device and number of devices rounded up before it: as many layers leave as
     arrive.
     """
     low, high = ([limit[end] for limit in limits] for end in (0, 1))
@@ -108,7 +109,7 @@ def _constraints(
 
 
 def _take_layer(index: int, kind: LayerKind, flow: Counter[_Step]) -> RoundedUp:
-    """A layer's way along steps that whole layers take, which is taken off them."""
+    """Return the path of one layer along steps that layers still take, and remove it from them."""
     rounded_up: list[int] = []
     for device in range(len(kind.down)):
         before = len(rounded_up)

@@ -1,4 +1,4 @@
-"""New ownerships: the equal split, and what each strategy makes of the one before."""
+"""Makes new ownerships: the equal split, and what each strategy makes of the previous one."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,20 +11,22 @@ from anchortp_sglang.planning.placement.head_shares import adopted_heads, contig
 from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan, Strategy
 
 Cut = Callable[[AxisGroup, bool, Sequence[Layout], Sequence[int]], tuple[Layout, ...]]
-"""From a group, whether KV heads follow it, what was held in the layers built like it and the devices' weights, to the
-layouts of those layers."""
+"""Function from a group, whether KV heads follow it, what was held in the layers built like it, and the devices'
+weights, to the layouts of those layers."""
 
 
 def equal_split(model: PlanModel, devices: Sequence[int], weights: Sequence[int] | None = None) -> LayerOwnership:
-    """Intervals in the order of the devices, in proportion to ``weights``, all alike by default. Units that do not
-    divide rotate over the layers. Raises InfeasiblePlan if an axis has too few units."""
+    """Split into intervals in the order of the devices, in proportion to ``weights``, all alike by default.
+
+    Units that do not divide rotate over the layers. Raises InfeasiblePlan if an axis has too few units.
+    """
     return _place(
         model, tuple(devices), tuple(weights or (1,) * len(devices)), _held_by_nobody(model, devices), _contiguous
     )
 
 
 def split_without_rotation(model: PlanModel, devices: Sequence[int]) -> LayerOwnership:
-    """Equal shares that are the same in all layers that are built alike. Raises InfeasiblePlan."""
+    """Split into equal shares that are the same in all layers that are built alike. Raises InfeasiblePlan."""
 
     def alike(group: AxisGroup, leads: bool, held: Sequence[Layout], weights: Sequence[int]) -> tuple[Layout, ...]:
         return _contiguous(group, leads, held[:1], (1,) * len(devices)) * len(held)
@@ -39,7 +41,7 @@ def _held_by_nobody(model: PlanModel, devices: Sequence[int]) -> dict[str, Layou
 def place(
     model: PlanModel, old: LayerOwnership, devices: Sequence[int], strategy: Strategy, weights: Sequence[int]
 ) -> LayerOwnership:
-    """The new ownership over ``devices``, in this order. Raises InfeasiblePlan."""
+    """Make the new ownership over ``devices``, in this order. Raises InfeasiblePlan."""
     devices = tuple(devices)
     ranks = [old.ranks.get(device) for device in devices]
     known: dict[int, Layout] = {}
@@ -90,14 +92,17 @@ def _made_up_for(
     groups: Sequence[AxisGroup],
     weights: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """Weights for the heaviest axis. Where query heads had to go to whoever holds their KV head, a device can be units
-    above its due; it then gets as many bytes less of this axis."""
+    """Return weights for the heaviest axis that make up for query heads.
+
+    Query heads go to a device that holds their KV head, which can then be units above its due; it gets as many bytes
+    less of this axis.
+    """
     whole, ranks = sum(weights), range(len(weights))
     heads = [group for each in leading for group in each]
     held = [sum(group.nbytes(shares[group.name][rank]) for group in heads) for rank in ranks]
     over = [whole * held[rank] - sum(held) * weights[rank] for rank in ranks]
     due = [sum(group.total_bytes for group in groups) * weights[rank] - over[rank] for rank in ranks]
-    # Whole KV heads rotate over the layers: then nobody is further above its due than one of them with its queries.
+    # Whole KV heads rotate over the layers: then no device is further above its due than one of them with its queries.
     rounding = max((group.grain * group.unit_bytes for group in heads), default=0)
     enough = min(due) * groups[0].units >= sum(due)  # for a unit on each device
     return tuple(due) if max(over) > whole * rounding and enough else weights
@@ -119,7 +124,7 @@ def _adopting(*, give_back: bool) -> Cut:
 
 
 def _check_enough(group: AxisGroup, leads: bool, devices: Sequence[int], weights: Sequence[int]) -> None:
-    """SGLang runs no device without units of an axis."""
+    """Check that every device gets units of an axis, as SGLang requires. Raises InfeasiblePlan."""
     units = group.units // group.grain if leads and len(devices) <= group.units // group.grain else group.units
     for device, weight in zip(devices, weights, strict=True):
         if units * weight < sum(weights):

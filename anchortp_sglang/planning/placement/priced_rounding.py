@@ -1,8 +1,8 @@
-"""A rounding of many layers for many devices, in a time that is known beforehand: good, not always the best.
+"""Rounds many layers for many devices in a time that is known beforehand: well, not always optimally.
 
-Being rounded up gets a price on each device, which rises where more layers want it than are due and falls where
-fewer do (subgradients of the Lagrangian relaxation, one step a layer). Then each layer in turn takes what is best
-for it at the prices, as far as the totals can still come out right.
+Being rounded up gets a price on each device, which rises where more layers want it than are due and falls where fewer
+do (subgradients of the Lagrangian relaxation, one step a layer). Then each layer in turn takes what is best for it at
+the prices, as far as the totals can still come out right.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from anchortp_sglang.planning.placement.rounding import LayerKind, RoundedUp
 
 ALWAYS = 1e9
-"""A price that outweighs all that a layer can keep."""
+"""Price that outweighs all that a layer can keep."""
 
 
 def priced_rounding(layers: Sequence[LayerKind], totals: Sequence[int]) -> list[RoundedUp]:
-    """Who is rounded up in each of ``layers``, which are given by their kinds; device ``d`` is so in ``totals[d]``."""
+    """Choose the devices rounded up in each of ``layers`` (their kinds): device ``d`` in ``totals[d]`` of them."""
     due = [total / len(layers) for total in totals]
     prices = _prices(layers, due)
     missing = list(totals)
@@ -39,7 +39,7 @@ def _prices(layers: Sequence[LayerKind], due: Sequence[float]) -> list[float]:
 
 
 def _asked(price: float, due: float, missing: int, left: int) -> float:
-    """The price in a layer, if the device is to be rounded up in ``missing`` of those that are ``left``."""
+    """Return the price in a layer of a device that is to be rounded up in ``missing`` of the ``left`` layers."""
     if missing in (0, left):
         return -ALWAYS if missing else ALWAYS
     return price + 0.3 * (due - missing / left) * min(left, 10)

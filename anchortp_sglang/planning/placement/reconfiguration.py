@@ -1,8 +1,8 @@
-"""The planner's answer in the terms of what runs: the vocabulary cut equally, and shares that are alike in all layers,
-or heads and whole experts that rotate over them.
+"""Makes the ownerships that servers run, by the planner's rules.
 
-For the planner an axis is then one group that takes in all layers, or a group in each; the rest of its rules hold as
-they are.
+They differ from the planner's own in two ways: the vocabulary is cut equally, and shares are alike in all layers,
+except for heads and whole experts that rotate. For the planner an axis is then one group of all layers, or a group in
+each.
 """
 
 from collections import defaultdict
@@ -16,14 +16,14 @@ from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan
 from anchortp_sglang.planning.placement.place import equal_split, place
 
 ROTATING = ("q_head", "kv_head", "expert")
-"""Axes of few units. Of columns there are so many that one more in every layer is nothing."""
+"""Axes of few units, which may rotate. Columns are so many that one more in every layer does not matter."""
 
 
 def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
-    """A contiguous split of each layer, in device order: heads and whole experts that do not divide go to other
-    devices from layer to layer, so that over all layers each device has its due to within one of them.
+    """Split each layer contiguously, in device order; heads and whole experts that do not divide rotate.
 
-    Raises InvalidOwnership if there are too few units for so many devices.
+    Over all layers each device then has its due to within one of them. Raises InvalidOwnership if there are too few
+    units for so many devices.
     """
     planned = served_plan_model(model, ROTATING)
     try:
@@ -33,11 +33,11 @@ def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
 
 
 def reconfigure(model: ModelAxes, previous: Ownership, survivors: Sequence[int], rotate: bool = False) -> Ownership:
-    """Who holds what once only ``survivors`` are left, in the order of ``previous``.
+    """Return the ownership of ``survivors``, in the order of ``previous``.
 
-    They keep all that they have and share out what is lost ("adopt"): nothing moves between them but the rows of the
-    vocabulary whose cut shifts, and heads where all devices with some KV head died. What differs by layer, or with
-    ``rotate`` may, is shared out in each layer for itself. Raises InvalidOwnership if a survivor is none of the
+    They keep all that they have and share out what is lost ("adopt"): nothing moves between them except rows of the
+    vocabulary whose cut shifts, and heads where all devices with some KV head died. Axes that differ by layer, and with
+    ``rotate`` those that may, are shared out layer by layer. Raises InvalidOwnership if a survivor is none of the
     previous devices, or if there are too few units for all of them.
     """
     if not survivors or set(survivors) - set(previous.devices):
@@ -61,7 +61,7 @@ def _as_it_runs(model: ModelAxes, planned: PlanModel, made: LayerOwnership) -> O
     by_layer: defaultdict[int, dict[str, Layout]] = defaultdict(dict)
     for group in planned.sharded:
         layout = made.layout(group.name)
-        # A layer that lacks an axis takes its shares from the first one that has it, so that layouts are few.
+        # A layer that lacks an axis takes the shares of the first one that has it, so that layouts are few.
         alike.setdefault(group.axis, layout)
         if group.layer is not None:
             by_layer[group.layer][group.axis] = layout

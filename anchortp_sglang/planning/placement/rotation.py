@@ -1,7 +1,7 @@
-"""How units that do not divide evenly rotate over layers that are built alike.
+"""Rotates units that do not divide evenly over layers that are built alike.
 
-In each layer a device is due ``units * weight / sum(weights)`` units and gets that rounded down or up; over all
-layers together it gets its due rounded down or up: no device is full before the others.
+In each layer a device is due ``units * weight / sum(weights)`` units and gets that rounded down or up. Over all layers
+together it also gets its due rounded down or up, so no device is full before the others.
 """
 
 from collections import deque
@@ -15,13 +15,13 @@ _STRIDE = 0x9E3779B97F4A7C15
 
 
 def layer_order(layers: int) -> tuple[int, ...]:
-    """The layers, so arranged that any first few of them are spread evenly over the whole."""
+    """Order the layers such that the first n of them, for any n, are spread evenly over all."""
     return tuple(sorted(range(layers), key=lambda layer: (layer * _STRIDE % 2**64, layer)))
 
 
 @dataclass(frozen=True)
 class Due:
-    """What each device is due: ``whole[d] + rest[d] / parts`` units in every one of ``layers`` layers."""
+    """Due of each device: ``whole[d] + rest[d] / parts`` units in each of ``layers`` layers."""
 
     layers: int
     parts: int
@@ -29,16 +29,16 @@ class Due:
     rest: tuple[int, ...]
 
     def lowest(self, device: int) -> int:
-        """Fewest extra units over all layers."""
+        """Return the fewest extra units over all layers."""
         return self.layers * self.rest[device] // self.parts
 
     def highest(self, device: int) -> int:
-        """Most extra units over all layers."""
+        """Return the most extra units over all layers."""
         return -(-self.layers * self.rest[device] // self.parts)
 
 
 def due(units: int, weights: Sequence[int], layers: int) -> Due:
-    """Shares of ``units`` in proportion to positive ``weights``."""
+    """Divide ``units`` in proportion to positive ``weights``."""
     parts = sum(weights)
     whole, rest = zip(*(divmod(units * weight, parts) for weight in weights), strict=True)
     return Due(layers, parts, whole, rest)
@@ -51,12 +51,12 @@ def spread(
     preferred: Sequence[frozenset[int]],
     given: Sequence[int],
 ) -> list[set[int]]:
-    """Which devices get one of the ``counts[layer]`` extra units of each layer, at most one each.
+    """Choose the devices that get one of the ``counts[layer]`` extra units of each layer, at most one each.
 
-    Only ``allowed`` devices do, ``preferred`` ones first, as long as the totals, ``given`` extra units included,
-    can come out as due. They do so wherever exchanges between layers can make them.
+    Only ``allowed`` devices are chosen, ``preferred`` ones first, as long as the totals, with the extra units already
+    ``given``, can come out as due. They do wherever exchanges between layers can achieve it.
     """
-    # What keeps nothing anywhere needs no more than the least that is due to it.
+    # A device that keeps nothing anywhere needs only the least that it is due.
     keeps = frozenset[int]().union(*preferred)
     wanted = [
         share.layers * rest if not keeps or d in keeps else share.parts * share.lowest(d)
@@ -111,7 +111,7 @@ def _repair(share: Due, chosen: list[set[int]], allowed: Sequence[frozenset[int]
 def _exchange(
     givers: Sequence[int], takers: set[int], chosen: Sequence[set[int]], allowed: Sequence[frozenset[int]]
 ) -> list[tuple[int, int, int]] | None:
-    """A chain ``(layer, giver, taker)`` of exchanges that takes a unit from a giver to a taker."""
+    """Find a chain ``(layer, giver, taker)`` of exchanges that brings a unit from a giver to a taker."""
     if not givers or not takers:
         return None
     came: dict[int, tuple[int, int] | None] = dict.fromkeys(givers)

@@ -1,23 +1,25 @@
-"""Which devices get a unit more in a layer whose units do not divide, and what all together keep then."""
+"""Roundings of a layer whose units do not divide: which devices get one unit more, and what all of them then keep."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
 
 RoundedUp = tuple[int, ...]
-"""The devices that get a unit more than their due rounded down, in one layer; sorted."""
+"""The devices that get one unit more than their due rounded down, in one layer; sorted."""
 
 Gains = tuple[tuple[int, ...], ...]
-"""By device, then by how many before it are rounded up: where its interval starts follows from that."""
+"""Units kept, by device and by the number of devices rounded up before it, which gives the start of its interval."""
 
 NEVER = -(10**15)
-"""Gain of what is not allowed."""
+"""Gain of a rounding that is not allowed."""
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """``layers`` layers that are alike: ``extra`` devices are rounded up in each, and ``down`` and ``up`` tell what
-    a device keeps."""
+    """``layers`` layers that are alike, with ``extra`` devices rounded up in each.
+
+    ``down``, ``up``: the units that a device keeps if it is rounded down or up.
+    """
 
     layers: int
     extra: int
@@ -25,7 +27,7 @@ class LayerKind:
     up: Gains
 
     def kept(self, rounded_up: RoundedUp) -> int:
-        """Units that all devices keep in one of the layers; below zero if this is not allowed."""
+        """Count the units that all devices keep in one of the layers; below zero if this rounding is not allowed."""
         kept = before = 0
         for device, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             is_up = before < self.extra and rounded_up[before] == device
@@ -34,7 +36,7 @@ class LayerKind:
         return kept
 
     def best(self, prices: Sequence[float] | None = None) -> tuple[float, RoundedUp]:
-        """Find the most of kept units, less the prices of the devices rounded up, in one layer; and who these are."""
+        """Find the most kept units, less the prices of devices rounded up, and the rounding that keeps them."""
         values: list[float] = [0, *(NEVER for _ in range(self.extra))]
         choices: list[tuple[list[float], list[float]]] = []
         for price, down, up in zip(prices or [0] * len(self.up), self.down, self.up, strict=True):
@@ -51,5 +53,5 @@ class LayerKind:
 
 
 def most_conceivable(kinds: Sequence[LayerKind]) -> float:
-    """Bound what can be kept in all layers: no more than if each were rounded as is best for it alone."""
+    """Bound the units kept in all layers: no more than if each layer were rounded as is best for it alone."""
     return sum(kind.layers * kind.best()[0] for kind in kinds)

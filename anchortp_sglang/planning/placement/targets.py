@@ -1,4 +1,4 @@
-"""How much each device should hold: in proportion to its speed, as far as its memory goes."""
+"""Target shares of devices: in proportion to their speed, as far as their memory allows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ def target_weights(
     weights: Mapping[int, int] | None = None,
     capacities: Mapping[int, int] | None = None,
 ) -> tuple[int, ...]:
-    """Relative widths by rank.
+    """Return relative widths by rank.
 
-    ``weights`` are what they should be in proportion to: relative speeds, or free bytes; without them all are
-    equal. ``capacities`` are bytes for weights, replicated parts included: who would hold more gets what it can
-    hold, the others share the rest. Raises InfeasiblePlan if all together cannot hold the model.
+    ``weights`` are relative speeds, or free bytes; without them all devices are equal. ``capacities`` are bytes for
+    weights, replicated parts included: a device that would hold more gets what fits, the others share the rest. Raises
+    InfeasiblePlan if all together cannot hold the model.
     """
     if len(set(devices)) != len(devices) or not devices:
         raise InfeasiblePlan(f"devices {list(devices)} must be distinct, and at least one")
@@ -28,8 +28,8 @@ def target_weights(
         return tuple(wanted)
     room = [_room(model, device, capacities) for device in devices]
     _check_room(model, devices, wanted, room)
-    # A unit is held whole: with one unit of each axis to spare, rounding cannot overfill. If that much is not to
-    # spare anywhere, shares are as full as they can be and are checked once they are made.
+    # A unit is held whole: with one unit of each axis to spare, rounding cannot overfill. Where that much is not to
+    # spare, shares are as full as they can be and are checked once they are made.
     slack = sum({group.shape_key: group.unit_bytes for group in model.sharded}.values())
     roomy = [bytes_ - slack for bytes_ in room]
     return _capped(model.sharded_bytes, wanted, roomy if sum(roomy) >= model.sharded_bytes and min(roomy) > 0 else room)
@@ -61,7 +61,7 @@ def _check_room(model: PlanModel, devices: Sequence[int], wanted: Sequence[int],
 
 
 def _capped(units: int, wanted: Sequence[int], room: Sequence[int]) -> tuple[int, ...]:
-    """Shares of ``units`` in proportion to ``wanted``, none above its room; the ratio is what counts."""
+    """Share ``units`` in proportion to ``wanted``, none above its room; only the ratio of the result counts."""
     share, full = [0] * len(wanted), [False] * len(wanted)
     left = units
     while True:

@@ -1,4 +1,4 @@
-"""From two ownerships to the transfers between them: who lacks what, and where it can be had."""
+"""Finds the transfers between two ownerships: what each device lacks, and where it comes from."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ _WHOLE: Intervals = ((0, 1),)
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Units that a rank of the new ownership lacks, all of them held by the same ``holders`` (device ids)."""
+    """Units that a rank of the new ownership lacks, all held by the same ``holders`` (device ids)."""
 
     rank: int
     holders: tuple[int, ...]
@@ -24,11 +24,11 @@ class Need:
 def find_transfers(
     model: PlanModel, old: LayerOwnership, new: LayerOwnership, host_copies: Mapping[str, Intervals]
 ) -> tuple[Transfer, ...]:
-    """Everything that devices of ``new`` lack, from peers where any survivor has it, else from ``host_copies``
-    (units by group), else from the checkpoint.
+    """Find all that devices of ``new`` lack: on any surviving peer, else in ``host_copies``, else in the checkpoint.
 
-    Of several peers, the one that has sent least so far sends. What no survivor has is fetched once, by the first
-    device that needs it; others get it from there: that transfer follows in the list.
+    ``host_copies`` are units by group. Of several peers, the one that has sent least so far sends. Units that no
+    survivor has are fetched once, by the first device that needs them; a later transfer in the list relays them to the
+    others.
     """
     survivors = tuple(device for device in old.devices if device in new.ranks)
     sent = dict.fromkeys(old.devices + new.devices, 0)
@@ -68,7 +68,7 @@ def _needs(old: LayerOwnership, new: LayerOwnership, before: Layout, after: Layo
 
 
 def _segments(old: LayerOwnership, new: LayerOwnership, before: Layout) -> list[tuple[int, int, tuple[int, ...]]]:
-    """The units from 0 on in runs that the same survivors hold; the last run is open, and held by nobody."""
+    """Return the units from 0 on in runs with the same surviving holders; the last run is open, without holders."""
     opens: dict[int, list[int]] = {0: []}
     closes: dict[int, list[int]] = {}
     for device, runs in zip(old.devices, before, strict=True):

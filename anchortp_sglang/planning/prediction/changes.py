@@ -1,16 +1,16 @@
-"""Changes of devices one after another: which are lost and which join at each, checked before anything is planned."""
+"""Successive changes of devices: which are lost and which join at each, checked before anything is planned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 class InvalidChange(ValueError):
-    """Devices cannot change like this; the text names the field and the device."""
+    """A change of devices that is impossible; the text names the field and the device."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Devices that are lost together, or join together. ``field`` is the name that errors give it."""
+    """Devices that are lost together, or join together. ``field`` is its name in error texts."""
 
     field: str
     lost: tuple[int, ...] = ()
@@ -23,10 +23,10 @@ class Change:
 
 
 def devices_after(devices: Sequence[int], changes: Sequence[Change]) -> tuple[tuple[int, ...], ...]:
-    """The devices after each change, ascending.
+    """Return the devices after each change, ascending.
 
-    Raises InvalidChange for no devices at all, a device that is lost twice or was never there, one that joins
-    though it is there, and when none is left.
+    Raises InvalidChange if there are no devices, if a lost device was never there or is lost already, if a joining one
+    is there already, and if none is left.
     """
     if not devices:
         raise InvalidChange("devices: at least one device is needed, not 0")

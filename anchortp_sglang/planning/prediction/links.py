@@ -1,4 +1,4 @@
-"""Which links of a machine a transfer occupies, how fast each is, and how long it is busy at least."""
+"""The links of a machine that a transfer occupies, how fast each is, and how long it is busy at least."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,9 @@ Link = tuple[str | int, ...]
 
 
 def route(topology: Topology, kind: str, device: int, source: int | None) -> tuple[Link, ...]:
-    """The links that bytes of a transfer pass, each at the full rate of the transfer.
+    """Return the links that a transfer passes, each at the transfer's full rate.
 
-    Raises ValueError for a kind that is none, or a P2P transfer without another device as its source.
+    Raises ValueError for an unknown kind, or a P2P transfer without another device as its source.
     """
     host: tuple[Link, ...] = (("host memory",), ("host link", device))
     if kind == "reload":
@@ -28,7 +28,7 @@ def route(topology: Topology, kind: str, device: int, source: int | None) -> tup
 
 
 def bandwidth(topology: Topology, link: Link) -> float:
-    """Bytes per second that a link carries."""
+    """Return the bytes per second that a link carries."""
     match link:
         case ("storage",):
             return topology.storage_bytes_per_s
@@ -44,7 +44,7 @@ def bandwidth(topology: Topology, link: Link) -> float:
 
 
 def link_loads(topology: Topology, transfers: Iterable[Transfer]) -> Mapping[Link, float]:
-    """Seconds that each link is busy at least, with all that the transfers send over it."""
+    """Return the seconds that each link is busy at least, with all that the transfers send over it."""
     flows: defaultdict[tuple[str, int, int | None], int] = defaultdict(int)
     for transfer in transfers:
         flows[transfer.kind, transfer.device, transfer.source] += transfer.nbytes
@@ -56,5 +56,5 @@ def link_loads(topology: Topology, transfers: Iterable[Transfer]) -> Mapping[Lin
 
 
 def link_lower_bound_s(topology: Topology, transfers: Iterable[Transfer]) -> float:
-    """No schedule ends before its busiest link has carried its bytes."""
+    """Return the load of the busiest link: no schedule ends before it has carried its bytes."""
     return max(link_loads(topology, transfers).values(), default=0.0)

@@ -1,7 +1,7 @@
-"""Ready-made topologies. Which figure is from a data sheet and which is assumed is said at each.
+"""Ready-made topologies. A comment at each says which figures are from a data sheet and which are assumed.
 
-Nominal: bandwidths and memory sizes of NVIDIA's data sheets, per direction. Assumed, for want of a figure of your
-machine: that a link reaches ``LINK_EFFICIENCY`` of its nominal bandwidth; storage and host memory; every time of
+Nominal: bandwidths and memory sizes of NVIDIA's data sheets, per direction. Assumed, as no figure of your machine is
+known: that a link reaches ``LINK_EFFICIENCY`` of its nominal bandwidth; storage and host memory; every time of
 ``RecoveryTimes``. Measure and write a topology file where the answer matters.
 """
 
@@ -29,7 +29,7 @@ GPU_TIMES = RecoveryTimes(
     graphs_s=8.0,
     process_start_s=20.0,
 )
-"""All assumed: CUDA contexts in new ranks, NCCL communicators, capture of the usual graph sizes, and for a
+"""Assumed throughout: CUDA contexts in new ranks, NCCL communicators, capture of the usual graph sizes, and for a
 restart the import of SGLang and the start of its processes."""
 
 CPU_TIMES = RecoveryTimes(
@@ -47,7 +47,7 @@ CPU_TIMES = RecoveryTimes(
 
 
 def machine(name: str, devices: int | None = None) -> Topology:
-    """A ready-made topology by name (case is not minded), with as many devices as wanted.
+    """Look up a ready-made topology by name (in any case), resized to ``devices``.
 
     Raises InvalidTopology for an unknown name or no devices.
     """

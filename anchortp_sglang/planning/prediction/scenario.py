@@ -1,4 +1,4 @@
-"""A model on a machine, and what each of several changes of its devices would mean, one after another."""
+"""A model on a machine, and what each of several successive changes of its devices would mean."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ StrategyChoice = Literal["auto", "contiguous", "adopt"]
 
 @dataclass(frozen=True)
 class Scenario:
-    """At the start ``devices`` devices (ids 0, 1, …) share the model equally.
+    """A model shared equally by ``devices`` devices (ids 0, 1, …) at the start.
 
     ``mem_fraction`` of a device's memory is for weights and KV cache.
     """
@@ -31,9 +31,9 @@ class Scenario:
 
 
 def answer_all(scenario: Scenario, changes: Sequence[Change]) -> tuple[WhatIf, ...]:
-    """The answer to each change, each starting from what the one before has left.
+    """Answer each change, starting from the state after the previous one.
 
-    Raises InvalidChange for devices that cannot change so, InfeasiblePlan if there is no plan for a change.
+    Raises InvalidChange for an impossible change, InfeasiblePlan if there is no plan for one.
     """
     model, topology = scenario.model, scenario.topology
     steps = devices_after(range(scenario.devices), changes)
@@ -52,5 +52,5 @@ def answer_all(scenario: Scenario, changes: Sequence[Change]) -> tuple[WhatIf, .
 
 
 def predicted_makespan(topology: Topology) -> Callable[[MigrationPlan], float]:
-    """What "auto" compares: seconds until all bytes have moved, to the microsecond, lest rounding decide."""
+    """Return what "auto" compares: seconds until all bytes have moved, rounded to the microsecond."""
     return lambda plan: round(schedule(topology, plan.transfers).makespan_s, 6)

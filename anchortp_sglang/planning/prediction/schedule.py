@@ -1,12 +1,12 @@
-"""When each byte of a migration moves: all links busy at once, each device's layers in the order of execution.
+"""Schedules the bytes of a migration: all links busy at once, each device's layers in the order of execution.
 
-Transfers between the same two ends are a flow; a flow runs at a constant rate. Rates are raised together, in
-proportion to the flows' bytes, and a flow stops rising when a link on its way is full (weighted max-min fairness,
-Bertsekas and Gallager, Data Networks, 6.5.2).
+Transfers between the same two ends are a flow; a flow runs at a constant rate. Rates are raised together, in proportion
+to the flows' bytes, and a flow stops rising when a link on its way is full (weighted max-min fairness, Bertsekas and
+Gallager, Data Networks, 6.5.2).
 
 Why that is optimal: flows over one full link, and over no fuller one, end at the same time, when that link has carried
-its bytes. So the last to end are those over the busiest link, at its load, and no schedule can end before. And no
-flow could have been helped by one that ended before it: its full link carries only flows that end with it or later.
+its bytes. So the last to end are those over the busiest link, at its load, and no schedule can end before. And no flow
+could have been helped by one that ended before it: its full link carries only flows that end with it or later.
 """
 
 import heapq
@@ -20,7 +20,7 @@ from anchortp_sglang.planning.prediction.links import Link, bandwidth, link_lowe
 from anchortp_sglang.planning.prediction.topology import Topology
 
 Flow = tuple[str, int, int | None]
-"""Kind, device, source device: the two ends of transfers that follow one another."""
+"""Kind, device, source device: the two ends of successive transfers."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Entries by start, then device, kind and source. ``link_lower_bound_s`` is what no schedule can beat."""
+    """Entries by start, then device, kind and source. No schedule can beat ``link_lower_bound_s``."""
 
     entries: tuple[Entry, ...]
     link_lower_bound_s: float
 
     @cached_property
     def makespan_s(self) -> float:
-        """When the last byte has arrived; 0 if nothing moves."""
+        """Time when the last byte has arrived; 0 if nothing moves."""
         return max((entry.end_s for entry in self.entries), default=0.0)
 
     @cached_property
     def ready_s(self) -> Mapping[int, float]:
-        """When all bytes of a stage have arrived everywhere, for each stage that anything moves for, in order."""
+        """Time when all bytes of a stage have arrived everywhere, for each stage with transfers, in order."""
         ready: dict[int, float] = {}
         for entry in self.entries:
             ready[entry.stage] = max(entry.end_s, ready.get(entry.stage, 0.0))
@@ -62,7 +62,7 @@ class Timeline:
 
     @cached_property
     def layer_ready_s(self) -> Mapping[int, float]:
-        """The same by layer, without what lies outside of the layers."""
+        """Time when all bytes of a layer have arrived everywhere, for each layer with transfers."""
         layers = {entry.stage: entry.layer for entry in self.entries if entry.layer is not None}
         return {layers[stage]: at_s for stage, at_s in self.ready_s.items() if stage in layers}
 
@@ -89,7 +89,7 @@ def schedule(topology: Topology, transfers: Sequence[Transfer]) -> Timeline:
 
 
 def _flows(transfers: Iterable[Transfer]) -> dict[Flow, list[tuple[int, int | None, int]]]:
-    """Stage, layer and bytes on each flow, a stage's transfers together; without what has no bytes."""
+    """Sum the bytes of each flow by stage: (stage, layer, bytes). Transfers without bytes are left out."""
     flows: defaultdict[Flow, list[tuple[int, int | None, int]]] = defaultdict(list)
     for transfer in transfers:
         if not transfer.nbytes:
@@ -101,7 +101,7 @@ def _flows(transfers: Iterable[Transfer]) -> dict[Flow, list[tuple[int, int | No
 
 
 def _rates(topology: Topology, flow_bytes: Mapping[Flow, int]) -> dict[Flow, float]:
-    """Bytes per second of each flow. The emptiest-handed link, by what it could still give per byte, fills first."""
+    """Return the bytes per second of each flow. The link with the least left per byte of its open flows fills first."""
     routes = {flow: route(topology, *flow) for flow in flow_bytes}
     users: defaultdict[Link, list[Flow]] = defaultdict(list)
     for flow, links in routes.items():
@@ -118,7 +118,7 @@ def _rates(topology: Topology, flow_bytes: Mapping[Flow, int]) -> dict[Flow, flo
         pace, _, link = heapq.heappop(queue)
         if not waiting[link] or pace != free[link] / waiting[link]:
             continue  # all its flows have their rate, or a newer entry of this link is in the queue
-        last_pace = max(pace, last_pace)  # paces only rise; rounding may say otherwise by a hair
+        last_pace = max(pace, last_pace)  # paces only rise, except for rounding errors
         touched = set()
         for flow in users[link]:
             if flow in rates:

@@ -1,4 +1,4 @@
-"""A whole recovery, predicted stage by stage; and what restarting the server on the same devices would take."""
+"""Predicts a whole recovery stage by stage, and what restarting the server on the same devices would take."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from anchortp_sglang.planning.prediction.topology import Topology
 
 @dataclass(frozen=True)
 class Stage:
-    """Seconds since the fault. Stages overlap where the work does."""
+    """A stage, in seconds since the fault. Stages may overlap."""
 
     name: str
     start_s: float
@@ -18,7 +18,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Prediction:
-    """``tfs_s``: fault to the first new token. ``full_speed_s``: fault to the captured graphs.
+    """``tfs_s``: from the fault to the first new token. ``full_speed_s``: from the fault to the captured graphs.
 
     ``moving_from_s`` is when the first transfer starts: a timeline's seconds count from there.
     """
@@ -32,11 +32,11 @@ class Prediction:
 def predict_recovery(
     topology: Topology, timeline: Timeline, num_layers: int, kept_bytes: Mapping[int, int]
 ) -> Prediction:
-    """Fault to full speed when a plan with this timeline is carried out.
+    """Predict a recovery, from the fault to full speed, when a plan with this timeline is carried out.
 
-    Bytes move from the fork on while the process groups form, and each device copies what it keeps
-    (``kept_bytes``, by device) to its new place. Layers are bound in order, each when its bytes are there;
-    graphs are captured after the first token.
+    From the fork on, bytes move while the process groups form, and each device copies what it keeps (``kept_bytes``, by
+    device) to its new place. Layers are bound in order, each when its bytes are there; graphs are captured after the
+    first token.
     """
     times = topology.times
     detected = times.detect_s
@@ -66,10 +66,10 @@ def predict_recovery(
 
 
 def predict_restart(topology: Topology, weight_bytes: Mapping[int, int], checkpoint_bytes: int) -> Prediction:
-    """Fault to first token when the server is stopped and started again on the devices of ``weight_bytes``.
+    """Predict a restart on the devices of ``weight_bytes``, from the fault to the first token.
 
-    Every byte of the checkpoint is read once from storage, and each device's weights pass host memory and its
-    host link, all at full speed: what a restart can do at best. Graphs are captured before the first token.
+    Every byte of the checkpoint is read once from storage, and each device's weights pass host memory and its host
+    link, all at full speed: the best case of a restart. Graphs are captured before the first token.
     """
     times = topology.times
     detected = times.detect_s

@@ -7,18 +7,18 @@ from numbers import Real
 
 
 class InvalidTopology(ValueError):
-    """No machine is like this; the text names the field and what is wrong with it."""
+    """A topology with impossible values; the text names the field and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class RecoveryTimes:
     """Seconds that the stages of a recovery take besides moving bytes.
 
-    ``detect_s`` from the fault to its discovery, ``fence_s`` until the old ranks are dead, ``plan_s`` the
-    planner, ``fork_s`` until the new ranks can move bytes (device contexts made), ``groups_s`` process
-    groups (while bytes move), ``bind_layer_s`` taking over one layer whose bytes are there, ``first_token_s``
-    prefix tree, replay and the first step, ``graphs_s`` graph capture, ``process_start_s`` what a restart
-    adds: processes, imports, device contexts.
+    ``detect_s``: from the fault to its discovery. ``fence_s``: until the old ranks are dead. ``plan_s``: the planner.
+    ``fork_s``: until the new ranks can move bytes (device contexts made). ``groups_s``: process groups, while bytes
+    move. ``bind_layer_s``: taking over one layer whose bytes are there. ``first_token_s``: prefix tree, replay and the
+    first step. ``graphs_s``: graph capture. ``process_start_s``: what a restart adds (processes, imports, device
+    contexts).
     """
 
     detect_s: float
@@ -40,12 +40,12 @@ class RecoveryTimes:
 class Topology:
     """Bandwidths in bytes per second and per direction. Per-device fields have one entry per device id 0, 1, …
 
-    ``host_link``: host memory to device. ``p2p_port``: all that a device sends to its peers, and all that it
-    receives. ``p2p_link``: one number for every pair, or a matrix ``[source][destination]`` whose diagonal is
-    not read. ``p2p_through_host``: peer transfers are staged in host memory, so they share each receiver's
-    host link with reloads. ``storage``: reading the checkpoint, shared by all. ``host_memory``: what all
-    transfers from or through host memory can do together. ``device_copy``: copies within a device.
-    ``transfer_latency_s`` passes before each transfer's first byte.
+    ``host_link``: host memory to device. ``p2p_port``: all that a device sends to its peers, and all that it receives.
+    ``p2p_link``: one number for every pair, or a matrix ``[source][destination]`` whose diagonal is not read.
+    ``p2p_through_host``: peer transfers are staged in host memory, so they share each receiver's host link with
+    reloads. ``storage``: reading the checkpoint, shared by all. ``host_memory``: all transfers from or through host
+    memory together. ``device_copy``: copies within a device. ``transfer_latency_s`` passes before each transfer's first
+    byte.
     """
 
     name: str
@@ -78,16 +78,16 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """How many devices there are."""
+        """Number of devices."""
         return len(self.host_link_bytes_per_s)
 
     def p2p_bytes_per_s(self, source: int, destination: int) -> float:
-        """Bandwidth of the link from one device to another, without regard to their ports."""
+        """Return the bandwidth of the link from one device to another, regardless of their ports."""
         link = self.p2p_link_bytes_per_s
         return link[source][destination] if isinstance(link, tuple) else link
 
     def resized(self, devices: int) -> "Topology":
-        """The same machine with another number of devices: the first ones, or more of the same kind.
+        """Return the same machine with another number of devices: the first ones, or more of the same kind.
 
         Raises InvalidTopology for less than one, and for more when the devices or their links differ.
         """
@@ -116,18 +116,20 @@ class Topology:
 
 
 PER_DEVICE = ("host_link_bytes_per_s", "p2p_port_bytes_per_s", "device_copy_bytes_per_s", "device_memory_bytes")
-"""The fields of a topology with one entry per device."""
+"""Fields of a topology with one entry per device."""
 
 
 def pairs(devices: Iterable[int]) -> list[tuple[int, int]]:
-    """All ordered pairs of different devices."""
+    """List all ordered pairs of different devices."""
     known = list(devices)
     return [(a, b) for a in known for b in known if a != b]
 
 
 def check_number(field: str, value: object, least: float | None = None) -> None:
-    """Raise InvalidTopology, naming the field, unless the value is a finite number above zero (``least`` None)
-    or not below ``least``."""
+    """Raise InvalidTopology, naming the field, unless the value is finite and at least ``least``.
+
+    With ``least`` None it must be above zero.
+    """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise InvalidTopology(f"{field}: a finite number is needed, not {value!r}")
     if least is None and value <= 0:

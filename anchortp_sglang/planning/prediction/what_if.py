@@ -1,4 +1,4 @@
-"""One change of devices, answered in full: the plan, when its bytes move, and how long clients wait."""
+"""A change of devices, answered in full: the plan, when its bytes move, and how long clients wait."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ _DEVICE_KEYS = (
 
 @dataclass(frozen=True)
 class WhatIf:
-    """``kv_tokens``: tokens of KV cache that fit on each device beside its weights, by id. ``kv_tokens_alike``: how
-    many would fit on every device if each had the same heads and experts in all layers.
+    """The answer to one change of devices.
 
-    ``restart`` is that of the server on the same devices with the same shares.
+    ``kv_tokens``: tokens of KV cache that fit on each device beside its weights, by id. ``kv_tokens_alike``: tokens
+    that would fit on every device if each had the same heads and experts in all layers. ``restart`` is that of the
+    server on the same devices with the same shares.
     """
 
     plan: MigrationPlan
@@ -43,7 +44,7 @@ class WhatIf:
         return min(self.kv_tokens.values())
 
     def as_json(self) -> dict[str, object]:
-        """The answer as JSON types; times in the timeline count from the first transfer."""
+        """Return the answer as JSON types; times in the timeline count from the first transfer."""
         plan = self.plan
         return {
             "strategy": plan.strategy,

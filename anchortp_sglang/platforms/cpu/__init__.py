@@ -1,1 +1,1 @@
-"""What SGLang lacks on a machine without a GPU: environment, sgl_kernel stand-in, collectives."""
+"""The platform of a machine without a GPU: environment, sgl_kernel stand-in, collectives."""

@@ -1,7 +1,7 @@
-"""What the control groups of this process leave it: memory and CPU time. A container's limits are those.
+"""Reads how much memory and CPU time the control groups of this process, such as a container's, leave it.
 
-Reads ``/proc/self/cgroup``, ``/proc/self/mountinfo`` and the files they lead to; cgroup v1, v2, and both at once. What
-cannot be read sets no limit.
+Reads ``/proc/self/cgroup``, ``/proc/self/mountinfo`` and the files they lead to; cgroup v1, v2, and both at once. A
+file that cannot be read sets no limit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["MemoryRoom", "cpu_quota", "memory_room"]
 
 @dataclass(frozen=True)
 class MemoryRoom:
-    """``nbytes`` can be taken without swapping or being killed; ``bound`` says what sets the limit."""
+    """Memory that can be taken without swapping or being killed; ``bound`` says what sets the limit."""
 
     nbytes: int
     bound: str
 
     def less(self, nbytes: int) -> MemoryRoom:
-        """What is left when ``nbytes`` are taken."""
+        """Subtract ``nbytes`` that will be taken."""
         return MemoryRoom(max(0, self.nbytes - nbytes), f"{self.bound}, less {nbytes >> 20} MiB for processes")
 
     def __str__(self) -> str:
@@ -31,20 +31,20 @@ class MemoryRoom:
 
 @dataclass(frozen=True)
 class _Level:
-    """One control group: the process's own, or one that it lies in."""
+    """A control group: the process's own, or one above it."""
 
     folder: Path
     version: int
 
     def number(self, name: str) -> int | None:
-        """None for "max", and for what cannot be read."""
+        """Read a number; None for "max" or if it cannot be read."""
         try:
             return int((self.folder / name).read_text())
         except (OSError, ValueError):
             return None
 
     def table(self, name: str) -> dict[str, int]:
-        """A file of lines ``key value``."""
+        """Read a file of lines ``key value``."""
         try:
             pairs = [line.split() for line in (self.folder / name).read_text().splitlines()]
             return {key: int(value) for key, value in pairs}
@@ -53,9 +53,9 @@ class _Level:
 
 
 def memory_room(host_available_bytes: int, root: Path = Path("/")) -> MemoryRoom:
-    """The least of what the host has and what each group allows beyond what it uses and cannot give back.
+    """Return the least of what the host has and what each group allows beyond what it uses and cannot give back.
 
-    ``root``: where the file system begins that is asked.
+    ``root``: the root of the file system to read.
     """
     rooms = [MemoryRoom(host_available_bytes, "of the host's memory")]
     for level in _levels(root, "memory"):
@@ -66,13 +66,13 @@ def memory_room(host_available_bytes: int, root: Path = Path("/")) -> MemoryRoom
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """How many CPUs' worth of time this process may use; None without a limit."""
+    """Return how many CPUs' worth of time this process may use; None without a limit."""
     quotas = [_quota_v2(level) if level.version == 2 else _quota_v1(level) for level in _levels(root, "cpu")]
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def _room_v2(level: _Level) -> MemoryRoom | None:
-    # Above memory.high the kernel does not kill, but stops the group for ever longer: as good as the end.
+    # Above memory.high the kernel does not kill, but stops the group for longer and longer: as bad as the limit.
     limits = {name: level.number(name) for name in ("memory.max", "memory.high")}
     name, limit = min(((n, b) for n, b in limits.items() if b is not None), key=lambda it: it[1], default=("", None))
     if limit is None:
@@ -85,7 +85,7 @@ def _room_v2(level: _Level) -> MemoryRoom | None:
 
 def _room_v1(level: _Level) -> MemoryRoom | None:
     stat = level.table("memory.stat")
-    # The second one counts groups above a container, which it cannot see.
+    # The second one counts groups above a container, which the process cannot see.
     limits = (level.number("memory.limit_in_bytes"), stat.get("hierarchical_memory_limit"))
     limit = min((each for each in limits if each is not None), default=None)
     if limit is None:
@@ -112,7 +112,7 @@ def _quota_v1(level: _Level) -> float | None:
 
 
 def _levels(root: Path, controller: str) -> Iterator[_Level]:
-    """The groups of this process that may hold the controller, from its own upwards as far as can be seen."""
+    """Yield the groups of this process that may have the controller, from its own upwards as far as visible."""
     paths = dict(_paths(root))
     for mounted, point, version in _mounts(root, controller):
         path = paths.get(controller if version == 1 else "")
@@ -127,9 +127,9 @@ def _levels(root: Path, controller: str) -> Iterator[_Level]:
 
 
 def _below(path: str, mounted: str) -> PurePosixPath:
-    """Where in a mount of the group ``mounted`` the group ``path`` is; at its top, if that cannot be told.
+    """Return where the group ``path`` is in a mount of the group ``mounted``; the mount's top if that is not known.
 
-    ``..`` in either of them leads out of this process's cgroup namespace.
+    ``..`` in either path leads out of this process's cgroup namespace.
     """
     try:
         below = PurePosixPath(path).relative_to(mounted)
@@ -139,7 +139,7 @@ def _below(path: str, mounted: str) -> PurePosixPath:
 
 
 def _paths(root: Path) -> Iterator[tuple[str, str]]:
-    """(controller, path) for each controller of v1, and ("", path) for v2."""
+    """Yield (controller, path) for each controller of v1, and ("", path) for v2."""
     for line in _lines(root / "proc/self/cgroup"):
         _, _, known = line.partition(":")
         controllers, separator, path = known.partition(":")
@@ -148,7 +148,7 @@ def _paths(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _mounts(root: Path, controller: str) -> Iterator[tuple[str, str, int]]:
-    """(group at its top, mount point, version) of mounts that show the controller's groups; see proc(5)."""
+    """Yield (group at its top, mount point, version) of mounts that show the controller's groups; see proc(5)."""
     for line in _lines(root / "proc/self/mountinfo"):
         place, _, source = line.partition(" - ")
         kind, _, options = source.partition(" ")

@@ -1,8 +1,8 @@
 """Collectives over shared memory for ranks on one machine.
 
-They replace gloo, which costs about a millisecond for the few hundred floats that a decode step reduces, for
-CPU tensors of any size: a payload larger than a slot passes through in pieces, so which path is taken depends
-on nothing but the call itself, and ranks cannot disagree about it.
+They replace gloo, which costs about a millisecond for the few hundred floats that a decode step reduces, for CPU
+tensors of any size. A payload larger than a slot passes through in pieces, so the path depends only on the call itself,
+and ranks cannot disagree about it.
 """
 
 import ctypes
@@ -32,9 +32,9 @@ _SLOT_BYTES = {Lane.TENSORS: 512 << 10, Lane.OBJECTS: 128 << 10}
 
 
 def region_bytes(world_size: int) -> int:
-    """Size of the region that all ranks of a generation map, zeroed: 1.25 MiB a rank and two pages.
+    """Return the size of the region that all ranks of a generation map, zeroed: 1.25 MiB a rank and two pages.
 
-    Pages that no payload has reached are never allocated by the kernel.
+    The kernel never allocates pages that no payload has reached.
     """
     return sum(_lane_bytes(lane, world_size) for lane in Lane)
 
@@ -46,14 +46,14 @@ def _lane_bytes(lane: Lane, world_size: int) -> int:
 class SharedMemoryGroup:
     """The ranks 0 … world_size - 1 that map one region, on one of its lanes.
 
-    ``buffer`` is the writable region (an mmap of a memfd, of at least region_bytes(world_size)). It must
-    start zeroed, and stays mapped as long as the group lives. All ranks must make the same calls in the same
-    order, each from one thread; shapes and dtypes must agree. There is no timeout: a group with a dead peer
-    waits, asleep, until its process is killed with the rest of its generation.
+    ``buffer`` is the writable region (an mmap of a memfd, of at least region_bytes(world_size)). It must start zeroed,
+    and stays mapped as long as the group lives. All ranks must make the same calls in the same order, each from one
+    thread; shapes and dtypes must agree. There is no timeout: a group with a dead peer waits, asleep, until its process
+    is killed with the rest of its generation.
     """
 
     def __init__(self, buffer: object, rank: int, world_size: int, lane: Lane = Lane.TENSORS) -> None:
-        """Raises RuntimeError on a machine that futex.supported() refuses, ValueError for a wrong size."""
+        """Join the group. Raises RuntimeError where futex.supported() is false, ValueError for a wrong size."""
         if not futex.supported():
             raise RuntimeError("shared-memory collectives rely on the store order of x86-64, on Linux")
         memory = memoryview(buffer).cast("B")  # type: ignore[arg-type]
@@ -73,10 +73,10 @@ class SharedMemoryGroup:
         self._views: dict[tuple[int, torch.dtype, torch.Size], tuple[torch.Tensor, ...]] = {}
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place; returns ``tensor``.
+        """Sum over the ranks, in place; return ``tensor``.
 
-        Added in the order of ranks on every rank, so the result is the same to the last bit on all of them.
-        Three and more 16-bit floats are added in float32 and rounded once.
+        Ranks are added in the same order on every rank, so the result is equal to the last bit on all of them. Three or
+        more 16-bit floats are added in float32 and rounded once.
         """
         if self.world_size == 1:
             return tensor
@@ -88,7 +88,7 @@ class SharedMemoryGroup:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The ranks' tensors, concatenated along ``dim`` in the order of ranks."""
+        """Concatenate the ranks' tensors along ``dim`` in the order of ranks."""
         if self.world_size == 1:
             return tensor
         tensor = tensor.contiguous()
@@ -112,7 +112,7 @@ class SharedMemoryGroup:
             start = stop
 
     def broadcast_bytes(self, payload: bytes | None, src: int) -> bytes:
-        """``payload`` of rank ``src``, on every rank; the other ranks pass None.
+        """Return ``payload`` of rank ``src`` on every rank; the other ranks pass None.
 
         ``src`` returns at once, up to two pieces ahead of the slowest reader.
         """
@@ -127,7 +127,7 @@ class SharedMemoryGroup:
             self._steps.await_slot_free()
             offset = self._offset(slot, src)
             self._bytes[offset : offset + len(piece)] = piece
-            self._steps.publish_read()  # says "written" as well: a source has nothing to read
+            self._steps.publish_read()  # implies "written": a source has nothing to read
         return payload
 
     def _receive(self, src: int) -> bytes:
@@ -142,7 +142,7 @@ class SharedMemoryGroup:
         return bytes(received[_LENGTH.size :])
 
     def _exchange(self, piece: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Every rank's ``piece`` (contiguous, at most a slot), as views that hold until note_read()."""
+        """Return every rank's ``piece`` (contiguous, at most a slot), as views that are valid until note_read()."""
         steps = self._steps
         slot = steps.enter()
         steps.await_slot_free()
@@ -166,7 +166,7 @@ class SharedMemoryGroup:
         return _PAGE_BYTES + (slot * self.world_size + rank) * self._slot_bytes
 
     def _pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A contiguous tensor itself if it fits a slot, else flat views of it that do."""
+        """Return a contiguous tensor itself if it fits a slot, else flat views of it that do."""
         if tensor.nbytes <= self._slot_bytes:
             return (tensor,)
         return tensor.view(-1).split(self._slot_bytes // tensor.element_size())

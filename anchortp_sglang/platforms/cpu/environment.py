@@ -1,4 +1,4 @@
-"""What SGLang must be told on a machine without a GPU, worked out from what the user said already. Pure."""
+"""Settings of SGLang on a machine without a GPU, worked out from what the user has set. Pure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,12 +15,12 @@ def cpu_defaults(
     quota: float | None = None,
     memory_bytes: int | None = None,
 ) -> Defaults:
-    """Settings for ``--device cpu``. Whatever ``flags`` or ``environ`` holds already is the user's and stays.
+    """Work out settings for ``--device cpu``. Values in ``flags`` or ``environ`` are the user's and stay.
 
-    ``flags`` are those that were given, by ServerArgs field name. ``tp_size`` is the largest that will run: a
-    later, smaller one uses the first of the thread bindings. ``cores`` are the ids that the process may run
-    on, sorted(os.sched_getaffinity(0)). ``quota``: how many cores' worth of time it may use (``cgroups.cpu_quota``).
-    ``memory_bytes``: what its cgroup leaves it, if that is less than what the host has.
+    ``flags``: those that were given, by ServerArgs field name. ``tp_size``: the largest that will run; a later, smaller
+    one uses the first of the thread bindings. ``cores``: ids that the process may run on,
+    sorted(os.sched_getaffinity(0)). ``quota``: cores' worth of time it may use (``cgroups.cpu_quota``).
+    ``memory_bytes``: what its cgroup leaves it, if less than the host has.
 
     Raises ValueError if the flags ask for another device, or if the user's thread bindings are too few.
     """
@@ -42,18 +42,20 @@ _FLAGS: dict[str, object] = {
     "attention_backend": "torch_native",
     # torch.cpu streams do nothing: with overlap on, every result only comes one step later.
     "disable_overlap_schedule": True,
-    # Rank 0 else polls its sockets without pause (Scheduler.event_loop_normal) and keeps all ranks busy.
+    # Otherwise rank 0 polls its sockets without pause (Scheduler.event_loop_normal) and keeps all ranks busy.
     "sleep_on_idle": True,
     # Constrained output cannot be resumed yet and is refused at admission; each rank would load its backend.
     "grammar_backend": "none",
-    # GroupCoordinator.__init__ else tries it and logs a warning for each group (dispatch_custom_allreduce).
+    # Otherwise GroupCoordinator.__init__ tries it and logs a warning for each group (dispatch_custom_allreduce).
     "disable_custom_all_reduce": True,
 }
 
 
 def _chunk(memory_bytes: int) -> int:
-    """Tokens of a prefill, whose activations need memory: as memory_hook._handle_gpu_memory_settings would choose if it
-    asked the cgroup instead of the host."""
+    """Return the tokens of a prefill, whose activations need memory.
+
+    As memory_hook._handle_gpu_memory_settings would choose if it used the cgroup's memory instead of the host's.
+    """
     return next((tokens for gib, tokens in ((20, 2048), (60, 4096), (90, 8192)) if memory_bytes < gib << 30), 16384)
 
 
@@ -62,13 +64,13 @@ def _environment(tp_size: int, cores: Sequence[int], quota: float | None) -> dic
     return {
         # platforms._is_cpu_available, utils.common.is_cpu
         "SGLANG_USE_CPU_ENGINE": "1",
-        # PyNcclCommunicator is off if its library does not load; else it asks for a CUDA device.
+        # PyNcclCommunicator is off if its library does not load; otherwise it requires a CUDA device.
         "SGLANG_NCCL_SO_PATH": "/nonexistent",
-        # numa_utils.init_threads_binding wants an entry for each rank (indexed by gpu_id), or a NUMA node for
-        # each. On x86 without AMX it only checks: nothing is bound (bootstrap._init_cpu_threads_env).
+        # numa_utils.init_threads_binding needs an entry for each rank (indexed by gpu_id), or a NUMA node for each. On
+        # x86 without AMX it only checks: nothing is bound (bootstrap._init_cpu_threads_env).
         _THREADS_BIND: _bindings(tp_size, cores),
-        # ModelRunner.load_model leaves torch's thread count alone on CPU. Threads beyond a quota of CPU time use it up
-        # early in each period, and then all of them stand still.
+        # ModelRunner.load_model leaves torch's thread count alone on CPU. More threads than a quota of CPU time use it
+        # up early in each period, and then all of them stand still.
         "OMP_NUM_THREADS": str(max(1, usable // tp_size)),
         # numpy's pool is never needed, and a process with threads cannot be forked safely.
         "OPENBLAS_NUM_THREADS": "1",
@@ -76,8 +78,8 @@ def _environment(tp_size: int, cores: Sequence[int], quota: float | None) -> dic
         "TORCHDYNAMO_DISABLE": "1",
         # Tokenizer threads compete with the ranks; tokenizer_manager sets it for some models only.
         "TOKENIZERS_PARALLELISM": "false",
-        # GroupCoordinator.__init__ else makes one in /dev/shm, which a killed rank leaves behind, and starts a
-        # resource tracker; nobody uses it.
+        # Otherwise GroupCoordinator.__init__ makes one in /dev/shm, which a killed rank leaves behind, and starts a
+        # resource tracker; it is not used.
         "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
         # bootstrap._check_tp_memory_balance compares the host's free memory as seen at different moments.
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
@@ -85,7 +87,7 @@ def _environment(tp_size: int, cores: Sequence[int], quota: float | None) -> dic
 
 
 def _bindings(tp_size: int, cores: Sequence[int]) -> str:
-    """Entries split by "|", one a rank, each a list of core ids: disjoint shares while there are enough."""
+    """Return entries split by "|", one a rank, each a list of core ids: disjoint while there are enough cores."""
     width = len(cores) // tp_size
     if width == 0:
         return "|".join(str(cores[rank % len(cores)]) for rank in range(tp_size))

@@ -1,4 +1,4 @@
-"""Sleep until another process changes a word of shared memory: Linux futex(2), without the private flag."""
+"""Sleeps until another process changes a word of shared memory: Linux futex(2), without the private flag."""
 
 import ctypes
 import errno
@@ -28,14 +28,16 @@ class _Timespec(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
 
-# A sleeper looks again once a second, so that no lost wake-up can ever stall a generation for good.
+# A sleeper looks again once a second, so that no lost wake-up can stall a generation for good.
 _timeout = _Timespec(1, 0)
 _timeout_address = ctypes.addressof(_timeout)
 
 
 def supported() -> bool:
-    """Whether this machine has what the shared-memory collectives rely on: Linux, and x86-64's strong
-    store ordering (TSO), on which a plain store of a counter never overtakes the payload before it."""
+    """Return whether the shared-memory collectives can run on this machine: Linux on x86-64.
+
+    They rely on its strong store ordering (TSO): a plain store of a counter never overtakes the payload before it.
+    """
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
@@ -45,8 +47,10 @@ def wake(address: int) -> None:
 
 
 def sleep_while(address: int, value: int) -> None:
-    """Sleep until woken, at most a second, and only if the word at ``address`` still holds ``value`` (its
-    low 32 bits). May return early: look at the word again."""
+    """Sleep until woken, at most a second, if the word at ``address`` still holds ``value`` (low 32 bits).
+
+    May return early: read the word again.
+    """
     if _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, value & 0xFFFFFFFF, _timeout_address, None, 0) == 0:
         return
     error = ctypes.get_errno()

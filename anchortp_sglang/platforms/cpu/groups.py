@@ -1,7 +1,7 @@
 """Shares process groups between SGLang's coordinators on the CPU: each one costs the start a round of all ranks.
 
-SGLang makes two for each list of ranks of each kind of parallelism: at TP=4 some 36, one after the other, of which each
-ends in a barrier of all ranks over the TCPStore. But only two lists are ever different: all ranks, and each rank alone.
+SGLang makes two for each list of ranks of each kind of parallelism: at TP=4 some 36, one after the other, each ending
+in a barrier of all ranks over the TCPStore. But only two lists ever differ: all ranks, and each rank alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ _BACKEND = "gloo"
 
 
 class Groups:
-    """Stands in for ``torch.distributed.new_group`` while group coordinators are built.
+    """Replaces ``torch.distributed.new_group`` while group coordinators are built.
 
-    All ranks: the default group, which torch has made already. One rank: a group that it makes alone. They are shared
-    by all coordinators: a scheduler has one thread that uses them, in an order that is the same on all ranks.
+    All ranks: the default group, which torch has made already. One rank: a group of its own. All coordinators share
+    them: one thread of a scheduler uses them, in the same order on all ranks.
     """
 
     def __init__(self, new_group: Callable[..., Any]) -> None:

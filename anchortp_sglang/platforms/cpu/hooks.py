@@ -1,13 +1,13 @@
-"""Puts the shared-memory collectives in the place of gloo inside SGLang 0.5.23, on CPU.
+"""Replaces gloo inside SGLang 0.5.23 by the shared-memory collectives, on CPU.
 
-Functions for HookType.AROUND: the original first, then its own arguments. Each takes the shared-memory path
-if the call is for all ranks of the generation and on CPU tensors, else it calls the original. What the choice
-depends on is alike on all ranks. Where the attachment has no ``collectives`` stock code runs.
+Functions for HookType.AROUND: the original first, then its own arguments. Each takes the shared-memory path if the call
+is for all ranks of the generation and on CPU tensors; else it calls the original. The choice depends only on what is
+equal on all ranks. Where the attachment has no ``collectives`` stock code runs.
 
 On CPU these four cover a dense or MoE forward pass. ``RowParallelLinear``, ``VocabParallelEmbedding``,
 ``ColumnParallelLinear(gather_output=True)`` and ``LogitsProcessor._logits_gatherer`` (which falls back to
-``tensor_model_parallel_all_gather``) all end in the TP ``GroupCoordinator``; ``broadcast_pyobj`` is how
-``SchedulerRequestReceiver`` shares the requests of each scheduler step.
+``tensor_model_parallel_all_gather``) all end in the TP ``GroupCoordinator``; ``SchedulerRequestReceiver`` uses
+``broadcast_pyobj`` to share the requests of each scheduler step.
 """
 
 import logging
@@ -39,9 +39,9 @@ class SharedMemoryCollectives:
     on_progress: Callable[[], None]
 
     def spans(self, world_size: int) -> bool:
-        """Return whether a call of this thread on a group of that size is one that all ranks make in one order.
+        """Return whether this call of a group of that size is made by all ranks in the same order.
 
-        Other threads (HiCache's prefetch thread calls broadcast_pyobj too) have an order of their own.
+        Calls of other threads are not (HiCache's prefetch thread calls broadcast_pyobj, too).
         """
         return world_size == self.tensors.world_size and threading.get_ident() == self.thread
 
@@ -73,7 +73,7 @@ def _shared() -> SharedMemoryCollectives | None:
 
 
 def all_reduce(original: Callable[..., torch.Tensor], group: Any, input_: torch.Tensor) -> torch.Tensor:
-    """AROUND GroupCoordinator.all_reduce(self, input_): in place on CPU, as the original is there."""
+    """AROUND GroupCoordinator.all_reduce(self, input_): in place on CPU, like the original."""
     shared = _shared()
     if shared is None or input_.dtype not in _SUMMABLE or not _applies(shared, group, input_):
         return original(group, input_)
@@ -114,13 +114,15 @@ def broadcast_pyobj(
     src: int = 0,
     force_cpu_device: bool = True,
 ) -> list[Any]:
-    """AROUND srt.utils.common.broadcast_pyobj: ``rank`` and ``src`` are global ranks; ``src`` gets back its
-    own ``data``, the others a copy."""
+    """AROUND srt.utils.common.broadcast_pyobj. ``rank`` and ``src`` are global ranks.
+
+    ``src`` gets back its own ``data``, the others a copy.
+    """
     shared = _shared()
     if shared is None or not shared.spans(_size(dist_group)) or not force_cpu_device:
         return original(data, rank, dist_group, src, force_cpu_device)
     if rank == src:
-        # Nearly every step of a scheduler has nothing to share: an empty message says so.
+        # Nearly every step of a scheduler has nothing to share: an empty message stands for that.
         shared.objects.broadcast_bytes(pickle.dumps(data) if data else b"", src)
         return data if data is not None else []
     payload = shared.objects.broadcast_bytes(None, src)

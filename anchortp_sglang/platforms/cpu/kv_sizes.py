@@ -1,7 +1,7 @@
-"""How much KV a server holds, and how much of it the mirror: from flags, the model and the memory that is available.
+"""Sizes of the KV pool and its mirror, from flags, the model and the memory that is available.
 
-Pure: what is available is an argument. Bytes are of memory before anything of this server is allocated, and
-``MemoryRoom.less`` what its processes will take (``process_bytes``).
+Pure: available memory is an argument. It is counted before anything of this server is allocated, less what its
+processes will take (``MemoryRoom.less``, ``process_bytes``).
 """
 
 from typing import Any
@@ -15,27 +15,27 @@ from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.cpu.cgroups import MemoryRoom
 
 _MOST_OF_MEMORY = 0.9
-"""What of the available memory weights, KV and mirror may take together, before the mirror is left out."""
+"""Share of the available memory that weights, KV and mirror may take together; beyond it the mirror is left out."""
 
 _SERVER_BYTES = 1024 << 20
 _RANK_BYTES = 128 << 20
-"""What zygotes, detokenizer and anchors, and each rank with its spare, add to a main that has imported SGLang: 0.6 GiB
-with four ranks of a tiny model, 0.2 GiB with one. The rest is for activations, and for a zygote in reserve that had to
-import SGLang anew (0.75 GiB that it shares with nobody)."""
+"""Memory that zygotes, detokenizer and anchors, and each rank with its spare, add to a main that has imported SGLang:
+measured 0.6 GiB with four ranks of a tiny model, 0.2 GiB with one. The rest is for activations, and for a zygote in
+reserve that had to import SGLang anew (0.75 GiB of its own)."""
 
 
 def process_bytes(tp_size: int) -> int:
-    """Memory that a server's processes take beside weights, KV and mirror."""
+    """Return the memory that a server's processes take beside weights, KV and mirror."""
     return _SERVER_BYTES + tp_size * _RANK_BYTES
 
 
 def plan_kv(
     model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None, available: MemoryRoom
 ) -> KVPlan:
-    """Slots of the first generation, and the most of any: what the operator says, else what memory allows.
+    """Plan the most slots of any generation, which the first one has: as the operator says, else as memory allows.
 
-    On CPU all virtual devices share the host's memory: unless each is given a limit (``device_bytes``), fewer of them
-    hold just as many slots. If nobody chose their number, what is available also holds the second copy of the KV that
+    On CPU all virtual devices share the host's memory: unless each has a limit (``device_bytes``), fewer devices hold
+    just as many slots. If the operator did not choose the number, there is also room for the second copy of the KV that
     the loss of a device makes. ``view``: resolved ServerArgs. Raises ValueError if there is too little memory.
     """
     page_size = view.page_size or 1
@@ -64,15 +64,15 @@ def plan_kv(
 def plan_mirror(
     model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available: MemoryRoom
 ) -> tuple[MirrorPlan | None, str]:
-    """The KV mirror, and in a few words what was decided and why.
+    """Plan the KV mirror; also return in a few words what was decided and why.
 
-    Raises ValueError for a mirror that was asked for and cannot be.
+    Raises ValueError for a mirror that was asked for but is not possible.
     """
     if options.kv_mirror == "off":
         return None, "off, as --anchor-kv-mirror says"
     if not any(mirror_moves(model, ownership, rank) for rank in range(1, ownership.tp_size)):
         return None, "off, as every device holds all KV heads"
-    # The loss of a device makes a second copy of the KV (plan_kv), which is what the mirror is for.
+    # The loss of a device, for which the mirror is made, needs a second copy of the KV (plan_kv).
     spare = (
         int(_MOST_OF_MEMORY * available.nbytes) - _weight_bytes(model, ownership) - 2 * _kv_bytes(model, ownership, kv)
     )
@@ -91,10 +91,10 @@ def plan_mirror(
 
 
 def _weight_bytes(model: ModelAxes, ownership: Ownership) -> int:
-    """Over all ranks."""
+    """Sum the bytes of weights over all ranks."""
     return sum(shard_layout(model, ownership, rank).total_bytes for rank in range(ownership.tp_size))
 
 
 def _kv_bytes(model: ModelAxes, ownership: Ownership, plan: KVPlan) -> int:
-    """Over all ranks; heads that several of them hold count several times."""
+    """Sum the bytes of KV over all ranks; heads that several of them hold count several times."""
     return sum(kv_layout(model, plan, ownership, rank).total_bytes for rank in range(ownership.tp_size))

@@ -1,7 +1,7 @@
-"""Multi-head latent attention on torch_native: always in the latents' own space, as SGLang decodes on every backend.
+"""Runs multi-head latent attention on torch_native in the latents' own space, as SGLang decodes on every backend.
 
 For a prompt without a cached prefix SGLang 0.5.23 projects K and V of all heads anew and hands them to the backend.
-torch_native does not use them but what it has written to the pool, the latents, whose size is another: it fails.
+torch_native reads the pool instead, which holds latents of another size, and fails.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ def around_get_handler(original: Callable[[type, str], Handler], registry: type,
 
 
 def absorbed(attention: Any, forward_batch: Any) -> Any:
-    """The forward method: K's and V's projections are absorbed into those of queries and outputs."""
+    """Choose the forward method that absorbs the projections of K and V into those of queries and outputs."""
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
     return AttnForwardMethod.MLA
 
 
 def register() -> None:
-    """The same in a process without our hooks."""
+    """Register ``absorbed`` in a process without our hooks."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
 
     AttentionBackendRegistry.register(BACKEND, absorbed)

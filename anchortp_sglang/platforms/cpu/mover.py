@@ -13,8 +13,7 @@ _STAGING_BYTES = 1 << 20  # stays in a core's cache
 
 
 class HostMover(AbstractContextManager["HostMover"]):
-    """Copies at once, in the caller's thread. ``write``: a faster way than through the mapping of the target, if there
-    is one."""
+    """Copies at once, in the caller's thread. ``write``: a faster way than through the target's mapping, or None."""
 
     def __init__(self, write: Write | None = None) -> None:
         self.moved = Moved()
@@ -48,12 +47,12 @@ class HostMover(AbstractContextManager["HostMover"]):
         self.moved.copied_bytes += into.nbytes
 
     def clear(self, into: torch.Tensor) -> None:
-        """A new memfd holds zeros, and takes no memory for them."""
+        """Do nothing: a new memfd holds zeros, and takes no memory for them."""
 
     def layer_done(self, layer: int | None) -> None:
         self.moved.layer_ready_s[layer] = time.monotonic() - self._started
 
 
 def _quick_to_copy(source: torch.Tensor) -> torch.Tensor:
-    """The same; a transposed matrix without gaps, which torch copies block by block, several times as fast."""
+    """Return the same values; a transposed matrix without gaps is copied by torch in blocks, several times as fast."""
     return source.t().contiguous().t() if source.dim() == 2 and source.stride(0) == 1 else source

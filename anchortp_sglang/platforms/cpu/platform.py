@@ -35,7 +35,7 @@ _NEVER_RAN = (
 
 @dataclass(frozen=True)
 class CpuPlatform:
-    """All devices share the host's memory, so there is nothing to know about one."""
+    """The CPU platform: all devices share the host's memory, so there is nothing to know about each of them."""
 
     rules: ClassVar[DeviceRules] = DeviceRules(
         device="cpu",
@@ -54,13 +54,13 @@ class CpuPlatform:
     spares_join_early: ClassVar[bool] = True
 
     def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
-        """Settings for as many cores and as much memory as this process may use."""
+        """Work out settings for as many cores and as much memory as this process may use."""
         return cpu_defaults(given, environ, tp_size, sorted(os.sched_getaffinity(0)), cpu_quota(), _limited_bytes())
 
     def plan_memory(
         self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
     ) -> MemoryPlan:
-        """Slots and mirror in the memory that is available now, beside what this server's processes will take."""
+        """Plan slots and mirror within the memory that is available now, beside this server's processes."""
         from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, process_bytes
 
         room = memory_room(psutil.virtual_memory().available)
@@ -71,37 +71,37 @@ class CpuPlatform:
         return MemoryPlan(self, kv, mirror, said)
 
     def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
-        """None: there are no graphs on CPU."""
+        """Return none: there are no graphs on CPU."""
         return ()
 
     def arena(self, device: int) -> ArenaSpec:
-        """Memfds."""
+        """Choose memfds."""
         return HOST_MEMORY
 
     def byte_tensor(self, device: int, parts: Sequence[Part]) -> tuple[torch.Tensor, Callable[[], None]]:
-        """The mapping ends by itself, with the last tensor that uses it."""
+        """Map parts of segments; the mapping ends with the last tensor that uses it."""
         import torch
 
         return torch.frombuffer(map_together(parts), dtype=torch.uint8), _nothing
 
     def mover(self, device: int, open_writer: Callable[[], Write]) -> Mover:
-        """Writes past the mapping: pages that are new to the kernel cost less so."""
+        """Make a mover that writes past the mapping, which is cheaper for pages that are new to the kernel."""
         from anchortp_sglang.platforms.cpu.mover import HostMover
 
         return HostMover(open_writer())
 
     def gpu_id(self, device: int, rank: int) -> int:
-        """The rank: SGLang takes it for an index of thread bindings."""
+        """Return the rank, which SGLang uses as an index of thread bindings."""
         return rank
 
     def make_collectives(self, buffer: object, rank: int, world_size: int, on_progress: Callable[[], None]) -> Any:
-        """Make those of a step, over shared memory."""
+        """Make the collectives of a step, over shared memory."""
         from anchortp_sglang.platforms.cpu import hooks
 
         return hooks.share(buffer, rank, world_size, on_progress)
 
     def collectives_bytes(self, world_size: int) -> int:
-        """Bytes of the region that all ranks map."""
+        """Return the bytes of the region that all ranks map."""
         from anchortp_sglang.platforms.cpu.collectives import region_bytes
 
         return region_bytes(world_size)
@@ -110,12 +110,12 @@ class CpuPlatform:
         """Do nothing: a forward pass that has returned is complete."""
 
     def watch(self, on_fault: Callable[[str], None]) -> NothingToWatch:
-        """Nothing: the death of a device is the death of its anchor."""
+        """Watch nothing: a device dies with its anchor."""
         return NothingToWatch()
 
 
 class NothingToWatch:
-    """A DeviceWatch of devices that fail with their anchors only."""
+    """A DeviceWatch of devices that fail only with their anchors."""
 
     errors: Mapping[int, str] = {}
 
@@ -131,7 +131,7 @@ def _nothing() -> None:
 
 
 def _limited_bytes() -> int | None:
-    """What the cgroup leaves of memory; None if it is the host that sets the limit."""
+    """Return the memory that the cgroup leaves; None if the host sets the limit."""
     of_host = psutil.virtual_memory().available
     room = memory_room(of_host)
     return room.nbytes if room.nbytes < of_host else None

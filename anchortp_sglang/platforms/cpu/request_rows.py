@@ -1,4 +1,4 @@
-"""The table of requests' slots, in memory that is zero until it is touched.
+"""Keeps the table of requests' slots in memory that is zero until it is touched.
 
 SGLang zeroes a row of the whole context length for each request that might ever run: more than 100 MB on every rank, of
 which a server touches some pages. That was a third of a recovery.
@@ -25,6 +25,6 @@ def around_req_to_token_pool_init(
 
 
 def lazy_zeros(rows: int, columns: int) -> torch.Tensor:
-    """int32[rows, columns] of zeros, of which the kernel makes a page when it is touched first."""
+    """Make int32[rows, columns] of zeros, of which the kernel allocates a page when it is first touched."""
     memory = mmap.mmap(-1, 4 * rows * columns, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.int32).view(rows, columns)

@@ -39,7 +39,7 @@ def install() -> None:
 
 
 def _real_one_loads() -> bool:
-    """Whether importing the installed package would succeed, judged without the seconds of importing it."""
+    """Return whether importing the installed package would succeed, without the seconds of importing it."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None:
         return False
@@ -55,7 +55,7 @@ def _real_one_loads() -> bool:
 
 
 class _StandIn(ModuleType):
-    """A module on which every public name is a function that refuses to be called."""
+    """A module in which every public name is a function that refuses to be called."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, doc="Stand-in of anchortp-sglang: the real module cannot load here.")
@@ -63,7 +63,7 @@ class _StandIn(ModuleType):
         self.__spec__ = ModuleSpec(name, loader=None)
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
-        if name.startswith("__"):  # __path__, __file__, __version__: "absent" is the truthful answer
+        if name.startswith("__"):  # __path__, __file__, __version__: "absent" is true
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         return _refuse(f"{self.__name__}.{name}")
 

@@ -1,7 +1,7 @@
-"""Few new tokens after a long prefix, on torch_native: attended to as in decode, one query at a time.
+"""Computes a few new tokens after a long prefix on torch_native as in decode, one query at a time.
 
-It computes an extend as if the prefix were new as well: for a token after 2,000 cached ones, attention of 2,001
-queries. That is what a request pays that goes on with its KV after a recovery, and any prompt that is in the cache.
+torch_native computes an extend as if the prefix were new as well: for a token after 2,000 cached ones, attention of
+2,001 queries. Every request that goes on with its KV after a recovery would pay that, and any prompt in the cache.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from anchortp_sglang.rank.attachment import current
 
 _PREFIX_PER_TOKEN = 16
-"""An extend is short if its prefix is this many times as long. Each of its tokens gathers K and V once more."""
+"""Ratio of prefix to new tokens from which an extend is short. Each of its tokens gathers K and V once more."""
 
 
 def around_run_sdpa_forward_extend(
@@ -55,7 +55,7 @@ def _decode(
     extends: torch.Tensor,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """Every token as the last one of a request of its own, which sees what is before it."""
+    """Decode every token as the last one of its own request, which sees what is before it."""
     firsts = torch.cumsum(extends, 0) - extends
     of_request = torch.arange(len(query)) - firsts.repeat_interleave(extends)
     lengths = (ends - extends).repeat_interleave(extends) + of_request + 1

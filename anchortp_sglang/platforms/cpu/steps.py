@@ -1,11 +1,11 @@
 """Keeps the ranks of a group in step while they pass data through shared memory.
 
-Every collective is a sequence of steps, numbered alike on all ranks. Step k uses one of two slots (k odd or
-even) of each rank that writes. A rank owns one 64-bit counter, alone on its cache line and written by nobody
-else: 2k says "my part of step k is written", 2k+1 says "I have read all that I need of step k".
+Every collective is a sequence of steps, numbered alike on all ranks. Step k uses one of two slots (k odd or even) of
+each rank that writes. A rank owns one 64-bit counter, alone on its cache line, which no other rank writes: 2k says "my
+part of step k is written", 2k+1 says "I have read all that I need of step k".
 
-Assumed: x86-64, where stores become visible in program order (TSO), and where an aligned 8-byte store, which
-is what assigning to a memoryview of format "q" comes to, is never seen half done.
+Assumes x86-64, where stores become visible in program order (TSO), and where an aligned 8-byte store, as an assignment
+to a memoryview of format "q" is, is never seen half done.
 """
 
 import os
@@ -14,15 +14,15 @@ from anchortp_sglang.platforms.cpu import futex
 
 COUNTER_STRIDE_BYTES = 64
 _YIELDS_BEFORE_SLEEP = 300
-"""A collective inside a forward pass is answered within these (0.1 ms on an idle core); a rank without work,
-which waits for the next request, is soon asleep and costs nothing."""
+"""Yields before a wait sleeps. A collective inside a forward pass is answered within them (0.1 ms on an idle core); a
+rank without work, which waits for the next request, is soon asleep and costs nothing."""
 
 
 class StepCounters:
     """One rank's view of a group's counters.
 
-    ``counters`` is a memoryview of format "q" over ``world_size`` lines of COUNTER_STRIDE_BYTES, all zero at
-    first, which starts at ``address``. Not thread-safe: one thread of a rank takes part in a group.
+    ``counters`` is a memoryview of format "q" over ``world_size`` lines of COUNTER_STRIDE_BYTES, all zero at first,
+    which starts at ``address``. Not thread-safe: one thread of a rank takes part in a group.
     """
 
     def __init__(self, counters: memoryview, address: int, rank: int, world_size: int) -> None:
@@ -40,7 +40,7 @@ class StepCounters:
             )
 
     def enter(self) -> int:
-        """Go to the next step; returns its slot, 0 or 1."""
+        """Go to the next step; return its slot, 0 or 1."""
         self._step += 1
         return self._step & 1
 
@@ -49,7 +49,7 @@ class StepCounters:
         self._await(self._peers, 2 * (self._step - 2) + 1)
 
     def publish_written(self) -> None:
-        """Say that this rank's part of the step is in its slot."""
+        """Publish that this rank's part of the step is in its slot."""
         self._publish(2 * self._step)
 
     def await_written(self, rank: int | None = None) -> None:
@@ -57,14 +57,14 @@ class StepCounters:
         self._await(self._peers if rank is None else (self._of_rank[rank],), 2 * self._step)
 
     def publish_read(self) -> None:
-        """Say that this rank is done with the step, and wake a writer that waits for the slot."""
+        """Publish that this rank is done with the step, and wake a writer that waits for the slot."""
         self._publish(2 * self._step + 1)
 
     def note_read(self) -> None:
-        """As publish_read, without the system call, for steps in which every rank writes.
+        """Publish like publish_read, but without the system call; for steps in which every rank writes.
 
-        Who writes two steps later has by then seen this rank write the step between, and so does not wait.
-        If that step is a broadcast, a writer may sleep here until this rank takes part in it, not longer.
+        A rank that writes two steps later has seen this rank write the step between, and so does not wait. If that step
+        is a broadcast, a writer may sleep here until this rank takes part in it, not longer.
         """
         self._counters[self._own] = 2 * self._step + 1
 

@@ -1,1 +1,1 @@
-"""What is different on GPUs: environment, moves, graphs, health. None of it has run on one yet: docs/cuda.md."""
+"""The platform of GPUs: environment, moves, graphs, health. Tried on one H100 for minutes only: see docs/cuda.md."""

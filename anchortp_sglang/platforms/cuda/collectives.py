@@ -1,4 +1,4 @@
-"""Several ranks on one GPU, for tests: NCCL refuses them, gloo takes CUDA tensors through host memory."""
+"""Lets several ranks share a GPU, for tests: NCCL by default refuses that, gloo copies through host memory."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What main learns of its GPUs: told by the health process, and asked for when ranks have died."""
+"""Tells main which of its GPUs are lost: as the health process reports, and by a probe when ranks have died."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ _RESTART_AFTER_S = 10.0
 
 
 class GpuDetection:
-    """``errors``: device -> why its GPU is lost, for good. Without GPUs it does nothing."""
+    """Notes lost GPUs. ``errors``: device -> why its GPU is lost, for good. Without GPUs it does nothing."""
 
     def __init__(self, gpus: Sequence[GpuShare], on_fault: Callable[[str], None]) -> None:
         self.errors: dict[int, str] = {}
@@ -26,7 +26,7 @@ class GpuDetection:
         self._on_fault = on_fault
 
     async def watch(self) -> None:
-        """Follow what the health process says, as long as the server runs."""
+        """Follow the reports of the health process, as long as the server runs."""
         uuids = tuple(dict.fromkeys(gpu.uuid for gpu in self._gpus))
         while self._gpus:
             process = await asyncio.create_subprocess_exec(
@@ -39,7 +39,7 @@ class GpuDetection:
             await asyncio.sleep(_RESTART_AFTER_S)
 
     async def probe(self) -> None:
-        """Whether the GPUs answer at all; no fault is reported, as one is being answered."""
+        """Ask whether the GPUs answer at all. Reports no fault, as one is being handled."""
         if self._gpus:
             uuids = {gpu.uuid for device, gpu in enumerate(self._gpus) if device not in self.errors}
             failures = await in_thread(probe.touch_all, uuids, _PROBE_TIMEOUT_S)
@@ -47,7 +47,7 @@ class GpuDetection:
                 self._note(health.GpuLost(uuid, reason))
 
     def lost(self, gpu: health.GpuLost) -> None:
-        """A GPU is lost, while others serve."""
+        """Note a lost GPU while others serve, and report the fault."""
         devices = self._note(gpu)
         if devices:
             self._on_fault(f"device {devices[0]}: {gpu.reason}")

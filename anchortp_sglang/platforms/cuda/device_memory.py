@@ -1,4 +1,4 @@
-"""Segments of a GPU's memory as tensors of their bytes, without a copy."""
+"""Maps segments of a GPU's memory as tensors of their bytes, without a copy."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ from anchortp_sglang.memory.gpu import GpuShare
 
 
 def map_whole(part: Part, gpu: GpuShare) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Map a whole segment for the GPU of this rank; returns its bytes and what ends the mapping."""
-    torch.cuda.init()  # lest the first tensor of a thread finds torch without a context
+    """Map a whole segment for the GPU of this rank; return its bytes and a function that ends the mapping."""
+    torch.cuda.init()  # otherwise the first tensor of a thread may find torch without a context
     device = device_by_uuid(gpu.uuid)
     sharing = cuda_ipc if gpu.sharing == "ipc" else cuda_vmm
     mapping = sharing.map_fd(part.fd, part.nbytes, device, part.writable)
@@ -20,6 +20,6 @@ def map_whole(part: Part, gpu: GpuShare) -> tuple[torch.Tensor, Callable[[], Non
 
 
 def tensor_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """View ``nbytes`` bytes of mapped memory; whoever mapped it sees to it that it stays."""
+    """View ``nbytes`` bytes of mapped memory; the caller must keep them mapped."""
     storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (nbytes,))

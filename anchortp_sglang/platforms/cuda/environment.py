@@ -1,4 +1,4 @@
-"""What SGLang must be told so that its ranks can be replaced on GPUs, worked out from what the user said. Pure."""
+"""Settings of SGLang with which ranks on GPUs can be replaced, worked out from what the user has set. Pure."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from anchortp_sglang.platforms.base import Defaults
 
 
 def cuda_defaults(flags: Mapping[str, object], environ: Mapping[str, str], shared: bool) -> Defaults:
-    """Settings for ``--device cuda``. Whatever ``flags`` or ``environ`` holds already is the user's and stays.
+    """Work out settings for ``--device cuda``. Values in ``flags`` or ``environ`` are the user's and stay.
 
     ``shared``: several ranks run on one GPU.
     """
@@ -21,7 +21,7 @@ def cuda_defaults(flags: Mapping[str, object], environ: Mapping[str, str], share
 
 _FLAGS: dict[str, object] = {
     "device": "cuda",
-    # The slot table is committed when a step is known to be complete; with overlap the next one runs already.
+    # The slot table is committed once a step is complete; with overlap the next one runs already.
     "disable_overlap_schedule": True,
     # As on the CPU (platforms/cpu/environment.py).
     "grammar_backend": "none",
@@ -32,9 +32,9 @@ _SHARED_FLAGS: dict[str, object] = {
 }
 
 _ENVIRONMENT = {
-    # torch.cuda.is_available() is called when SGLang is imported, and else calls cuInit: no fork after that.
+    # torch.cuda.is_available() runs when SGLang is imported, and otherwise calls cuInit: no fork after that.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    # numa_utils wraps the executable of spawned ranks: ours are forked.
+    # numa_utils wraps the executable of spawned ranks; ours are forked.
     "SGLANG_NUMA_BIND_V2": "0",
     # Ordinals in the order of the bus, in SGLang, NVML and here.
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -47,5 +47,5 @@ _ENVIRONMENT = {
 }
 
 _SHARED_ENVIRONMENT = {
-    "SGLANG_NCCL_SO_PATH": "/nonexistent",  # pynccl is off if its library does not load; NCCL refuses a shared GPU
+    "SGLANG_NCCL_SO_PATH": "/nonexistent",  # turns pynccl off: NCCL by default refuses a shared GPU
 }

@@ -1,4 +1,4 @@
-"""Checks whether this process may still be forked as far as CUDA goes: the driver does not survive it."""
+"""Checks whether CUDA still allows a fork of this process: the driver does not survive one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["HARMLESS_THREADS", "driver_in_use"]
 _CUDA_ERROR_NOT_INITIALIZED = 3
 
 HARMLESS_THREADS = ("cuda0", "jemalloc_bg_thd")
-"""Beginnings of names of threads that a fork may lose: libcuda's own, which it starts when it is first asked anything,
-before any cuInit (seen as cuda00001800007), and the one that pyarrow's allocator has."""
+"""Prefixes of names of threads that a fork may lose: libcuda's own, which it starts at the first call of any kind,
+before cuInit (seen as cuda00001800007), and that of pyarrow's allocator."""
 
 
 def driver_in_use() -> bool:
-    """Return whether torch or anything else in this process has initialised CUDA. Calls nothing that would.
+    """Return whether torch or anything else in this process has initialised CUDA. Initialises nothing itself.
 
-    That ``/dev/nvidia-uvm`` is open is no sign of it: NVML alone opens it, too (driver 580).
+    An open ``/dev/nvidia-uvm`` is no sign of it: NVML alone opens it, too (driver 580).
     """
     torch = sys.modules.get("torch")
     return bool(torch is not None and torch.cuda.is_initialized()) or _driver_is_initialised()

@@ -11,11 +11,11 @@ from anchortp_sglang.rank.messages import CaptureGraphs
 log = logging.getLogger(__name__)
 
 CAPTURE_LIMIT_S = 300.0
-"""A capture that takes longer is a hang."""
+"""Limit of a capture; one that takes longer counts as a hang."""
 
 
 def after_init_request_dispatcher(result: Any, scheduler: Any) -> Any:
-    """AFTER Scheduler.init_request_dispatcher: all ranks take the message at the same turn of their loops."""
+    """AFTER Scheduler.init_request_dispatcher: all ranks handle the message in the same turn of their loops."""
     attachment = current()
     if attachment is not None:
         from sglang.utils import TypeBasedDispatcher
@@ -26,7 +26,7 @@ def after_init_request_dispatcher(result: Any, scheduler: Any) -> Any:
 
 
 def _capture(scheduler: Any, counters: Counters, request: CaptureGraphs) -> None:
-    """Capture; a failure ends the rank: peers with graphs and without would not make the same collectives."""
+    """Capture graphs. A failure ends the rank: peers with and without graphs would not make the same collectives."""
     with counters.beating(CAPTURE_LIMIT_S):
         scheduler.tp_worker.ensure_decode_cuda_graphs(request.batch_sizes)
     counters.note_graphs()

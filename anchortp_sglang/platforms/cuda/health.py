@@ -34,24 +34,24 @@ LOST: dict[int, str] = {
 
 
 class GpuLost(msgspec.Struct, frozen=True):
-    """A line of output."""
+    """A line of output: a lost GPU and why."""
 
     uuid: str
     reason: str
 
 
 def reason_of_xid(xid: int) -> str | None:
-    """Why a GPU with this Xid is lost; None if it is not."""
+    """Return why a GPU with this Xid is lost; None if it is not."""
     return None if xid not in LOST else f"Xid {xid}: {LOST[xid]}"
 
 
 def command(uuids: tuple[str, ...]) -> list[str]:
-    """Start it with this; it ends with the thread that did."""
+    """Return the command that starts the watch; it ends with the thread that started it."""
     return [sys.executable, "-m", "anchortp_sglang.platforms.cuda.health", str(os.getpid()), *uuids]
 
 
 class _Watch:
-    """Waits for events and asks each GPU once in a while."""
+    """Waits for events, and asks each GPU once in a while."""
 
     def __init__(self, uuids: list[str]) -> None:
         import pynvml
@@ -66,7 +66,7 @@ class _Watch:
                 pynvml.nvmlDeviceRegisterEvents(handle, wanted, self._events)
 
     def next(self) -> list[GpuLost]:
-        """What happened within a second."""
+        """Return the GPUs that were lost within a second."""
         nvml = self._nvml
         try:
             event = nvml.nvmlEventSetWait_v2(self._events, _WAIT_MS)

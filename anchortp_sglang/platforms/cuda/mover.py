@@ -1,8 +1,8 @@
 """The mover of GPU ranks: streams of its own, and pinned buffers that the checkpoint passes through.
 
 torch chooses the copies: cudaMemcpyAsync where both sides are contiguous, else a kernel that gathers and scatters (for
-loads, from a contiguous copy on the device). A peer's memory is mapped for this rank's device (cuda_vmm), so what
-torch takes for a copy within the device crosses NVLink or PCIe by itself.
+loads, from a contiguous copy on the device). A peer's memory is mapped for this rank's device (cuda_vmm), so a copy
+that torch takes for one within the device crosses NVLink or PCIe.
 """
 
 import itertools
@@ -17,10 +17,10 @@ import torch
 from anchortp_sglang.platforms.mover import Moved, pieces
 
 STAGING_BYTES = 32 << 20
-"""Of each pinned buffer: large against the cost of a call, small against a GPU's host memory."""
+"""Size of each pinned buffer: large against the cost of a call, small against a GPU's host memory."""
 
 _READERS = 8
-"""Threads that copy from the mapped checkpoint into a pinned buffer: one cannot keep up with a link."""
+"""Threads that copy from the mapped checkpoint into a pinned buffer: a single one cannot keep up with a link."""
 
 _BUFFERS = 3  # one is being filled, one on its way, one about to be free
 
@@ -33,25 +33,25 @@ class _Staging:
         self._left = torch.cuda.Event()
 
     def fill(self, source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous, pinned copy of ``source`` in another dtype or the same, valid until the next call."""
+        """Copy ``source`` into the buffer, contiguous and in ``dtype``; valid until the next call."""
         self._left.synchronize()
         copy = self._bytes[: source.numel() * dtype.itemsize].view(dtype).view(source.shape)
         return copy.copy_(source)
 
     def leaves(self) -> None:
-        """The copies out of it have been put on the current stream."""
+        """Note that the copies out of it are on the current stream."""
         self._left.record()
 
 
 class CudaMover(AbstractContextManager["CudaMover"]):
-    """Loads and copies run beside each other, each in the order in which it is asked for."""
+    """Runs loads and copies beside each other, each kind in the order of its calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.moved = Moved()
         self._device = device
 
     def __enter__(self) -> Self:
-        torch.cuda.set_device(self._device)  # both are matters of this thread alone (OpenMP's pools are)
+        torch.cuda.set_device(self._device)  # both apply to this thread alone (OpenMP's pools do)
         torch.set_num_threads(min(_READERS, len(os.sched_getaffinity(0))))
         self._loads, self._copies = torch.cuda.Stream(), torch.cuda.Stream()
         self._staging = itertools.cycle([_Staging() for _ in range(_BUFFERS)])

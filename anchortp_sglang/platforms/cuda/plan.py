@@ -1,4 +1,4 @@
-"""What is planned for GPU ranks before they start: KV slots within the GPUs' budgets, and decode graphs."""
+"""Plans GPU ranks before they start: KV slots within the GPUs' budgets, and decode graphs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,11 +20,11 @@ EAGER_START: dict[str, Any] = {
 """ServerArgs of ranks: no graph at start (parse_cuda_graph_config), whatever the operator wants later."""
 
 _ROUNDING_BYTES = 32 << 20
-"""Left of each budget for segments rounded up to the driver's granularity, which is not known here."""
+"""Part of each budget left for rounding segments up to the driver's granularity, which is not known here."""
 
 
 def graph_batch_sizes(view: Any, gpus: Sequence[GpuShare]) -> tuple[int, ...]:
-    """For which decode graphs are wanted. None with gloo, whose collectives cannot be captured.
+    """Return the batch sizes of decode graphs. None with gloo, whose collectives cannot be captured.
 
     ``view``: SGLang's resolved arguments, of the first generation's TP size.
     """
@@ -35,7 +35,7 @@ def graph_batch_sizes(view: Any, gpus: Sequence[GpuShare]) -> tuple[int, ...]:
 
 
 def check_gpu_plan(model: ModelAxes, view: Any, options: AnchorOptions, spreads: bool) -> None:
-    """Raise ValueError for what the CPU platform has and this one has not. ``spreads``: experts dealt by counts."""
+    """Raise ValueError for features that only the CPU platform has. ``spreads``: experts are dealt by counts."""
     wrong = {
         "latent KV (DeepSeek) has no pool on GPUs; use --device cpu": model.latent_kv,
         f"--page-size {view.page_size} is not supported on GPUs; use 1": (view.page_size or 1) != 1,
@@ -56,10 +56,10 @@ def check_gpu_plan(model: ModelAxes, view: Any, options: AnchorOptions, spreads:
 def plan_gpu_kv(
     model: ModelAxes, ownership: Ownership, gpus: Sequence[GpuShare], min_devices: int, view: Any
 ) -> KVPlan:
-    """As many slots as fit all generations down to ``min_devices``, or those the operator asks for, if they do.
+    """Plan as many slots as fit all generations down to ``min_devices``, or those the operator asks for, if they fit.
 
-    Devices are lost from the last to the first here. A survivor must hold, for a moment, its old and its new weights
-    besides the new KV. Raises ValueError for the operator.
+    Assumes that devices are lost from the last to the first. A survivor must hold, for a moment, its old and its new
+    weights besides the new KV. Raises ValueError for the operator.
     """
     page_size = view.page_size or 1
     fits = min(_slots_that_fit(model, old, new, gpus) for old, new in _down_to(model, ownership, min_devices))
@@ -74,7 +74,7 @@ def plan_gpu_kv(
 
 
 def _down_to(model: ModelAxes, ownership: Ownership, min_devices: int) -> Iterator[tuple[Ownership | None, Ownership]]:
-    """(old, new): the first generation, and what follows the loss of one device after the other."""
+    """Yield (old, new) of the first generation, and of those that follow the loss of one device after the other."""
     old: Ownership | None = None
     new = ownership
     while True:
@@ -84,7 +84,7 @@ def _down_to(model: ModelAxes, ownership: Ownership, min_devices: int) -> Iterat
         try:
             old, new = new, reconfigure(model, new, list(new.devices[:-1]))
         except InvalidOwnership:
-            return  # too few devices for this model: the server goes down by then
+            return  # too few devices for this model: the server has given up by then
 
 
 def _slots_that_fit(model: ModelAxes, old: Ownership | None, new: Ownership, gpus: Sequence[GpuShare]) -> int:

@@ -1,4 +1,4 @@
-"""The CUDA platform: a device is a GPU, or a share of one. Nothing here calls a driver but in ranks."""
+"""The CUDA platform: a device is a GPU, or a share of one. Calls a driver only in ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CudaPlatform:
-    """``gpus``: those that are visible, until memory is planned. ``shares``: of each device, from then on."""
+    """The CUDA platform. ``gpus``: the visible ones, until memory is planned. ``shares``: by device, from then on."""
 
     gpus: tuple[GpuFacts, ...] = ()
     shares: tuple[GpuShare, ...] = ()
@@ -50,11 +50,11 @@ class CudaPlatform:
 
     @classmethod
     def of_this_machine(cls) -> CudaPlatform:
-        """Ask for the visible GPUs, by another process. Raises ProbeError if they cannot be asked."""
+        """Find the visible GPUs, in another process. Raises ProbeError if they cannot be asked."""
         return cls(gpus=tuple(visible_gpus()))
 
     def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
-        """Settings for ranks that can be replaced. Raises ValueError if no GPU is visible."""
+        """Work out settings for replaceable ranks. Raises ValueError if no GPU is visible."""
         if not self.gpus:
             raise ValueError("no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
         return cuda_defaults(given, environ, shared=tp_size > len(self.gpus))
@@ -62,7 +62,7 @@ class CudaPlatform:
     def plan_memory(
         self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
     ) -> MemoryPlan:
-        """Shares of GPUs, and slots within them; there is no mirror."""
+        """Plan shares of GPUs, and slots within them; there is no mirror."""
         plan.check_gpu_plan(model, view, options, spreads_experts)
         shares = share_out(self.gpus, ownership.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
         _tell(shares)
@@ -72,27 +72,27 @@ class CudaPlatform:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """The shares."""
+        """The shares of GPUs."""
         return tuple(map(str, self.shares))
 
     def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
-        """What SGLang would capture at start; none where ranks share a GPU."""
+        """Return the batch sizes that SGLang would capture at start; none where ranks share a GPU."""
         return plan.graph_batch_sizes(view, self.shares)
 
     def arena(self, device: int) -> ArenaSpec:
-        """Memory of the device's GPU, within its budget."""
+        """Choose memory of the device's GPU, within its budget."""
         share = self.shares[device]
         return ArenaSpec(share.sharing, share.uuid, share.budget_bytes)
 
     def byte_tensor(self, device: int, parts: Sequence[Part]) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Nothing keeps track of the mapping's tensors."""
+        """Map a whole segment; the caller must end the mapping, as nothing tracks its tensors."""
         from anchortp_sglang.platforms.cuda.device_memory import map_whole
 
         (part,) = parts
         return map_whole(part, self.shares[device])
 
     def mover(self, device: int, open_writer: Callable[[], Write]) -> Mover:
-        """Copies by streams of its own, through the mapping."""
+        """Make a mover that copies through the mapping, on streams of its own."""
         import torch
 
         from anchortp_sglang.platforms.cuda.mover import CudaMover
@@ -100,27 +100,30 @@ class CudaPlatform:
         return CudaMover(torch.device("cuda", device_by_uuid(self.shares[device].uuid)))
 
     def gpu_id(self, device: int, rank: int) -> int:
-        """The GPU's ordinal in this process. Has torch initialise CUDA first: ranks whose first call came from
-        cuda-bindings ended with a segmentation fault in torch's."""
+        """Return the GPU's ordinal in this process.
+
+        Makes torch initialise CUDA first: ranks that called cuda-bindings first ended with a segmentation fault in
+        torch.
+        """
         import torch
 
         torch.cuda.init()
         return device_by_uuid(self.shares[device].uuid)
 
     def make_collectives(self, buffer: object, rank: int, world_size: int, on_progress: Callable[[], None]) -> Any:
-        """Requests and tensors in host memory go the CPU's way; SGLang reduces those of GPUs."""
+        """Share requests and tensors in host memory like the CPU platform; SGLang reduces those on GPUs."""
         from anchortp_sglang.platforms.cpu import hooks
 
         return hooks.share(buffer, rank, world_size, on_progress)
 
     def collectives_bytes(self, world_size: int) -> int:
-        """Bytes of the region that all ranks map."""
+        """Return the bytes of the region that all ranks map."""
         from anchortp_sglang.platforms.cpu.collectives import region_bytes
 
         return region_bytes(world_size)
 
     def wait_for_forward(self) -> None:
-        """Wait for the GPU, where to have returned is only to have been launched."""
+        """Wait for the GPU, where a call that returns has only launched its work."""
         import torch
 
         torch.cuda.synchronize()

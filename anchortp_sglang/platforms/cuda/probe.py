@@ -1,4 +1,4 @@
-"""Asks the GPUs, in a process of its own: main must not have a CUDA driver in it when it forks, nor hang with one.
+"""Asks the GPUs in a process of its own: main must not load a CUDA driver before it forks, nor hang with one.
 
 ``python -m anchortp_sglang.platforms.cuda.probe``           all visible GPUs as JSON
 ``python -m anchortp_sglang.platforms.cuda.probe GPU-…``     touches one of them: exit code 0 if it answers
@@ -21,7 +21,7 @@ from anchortp_sglang.memory.gpu import Sharing
 __all__ = ["GpuFacts", "ProbeError", "touch_all", "visible_gpus"]
 
 _INVENTORY_TIMEOUT_S = 60.0  # a cold driver takes seconds per GPU to initialise
-_PAGE_BYTES = 1  # rounded up to whatever the driver takes for one
+_PAGE_BYTES = 1  # rounded up to the driver's page size
 
 
 class ProbeError(RuntimeError):
@@ -40,9 +40,9 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def visible_gpus() -> list[GpuFacts]:
-    """What CUDA_VISIBLE_DEVICES leaves, in its order. ``ProbeError``"""
+    """Return the GPUs in CUDA_VISIBLE_DEVICES, in its order. Raises ProbeError."""
     try:
-        # The order in which SGLang will count them (platforms/cuda/environment.py), and CUDA_VISIBLE_DEVICES counts.
+        # The order in which SGLang will count them (platforms/cuda/environment.py), as CUDA_VISIBLE_DEVICES does.
         env = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | os.environ
         done = subprocess.run(_command(), env=env, capture_output=True, timeout=_INVENTORY_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -54,7 +54,7 @@ def visible_gpus() -> list[GpuFacts]:
 
 
 def touch_all(uuids: Iterable[str], timeout_s: float) -> dict[str, str]:
-    """Why a GPU does not answer, by UUID; those that do are left out. Each is asked by a process that sees no other."""
+    """Return why a GPU does not answer, by UUID, for those that do not. A process that sees no other GPU asks each."""
     probes = {
         uuid: subprocess.Popen(
             _command(uuid),
@@ -72,7 +72,7 @@ def _failure(probe: subprocess.Popen[bytes], timeout_s: float) -> str:
     try:
         _, stderr = probe.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        probe.kill()  # a process stuck in a dead GPU's driver may not even die: nobody waits for it
+        probe.kill()  # a process stuck in a dead GPU's driver may not even die: do not wait for it
         return f"does not answer within {timeout_s:g} s"
     lines = stderr.decode(errors="replace").strip().splitlines()
     return (lines[-1] if lines else f"exit code {probe.returncode}") if probe.returncode else ""
@@ -114,7 +114,7 @@ def _inventory() -> list[GpuFacts]:
 
 
 def _sharing(device: int) -> Sharing:
-    """Whether the driver, and the container around us, let VMM memory out as a descriptor and in again."""
+    """Find out whether the driver, and the container, export VMM memory as a descriptor and import it."""
     try:
         fd = cuda_vmm.create(device, _PAGE_BYTES)
         try:
@@ -129,7 +129,7 @@ def _sharing(device: int) -> Sharing:
 
 
 def _touch(uuid: str) -> None:
-    """Have the GPU do something for us. Being full is an answer."""
+    """Have the GPU do something. A full one answers, too."""
     try:
         os.close(cuda_vmm.create(device_by_uuid(uuid), _PAGE_BYTES))
     except CudaError as error:

@@ -1,4 +1,4 @@
-"""What anchors on GPUs would find on this machine, in words."""
+"""Reports in words what anchors on GPUs would find on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["report"]
 
 
 def report() -> tuple[Literal["PASS", "WARN"], str, str]:
-    """Ask the GPUs, by another process: (level, what they are, what to do if that is not enough)."""
+    """Ask the GPUs, in another process. Return (level, what they are, what to do if that is not enough)."""
     if not os.path.exists("/dev/nvidiactl"):
         return "PASS", "none: --device cpu", ""
     try:

@@ -1,4 +1,4 @@
-"""Which device is which GPU, and how much of it: pure."""
+"""Assigns GPUs, or shares of them, to devices. Pure."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from anchortp_sglang.platforms.cuda.probe import GpuFacts
 
 
 def share_out(gpus: Sequence[GpuFacts], devices: int, fraction: float, may_share: bool) -> tuple[GpuShare, ...]:
-    """A share for each of ``devices``, ``fraction`` of each GPU in all (SGLang's --mem-fraction-static).
+    """Make a share for each of ``devices``; those on a GPU get ``fraction`` of it in all (--mem-fraction-static).
 
-    One GPU each, in order; with ``may_share`` several devices on one GPU where there are more of them than GPUs.
-    Raises ValueError for the operator.
+    One GPU each, in order; with ``may_share`` several devices on one GPU where there are more of them than GPUs. Raises
+    ValueError for the operator.
     """
     if not gpus:
         raise ValueError("no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")

@@ -1,6 +1,6 @@
-"""Copies committed KV to the mirror, in a thread of each rank beside the decode loop and never in its way.
+"""Copies committed KV to the mirror, in a thread of each rank beside the decode loop.
 
-Copies go through numpy, which lets the GIL go meanwhile, a few MiB at a time.
+Copies go through numpy, which releases the GIL meanwhile, a few MiB at a time.
 """
 
 import logging
@@ -20,7 +20,7 @@ from anchortp_sglang.rank.kv.restore import mirror_shape
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-"""Each turn disturbs the decode loop a little, and what is committed between two turns is lost with a device."""
+"""Pause between turns. Each turn disturbs the decode loop a little; KV committed between two is lost with a device."""
 
 
 class Mirroring(threading.Thread):
@@ -37,7 +37,7 @@ class Mirroring(threading.Thread):
         try:
             self._mirror_on()
         except Exception:
-            # The rank goes on; what a lost device takes along is then computed again.
+            # The rank goes on; KV that a lost device takes along is then computed again.
             log.exception("anchortp: KV is not mirrored any more")
 
     def _mirror_on(self) -> None:
@@ -78,7 +78,7 @@ class Mirroring(threading.Thread):
 
 
 def open_mirroring(attachment: Attachment, kv: KVSegment, table_memory: mmap.mmap) -> Mirroring | None:
-    """Map the mirror, if there is to be one. A single rank has no survivor to restore anything for."""
+    """Map the mirror, if there is one. A single rank has no survivor to restore anything for."""
     assignment = attachment.assignment
     if assignment.mirror is None or assignment.ownership.tp_size == 1:
         return None

@@ -11,10 +11,10 @@ from anchortp_sglang.rank.attachment import Attachment, current
 
 
 def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
-    """AROUND MHATokenToKVPool._create_buffers_normal: views of the anchor's memory, never zeroed on rebind.
+    """AROUND MHATokenToKVPool._create_buffers_normal: use views of the anchor's memory, never zeroed on rebind.
 
-    Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim); layers follow one
-    another, each with as many heads as the rank has there.
+    Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim); layers follow one another,
+    each with as many heads as the rank has there.
     """
     attachment = current()
     if attachment is None:
@@ -30,7 +30,7 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
 
 
 def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> None:
-    """AROUND MLATokenToKVPool._create_buffers: the same views for latents, of which every rank has all."""
+    """AROUND MLATokenToKVPool._create_buffers: use such views for latents, of which every rank has all."""
     attachment = current()
     if attachment is None:
         original(pool)
@@ -55,8 +55,10 @@ def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tens
 def _check_pool(
     pool: Any, attachment: Attachment, kind: type, planned: tuple[int, ...], *shapes: tuple[int, ...]
 ) -> None:
-    """Raise RuntimeError unless SGLang's pool is of the planned kind and ``shapes``; one of layers with a sliding
-    window apart, for instance, is not."""
+    """Raise RuntimeError unless SGLang's pool is of the planned kind and ``shapes``.
+
+    A pool with separate sliding-window layers, for instance, is not.
+    """
     layers, dtype_bytes = attachment.assignment.model.num_layers, attachment.assignment.kv.dtype_bytes
     found = (type(pool), pool.layer_num, pool.store_dtype.itemsize)
     if found != (kind, layers, dtype_bytes) or any(tuple(one) != planned for one in shapes):
@@ -69,10 +71,10 @@ def _check_pool(
 def around_resolve_memory_pool_config(
     original: Callable[..., Any], configurator: Any, pre_model_load_memory: Any
 ) -> Any:
-    """AROUND KVCacheConfigurator._resolve_memory_pool_config: the planned number of slots.
+    """AROUND KVCacheConfigurator._resolve_memory_pool_config: use the planned number of slots.
 
-    Stock divides the free bytes by each rank's own bytes per token: with unequal heads the ranks would get
-    unequal pools and their lock-step allocators would part ways.
+    Stock divides the free bytes by each rank's own bytes per token: with unequal heads the ranks would get unequal
+    pools, and their allocators would no longer stay in lock step.
     """
     attachment = current()
     if attachment is None:

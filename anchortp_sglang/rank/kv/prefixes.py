@@ -1,7 +1,7 @@
 """Takes a rank's prefixes from the last generation's slot table to its own: one object with named states.
 
 Rank 0 writes the slot table; every rank of the next generation rebuilds its prefix tree from it. The hooks into SGLang
-that go with it are in ``slot_table_hooks.py``.
+for this are in ``slot_table_hooks.py``.
 """
 
 import array
@@ -26,7 +26,7 @@ from anchortp_sglang.rank.kv.restore import Restoration, RestorationFailed
 
 
 class State(StrEnum):
-    """How far a rank is, in this order; RESTORING only if the last generation left something to restore."""
+    """States of a rank's prefixes, in order; RESTORING only if the last generation left something to restore."""
 
     OPENED = "opened"  # KV and slot table are mapped
     RESTORING = "restoring"  # a thread puts the retained KV in place
@@ -39,9 +39,10 @@ class WrongOrder(RuntimeError):
 
 
 class Prefixes:
-    """A rank's prefixes. ``memory``: the slot table of ``rows`` slots for this generation's ownership, writable on
-    rank 0, which alone writes it. ``platform``: of this rank. Not thread-safe: all calls come from the scheduler's
-    thread.
+    """A rank's prefixes.
+
+    ``memory``: the slot table of ``rows`` slots for this generation's ownership, writable only on rank 0, which writes
+    it. ``platform``: this rank's. Not thread-safe: all calls come from the scheduler's thread.
     """
 
     def __init__(
@@ -58,15 +59,15 @@ class Prefixes:
         self.table: SlotTable | None = None
         """The table that this rank writes: None until WRITING, and always None on ranks other than 0."""
         self.report: dict[str, Any] = {}
-        """What was retained, for the report with "ready"; empty if there was nothing to restore. How many slots were
-        ``kept``, ``dropped`` (by the reason) and ``restored`` (lost heads read back), bytes moved, seconds, and the
-        ``digest`` that must be the same on all ranks."""
+        """Report about what was retained, sent with "ready"; empty if there was nothing to restore. Numbers of slots
+        ``kept``, ``dropped`` (by reason) and ``restored`` (lost heads read back), bytes moved, seconds, and the
+        ``digest`` that must be equal on all ranks."""
         self._rank, self._rows, self._namespace, self._memory = rank, rows, namespace, memory
         self._mirroring = mirroring
         self._restoration: Restoration | None = None
         self._allocator: Any = None
         # Made at BUILT, written from WRITING on: the other ranks may still read the last generation's table, which can
-        # be the same one, as they rebuild their trees at their own pace.
+        # be the same one, while they rebuild their trees.
         self._next: SlotTable | None = None
         self._deferred: list[np.ndarray] | None = None
 
@@ -79,7 +80,7 @@ class Prefixes:
     def build(self, result: Any) -> None:
         """Insert the retained prefixes in SGLang's new tree (``result``: of kv_cache_builder.build_kv_cache).
 
-        Blocks until it is known what is retained. Raises RestorationFailed, AnchorError.
+        Blocks until it is known which slots are retained. Raises RestorationFailed, AnchorError.
         """
         self._step(State.BUILT, State.OPENED, State.RESTORING)
         self._allocator = result.token_to_kv_pool_allocator
@@ -107,12 +108,12 @@ class Prefixes:
         return self._restoration.finished_at
 
     def start_writing(self) -> None:
-        """Forget what is free now, and every free from now on. On rank 0, once all ranks have rebuilt their trees."""
+        """Forget free slots, and every slot freed from now on. On rank 0, once all ranks have rebuilt their trees."""
         self._step(State.WRITING, State.BUILT)
         table = self._next
         assert table is not None, "rank 0 alone is told that its generation starts"
         if self._restoration is not None:
-            # Before what they hung on is forgotten: where two slots had equal chains, one is kept.
+            # Do this before their parents are forgotten: where two slots had equal chains, one is kept.
             kept = self._restoration.kept()
             parents = kept.entries.parents[kept.numbers]
             moved = table.parents[kept.numbers] != parents
@@ -131,7 +132,7 @@ class Prefixes:
 
     @contextmanager
     def forgetting_later(self) -> Iterator[None]:
-        """Forget what is freed in a block only when the block ends."""
+        """Defer ``forget`` to the end of the block."""
         self._deferred = []
         try:
             yield
@@ -162,7 +163,7 @@ class Prefixes:
 
 
 def open_prefixes(attachment: Attachment) -> Prefixes:
-    """Map KV and slot table; begin to retain what may be retained of the last generation's. Before the pools are built.
+    """Map KV and slot table, and begin to retain the last generation's KV. Call it before the pools are built.
 
     Raises RestorationFailed, AnchorError.
     """

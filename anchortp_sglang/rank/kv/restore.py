@@ -1,8 +1,8 @@
-"""Takes KV over to a new generation: finds it, and puts it in place while the main thread builds the rest of the rank.
+"""Takes KV over to a new generation, while the main thread builds the rest of the rank.
 
 Each rank decides alone, from the same shared memory, which slots are kept (``kv/retained_slots.py``). A device whose
-heads and slots stay the same has its KV in place. Else kept heads are copied from the old segments of this device and
-its peers, lost ones from the mirror; both lie in anchors, and are not written to any more.
+heads and slots stay the same has its KV in place. Otherwise kept heads are copied from the old segments of this device
+and its peers, lost ones from the mirror; both lie in anchors, and are no longer written to.
 """
 
 import threading
@@ -31,12 +31,15 @@ def mirror_shape(attachment: Attachment) -> MirrorShape:
 
 
 class RestorationFailed(RuntimeError):
-    """The kept KV, or what describes it, cannot be used."""
+    """The kept KV, or its description, cannot be used."""
 
 
 class Restoration(threading.Thread):
-    """Retains what can be retained of the last generation's KV. ``table``: its slot table, which is not written to any
-    more. ``into``: where KV is copied to; None where it can only stay in place."""
+    """Retains what can be retained of the last generation's KV.
+
+    ``table``: its slot table, no longer written to. ``into``: where KV is copied to; None where it can only stay in
+    place.
+    """
 
     def __init__(self, attachment: Attachment, table: SlotTable, into: KVSegment | None) -> None:
         super().__init__(name="anchortp-kv", daemon=True)
@@ -75,11 +78,11 @@ class Restoration(threading.Thread):
         self._move(kept, mirror)
 
     def kept(self) -> RetainedSlots:
-        """Wait until it is known what is kept, be it not in place yet. Raises what went wrong."""
+        """Wait until it is known what is kept, even if it is not in place yet. Raises the error of this thread."""
         return self._kept.result()
 
     def wait(self) -> None:
-        """Wait until every byte is in place. Raises what went wrong."""
+        """Wait until every byte is in place. Raises the error of this thread."""
         self._done.result()
 
     def _mirror(self) -> KVMirror | None:

@@ -1,7 +1,7 @@
 """Keeps rank 0's slot table true: hooks enter what SGLang frees, computes, moves and flushes.
 
-They find the table through ``attachment.current()``. Where there is no attachment, and on ranks that write no table,
-they leave SGLang as it is. They run in every step of the scheduler.
+They find the table through ``attachment.current()``. Without an attachment, and on ranks that write no table, they
+leave SGLang as it is. They run in every step of the scheduler.
 """
 
 from typing import Any
@@ -18,17 +18,17 @@ FEW_REQUESTS = 64
 
 
 def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER kv_cache_builder.build_kv_cache: the prefix tree of the last generation, from verified chains only."""
+    """AFTER kv_cache_builder.build_kv_cache: insert the last generation's prefixes, from verified chains only."""
     attachment = current()
     if attachment is not None:
         attachment.prefixes.build(result)
 
 
 def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE TokenToKVPoolAllocator.free: whatever these slots hold is forgotten before anyone can have them anew.
+    """BEFORE TokenToKVPoolAllocator.free: forget what these slots hold before they can be allocated again.
 
-    Only rank 0 writes the table, yet no peer can be ahead of it: the vocabulary-parallel embedding's all-reduce,
-    which rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
+    Only rank 0 writes the table, yet no peer can be ahead of it: the vocabulary-parallel embedding's all-reduce, which
+    rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
     """
     attachment = current()
     if attachment is None or attachment.prefixes.table is None:
@@ -38,7 +38,7 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
-    """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: what their slots hold is forgotten, as above."""
+    """BEFORE PagedTokenToKVPoolAllocator._release_page_ids: forget what their slots hold, like ``before_free``."""
     attachment = current()
     if attachment is None or attachment.prefixes.table is None:
         return
@@ -47,9 +47,10 @@ def before_release_page_ids(allocator: Any, *page_ids: Any) -> None:
 
 
 def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """AFTER Gemma3TextScaledWordEmbedding.forward: an all-reduce, as the other models' embeddings make one.
+    """AFTER Gemma3TextScaledWordEmbedding.forward: make an all-reduce, as other models' embeddings do.
 
-    Here every rank has all rows. Without it a peer could write KV into a slot that rank 0 has not freed yet.
+    Here every rank has all rows. Without the all-reduce a peer could write KV into a slot that rank 0 has not freed
+    yet.
     """
     if current() is not None:
         from sglang.srt.distributed import tensor_model_parallel_all_reduce
@@ -59,10 +60,10 @@ def after_whole_embedding(embedded: torch.Tensor, *args: Any, **kwargs: Any) -> 
 
 
 def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: int, **kwargs: Any) -> Any:
-    """AROUND UnifiedRadixCache.checkpoint_into_tree: tokens that the tree has from another request go on in its slots.
+    """AROUND UnifiedRadixCache.checkpoint_into_tree: tokens in the tree from another request continue in its slots.
 
-    The request's own slots of these tokens are freed. What comes after them is hung on the tree's slots first, so that
-    its chain is intact at every instant.
+    The request's own slots of these tokens are freed. Their successors are moved below the tree's slots first, so that
+    the chain is intact at every instant.
     """
     attachment = current()
     table = None if attachment is None else attachment.prefixes.table
@@ -83,8 +84,8 @@ def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: in
 def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
 
-    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. Where to return is only to have
-    been launched, wait for it, as SGLang will do next to read the tokens.
+    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. Where a return only means that
+    the work was launched, wait for it, as SGLang does next to read the tokens.
     """
     attachment = current()
     if attachment is None or (table := attachment.prefixes.table) is None or batch is None or not batch.reqs:
@@ -99,7 +100,7 @@ def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs
 
 
 def _commit_decode(table: SlotTable, batch: Any, rows: torch.Tensor, in_host_memory: bool) -> None:
-    # The input of this step is the last token that was put out; the new one is appended afterwards.
+    # The input of this step is the last output token; the new one is appended afterwards.
     if len(batch.reqs) <= FEW_REQUESTS and in_host_memory:
         slots = memoryview(rows.numpy())
         places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
@@ -119,14 +120,14 @@ def _commit_extend(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
         end, before = prefix_len + extend_len, min(prefix_len, 1)
         slots = row[prefix_len - before : end].cpu().numpy()
         tokens = np.asarray(req.full_untruncated_fill_ids[prefix_len:end], np.int64)
-        # RadixKey takes an empty cache salt for none.
+        # RadixKey treats an empty cache salt as none.
         parent = int(slots[0]) if before else table.root_of((req.extra_key, req.cache_salt or None))
         if parent is not None:
             table.commit_run(slots[before:], tokens, parent)
 
 
 def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) -> bool:
-    """AFTER Scheduler.flush_cache: what was flushed must not come back with the next generation."""
+    """AFTER Scheduler.flush_cache: flushed prefixes must not come back with the next generation."""
     attachment = current()
     if flushed and attachment is not None and (table := attachment.prefixes.table) is not None:
         table.invalidate(np.arange(1, table.slots))

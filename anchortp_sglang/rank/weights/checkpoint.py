@@ -1,4 +1,4 @@
-"""Slices of a safetensors checkpoint, by tensor name."""
+"""Reads slices of a safetensors checkpoint, by tensor name."""
 
 import json
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ _PLAIN = {torch.float32, torch.float16, torch.bfloat16}
 
 
 class CheckpointError(RuntimeError):
-    """The checkpoint is missing, incomplete or damaged; the text names the file and the remedy."""
+    """A checkpoint that is missing, incomplete or damaged; the text names the file and the remedy."""
 
 
 class Checkpoint:
@@ -43,14 +43,14 @@ class Checkpoint:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
 
     def fill(self, into: torch.Tensor, piece: Piece | Move) -> None:
-        """Copy what a piece wants of a checkpoint tensor, converted to the dtype of ``into``. Raises like ``read``."""
+        """Copy a piece's slice of a checkpoint tensor, converted to the dtype of ``into``. Raises like ``read``."""
         into.copy_(self.read(piece, into.dtype))
 
     def read(self, piece: Piece | Move, wanted: torch.dtype) -> torch.Tensor:
-        """What a piece, or a move of the kind "reload", wants of a checkpoint tensor; only that is read.
+        """Read only the slice of a checkpoint tensor that a piece, or a move of the kind "reload", needs.
 
-        In the dtype in which it is stored, which a copy converts to ``wanted`` if both are of plain numbers. Raises
-        CheckpointError for quantized ones of another dtype.
+        It has the dtype in which it is stored; a copy converts it to ``wanted`` if both are plain floats. Raises
+        CheckpointError for quantized tensors of another dtype.
         """
         found = self._slice(piece)
         if found.dtype != wanted and not {found.dtype, wanted} <= _PLAIN:

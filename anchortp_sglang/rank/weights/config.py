@@ -1,8 +1,8 @@
 """Shows every rank a model config whose even split is its own share.
 
-On rank r each shardable size S becomes local_r(S) * tp_size: SGLang divides by tp_size and gets local_r(S) in
-attention modules, MLPs, the KV pool and every attention backend, with all its assertions intact. Where shares differ
-by layer, the config has those of a layer while that one is built, and otherwise the largest.
+On rank r each shardable size S becomes local_r(S) * tp_size: SGLang divides by tp_size and gets local_r(S) in attention
+modules, MLPs, the KV pool and every attention backend, with all its assertions intact. Where shares differ by layer,
+the config has a layer's sizes while that layer is built, and otherwise the largest.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +24,10 @@ def after_from_server_args(model_config: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _HeadCount(int):
-    """A pretended number of query heads, by which the hidden size still divides into heads of the true size: some
-    model files (mixtral.py among them) do not read ``head_dim``."""
+    """A pretended number of query heads by which the hidden size divides into heads of the true size.
+
+    Some model files (mixtral.py among them) do not read ``head_dim``.
+    """
 
     _hidden_size: int
     _head_dim: int
@@ -128,7 +130,7 @@ def _hf_configs(model_config: Any) -> list[Any]:
 
 
 def around_unaligned_cpu_tp(original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
-    """AROUND update_config.adjust_config_with_unaligned_cpu_tp: it would pad the shares we already made."""
+    """AROUND update_config.adjust_config_with_unaligned_cpu_tp: it would pad the shares that are made already."""
     if current() is None:
         return original(model_config, load_config, tp_size)
     return model_config

@@ -1,7 +1,7 @@
-"""Gives a rank the experts that the plan says: expert parallelism with unequal, scattered shares.
+"""Gives a rank its planned experts: expert parallelism with unequal, scattered shares.
 
 SGLang deals ``num_experts / ep_size`` consecutive experts to each rank. Here each layer is built as if all ranks had as
-many as this one, so that every assertion holds; then the true number comes back, and a map from experts to places.
+many as this one, so that every assertion holds. Then the true number is restored, and a map from experts to places set.
 """
 
 from collections.abc import Callable
@@ -45,22 +45,22 @@ def around_fused_moe_init(
     layer.num_experts = layer._num_global_routed = num_experts
     layer.moe_runner_config.num_experts = num_experts
     layer.dispatcher.num_experts = num_experts
-    # The dispatcher makes a map of equal shares itself unless it has one.
+    # The dispatcher makes a map of equal shares unless it has one.
     layer.dispatcher.local_expert_mapping = torch.full((num_experts,), -1, dtype=torch.int32)
     layer.dispatcher.local_expert_mapping[own] = torch.arange(len(own), dtype=torch.int32)
 
 
 def around_init_expert_location(original: Callable[..., Any], model_config: Any) -> Any:
-    """AROUND ExpertLocationMetadata._init_common: its tables are of equal shares, and only EPLB needs them."""
+    """AROUND ExpertLocationMetadata._init_common: its tables assume equal shares, and only EPLB needs them."""
     return original(model_config) if _dealing() is None else None
 
 
 def around_moe_forward_native(
     original: Callable[..., torch.Tensor], layer: Any, x: torch.Tensor, topk_output: Any, runner_config: Any
 ) -> torch.Tensor:
-    """AROUND fused_moe_native.moe_forward_native (CPU), which cannot take the id -1 of an expert elsewhere.
+    """AROUND fused_moe_native.moe_forward_native (CPU), which cannot handle id -1, an expert on another rank.
 
-    Each choice of an expert that is here becomes a token of its own, with that expert alone.
+    Each choice of an expert of this rank becomes a token of its own, with only that expert.
     """
     if _dealing() is None:
         return original(layer, x, topk_output, runner_config)
@@ -78,8 +78,10 @@ def around_moe_forward_native(
 def around_deepseek_mlp_init(
     original: Callable[..., None], mlp: Any, hidden_size: int, intermediate_size: int, *args: Any, **kwargs: Any
 ) -> None:
-    """AROUND DeepseekV2MLP.__init__: SGLang gives shared experts a multiple of the routed ones' columns, here their
-    share is their own. (Of a dense layer the config says it.)"""
+    """AROUND DeepseekV2MLP.__init__: set the shared experts' own share of columns.
+
+    SGLang gives them a multiple of the routed experts' columns. (A dense layer's come from the config.)
+    """
     attachment = current()
     if attachment is not None and kwargs.get("prefix", "").endswith("shared_experts"):
         assignment = attachment.assignment

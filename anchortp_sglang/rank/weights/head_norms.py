@@ -1,6 +1,6 @@
 """Splits OLMo-2's norms of q and k, which span all heads: each rank has its heads' part, the mean is summed.
 
-SGLang gathers q and k of all ranks, norms them whole and takes its part back, which wants equal parts.
+SGLang gathers q and k of all ranks, norms them whole and takes its part back, which requires equal parts.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _SHARE = "_anchortp_kv_share"
 
 
 def after_olmo2_attention_init(result: Any, attention: Any, *args: Any, **kwargs: Any) -> Any:
-    """AFTER Olmo2Attention.__init__: the norms' weights are those of this rank's heads."""
+    """AFTER Olmo2Attention.__init__: make norms with the weights of this rank's heads."""
     attachment = current()
     if attachment is not None:
         from sglang.srt.layers.layernorm import RMSNorm
@@ -26,7 +26,7 @@ def after_olmo2_attention_init(result: Any, attention: Any, *args: Any, **kwargs
 
 
 def _kv_share(assignment: Assignment, layer: int) -> torch.Tensor:
-    """Return how much of each of this rank's KV heads is its own: half, if another rank has the head too."""
+    """Return the share of each of this rank's KV heads that counts for it: half, if another rank has the head too."""
     holders = [0] * assignment.model.num_kv_heads
     for rank in range(assignment.ownership.tp_size):
         for head in _kv_heads(assignment, rank, layer):

@@ -61,17 +61,17 @@ def _stacked(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class Filler(threading.Thread):
-    """Fills this rank's weights segment: what anchors held before from there, the rest from disk."""
+    """Fills this rank's weights segment: from the anchors' old segments, the rest from disk."""
 
     def __init__(self, attachment: Attachment) -> None:
         super().__init__(name="anchortp-fill", daemon=True)
         self.attachment = attachment
         self.moved: dict[str, int] = {}
         self.waited_from = 0.0
-        """When the main thread came to load the model: its process groups are ready then."""
+        """Time when the main thread came to load the model: its process groups are ready then."""
         self.finished_at = 0.0
         self.bound_at = 0.0
-        """When the model was complete: skeleton built, parameters bound, every byte in place."""
+        """Time when the model was complete: skeleton built, parameters bound, every byte in place."""
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -83,7 +83,7 @@ class Filler(threading.Thread):
         self.finished_at = time.monotonic()
 
     def wait(self) -> None:
-        """Block until every byte is in place. Raises what went wrong while filling."""
+        """Block until every byte is in place. Raises the error of filling."""
         self.join()
         if self._error is not None:
             raise RuntimeError(f"weights could not be filled: {self._error}") from self._error
@@ -152,7 +152,7 @@ class _Shard:
 def _copies(
     move: Move, target: _Shard, source: _Shard, shard: ShardExtents
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what a move copies, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
+    """Yield a move's copies, piece by piece: (into, source). ``shard``: where the target's bytes lie."""
     into = target.placed[move.param].run(move.start, move.length)
     of = source.placed[move.source].run(move.source_start, move.length)
     if into is None or of is None:
@@ -202,7 +202,7 @@ class AnchorModelLoader(BaseModelLoader):
 
 
 def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
-    """Point every parameter at its range in the anchor's memory; returns their addresses.
+    """Point every parameter at its range in the anchor's memory; return their addresses.
 
     Raises RuntimeError unless the model's parameters are exactly those of the layout, shape by shape.
     """

@@ -1,7 +1,7 @@
-"""A model built without memory for its parameters, which are bound to the anchor's memory afterwards.
+"""Builds a model without memory for its parameters, which are bound to the anchor's memory afterwards.
 
-Built on the meta device a model would lose what its constructors compute (rotary tables, among others). So only
-``torch.empty``, of which parameters are made, takes no memory: its result is one element, repeated. A constructor
+On the meta device a model would lose what its constructors compute (rotary tables, among others). So only
+``torch.empty``, with which parameters are made, takes no memory: its result is one element, repeated. A constructor
 that writes values to it is stopped by torch.
 """
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Skeleton(TorchFunctionMode):
-    """While active, ``torch.empty`` gives placeholders."""
+    """Makes ``torch.empty`` return placeholders while active."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -25,7 +25,7 @@ class Skeleton(TorchFunctionMode):
 
 
 def placeholders(model: torch.nn.Module) -> Iterator[str]:
-    """Names of the tensors that still are: parameters, buffers, and attributes of modules."""
+    """Yield the names of tensors that are still placeholders: parameters, buffers, and attributes of modules."""
     for prefix, module in model.named_modules():
         tensors = {**module._parameters, **module._buffers, **vars(module)}
         for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""An anchor that does not answer: its memory is taken out of it before it is killed."""
+"""Rescues the memory of an anchor that does not answer, before it is killed."""
 
 import logging
 import os
@@ -22,9 +22,9 @@ _DELETED = " (deleted)"
 def taken_out_of(anchor: AnchorProcess, device: int, seal_travels: bool) -> Iterator[dict[str, int]]:
     """Kill an anchor that does not answer; yield the descriptors of its segments by name, open until the block ends.
 
-    A duplicate of a memfd's descriptor (pidfd_getfd) keeps the memory, even of a process that does nothing any more.
-    Other arenas' descriptors (not ``seal_travels``) do not say which segment they are, and where the kernel forbids
-    pidfd_getfd there is none at all: the memory goes with the anchor, and the device is lost. Raises AnchorError.
+    A duplicate of a memfd's descriptor (pidfd_getfd) keeps the memory, even if the process is stuck. Descriptors of
+    other arenas (not ``seal_travels``) do not tell which segment they are. With those, or where the kernel forbids
+    pidfd_getfd, the memory goes with the anchor, and the device is lost. Raises AnchorError.
     """
     with ExitStack() as held:
         segments: dict[str, int] = {}
@@ -44,7 +44,7 @@ def taken_out_of(anchor: AnchorProcess, device: int, seal_travels: bool) -> Iter
 
 
 def _segments(pid: int) -> dict[str, int]:
-    """Descriptors of the memfds that a process has open, by name."""
+    """Find the descriptors of the memfds that a process has open, by name."""
     found = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         target = os.readlink(link)

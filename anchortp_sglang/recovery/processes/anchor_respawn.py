@@ -1,4 +1,4 @@
-"""A dead anchor on a healthy device: its memory is still held by the device's rank; a new anchor takes it back."""
+"""Replaces a dead anchor on a healthy device: the device's rank still holds its memory, a new anchor takes it back."""
 
 import contextlib
 import os
@@ -12,11 +12,10 @@ from anchortp_sglang.recovery.processes.pidfd import died_within
 
 
 def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> list[str]:
-    """Start the anchor of ``device`` anew and hand it its segments; their names.
+    """Start the anchor of ``device`` anew and hand it its segments; return their names.
 
-    Where the kernel lets its descriptors be fetched, the rank need not cooperate. Raises OSError, AnchorError; the new
-    anchor has been ended then. Until it has everything it is none of ``anchors``: an empty one must not pass for the
-    old.
+    Where the kernel allows fetching its descriptors, the rank need not cooperate. Raises OSError, AnchorError, and ends
+    the new anchor then. It joins ``anchors`` only once it has everything: an empty one must not pass for the old.
     """
     anchor = anchors.launch(device, generation.number)
     try:
@@ -44,7 +43,7 @@ def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[st
 
 
 def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd: int, nbytes: int) -> None:
-    # Where a seal does not travel the anchor is told: the weights of a generation that serves are complete.
+    # Where a seal does not travel, tell the anchor: the weights of a serving generation are complete.
     sealed = not anchors.plan.arena(device).seal_travels and segment.startswith("weights-")
     try:
         anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed)

@@ -1,6 +1,6 @@
 """The anchors of a server, and the segments they hold for one generation after the other.
 
-Everything here blocks, with timeouts.
+Every call blocks, with a timeout.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from anchortp_sglang.recovery.report.kv_usage import KVUsage
 log = logging.getLogger(__name__)
 
 ANCHOR_TIMEOUT_S = 10.0
-_FENCE_TIMEOUT_S = 2.0  # nothing is to be done for it
+_FENCE_TIMEOUT_S = 2.0  # it is answered at once
 _END_TIMEOUT_S = 3.0
 
 
 class Anchors:
-    """``processes`` by device (HOST_DEVICE: the host anchor)."""
+    """The anchors of a server. ``processes``: by device (HOST_DEVICE: the host anchor)."""
 
     def __init__(self, plan: ServerPlan) -> None:
         self.plan = plan
@@ -56,7 +56,7 @@ class Anchors:
         self.replace(device, self.launch(device, generation))
 
     def launch(self, device: int, generation: int) -> AnchorProcess:
-        """Start an anchor that is not yet one of these."""
+        """Start an anchor without adding it to ``processes``."""
         plan = self.plan
         return start_anchor(
             plan.run_dir,
@@ -71,16 +71,16 @@ class Anchors:
         )
 
     def replace(self, device: int, anchor: AnchorProcess) -> None:
-        """``anchor`` is the device's from now on; the one before is dead."""
+        """Make ``anchor`` the device's; the previous one must be dead."""
         before = self.processes.get(device)
         self.processes[device] = anchor
         if before is not None:
             os.close(before.pidfd)
 
     def take_over(self, weights: WeightPlacement) -> int | None:
-        """Anchors that linger from a server that died: attach to them if they hold all of ``weights``.
+        """Attach to lingering anchors of a server that died, if they hold all of ``weights``.
 
-        Returns their generation; None if there is nothing to take over. Others are shut down.
+        Returns their generation; None if there is nothing to take over. Other anchors are shut down.
         """
         found = {device: find_anchor(self.plan.run_dir, device) for device in self.plan.stale_anchors}
         anchors = {device: anchor for device, anchor in found.items() if anchor is not None}
@@ -107,12 +107,12 @@ class Anchors:
         return None
 
     def _holds(self, device: int, weights: WeightPlacement) -> bool:
-        """Whether the weights lie complete on this device."""
+        """Return whether the device holds all of its weights, complete."""
         sealed = {segment.name for segment in self.client(device).status().segments if segment.sealed}
         return weights.shard_of(device).sizes.keys() <= sealed
 
     def client(self, device: int, timeout_s: float = ANCHOR_TIMEOUT_S) -> AnchorClient:
-        """``timeout_s``: of each call."""
+        """Return the client of a device's anchor. ``timeout_s``: of each call."""
         key = device, timeout_s
         if key not in self._clients:
             self._clients[key] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, timeout_s)
@@ -123,8 +123,11 @@ class Anchors:
         return anchor is not None and not is_dead(anchor.pidfd)
 
     def fence(self, generation: int, devices: Sequence[int]) -> None:
-        """From now on the anchors refuse messages and attachments of older generations. One that does not answer is
-        replaced, with what it holds; all that follows may then rely on answers."""
+        """Make the anchors refuse messages and attachments of older generations.
+
+        An anchor that does not answer is replaced, and its memory handed to the new one; later calls can rely on
+        answers.
+        """
         for device in (HOST_DEVICE, *devices):
             try:
                 self.client(device, _FENCE_TIMEOUT_S).fence(generation)
@@ -143,7 +146,7 @@ class Anchors:
                 self.client(device).adopt_handle(generation, name, fd, os.fstat(fd).st_size, sealed=False)
 
     def allocate(self, number: int, weights: WeightPlacement) -> None:
-        """Segments of a generation; those that exist already are kept as they are."""
+        """Allocate the segments of a generation; those that exist already stay as they are."""
         plan, ownership = self.plan, weights.ownership
         for index, (device, shard) in enumerate(zip(ownership.devices, weights.shards, strict=True)):
             kv, client = plan.kv_layout(ownership, index), self.client(device)
@@ -159,10 +162,10 @@ class Anchors:
         host.allocate(number, control_segment(number), control, lazy=True)
 
     def free_unneeded(self, number: int, held: WeightPlacement, weights: WeightPlacement, kv_valid: bool) -> None:
-        """Before generation ``number`` is allocated: free what neither it nor ``held`` needs, as of an attempt that was
-        broken off, and unless ``kv_valid`` also the KV and the slot table of ``held``.
+        """Free what neither generation ``number`` nor ``held`` needs, such as the segments of an aborted attempt.
 
-        Raises AnchorError if a device lacks weights that are to stay where they are.
+        Call it before the generation is allocated. Unless ``kv_valid``, KV and slot table of ``held`` are freed as
+        well. Raises AnchorError if a device lacks weights that are to stay.
         """
         old, new = self.segments_of(number, held), self.segments_of(number, weights)
         slot_tables = {slot_table_segment(each, self.plan.kv_of(each)) for each in (held.ownership, weights.ownership)}
@@ -175,7 +178,7 @@ class Anchors:
                 raise AnchorError(f"the anchor of device {device} holds less than it did")
 
     def seal_and_free(self, generation: Generation) -> None:
-        """Seal this generation's weights and free whatever belongs to no generation any more.
+        """Seal this generation's weights and free the segments that belong to no generation any more.
 
         Raises AnchorError after the last device, if one of them failed.
         """
@@ -193,7 +196,7 @@ class Anchors:
             raise failed
 
     def segments_of(self, number: int, weights: WeightPlacement) -> dict[int, set[str]]:
-        """Names of all segments that a generation uses, by the device of their anchor."""
+        """Return the names of all segments that a generation uses, by the device of their anchor."""
         plan, ownership = self.plan, weights.ownership
         names = {
             device: {kv_segment(plan.kv_layout(ownership, rank)), *weights.shards[rank].sizes}
@@ -205,11 +208,11 @@ class Anchors:
         return names
 
     def map_control(self, number: int) -> mmap.mmap:
-        """A generation's counters and collectives, read only."""
+        """Map a generation's counters and collectives, read-only."""
         return self._map_host(number, control_segment(number))
 
     def open_kv_usage(self, generation: Generation) -> KVUsage:
-        """What a generation's slots and the mirror hold, read only."""
+        """Map a generation's slot table and the mirror, read-only."""
         plan, number = self.plan, generation.number
         slots = plan.kv_of(generation.ownership)
         table = self._map_host(number, slot_table_segment(generation.ownership, slots))
@@ -225,7 +228,7 @@ class Anchors:
             os.close(fd)
 
     def _release(self, device: int, number: int, keep: Collection[str]) -> set[str]:
-        """Free all others; the names of those that are left."""
+        """Free all segments except ``keep``; return the names of those that are left."""
         client = self.client(device)
         there = {segment.name for segment in client.status().segments}
         for name in there.difference(keep):
@@ -233,7 +236,7 @@ class Anchors:
         return there.intersection(keep)
 
     def shut_down(self, number: int) -> None:
-        """End them and free all memory. Those that do not answer are killed."""
+        """End all anchors and free their memory. Those that do not answer are killed."""
         for device, anchor in self.processes.items():
             resume(anchor.pid, anchor.pidfd)
             if not is_dead(anchor.pidfd):
@@ -245,7 +248,7 @@ class Anchors:
 
 
 def _terminate(anchor: AnchorProcess) -> None:
-    """SIGTERM, then SIGKILL."""
+    """Send SIGTERM, and SIGKILL if that does not help."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(anchor.pidfd, signal.SIGTERM)
     if not died_within(anchor.pidfd, _END_TIMEOUT_S):

@@ -1,8 +1,7 @@
 """Fetches a rank's descriptors of its memory when their anchor has died: by the kernel, or from the rank.
 
-The kernel's way (pidfd_getfd) needs nothing of the rank, but Docker's default seccomp profile and yama forbid it. Then
-the rank is asked (rank/handover.py). Main keeps no descriptor: outside a move, memory is held by its anchor and its
-rank alone.
+The kernel's way (pidfd_getfd) does not need the rank, but Docker's default seccomp profile and yama forbid it. Then the
+rank is asked (rank/handover.py). Main keeps no descriptor: outside a move, only its anchor and its rank hold memory.
 """
 
 import errno
@@ -20,7 +19,7 @@ _FORBIDDEN = {errno.EPERM, errno.EACCES, errno.ENOSYS}
 
 
 def fetch(child: Child, number: int, timeout_s: float = ANSWER_TIMEOUT_S) -> int:
-    """A duplicate of the rank's descriptor ``number``, from the kernel or, where that is forbidden, from the rank.
+    """Duplicate the rank's descriptor ``number``: by the kernel or, where that is forbidden, by asking the rank.
 
     Raises OSError.
     """
@@ -36,7 +35,7 @@ def fetch(child: Child, number: int, timeout_s: float = ANSWER_TIMEOUT_S) -> int
 
 
 def log_ways(generation: Generation) -> None:
-    """Try how a rank's descriptors can be fetched here, and log it unless it is the kernel's way."""
+    """Find out how a rank's descriptors can be fetched here, and log it unless the kernel does it."""
     child, (number, _) = generation.ranks[0], next(iter(generation.infos[0]["fds"].values()))
     try:
         os.close(fetch_descriptor(child.pidfd, number))

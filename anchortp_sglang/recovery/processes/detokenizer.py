@@ -1,4 +1,4 @@
-"""Inside the detokenizer: entry point, and the answer to a fence."""
+"""The detokenizer's side of recoveries: entry point, and the answer to a fence."""
 
 import time
 import traceback
@@ -22,7 +22,7 @@ class DetokenizerSpec:
 
 
 def run(spec: DetokenizerSpec, pipe: Connection) -> None:
-    """Be the detokenizer until killed; stands in for ``run_detokenizer_process``, minus its SIGQUIT."""
+    """Run the detokenizer until it is killed; replaces ``run_detokenizer_process``, without its SIGQUIT."""
     import setproctitle
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
     from sglang.srt.runtime_context import publish
@@ -40,7 +40,7 @@ def run(spec: DetokenizerSpec, pipe: Connection) -> None:
 
 
 def after_init_ipc_channels(result: None, manager: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER DetokenizerManager.init_ipc_channels: watch who is connected to the PULL."""
+    """AFTER DetokenizerManager.init_ipc_channels: watch the connections of the PULL socket."""
     events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
     manager._anchortp_peers = _Peers(manager.recv_from_scheduler.get_monitor_socket(events))
 
@@ -58,7 +58,7 @@ def after_init_request_dispatcher(result: None, manager: Any, *args: Any, **kwar
 
 
 def _reseed(manager: Any, reseed: Reseed) -> None:
-    """Take up each request where the dead detokenizer left it."""
+    """Continue each request where the dead detokenizer left it."""
     from sglang.srt.managers.detokenizer_manager import DecodeStatus
 
     for row, rid in enumerate(reseed.rids):
@@ -81,11 +81,11 @@ def _reseed(manager: Any, reseed: Reseed) -> None:
 def _committed(
     decode: Callable[[list[int]], str], ids: list[int], context_tokens: int, sent_chars: int
 ) -> tuple[str, int]:
-    """The text that the dead detokenizer had done with, and where in ``ids`` it ends.
+    """Return the text that the dead detokenizer had finished, and where in ``ids`` it ends.
 
-    As far as the text sent reaches, up to a token that ends a character. SGLang relies on it: while a character is
-    incomplete it sends nothing behind the last space of the text that is *not* done with, and takes what it counted
-    as sent back (``_decode_batch_token_id_output``); were all of the text in that part, some would be sent twice.
+    It reaches as far as the text sent, up to a token that ends a character. SGLang relies on it: while a character is
+    incomplete it sends nothing after the last space of the *unfinished* text, and takes what it counted as sent back
+    (``_decode_batch_token_id_output``). If all text were unfinished, some would be sent twice.
     """
     skipped = len(decode(ids[:context_tokens]))
     for end in range(len(ids), context_tokens, -1):
@@ -103,7 +103,7 @@ class _Peers:
         self.count = 0
 
     def wait_for_one(self, timeout_s: float) -> None:
-        """Until one connection is left (the sender's), or time is up.
+        """Wait until one connection is left (the sender's), or time is up.
 
         The I/O thread may not have read a dead peer's last bytes yet, so an empty queue alone proves nothing;
         DISCONNECTED comes after end-of-file, when all of that peer's messages are in the queue.
@@ -118,7 +118,7 @@ class _Peers:
 
 
 def _answer(manager: Any, fence: Fence) -> Fence:
-    """Push everything the dead rank 0 still said to TokenizerManager, then the fence behind it."""
+    """Push everything the dead rank 0 has sent to TokenizerManager, then the fence after it."""
     from sglang.srt.managers.io_struct import sock_recv, sock_send
 
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""How a zygote's children ended: it reaps them, and notes it in memory that main reads."""
+"""Records how a zygote's children ended: the zygote reaps them, and notes it in memory that main reads."""
 
 import mmap
 import os
@@ -13,7 +13,7 @@ _OWN_FAULT = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, sign
 
 
 class Exits:
-    """A ring of (pid, wait status), the last thousand; written by one zygote. ``fd``: of the memory."""
+    """A ring of (pid, wait status) for the last thousand children; written by one zygote. ``fd``: of the memory."""
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.memfd_create("exits") if fd is None else fd
@@ -23,7 +23,7 @@ class Exits:
         self._next = 0
 
     def close(self) -> None:
-        """Give back the descriptor; what was noted stays readable."""
+        """Close the descriptor; the notes stay readable."""
         os.close(self.fd)
 
     def note(self, pid: int, status: int) -> None:
@@ -32,7 +32,7 @@ class Exits:
         self._next = (self._next + 1) % _ROWS
 
     def crash_of(self, pid: int) -> str:
-        """Name the signal by which a dead child ended itself; empty if it did not, or was ended from outside.
+        """Name the signal of a child that crashed; empty if it did not crash, or was killed from outside.
 
         Blocks for a moment until it is reaped.
         """

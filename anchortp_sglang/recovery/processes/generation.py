@@ -1,4 +1,4 @@
-"""Owns a generation: one configuration, its rank processes, and all that main knows of them."""
+"""A generation: one configuration, its rank processes, and all that main knows of them."""
 
 import logging
 import mmap
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class StartFailed(RuntimeError):
-    """Ranks did not come up. ``own``: what one of them failed of by itself, empty if it did not say."""
+    """Ranks that did not come up. ``own``: why one of them failed by itself, empty if it did not report it."""
 
     def __init__(self, text: str, own: str = "") -> None:
         super().__init__(text)
@@ -28,16 +28,16 @@ class StartFailed(RuntimeError):
 
 
 class KVUnusable(StartFailed):
-    """The KV of the last generation cannot be used, or ranks disagree about it: to be tried again without."""
+    """KV of the last generation that cannot be used, or about which ranks disagree: try again without it."""
 
 
 @dataclass
 class Generation:
     """One configuration and its rank processes, in rank order.
 
-    From when all ranks are ready: ``infos`` (what each said of itself then), ``control`` (the control segment) and
-    ``kv_usage``, both mapped read-only. ``died``, ``hung``: ranks found so before the others were killed.
-    ``hung_since``: when they last made progress (monotonic), if they hang.
+    Set once all ranks are ready: ``infos`` (each rank's own), ``control`` (the control segment) and ``kv_usage``, both
+    mapped read-only. ``died``, ``hung``: ranks found so before the others were killed. ``hung_since``: when they last
+    made progress (monotonic), if they hang.
     """
 
     number: int
@@ -59,11 +59,11 @@ class Generation:
             child.kill()
 
     def dead(self) -> tuple[int, ...]:
-        """Return the ranks whose process is dead right now."""
+        """Return the ranks whose process is dead now."""
         return tuple(rank for rank, child in enumerate(self.ranks) if is_dead(child.pidfd))
 
     def note_deaths(self) -> None:
-        """Remember which ranks are dead right now; call it before the others are killed."""
+        """Remember which ranks are dead now; call it before the others are killed."""
         self.died.update(self.dead())
 
     def note_hang(self, ranks: set[int], since: float) -> None:
@@ -83,24 +83,24 @@ class Generation:
         return self.control is not None and heartbeat.read_graphs(self.control)
 
     def close(self) -> None:
-        """Give back the descriptors of dead ranks, and the control segment."""
+        """Close the descriptors of dead ranks, and the control segment."""
         for child in self.ranks:
             child.close()
         self.control = None
 
 
 def wait_dead(generation: Generation) -> None:
-    """Wait until every rank of a killed generation is dead, so that nothing can write to kept memory any more."""
+    """Wait until every rank of a killed generation is dead, so that none can write to kept memory any more."""
     for child in generation.ranks:
         while not died_within(child.pidfd, 1.0):
             log.warning("anchortp: process %d is not dead yet", child.pid)
 
 
 def wait_ready(generation: Generation, timeout_s: float, stall: StallWatch | None = None) -> None:
-    """Wait until every rank is ready. ``stall``: judges whether they still get on, None: they are given all the time.
+    """Wait until every rank is ready. ``stall`` judges whether they make progress; None: only the timeout counts.
 
-    Raises StartFailed as soon as one fails or dies, or if they get on no more; KVUnusable unless all have kept the same
-    slots, in the same order of what is free.
+    Raises StartFailed as soon as one fails or dies, or when they make no progress; KVUnusable unless all have kept the
+    same slots, and have the same free ones in the same order.
     """
     deadline = time.monotonic() + timeout_s
     generation.infos = [_wait_one(generation, index, deadline, stall) for index in range(len(generation.ranks))]
@@ -113,7 +113,7 @@ def _wait_one(generation: Generation, index: int, deadline: float, stall: StallW
     pipe = generation.ranks[index].pipe
     while not pipe.poll(0.02):
         for dead in generation.dead():
-            _receive(generation, dead)  # a dead rank's pipe ends, after its last words if it had any
+            _receive(generation, dead)  # a dead rank's pipe ends, after its last message if it sent one
         if stall is not None and stall.stalled([usage(child.pid) for child in generation.ranks], time.monotonic()):
             stopped = [rank for rank, child in enumerate(generation.ranks) if process_state(child.pid) == "T"]
             who = f"rank {stopped[0]} is stopped" if stopped else "all of them wait"
@@ -137,7 +137,7 @@ def _receive(generation: Generation, index: int) -> dict[str, Any]:
 
 
 def last_words(generation: Generation) -> list[Crash | None]:
-    """Read what each rank that died said of its end, None if it said nothing. Can be read once."""
+    """Read the Crash of each rank that died, None if it reported none. Can be read once."""
     return [_crash(generation.ranks[rank].pipe) for rank in sorted(generation.died)]
 
 

@@ -1,4 +1,4 @@
-"""What the kernel says about a process."""
+"""Asks the kernel about a process."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ def died_within(pidfd: int, timeout_s: float) -> bool:
 
 
 def fetch_descriptor(pidfd: int, remote_fd: int) -> int:
-    """A duplicate of another process's descriptor, which need not cooperate (pidfd_getfd). Raises OSError."""
+    """Duplicate a descriptor of another process, which need not cooperate (pidfd_getfd). Raises OSError."""
     libc: Any = ctypes.CDLL(None, use_errno=True)
     fd = int(libc.syscall(_SYS_PIDFD_GETFD, pidfd, remote_fd, 0))
     if fd < 0:
@@ -32,14 +32,14 @@ def fetch_descriptor(pidfd: int, remote_fd: int) -> int:
 
 @dataclass(frozen=True)
 class Usage:
-    """A moment in a process's life. ``state``: letter of /proc/<pid>/stat. ``ticks``: CPU time of all its threads."""
+    """A process at one moment. ``state``: letter of /proc/<pid>/stat. ``ticks``: CPU time of all its threads."""
 
     state: str
     ticks: int
 
 
 def usage(pid: int) -> Usage | None:
-    """Read what a process does; None when there is no such process."""
+    """Read a process's state and CPU time; None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             fields = stat.read().rpartition(")")[2].split()
@@ -49,6 +49,6 @@ def usage(pid: int) -> Usage | None:
 
 
 def process_state(pid: int) -> str | None:
-    """State letter of a process ("T": stopped); None when there is no such process."""
+    """Return a process's state letter ("T": stopped); None if there is no such process."""
     now = usage(pid)
     return None if now is None else now.state

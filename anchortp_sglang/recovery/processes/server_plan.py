@@ -1,4 +1,4 @@
-"""What does not change over a server's life."""
+"""The plan of a server: what does not change over its life."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,13 @@ from anchortp_sglang.rank.attachment import HOST_DEVICE, kv_namespace
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What does not change over a server's life.
+    """The plan of a server: what does not change over its life.
 
-    ``kv``: the most slots that any generation has. ``device_bytes``: of a device's memory, for weights and KV; None
-    if it is not limited. ``rotate_heads``: heads and experts that do not divide rotate over the layers.
-    ``expert_counts``: by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved
-    ServerArgs. ``stale_anchors``: devices whose anchors linger in the run directory from a server that died.
-    ``graph_batch_sizes``: for which decode graphs are captured, none if the
-    ranks stay eager.
+    ``kv``: the most slots that any generation has. ``device_bytes``: memory of a device for weights and KV; None
+    without a limit. ``rotate_heads``: heads and experts that do not divide rotate over the layers. ``expert_counts``:
+    counts by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved ServerArgs.
+    ``stale_anchors``: devices whose anchors linger in the run directory from a server that died. ``graph_batch_sizes``:
+    for which decode graphs are captured; none if ranks stay eager.
     """
 
     run_dir: Path
@@ -47,28 +46,28 @@ class ServerPlan:
     graph_batch_sizes: tuple[int, ...] = ()
 
     def arena(self, device: int) -> ArenaSpec:
-        """What the anchor of a device (HOST_DEVICE: the host anchor) makes its segments of."""
+        """Return the arena of a device's anchor (HOST_DEVICE: the host anchor)."""
         return HOST_MEMORY if device == HOST_DEVICE else self.platform.arena(device)
 
     def kv_of(self, ownership: Ownership) -> KVPlan:
-        """Slots of a generation with this ownership. Raises InvalidOwnership if there is no room for any."""
+        """Return the slots of a generation with this ownership. Raises InvalidOwnership if there is no room for any."""
         return fit_slots(self.model, self.kv, ownership, self.device_bytes)
 
     def kv_layout(self, ownership: Ownership, rank: int) -> KVLayout:
-        """Of a rank's KV segment."""
+        """Return the layout of a rank's KV segment."""
         return kv_layout(self.model, self.kv_of(ownership), ownership, rank)
 
     def hold(self, ownership: Ownership, before: WeightPlacement | None) -> WeightPlacement:
-        """Where the weights of an ownership shall lie: what ``before`` has stays in place, where that is possible."""
+        """Plan where the weights of an ownership lie: those in ``before`` stay in place where that is possible."""
         return hold(self.model, ownership, before if self.platform.maps_parts else None)
 
     @property
     def namespace(self) -> bytes:
-        """Of slot tables."""
+        """The namespace of slot tables."""
         return kv_namespace(self.checkpoint, self.model)
 
     def mirror_shape(self) -> MirrorShape | None:
-        """Of the mirror, if there is one."""
+        """Return the shape of the mirror; None without one."""
         if self.mirror is None:
             return None
         layout = whole_layout(self.model, self.mirror.rows, self.kv.unit_bytes(self.model))

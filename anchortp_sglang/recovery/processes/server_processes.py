@@ -1,6 +1,6 @@
 """The processes of a server: its anchors, the zygote, and one generation of ranks after the other.
 
-Everything here blocks, with timeouts; the coordinator calls it from a worker thread.
+Every call blocks, with a timeout; the coordinator makes it in a worker thread.
 """
 
 import logging
@@ -52,17 +52,18 @@ class ServerProcesses:
         self._detokenizer_args: Any = None
 
     def kv_capacity(self, ownership: Ownership) -> KVCapacity:
-        """How many KV slots fit with this ownership and with the other kind; worked out once for each."""
+        """Compute the KV slots with this ownership and with the other placement; once for each ownership."""
         if ownership not in self._capacities:
             plan = self.plan
             self._capacities[ownership] = kv_capacity(plan.model, plan.kv_of(ownership), ownership, plan.rotate_heads)
         return self._capacities[ownership]
 
     def take_ports(self, port_args: Any) -> None:
-        """Move SGLang's sockets (PortArgs.init_new) into a folder of their own, where nobody else can reach them.
+        """Move SGLang's sockets (PortArgs.init_new) into a folder of their own, which other users cannot enter.
 
-        They take pickles (io_struct.sock_recv): whoever connects to one runs code in this server. The run directory is
-        no place for them: it may vanish and be made again, and sockets of SGLang's processes are not bound again.
+        They accept pickles (io_struct.sock_recv): a process that connects to one can run code in this server. The run
+        directory is no place for them: it may vanish and be made again, and SGLang's processes do not bind sockets
+        again.
         """
         from sglang.srt.managers.load_snapshot import shm_path_for
 
@@ -71,7 +72,7 @@ class ServerProcesses:
             Path(getattr(port_args, name).removeprefix("ipc://")).unlink(missing_ok=True)
             setattr(port_args, name, f"ipc://{folder}/{name.removesuffix('_ipc_name')}")
         self.port_args = port_args
-        # ShmLoadSnapshotWriter (managers/load_snapshot.py) makes the file in /dev/shm, and nobody removes it.
+        # ShmLoadSnapshotWriter (managers/load_snapshot.py) makes the file in /dev/shm, and SGLang never removes it.
         self._outside = [folder, shm_path_for(port_args.instance_id)]
         if self.keeper is not None:
             self.keeper.note_outside(self._outside)
@@ -90,13 +91,13 @@ class ServerProcesses:
         self.detokenizer = child
 
     def end_detokenizer(self) -> None:
-        """One that does not answer: its death is noticed like any other."""
+        """Kill a detokenizer that does not answer; its death is noticed like any other."""
         assert self.detokenizer is not None
         log.warning("anchortp: the detokenizer (pid %d) does not answer; it is killed", self.detokenizer.pid)
         self.detokenizer.kill()
 
     def restart_detokenizer(self) -> None:
-        """In place of a dead or killed one. Raises StartFailed, ZygoteError; the next call tries another."""
+        """Replace a dead or killed detokenizer. Raises StartFailed, ZygoteError; the next call tries again."""
         old = self.detokenizer
         assert old is not None
         if not died_within(old.pidfd, _DEATH_TIMEOUT_S):
@@ -111,7 +112,7 @@ class ServerProcesses:
     # ---- what stands still
 
     def resume_stopped(self) -> None:
-        """Let all but the ranks go on that somebody stopped (SIGSTOP): in the worst case their memory is needed."""
+        """Resume stopped processes (SIGSTOP), except ranks: in the worst case their memory is needed."""
         found = [(f"zygote {zygote.pid}", resume(zygote.pid, zygote.pidfd)) for zygote in self._zygotes.all()]
         found += [(f"anchor {a.pid}", resume(a.pid, a.pidfd)) for a in list(self.anchors.processes.values())]
         if self.detokenizer is not None:
@@ -124,8 +125,10 @@ class ServerProcesses:
     # ---- ranks
 
     def prepare_next(self, tp_size: int, spare_ranks: bool) -> None:
-        """What the next recovery would otherwise wait for: spare children, configurations, a zygote in reserve. Called
-        again and again, as helpers die or stop unnoticed."""
+        """Prepare what the next recovery would wait for: spare children, configurations, a zygote in reserve.
+
+        Call it again and again, as helpers die or stop unnoticed.
+        """
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
         self.resume_stopped()
@@ -193,7 +196,7 @@ class ServerProcesses:
 
 
 def _is_ready(child: Child) -> bool:
-    """Whether it says so in time; one that dies does not."""
+    """Return whether a child reports that it is ready in time; False if it dies."""
     try:
         return child.pipe.poll(_DETOKENIZER_TIMEOUT_S) and child.pipe.recv()[0] == "ready"
     except (EOFError, OSError):

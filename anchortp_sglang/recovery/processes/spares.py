@@ -1,7 +1,7 @@
-"""Spare ranks: children forked ahead of the next fault, which have warmed up and met each other in a process group.
+"""Spare ranks: children forked ahead of the next fault, warmed up and joined in a process group.
 
-They are of use to a generation as wide as the one that serves. To another they are children forked ahead: they leave
-their group and join the others in a new one.
+A generation as wide as the serving one can use them as they are. For another width they leave their group and join the
+others in a new one.
 """
 
 import socket
@@ -20,9 +20,9 @@ _ANSWER_TIMEOUT_S = 1.0
 
 
 def make_store() -> dist.TCPStore:
-    """A generation's rendezvous, served by main, so that no rank has to listen first.
+    """Make a generation's rendezvous, served by main, so that no rank has to listen first.
 
-    On loopback only: a store that makes its own socket listens on all interfaces, and none asks who a client is.
+    On loopback only: a store that makes its own socket listens on all interfaces, and no store authenticates clients.
     Raises OSError.
     """
     with socket.create_server((STORE_HOST, 0), backlog=socket.SOMAXCONN) as listener:
@@ -35,7 +35,7 @@ def make_store() -> dist.TCPStore:
 
 
 class Spares:
-    """Main's end. Its methods may be called from any thread."""
+    """Main's end of spare ranks. Its methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -43,7 +43,7 @@ class Spares:
         self._store: dist.TCPStore | None = None
 
     def prepare(self, fork: Callable[[], Child], world_size: int, joining: bool, timeout_s: float | None) -> None:
-        """Fork them for ``world_size`` ranks, unless that has been done. Not ``joining``: they meet in no group."""
+        """Fork spares for ``world_size`` ranks, unless they are there. Without ``joining`` they form no group."""
         with self._lock:
             if len(self._children) == world_size and not any(is_dead(child.pidfd) for child in self._children):
                 return
@@ -57,9 +57,9 @@ class Spares:
                 child.start(stand_by, spec)
 
     def take(self, world_size: int) -> tuple[list[Child], dist.TCPStore]:
-        """At most ``world_size`` spares in rank order, and the store of the generation that they will be part of.
+        """Take at most ``world_size`` spares in rank order, and the store of the generation that they will be part of.
 
-        If one has died or does not answer, the group that it has joined is of no use, and the others join anew.
+        If one has died or does not answer, the group it joined is of no use, and the others join anew.
         """
         with self._lock:
             children, self._children = self._children, []
@@ -71,7 +71,7 @@ class Spares:
         return ready[:world_size], store
 
     def resume(self) -> int:
-        """Let stopped spares (SIGSTOP) go on; how many. None while they are being forked or taken."""
+        """Resume stopped spares (SIGSTOP) and count them; 0 while spares are being forked or taken."""
         if not self._lock.acquire(blocking=False):
             return 0
         try:
@@ -87,7 +87,7 @@ def _end(children: Iterable[Child]) -> None:
 
 
 def _stands_by(child: Child) -> bool:
-    """What a child said when it was ready outlives it."""
+    """Return whether a child lives and reported that it is ready; the report alone may outlive it."""
     try:
         return child.pipe.poll() and child.pipe.recv() is None and not is_dead(child.pidfd)
     except (EOFError, OSError):
@@ -95,7 +95,7 @@ def _stands_by(child: Child) -> bool:
 
 
 def _answering(children: Sequence[Child]) -> list[Child]:
-    """Those that answer at once. They do nothing else: one that does not is stopped, or stuck."""
+    """Return the children that answer at once. They do nothing else: one that does not answer is stopped or stuck."""
     deadline = time.monotonic() + _ANSWER_TIMEOUT_S
     reached = [child for child in children if _sent(child, ARE_YOU_THERE)]
     return [child for child in reached if _answers(child, deadline - time.monotonic())]

@@ -1,4 +1,4 @@
-"""Whether starting ranks still get on: as seen from outside, by the processor time that they take."""
+"""Judges from outside whether starting ranks make progress, by the CPU time that they take."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ from anchortp_sglang.recovery.processes.pidfd import Usage
 
 _ASLEEP = ("S", "T", "t")
 _POLLS = 10
-"""The least looks that must agree: time in which main itself did not run does not count."""
+"""Fewest looks that must agree: time in which main itself did not run does not count."""
 
 
 class StallWatch:
-    """Judges the ranks of one start. Pure: fed with what is seen, and when (seconds).
+    """Judges the ranks of one start. Pure: states and times (seconds) are arguments.
 
-    Ranks that are runnable but get no processor time (a throttled container), or wait for a disk, are not stalled.
+    Ranks that are runnable but get no CPU time (a throttled container), or wait for a disk, are not stalled.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -22,7 +22,7 @@ class StallWatch:
         self._polls = 0
 
     def stalled(self, ranks: Sequence[Usage | None], now: float) -> bool:
-        """Whether all ranks have slept for the limit, without a moment of processor time."""
+        """Return whether all ranks have slept for the limit without any CPU time."""
         ticks = sum(rank.ticks for rank in ranks if rank is not None)
         if ticks != self._ticks or any(rank is not None and rank.state not in _ASLEEP for rank in ranks):
             self._ticks, self._since, self._polls = ticks, now, 0

@@ -1,4 +1,4 @@
-"""Processes that somebody stopped (SIGSTOP), and dead ones that nobody reaps."""
+"""Resumes stopped processes (SIGSTOP), and reaps dead children."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from anchortp_sglang.recovery.processes.pidfd import process_state
 
 
 def resume(pid: int, pidfd: int) -> bool:
-    """Let a stopped process (state T) go on; whether it was stopped. One that a debugger holds (t) is left alone."""
+    """Resume a stopped process (state T); return whether it was stopped. One held by a debugger (t) is left alone."""
     with contextlib.suppress(OSError):  # it has ended meanwhile
         if process_state(pid) == "T":
             signal.pidfd_send_signal(pidfd, signal.SIGCONT)
@@ -19,7 +19,7 @@ def resume(pid: int, pidfd: int) -> bool:
 
 
 def end(pidfd: int) -> None:
-    """SIGKILL, which ends stopped processes as well. A dead one is left as it is."""
+    """Send SIGKILL, which ends stopped processes as well; nothing if the process is dead."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
@@ -32,8 +32,10 @@ def has_living_children(pid: int) -> bool:
 
 
 class Reaper:
-    """Reaps zombies among this process's children that nobody waits for: killed zygotes and, as PID 1 of a container,
-    whatever lost its parent. Who waits for a child of its own does so at once, so only those seen twice are taken."""
+    """Reaps zombie children of this process: killed zygotes and, as PID 1 of a container, orphans.
+
+    Code that waits for a child of its own does so at once, so only zombies seen twice are reaped.
+    """
 
     def __init__(self) -> None:
         self._seen: set[int] = set()

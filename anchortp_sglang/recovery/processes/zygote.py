@@ -1,7 +1,7 @@
 """Asks the zygote for children: main's end of the process that has imported SGLang once and forks in milliseconds.
 
-Each request on its socket forks one child, which then waits on its own pipe for what to be: spare ranks are nothing but
-children forked early. What the zygote itself does is in ``zygote_loop.py``.
+Each request on its socket forks one child, which then waits on its own pipe for what to be: spare ranks are children
+forked early. The zygote's own code is in ``zygote_loop.py``.
 """
 
 import gc
@@ -55,11 +55,11 @@ class Child:
     exits: Exits | None = None
 
     def crash(self) -> str:
-        """Name the signal by which it ended itself, once it is dead; empty if it did not."""
+        """Name the signal by which a dead child crashed; empty if it did not."""
         return "" if self.exits is None else self.exits.crash_of(self.pid)
 
     def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
-        """Tell the child what to be. Raises ZygoteError if it does not read that (a stopped process, a full pipe)."""
+        """Tell the child what to be. Raises ZygoteError if it does not read it (a stopped process, a full pipe)."""
         try:
             self.pipe.send((target, argument))
         except BlockingIOError as error:
@@ -78,7 +78,7 @@ class Child:
 
 
 def _limit_sends(pipe: Connection) -> None:
-    """Let a send without progress raise BlockingIOError after a while: a stopped child does not empty its pipe."""
+    """Make a send without progress raise BlockingIOError after a while: a stopped child does not empty its pipe."""
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0))
 
@@ -86,7 +86,7 @@ def _limit_sends(pipe: Connection) -> None:
 class Zygote:
     """Main's end of a zygote. ``fork`` and ``answers`` may be called from any thread.
 
-    ``first_timeout_s``: for the first answer of one that imports SGLang first, and then says so; None of others.
+    ``first_timeout_s``: for the first answer of a zygote that imports SGLang first and then reports it; else None.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Zygote:
         self._made_at = time.monotonic()
         self._control = control
         self._lock = threading.Lock()
-        self._owed = 0 if first_timeout_s is None else 1  # answers to come: such a one says by itself that it is ready
+        self._owed = 0 if first_timeout_s is None else 1  # answers to come: such a zygote first says it is ready
 
     def fork(self) -> Child:
         """Fork one child. Raises ZygoteError."""
@@ -120,18 +120,18 @@ class Zygote:
 
     @property
     def importing(self) -> bool:
-        """Return whether it has not said yet that it is ready."""
+        """Whether it has not reported yet that it is ready."""
         return self._first_timeout_s is not None
 
     def close(self) -> None:
-        """Give back the descriptors of a dead zygote."""
+        """Close the descriptors of a dead zygote."""
         os.close(self.pidfd)
         self._control.close()
         if self._exits is not None:
             self._exits.close()
 
     def answers(self) -> bool:
-        """Return whether it would fork in time; of one that still imports SGLang, whether it may get there."""
+        """Return whether it would fork in time; if it still imports SGLang, whether it has time left for that."""
         if self._first_timeout_s is not None and not wait_readable(self._control.fileno(), 0.0):
             return not is_dead(self.pidfd) and time.monotonic() < self._made_at + self._first_timeout_s
         try:
@@ -140,7 +140,7 @@ class Zygote:
             return False
 
     def _ask(self, request: bytes, fds: list[int]) -> tuple[bytes, list[int]]:
-        """Ask, and return the answer. Late answers to earlier requests are dropped, so it can be asked again."""
+        """Send a request and return the answer. Late answers to earlier requests are dropped, so it can be retried."""
         try:
             with self._lock:
                 deadline = time.monotonic() + (self._first_timeout_s or _ANSWER_TIMEOUT_S)
@@ -168,7 +168,7 @@ class Zygote:
 
 
 def fork_zygote() -> Zygote:
-    """Turn a fork of this process into the zygote. The caller must have checked ``fork_guard.unfit_to_fork``."""
+    """Fork this process into a zygote. The caller must have checked ``fork_guard.unfit_to_fork``."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent, exits = os.getpid(), Exits()
     gc.collect()
@@ -177,7 +177,7 @@ def fork_zygote() -> Zygote:
     if pid == 0:
         try:
             ours.close()
-            die_with_parent(parent)  # not by the end of its socket, as a zygote forked later has main's end of it too
+            die_with_parent(parent)  # not by the end of its socket: a zygote forked later also has main's end of it
             serve(theirs, exits)
         except BaseException:
             traceback.print_exc()
@@ -190,14 +190,14 @@ def fork_zygote() -> Zygote:
 def tile_folder() -> str | None:
     """Return this interpreter's folder for cuda.tile, which SGLang imports; None if it has not been imported.
 
-    Each interpreter makes one, and removes it at a regular exit. A zygote has no such exit: it takes main's.
+    Each interpreter makes one, and removes it at a regular exit. A zygote has no such exit, so it uses main's.
     """
     tile = sys.modules.get("cuda.tile._cext")
     return None if tile is None else str(tile.default_tile_context.config.temp_dir)
 
 
 def spawn_zygote() -> Zygote:
-    """Start a zygote in a fresh interpreter, which imports SGLang again: for a main that cannot fork any more."""
+    """Start a zygote in a fresh interpreter, which imports SGLang again: for a main that must not fork any more."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     exits = Exits()
     fds = [theirs.fileno(), exits.fd]

@@ -24,19 +24,19 @@ _PR_SET_PDEATHSIG = 1
 
 
 def announce(control: socket.socket) -> None:
-    """Say that ``serve`` is about to begin, for a main that was told to wait for it (``first_timeout_s``)."""
+    """Report that ``serve`` is about to begin, to a main that waits for it (``first_timeout_s``)."""
     control.send(PING)
 
 
 def serve(control: socket.socket, exits: Exits) -> None:
-    """Fork on request, reap the dead, end when main's end of the socket closes.
+    """Fork on request, reap the dead, and end when main's end of the socket closes.
 
     ``exits``: where it notes how its children ended.
     """
     _set_title("anchortp::reserve")  # until it is needed
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main's handler would put away what is main's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main's handler would clean up what is main's
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

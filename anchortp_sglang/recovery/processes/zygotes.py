@@ -1,4 +1,4 @@
-"""The zygote that forks, the one in reserve, and those that did not answer."""
+"""The zygotes of a server: the one that forks, the one in reserve, and those that did not answer."""
 
 import logging
 import threading
@@ -13,15 +13,15 @@ log = logging.getLogger(__name__)
 
 _PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 600.0
-"""Between two zygotes in reserve that were spawned: each imports SGLang, and the last one may have failed at that."""
+"""First and longest pause between spawned reserves: each imports SGLang, and the last one may have failed at that."""
 
 
 class Zygotes:
-    """Methods may be called from any thread.
+    """The zygotes of a server. Methods may be called from any thread.
 
-    One that does not answer in time is put aside and not killed: ranks and detokenizer may be its children, and would
-    die with it. It is asked again later. If it answers then, it waits in reserve; if not, it is killed as soon as none
-    of its children is left.
+    A zygote that does not answer in time is put aside and not killed: ranks and detokenizer may be its children, and
+    would die with it. It is asked again later. If it answers then, it becomes the reserve; if not, it is killed as soon
+    as it has no living children.
     """
 
     def __init__(self, zygote: Zygote, reserve: Zygote | None) -> None:
@@ -31,12 +31,15 @@ class Zygotes:
         self._ended = False
         self._spawned_at = -_LONGEST_PAUSE_S
         self._pause_s = _PAUSE_S
-        # Guards the zygotes; never held while one is asked; ``kill`` may interrupt us.
+        # Guards the zygotes; never held while one is asked; ``kill`` may interrupt a holder.
         self._lock = threading.RLock()
 
     def fork(self) -> Child:
-        """Fork one child. A zygote that is dead or silent is replaced by the one in reserve, that one by a new one, for
-        which SGLang is imported first. Raises ZygoteError, OSError."""
+        """Fork one child.
+
+        A dead or silent zygote is replaced by the reserve; without one, by a new one that imports SGLang first. Raises
+        ZygoteError, OSError.
+        """
         for _ in range(2):  # the one in use, the one in reserve
             zygote = self._current
             try:
@@ -48,7 +51,7 @@ class Zygotes:
         return self._current.fork()
 
     def renew(self) -> None:
-        """Have one that answers, and one in reserve: a new one imports SGLang in the background."""
+        """Ensure one zygote that answers, and one in reserve: a new one imports SGLang in the background."""
         current = self._current
         if not current.answers():
             self._replace(current, ZygoteError(f"the zygote (pid {current.pid}) does not answer"))
@@ -67,20 +70,20 @@ class Zygotes:
             self._pause_s = _PAUSE_S
 
     def _spawn_reserve(self) -> Zygote | None:
-        """A new one, unless the last one was spawned a moment ago."""
+        """Spawn a reserve, unless the last one was spawned a moment ago."""
         if self._ended or time.monotonic() - self._spawned_at < self._pause_s:
             return None
         self._spawned_at, self._pause_s = time.monotonic(), min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return spawn_zygote()
 
     def all(self) -> Iterator[Zygote]:
-        """Those that may live."""
+        """Return the zygotes that may be alive."""
         with self._lock:
             zygotes = [self._current, *self._aside]
             return iter(zygotes if self._reserve is None else [*zygotes, self._reserve])
 
     def kill(self) -> None:
-        """End them all and, by their parent-death signals, all their children; no other is spawned from now on."""
+        """Kill all zygotes and, by their parent-death signals, all their children. No other is spawned from now on."""
         self._ended = True
         for zygote in self.all():
             zygote.kill()

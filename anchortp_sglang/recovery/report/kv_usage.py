@@ -19,7 +19,7 @@ class KVUsage:
         self._table = SlotTable.attach(table, plan.rows, namespace)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as in the status. ``lag_slots``: used ones that the mirror has room for and does not hold yet."""
+        """Return it as in the status. ``lag_slots``: used slots that fit in the mirror and are not yet in it."""
         return {"slots": self._plan.slots, "used": self._table.used(), "mirror": self._mirror_json()}
 
     def _mirror_json(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Follows the recovery under way: when it is over, and how long the full throughput takes after it."""
+"""Follows the recovery under way: when it ends, and how long the full throughput takes after it."""
 
 import asyncio
 import time
@@ -14,8 +14,8 @@ _POLL_S = 0.05
 class RecoveryProgress:
     """Follows recoveries; on the event loop only.
 
-    ``serving``: whether a generation serves now; ``awaited``: whether any client waits for a token; ``spawn`` runs a
-    coroutine as a task. ``recovery``: from its first fault until a token is delivered, no client waits for one, or
+    ``serving`` returns whether a generation serves now; ``awaited``, whether any client waits for a token; ``spawn``
+    runs a coroutine as a task. ``recovery``: the one under way, until a token is delivered, no client waits for one, or
     it is given up.
     """
 
@@ -39,7 +39,7 @@ class RecoveryProgress:
         self.recovery = self._recoveries.begin()
 
     def on_tokens(self, tokens: int) -> None:
-        """Note new tokens that go to clients: the first ones after a recovery end it."""
+        """Note new tokens for clients: the first ones after a recovery end it."""
         self._throughput.note(tokens, time.monotonic())
         recovery = self.recovery
         if recovery is None or not self._serving():
@@ -50,20 +50,22 @@ class RecoveryProgress:
         self._spawn(self._measure_peak(recovery, time.monotonic()))
 
     def resumed(self) -> None:
-        """Note that the next generation serves. Without a client that waits for a token the recovery ends here: a later
-        token would say nothing about it."""
+        """Note that the next generation serves.
+
+        The recovery ends here if no client waits for a token: a later token would say nothing about it.
+        """
         if self.recovery is not None:
             self._spawn(self._finish_unless_awaited(self.recovery))
 
     def give_up(self, reason: str) -> None:
-        """End the recovery under way, if there is one, as one that has failed."""
+        """End the recovery under way, if any, as failed."""
         if self.recovery is not None:
             self.recovery.failed = reason
             self.recovery.stage("gave_up")
             self.finish()
 
     def finish(self) -> None:
-        """End the recovery under way, if there is one."""
+        """End the recovery under way, if any."""
         recovery, self.recovery = self.recovery, None
         if recovery is not None:
             self._recoveries.finish(recovery)

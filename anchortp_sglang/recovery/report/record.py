@@ -23,17 +23,17 @@ _RANK_STAGES = {
     "prefixes": "prefixes_rebuilt",
     "bound": "bound",
 }
-"""What ranks stamp, and the name of the stage that is over with the last of them."""
+"""Stamps of ranks, and the name of the stage that ends when the last rank has it."""
 
 _KV_FIELDS = ("slots_kept", "slots_restored", "slots_dropped", "kept_bytes", "restored_bytes")
 
 
 @dataclass
 class Recovery:
-    """Times are seconds since ``began`` (monotonic). ``tfs_s``: to the first new token handed to a client.
+    """One recovery. Times are seconds since ``began`` (monotonic). ``tfs_s``: to the first new token for a client.
 
-    ``ttp_s``: from then to the full throughput. ``lost``: devices whose memory went. ``ranks``: what each new rank
-    stamped, as in the status. ``finished``: a first token was handed out, nobody waits for one, or it was given up.
+    ``ttp_s``: from then to the full throughput. ``lost``: devices whose memory is gone. ``ranks``: each new rank's
+    stamps, as in the status. ``finished``: a first token was delivered, no client waits for one, or it was given up.
     """
 
     began: float
@@ -43,7 +43,7 @@ class Recovery:
     lost: list[int] = field(default_factory=list)
     reason: str = ""
     exception: str = ""
-    """What a rank failed with, if it said so."""
+    """The error of a rank, if it reported one."""
     stages: list[tuple[str, float]] = field(default_factory=list)
     tfs_s: float | None = None
     ttp_s: float | None = None
@@ -53,7 +53,7 @@ class Recovery:
     kv: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_KV_FIELDS, 0) | {"dropped": {}})
     requests_replayed: int = 0
     tokens: Callable[[], tuple[int, int] | None] = lambda: None
-    """(reused, recomputed) so far; asked until the generation is replaced."""
+    """Returns (reused, recomputed) so far; called until the generation is replaced."""
     failed: str | None = None
     _last_tokens: tuple[int, int] = (0, 0)
 
@@ -64,7 +64,7 @@ class Recovery:
         log.info("anchortp recovery: %s after %.3f s", name, seconds)
 
     def add_ranks(self, infos: Sequence[Mapping[str, Any]]) -> None:
-        """Take the stages and moved bytes that the new ranks report; a stage is done when the last rank is."""
+        """Add the stages and moved bytes that the new ranks report; a stage is done when the last rank is."""
         for name, label in _RANK_STAGES.items():
             times = [info["stamps"][name] for info in infos if name in info["stamps"]]
             if times:
@@ -93,7 +93,7 @@ class Recovery:
         }
 
     def take_verdict(self, verdict: Verdict) -> None:
-        """Note what has failed; devices that earlier attempts have lost stay lost."""
+        """Note what has failed; devices lost in earlier attempts stay lost."""
         self.cause, self.device, self.reason = verdict.cause, verdict.device, verdict.reason
         if self.exception:
             self.reason += f"; it failed with {self.exception}"
@@ -138,7 +138,7 @@ def _at(stage: tuple[str, float]) -> float:
 
 @dataclass
 class Totals:
-    """Sums over all finished recoveries of a server: ``causes`` and ``bytes_moved`` by their names."""
+    """Sums over all finished recoveries of a server: ``causes`` and ``bytes_moved`` by name."""
 
     causes: Counter[str] = field(default_factory=Counter)
     bytes_moved: Counter[str] = field(default_factory=Counter)
@@ -159,7 +159,7 @@ class Totals:
 
 
 class Recoveries:
-    """The last recoveries, newest last. ``on_finished``: called with each that is over."""
+    """The last recoveries, newest last. ``on_finished``: functions that are called with each finished recovery."""
 
     def __init__(self) -> None:
         self.on_finished: list[Callable[[Recovery], None]] = []
@@ -176,7 +176,7 @@ class Recoveries:
         return recovery
 
     def finish(self, recovery: Recovery) -> None:
-        """Report a recovery of which nothing but TTP and token counts will change. Observers must not disturb it."""
+        """Report a recovery of which only TTP and token counts will still change. Observers must not disturb it."""
         recovery.finished = True
         for observe in self.on_finished:
             try:

@@ -1,7 +1,7 @@
-"""A recovery as rows of bars: the server's own stages, and below them what each new rank did. Pure.
+"""Lays a recovery out as rows of bars: the server's own stages, and below them each new rank's. Pure.
 
-The page (views/timeline_page.py), the picture (views/timeline_plot.py) and the terminal (views/status.py) draw the
-same rows; the metrics and spans of a recovery are made of them, too.
+The page (views/timeline_page.py), the picture (views/timeline_plot.py) and the terminal (views/status.py) draw the same
+rows; the metrics and spans of a recovery are made from them, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ABOUT = {
     "prefixes_rebuilt": "its prefix tree is rebuilt",
     "bound": "its scheduler is complete",
 }
-"""What has happened at the end of each stage, in the order in which legends show them."""
+"""What has happened at the end of each stage, in the order of legends."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """``label``, ``note``: whose bars they are, and more about it. ``lost``: a device that is gone has no bars.
+    """A row of bars. ``label``, ``note``: whose they are, and more about it. ``lost``: a lost device has no bars.
 
     ``moving``: bytes that arrive while the other bars go on.
     """
@@ -67,14 +67,14 @@ class Row:
 
 
 def rows(recovery: Mapping[str, Any]) -> tuple[Row, ...]:
-    """The server, then the devices in their order."""
+    """Return the server's row, then those of devices in order."""
     ranks = {rank["device"]: _rank_row(recovery, rank) for rank in recovery.get("ranks") or []}
     ranks |= {device: Row(f"device {device}", "lost", lost=True) for device in recovery.get("lost") or []}
     return (Row("server", bars=_server_bars(recovery)), *(ranks[device] for device in sorted(ranks)))
 
 
 def durations(recovery: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """(stage, seconds): each of the server's, then each that ranks had, of the slowest one."""
+    """Yield (stage, seconds): each stage of the server, then each stage of ranks, by the slowest one."""
     server, *ranks = rows(recovery)
     for bar in server.bars:
         yield bar.stage, bar.took_s
@@ -85,12 +85,12 @@ def durations(recovery: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def end_s(recovery: Mapping[str, Any]) -> float:
-    """Seconds from the fault's detection to its last stage."""
+    """Return the seconds from the fault's detection to its last stage."""
     return max((float(stage["at_s"]) for stage in _all_stages(recovery)), default=0.0)
 
 
 def ticks(total_s: float, most: int = 6) -> list[float]:
-    """Round moments from 0 to ``total_s`` at most, so many at most."""
+    """Return round moments from 0 to ``total_s``, at most ``most`` of them."""
     if total_s <= 0:
         return [0.0]
     step = next(
@@ -103,7 +103,7 @@ def ticks(total_s: float, most: int = 6) -> list[float]:
 
 
 def headline(recovery: Mapping[str, Any]) -> str:
-    """What happened, in a few words."""
+    """Say in a few words what happened."""
     device, left = recovery.get("device", -1), len(recovery.get("ranks") or [])
     lost = recovery.get("lost") or [device]
     width = f", on with TP={left}" if left else ""
@@ -122,14 +122,14 @@ def _all_stages(recovery: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _server_bars(recovery: Mapping[str, Any]) -> tuple[Bar, ...]:
-    """A second fault during a recovery begins again with ``detected``: the bars go on."""
+    """Return the server's bars. A second fault begins again with ``detected``, and the bars go on."""
     own = [stage for stage in recovery.get("stages") or [] if stage["name"] not in RANK_STAGES]
     return _bars(0.0, own)
 
 
 def _rank_row(recovery: Mapping[str, Any], rank: Mapping[str, Any]) -> Row:
     at = {stage["name"]: float(stage["at_s"]) for stage in rank["stages"]}
-    # Told what to be some time between the plan and the stage "forked"; a second attempt plans twice.
+    # Assigned at some time between the plan and the stage "forked"; a second attempt plans twice.
     told_s = max((float(s["at_s"]) for s in recovery.get("stages") or [] if s["name"] == "planned"), default=0.0)
     bars = _bars(told_s, [stage for stage in rank["stages"] if stage["name"] != "bytes_moved"])
     moving = None

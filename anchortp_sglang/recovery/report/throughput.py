@@ -1,7 +1,7 @@
-"""Tokens per second, and how long a server takes to be back at its full rate (TTP). Pure: times are arguments.
+"""Throughput in tokens per second, and the time until it is back at the full rate (TTP). Pure.
 
-TTP counts from the first token after a fault to the start of the first ``WINDOW_S`` seconds in which the throughput
-is at least ``PEAK_SHARE`` of the steady one.
+TTP counts from the first token after a fault to the start of the first ``WINDOW_S`` seconds in which the throughput is
+at least ``PEAK_SHARE`` of the steady one.
 """
 
 import itertools
@@ -18,25 +18,25 @@ Samples = Sequence[tuple[float, int]]
 
 
 class TokenCurve:
-    """How many tokens had come at any moment."""
+    """The sum of tokens at any moment."""
 
     def __init__(self, samples: Samples) -> None:
         self._times = [at for at, _ in samples]
         self._sums = [0, *itertools.accumulate(tokens for _, tokens in samples)]
 
     def between(self, start: float, end: float) -> int:
-        """Tokens in [start, end)."""
+        """Count the tokens in [start, end)."""
         return self._sums[bisect_left(self._times, end)] - self._sums[bisect_left(self._times, start)]
 
     def rate(self, start: float, end: float) -> float:
-        """Tokens per second in [start, end)."""
+        """Return the tokens per second in [start, end)."""
         return self.between(start, end) / (end - start) if end > start else 0.0
 
 
 def time_to_peak(curve: TokenCurve, since: float, until: float, steady: Callable[[float], float]) -> float | None:
-    """Seconds from ``since`` to the peak; None if it is not reached in what is known until ``until``.
+    """Return the seconds from ``since`` to the peak; None if it is not reached before ``until``.
 
-    ``steady(start)``: tokens that a window from ``start`` on has at full throughput.
+    ``steady(start)``: tokens of a window from ``start`` on at full throughput.
     """
     for step in range(int((until - WINDOW_S - since) / _STEP_S + 1e-6) + 1):
         start = since + step * _STEP_S
@@ -47,7 +47,7 @@ def time_to_peak(curve: TokenCurve, since: float, until: float, steady: Callable
 
 
 class Throughput:
-    """What clients were given in the last minute, in tenths of a second."""
+    """Tokens given to clients in the last minute, in tenths of a second."""
 
     def __init__(self, keep_s: float = 60.0) -> None:
         self._counts: deque[tuple[float, int]] = deque(maxlen=int(keep_s / _STEP_S))
@@ -60,7 +60,7 @@ class Throughput:
             self._counts.append((now, tokens))
 
     def time_to_peak(self, first_token_at: float) -> float | None:
-        """TTP, to be asked two windows after the first token: the second one tells the steady throughput."""
+        """Return TTP; call it two windows after the first token, as the second one gives the steady throughput."""
         curve = TokenCurve(tuple(self._counts))
         second = first_token_at + WINDOW_S
         steady = curve.between(second, second + WINDOW_S)

@@ -1,7 +1,7 @@
 """Exports a recovery as OpenTelemetry spans, where SGLang's tracing is on (``--enable-trace``).
 
-SGLang's own spans hang on requests (TraceReqContext in observability/trace.py), and a recovery is none: it gets a trace
-of its own from the provider that SGLang has set up, with a span for each stage and one for each new rank.
+SGLang's own spans belong to requests (TraceReqContext in observability/trace.py). A recovery is none, so it gets its
+own trace from the provider that SGLang has set up, with a span for each stage and one for each new rank.
 """
 
 import time
@@ -13,7 +13,7 @@ TRACER = "anchortp"
 
 
 def export(recovery: Recovery) -> None:
-    """Send the spans of a recovery that is over; nothing unless SGLang traces."""
+    """Send the spans of a finished recovery; nothing unless SGLang traces."""
     from sglang.srt.observability.trace import get_global_tracing_enabled
 
     if get_global_tracing_enabled():

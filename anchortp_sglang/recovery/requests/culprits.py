@@ -1,4 +1,4 @@
-"""Ends open requests that cannot be served: ranks fail with them, or no recovery gets anybody a token any more."""
+"""Ends open requests that cannot be served: ranks fail with them, or recoveries no longer get any client a token."""
 
 import logging
 from collections import Counter
@@ -12,11 +12,11 @@ log = logging.getLogger(__name__)
 
 
 class Culprits:
-    """What follows from each fault for the requests that were running.
+    """Judges which running requests a fault ends.
 
-    ``ended``: how many open requests the server has ended, by the reason: unservable (ranks fail with them), fruitless
-    (no recovery got anybody a token), given_up. ``on_failed_start``: called with the reason when ranks fail with the
-    request that SGLang sends itself at its start; None if nobody wants to know.
+    ``ended``: how many open requests the server has ended, by reason: unservable (ranks fail with them), fruitless (no
+    recovery got any client a token), given_up. ``on_failed_start``: called with the reason when ranks fail with the
+    request that SGLang sends itself at its start; or None.
     """
 
     def __init__(self, deadline_s: float) -> None:
@@ -25,7 +25,7 @@ class Culprits:
         self._deadline_s = deadline_s
 
     def judge(self, found: Evidence, inflight: InflightRequests, state: State, now: float, starting: bool) -> bool:
-        """End what a fault convicts; whether all open requests were ended.
+        """End the requests that a fault convicts; return whether all open requests were ended.
 
         ``state``: after the fault. ``starting``: whether SGLang still waits for the answer to its own first request.
         """

@@ -1,6 +1,6 @@
-"""The fence between generations, as main sees it: nothing an old rank 0 said arrives after it.
+"""The fence between generations, as main sees it: no message of an old rank 0 arrives after it.
 
-On the same way, pings tell whether the detokenizer still answers while clients wait for tokens.
+On the same path, pings check that the detokenizer answers while clients wait for tokens.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ _UNANSWERED = 5
 
 
 class FenceLine:
-    """main -> detokenizer -> TokenizerManager: the way that outputs take, for messages of our own."""
+    """main -> detokenizer -> TokenizerManager: the path of outputs, for messages of our own."""
 
     def __init__(self, tokenizer_manager: Any, detokenizer_endpoint: str) -> None:
         from sglang.utils import TypeBasedDispatcher
@@ -40,8 +40,11 @@ class FenceLine:
         self._answers = 0
 
     async def drain(self, generation: int, processes: ServerProcesses, inflight: InflightRequests) -> None:
-        """Until all that ``generation``'s dead rank 0 has sent is with TokenizerManager. A detokenizer that is dead or
-        does not answer is replaced; what it had not passed on is computed again. Raises StartFailed, TimeoutError."""
+        """Wait until all that ``generation``'s dead rank 0 has sent is with TokenizerManager.
+
+        A detokenizer that is dead or does not answer is replaced; the tokens that it had not passed on are computed
+        again. Raises StartFailed, TimeoutError.
+        """
         await in_thread(processes.resume_stopped)
         assert processes.detokenizer is not None
         if not is_dead(processes.detokenizer.pidfd):
@@ -54,9 +57,11 @@ class FenceLine:
         await self._fence(generation)
 
     async def watch(self, processes: ServerProcesses, serving: Callable[[], bool]) -> None:
-        """Ping while ``serving`` and clients wait for tokens. A detokenizer that leaves one unanswered may be stopped,
-        and is let go on; one that leaves a number of them is killed. Pings are counted, not seconds: while main itself
-        does not run, nothing is asked."""
+        """Ping the detokenizer while ``serving`` and clients wait for tokens.
+
+        After one unanswered ping the detokenizer may be stopped, so it is resumed; after ``_UNANSWERED`` it is killed.
+        Pings are counted, not seconds: while main itself does not run, it does not ping.
+        """
         while True:
             await asyncio.sleep(_PING_EVERY_S)
             if not serving() or not self._tm.rid_to_state:
@@ -77,7 +82,7 @@ class FenceLine:
         await asyncio.wait_for(self._seen, _TIMEOUT_S)
 
     def _send(self, message: Any) -> None:
-        """To the detokenizer."""
+        """Send a message to the detokenizer."""
         from sglang.srt.managers.io_struct import sock_send
 
         sock_send(self._push, message)

@@ -1,7 +1,7 @@
-"""What main must know of every open request to go on with it in another generation.
+"""Tracks every open request, so that main can resume it in another generation.
 
-Lives beside TokenizerManager (TM), on its event loop. In an outage nothing is sent to the dead scheduler: messages
-are held back in order and follow the replays, else an abort could overtake its request.
+Lives beside TokenizerManager (TM), on its event loop. In an outage nothing is sent to the dead scheduler: messages are
+held back in order and follow the replays; otherwise an abort could overtake its request.
 """
 
 import logging
@@ -29,19 +29,19 @@ _REPEATABLE: dict[str, type] = {
     "flush_cache_communicator": FlushCacheReqInput,
 }
 """TokenizerManager's control calls, by the attribute that awaits their answer: all that reach ranks
-(``check_message``), and each may be sent twice."""
+(``check_message``). Each may be sent twice."""
 
 _STALE_RECORDS = 64
 
 
 class TokenCountMismatch(AssertionError):
-    """A batch would have left a gap in, or doubled, a client's tokens."""
+    """A batch that would leave a gap in a client's tokens, or double some."""
 
 
 class InflightRequests:
-    """Requests between TM and the scheduler. ``send``: takes an encoded message to the scheduler.
+    """Requests between TM and the scheduler. ``send`` takes an encoded message to the scheduler.
 
-    ``isolation``: decides which open requests go to a new generation, and when.
+    ``isolation`` decides which open requests go to a new generation, and when.
     """
 
     def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any]) -> None:
@@ -55,11 +55,11 @@ class InflightRequests:
         self.isolation = Isolation()
         self.outage = True  # until the first generation is ready
         self.refusal: str | None = None
-        """Why nothing is served any more; set by ``give_up``."""
+        """Why no request is served any more; set by ``give_up``."""
         self.control_calls = ControlCalls(lambda: self.refusal)
 
     def dispatch(self, message: Any) -> None:
-        """Take a message that TM wants to send to the scheduler. Raises ServerDown if nobody will answer it."""
+        """Take a message that TM wants to send to the scheduler. Raises ServerDown if it would not be answered."""
         if isinstance(message, AbortReq):
             return self._abort(message)
         if self.refusal is not None and not isinstance(message, ShutdownReq):  # TM's sigterm_watchdog must not fail
@@ -95,7 +95,7 @@ class InflightRequests:
         self._release()
 
     def delivered(self, output: Any) -> int:
-        """Check a batch for gaps and doubles before TM takes it; how many new tokens it carries.
+        """Check a batch for gaps and doubles before TM takes it; return how many new tokens it carries.
 
         Raises TokenCountMismatch, which must end the requests concerned: their streams would be wrong.
         """
@@ -117,14 +117,14 @@ class InflightRequests:
         return fresh
 
     def forget(self, rids: Sequence[str]) -> None:
-        """Drop those of these requests that TM is done with, and release what waited for them."""
+        """Forget those of these requests that TM is done with, and release requests that waited for them."""
         for rid in rids:
             if rid not in self._tm.rid_to_state:
                 self._forget(rid)
         self._release()
 
     def forget_finished(self) -> None:
-        """Drop the records of all requests that TM is done with (an abort is answered without a batch)."""
+        """Forget all requests that TM is done with (an abort is answered without a batch)."""
         open_requests = self._tm.rid_to_state
         for rid in [rid for rid in self._records if rid not in open_requests]:
             self._forget(rid)
@@ -136,7 +136,7 @@ class InflightRequests:
     # ---- from one generation to the next
 
     def struck(self, evidence: Evidence) -> dict[str, str]:
-        """Judge a fault of the generation that serves, and end requests that ranks cannot serve: rid -> reason."""
+        """Judge a fault of the serving generation, and end requests that ranks cannot serve. Return rid -> reason."""
         self.outage = True
         self.forget_finished()
         named = evidence.rids.intersection(self._records)
@@ -147,9 +147,9 @@ class InflightRequests:
         return ended
 
     def replay(self, generation: int) -> int:
-        """Open the new generation's gate, send what was held back, and resume what is open in the order of isolation.
+        """Open the new generation's gate, send held messages, and resume open requests in the order of isolation.
 
-        Returns how many requests go on.
+        Returns how many requests were resumed.
         """
         self.forget_finished()
         self.outage, self.refusal = False, None
@@ -171,10 +171,10 @@ class InflightRequests:
         self._send(encode(message))
 
     def _release(self) -> None:
-        """Send what may go to the ranks by now."""
+        """Send the requests that may go to the ranks by now."""
         if self.outage or not self.isolation.waiting:
             return
-        self.forget_finished()  # what waits may have ended by itself: its client left, or it was aborted
+        self.forget_finished()  # a waiting request may have ended: its client left, or it was aborted
         now = time.monotonic()
         for rid in self.isolation.release(now):
             record = self._records.get(rid)
@@ -190,7 +190,7 @@ class InflightRequests:
         self._wake = None if at is None else self._tm.event_loop.call_later(at - now, self._release)
 
     def open_tokens(self) -> Iterator[tuple[Key, NDArray[np.int64]]]:
-        """Prompt and delivered tokens of each open request, after its extra key and cache salt."""
+        """Yield the extra key and cache salt of each open request, and its prompt and delivered tokens."""
         self.forget_finished()
         for rid, record in self._records.items():
             request, delivered = record.request(), self._tm.rid_to_state[rid].output_ids
@@ -198,7 +198,7 @@ class InflightRequests:
             yield (request.extra_key, request.cache_salt or None), tokens
 
     def reseed(self) -> Reseed:
-        """What a new detokenizer must know of the requests that have delivered tokens."""
+        """Make the message that tells a new detokenizer of the requests with delivered tokens."""
         self.forget_finished()
         message = Reseed(rids=[], decode_ids=[], context_tokens=[], sent_chars=[], skip_special=[], space_special=[])
         for rid, record in self._records.items():
@@ -215,7 +215,7 @@ class InflightRequests:
         return message
 
     def end_open(self, reason: str) -> int:
-        """End every open request with a clear error; returns how many. New ones are taken as before."""
+        """End every open request with a clear error; return how many. New ones are accepted as before."""
         rids = list(self._tm.rid_to_state)
         for rid in rids:
             self._forget(rid)
@@ -223,14 +223,14 @@ class InflightRequests:
         return len(rids)
 
     def give_up(self, reason: str) -> int:
-        """End every open request with a clear error, and refuse new ones until a replay; returns how many ended."""
+        """End every open request with a clear error, and refuse new ones until a replay; return how many ended."""
         self.refusal = reason
         self._held.clear()
         self.control_calls.end()
         return self.end_open(reason)
 
     def _repeat_control(self) -> None:
-        """Ask again what the dead scheduler did not answer."""
+        """Repeat control messages that the dead scheduler did not answer."""
         held = {kind for kind, _ in self._held}
         for name, kind in _REPEATABLE.items():
             call: Any = getattr(self._tm, name, None)
@@ -241,13 +241,13 @@ class InflightRequests:
                 self._send(self._control[kind])
 
     def _abort(self, message: AbortReq) -> None:
-        """End what is not with the ranks; tell them of the rest (``Scheduler.abort_request`` matches by prefix)."""
+        """End requests that are not with the ranks; tell ranks of the others (``abort_request`` takes prefixes)."""
         matching = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
         here = set(matching) if self.outage else set(self.isolation.waiting).intersection(matching)
         for rid in here:
             self._drop(rid)
         for rid in set(matching) - here:
-            self._tm.rid_to_state[rid].abort_sent = True  # should the ranks die before they have heard of it
+            self._tm.rid_to_state[rid].abort_sent = True  # in case the ranks die before they read it
         if not self.outage:
             self._send(encode(message))
             self._release()
@@ -260,12 +260,12 @@ class InflightRequests:
         reason: dict[str, Any] = {"type": "abort", "message": text}
         if status_code is not None:
             err_type = "InternalServerError" if status_code == 500 else "ServiceUnavailable"
-            # A bare number would not do: streams of OpenAI's and Anthropic's APIs then end as if they were complete
+            # A bare number would not do: streams of OpenAI's and Anthropic's APIs would end as if they were complete
             # (serving_chat._generate_chat_stream, serving_completions).
             reason |= {"status_code": HTTPStatus(status_code), "err_type": err_type}
         self._tm._handle_abort_req(AbortReq(rid=rid, finished_reason=reason))
         state = self._tm.rid_to_state.pop(rid, None)
-        if state is not None:  # a health check of SGLang's, which _handle_abort_req passes over
+        if state is not None:  # a health check of SGLang's, which _handle_abort_req ignores
             state.finished = True
             state.out_list.append({"text": "", "output_ids": [], "meta_info": {"id": rid, "finish_reason": reason}})
             state.event.set()

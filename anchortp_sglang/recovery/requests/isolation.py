@@ -1,11 +1,11 @@
-"""Which open requests go to a new generation, and when: what ranks keep dying with is tried apart from the others.
+"""Decides which open requests go to a new generation, and when; isolates requests that ranks keep dying with.
 
-A replay is a hypothesis. What was with the ranks in two faults in a row, and got next to nothing out of them, is a
+A replay is a hypothesis. A request that was with the ranks in two faults in a row, and got next to no tokens, is a
 suspect: it waits until the others go on, and is then tried in groups that halve with each further fault, until one is
 left. A fault while no other request can have been the cause convicts it; after some convictions it is ended.
 
-An exception of a rank, or a hang, says that the request cannot be served. A death by signal may have come from outside:
-then convictions count only if the ranks survived without the request in between, for longer and longer.
+An exception of a rank, or a hang, means that the request cannot be served. A death by signal may have come from
+outside: then convictions count only if the ranks survived without the request in between, for longer and longer.
 
 Pure: ``now`` is in seconds of any one clock.
 """
@@ -16,16 +16,16 @@ from typing import Literal
 
 SUSPECT_STRIKES = 2
 PROOF_TOKENS = 8
-"""New tokens after which a request has shown that ranks can serve it; or one, and ``PROOF_S`` without a fault."""
+"""New tokens that prove that ranks can serve a request; so does one token and ``PROOF_S`` without a fault."""
 PROOF_S = 2.0
 PATIENCE_S = 0.5
-"""How long requests that must be prefilled wait for those that only go on."""
+"""Time that requests that must be prefilled wait for those that only go on."""
 TRIAL_S = 2.0
-"""How long suspects wait for the proof of others. Where one is tried alone, new requests wait for its proof."""
+"""Time that suspects wait for the proof of others. Where one is tried alone, new requests wait for its proof."""
 QUARANTINE_LIMIT_S = 10.0
 CONTROL_S = (0.0, 1.0, 2.0, 4.0, 8.0)
-"""How long the ranks must survive without a request, by how often it was convicted, before it is tried again; and
-``CONTROL_RATIO`` times as long as they took to die with it, else faults that come from outside could convict it."""
+"""Time that ranks must survive without a request before it is tried again, by the number of its convictions; also at
+least ``CONTROL_RATIO`` times as long as they took to die with it. Otherwise faults from outside could convict it."""
 CONTROL_RATIO = 4.0
 CONTROL_LIMIT_S = 30.0
 CONVICTIONS = {"exception": 2, "hang": 2, "signal": len(CONTROL_S)}
@@ -35,9 +35,9 @@ Kind = Literal["exception", "hang", "signal"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a fault says of its cause. ``rids``: the requests that a rank's exception names; ``text``: its words.
+    """What a fault says of its cause. ``rids``: requests named by a rank's exception; ``text``: its words.
 
-    ``since``: when the ranks last made progress, if they hang: what was sent to them later cannot be the cause.
+    ``since``: when the ranks last made progress, if they hang: a request sent to them later cannot be the cause.
     """
 
     kind: Kind
@@ -48,9 +48,9 @@ class Evidence:
 
 @dataclass
 class Case:
-    """What is known of a request that ranks have not proven they can serve.
+    """The case of a request that ranks have not proven they can serve.
 
-    ``strikes``: faults in a row that it was part of. ``convictions``: of them, those without another possible cause.
+    ``strikes``: faults in a row that it was part of. ``convictions``: those of them without another possible cause.
     ``sent_at``: when it was given to the ranks of this generation, None if it was not. ``tokens``: new ones since.
     """
 
@@ -62,7 +62,7 @@ class Case:
     died_after_s: float = 0.0
 
     def proven(self, now: float) -> bool:
-        """Whether ranks have served it long enough."""
+        """Return whether ranks have served it long enough."""
         if self.tokens >= PROOF_TOKENS:
             return True
         return self.first_token_at is not None and now - self.first_token_at >= PROOF_S
@@ -73,7 +73,7 @@ class Case:
 
 
 class Isolation:
-    """Decides the order of replays. ``waiting``: requests that are open and not with the ranks, in their order."""
+    """Decides the order of replays. ``waiting``: open requests that are not with the ranks, in order."""
 
     def __init__(self) -> None:
         self._cases: dict[str, Case] = {}
@@ -81,7 +81,7 @@ class Isolation:
         self._new: list[str] = []
         self._suspects: list[str] = []
         self._first: set[str] = set()
-        """Of this replay, those that the others wait for."""
+        """Requests of this replay that the others wait for."""
         self._trial: set[str] = set()
         self._group = 0
         self._began = 0.0
@@ -94,12 +94,12 @@ class Isolation:
 
     @property
     def suspects(self) -> int:
-        """How many open requests are suspected now."""
+        """Number of open requests that are suspects now."""
         return sum(case.strikes >= SUSPECT_STRIKES for case in self._cases.values())
 
     def admit(self, rid: str, now: float) -> bool:
         """Take in a new request; True if it may go to the ranks at once, else ``release`` names it later."""
-        self.close(rid)  # of another request of that name, which has ended
+        self.close(rid)  # of an earlier request of that name, which has ended
         if self._new or self._quarantined(now):
             self._new.append(rid)
             return False
@@ -119,7 +119,7 @@ class Isolation:
             self._acquit(rid)
 
     def close(self, rid: str) -> None:
-        """Forget a request that is open no longer."""
+        """Forget a request that is no longer open."""
         self._acquit(rid)
         for queue in (self._going_on, self._new, self._suspects):
             if rid in queue:
@@ -137,7 +137,7 @@ class Isolation:
     # ---- faults
 
     def struck(self, evidence: Evidence, now: float) -> dict[str, str]:
-        """Judge a fault of a generation that served; returns rid -> reason of the requests to end.
+        """Judge a fault of a serving generation; return rid -> reason of the requests to end.
 
         The ranks are dead: no request is with them until ``replay``.
         """
@@ -153,7 +153,7 @@ class Isolation:
         if alone is not None:
             self._cases[alone].convictions += 1
         elif evidence.kind == "signal" and not named and not self._trial & present.keys():
-            # The ranks died with no suspect on trial: then it may have been somebody else each time.
+            # The ranks died without a suspect on trial: the cause may have been another one each time.
             for case in self._cases.values():
                 case.convictions = 0
         self._group = max(1, len(self._trial & present.keys() or present) // 2)
@@ -169,16 +169,16 @@ class Isolation:
             self._acquit(rid)
 
     def _renamed(self, evidence: Evidence, now: float) -> set[str]:
-        """Requests that had proven themselves, and that an exception names nevertheless: they are watched again."""
+        """Watch again those requests that an exception names although they were proven. Return their rids."""
         new = evidence.rids.difference(self._cases)
         self._cases |= {rid: Case(strikes=SUSPECT_STRIKES, sent_at=now) for rid in new}
         return set(new)
 
     def _alone(self, present: dict[str, Case], named: Collection[str], stuck_at: float) -> str | None:
-        """The suspect on trial that alone can have caused the fault.
+        """Return the suspect on trial that alone can have caused the fault.
 
-        That is the only one that was there or was named; or the one that was sent last, if the ranks had lived with all
-        others for long, and died right after: some need long for their first token, and cannot prove themselves.
+        That is the only request that was there or was named. Or it is the one sent last, if the ranks had lived with
+        all others for long and died right after it: some need long for their first token, and cannot prove themselves.
         """
         for blamed in (named, present):
             if len(blamed) == 1 and (rid := next(iter(blamed))) in self._trial:
@@ -194,8 +194,8 @@ class Isolation:
     def replay(self, requests: Iterable[tuple[str, bool]], now: float) -> None:
         """Queue all open requests, in order, for a generation that begins to serve.
 
-        ``requests``: of each its rid, and whether it has tokens already: then it goes on from kept KV in one step, and
-        goes first. What must be prefilled follows, then suspects. Nothing is sent until ``release`` names it.
+        ``requests``: each one's rid, and whether it has tokens already: then it goes on from kept KV in one step, and
+        goes first. Requests that must be prefilled follow, then suspects. Nothing is sent until ``release`` names it.
         """
         self._began = self._released_at = now
         self._quarantine_until = 0.0
@@ -214,7 +214,7 @@ class Isolation:
         self._suspects = [rid for _, _, rid in sorted(order, key=lambda entry: entry[:2])]
 
     def release(self, now: float) -> list[str]:
-        """Requests that go to the ranks now, in order. Ask again after progress, and at ``wake_at``."""
+        """Return the requests that go to the ranks now, in order. Call it again after progress, and at ``wake_at``."""
         released = self._send(self._going_on, now, waited_for=True)
         if self._new and self._may_prefill(now):
             released += self._send(self._new, now, waited_for=bool(self._suspects))
@@ -223,7 +223,7 @@ class Isolation:
         return released
 
     def wake_at(self, now: float) -> float | None:
-        """When time alone may release more; None if nothing waits."""
+        """Return when time alone may release more; None if no request waits."""
         if not self._new and not self._suspects:
             return None
         limits = [self._began + PATIENCE_S, self._released_at + TRIAL_S, self._quarantine_until]
@@ -245,7 +245,7 @@ class Isolation:
         return not self._quarantined(now) and (not self._first or now >= self._began + PATIENCE_S)
 
     def _may_try(self, now: float) -> bool:
-        """Whether the next suspects' time has come: all others have proven themselves, or had the time for it."""
+        """Return whether suspects may be tried: all others have proven themselves, or had the time for it."""
         if self._going_on or now < self._control_until():
             return False
         if self._next_is_alone() and not self._trial and not self._new and not self._quarantined(now):

@@ -1,6 +1,6 @@
 """Messages of TokenizerManager as values: encoded when they are dispatched, as SGLang would send them.
 
-TokenizerManager goes on with the objects that it dispatches (it puts unpicklable time stats back into them), so a
+TokenizerManager continues to use the objects that it dispatches (it puts unpicklable time stats back into them), so a
 message that is kept for later must not share anything with them.
 """
 
@@ -24,7 +24,7 @@ def encode(message: Any) -> bytes:
 
 
 def decode(message: bytes) -> Any:
-    """Decode a message of ours; as ``sock_recv`` would."""
+    """Decode a message of ours like ``sock_recv``."""
     return pickle.loads(message) if _PICKLED else msgpack_decode(message)
 
 
@@ -48,14 +48,14 @@ class Record:
         """Encode the message that makes ranks go on after ``delivered``, the output tokens that the client has."""
         request = self.request()
         fields = {name: getattr(request, name) for name in TokenizedGenerateReqInput.__struct_fields__}
-        # Each token is reported as it comes (SchedulerOutputStreamer), whatever the client wanted: the next fault finds
-        # more, and ranks can prove that they serve it.
+        # Each token is reported at once (SchedulerOutputStreamer), whatever the client wanted: the next fault finds
+        # more of them, and ranks can prove that they serve it.
         fields["stream"], request.sampling_params.stream_interval = True, 1
         return encode(Resume(**fields, delivered=delivered, cached_tokens=self.cached_tokens))
 
 
 def records_of(message: Any, encoded: bytes) -> dict[str, Record]:
-    """The generation requests in a message, by rid; none if it is of another kind. ``encoded``: the message."""
+    """Return the generation requests in a message, by rid; none for other kinds. ``encoded``: the message."""
     if isinstance(message, TokenizedGenerateReqInput):
         return {message.rid: Record(encoded)}
     batch = getattr(message, "batch", None) or ()
