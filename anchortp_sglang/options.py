@@ -125,7 +125,7 @@ class AnchorOptions:
     experimental_cuda: bool = _option(
         False,
         "experimental-cuda",
-        "allow --device cuda, whose code has never run on a GPU",
+        "allow --device cuda, where no recovery has come through yet",
     )
     share_gpus: bool = _option(
         False,

@@ -3,7 +3,7 @@
 #
 #   launch/8xgpu.sh /path/to/model [more flags of sglang or --anchor-...]
 #
-# EXPERIMENTAL: what GPUs need is written, but has never run on one (docs/cuda.md). Do not serve
+# EXPERIMENTAL: no recovery has come through on a GPU yet (docs/cuda.md). Do not serve
 # anybody with it before `make test-gpu` passes on your machine; launch/cpu-tp4.sh runs today.
 set -euo pipefail
 

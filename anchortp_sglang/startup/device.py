@@ -61,8 +61,8 @@ def choose_platform(given: Mapping[str, object], experimental_cuda: bool = False
         except ProbeError as error:
             raise ValueError(f"--device cuda: {error}") from None
     raise ValueError(
-        f"--device {device} is not supported; use --device cpu (for cuda, which has never run on a GPU, there is "
-        "--anchor-experimental-cuda)"
+        f"--device {device} is not supported; use --device cpu (for cuda, where no recovery has come through "
+        "yet, there is --anchor-experimental-cuda)"
     )
 
 

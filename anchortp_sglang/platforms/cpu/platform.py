@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NEVER_RAN = (
-    "what is written for GPUs has never run on one",
+    "no recovery has come through on a GPU yet",
     "use --device cpu, or try it with --anchor-experimental-cuda",
 )
 

@@ -136,7 +136,7 @@ class CudaPlatform:
 
 
 def _tell(shares: Sequence[GpuShare]) -> None:
-    log.warning("anchortp: --device cuda has never run on a GPU before this; see docs/cuda.md")
+    log.warning("anchortp: no recovery has come through with --device cuda yet; see docs/cuda.md")
     for device, gpu in enumerate(shares):
         log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
     if any(gpu.sharing == "ipc" for gpu in shares):

@@ -139,7 +139,9 @@ def test_all_refusals_are_told_at_once_and_cuda_says_when(defaults):
     assert len(text.splitlines()) == 4
     assert "--dp-size 2:" in text
     assert "--enable-lora:" in text
-    assert "has never run on one; use --device cpu, or try it with --anchor-experimental-cuda" in text
+    assert (
+        "no recovery has come through on a GPU yet; use --device cpu, or try it with --anchor-experimental-cuda" in text
+    )
 
 
 @pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])
