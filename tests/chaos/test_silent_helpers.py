@@ -3,7 +3,8 @@
 import contextlib
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
 
 import psutil
@@ -64,28 +65,33 @@ def stop(pid):
     until(lambda: process_state(pid) == "T", f"process {pid} was not stopped", poll_s=0)
 
 
+HOLD = """
+import os, signal, sys, time
+while True:
+    os.kill(int(sys.argv[1]), signal.SIGSTOP)
+    time.sleep(0.0001)
+"""
+
+
 class Held:
-    """A process that is stopped again whenever something lets it go on: as good as hung."""
+    """A process that is stopped again whenever something lets it go on: as good as hung.
+
+    By a process of its own: a thread would wait for this one's lock, and what is held would get on meanwhile.
+    """
 
     def __init__(self, pid):
-        self.pid, self._let_go = pid, threading.Event()
-        self._thread = threading.Thread(target=self._hold)
+        self.pid = pid
 
     def __enter__(self):
         stop(self.pid)
-        self._thread.start()
+        self._holder = subprocess.Popen([sys.executable, "-S", "-c", HOLD, str(self.pid)], stderr=subprocess.DEVNULL)
         return self
 
     def __exit__(self, *error):
-        self._let_go.set()
-        self._thread.join()
+        self._holder.kill()
+        self._holder.wait()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGCONT)
-
-    def _hold(self):
-        while not self._let_go.wait(0.0005):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGSTOP)
 
 
 def check(expected, histories):

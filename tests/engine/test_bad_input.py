@@ -219,7 +219,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(forge, places, checkpoint, tmp
         (
             "mlp.gate_up_proj.weight",
             {"sources": [["mlp.gate_proj.weight", "mlp"], ["mlp.gate_proj.weight", "mlp"]]},
-            "mlp.gate_proj.weight has shape (768, 320)",
+            "mlp.up_proj.weight",
         ),
         ("self_attn.q_norm.weight", {"only_if": ["no_such_key"]}, "self_attn.q_norm.weight"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anchortp_sglang.anchor.keeper import RunDirKeeper
+from anchortp_sglang.anchor.launch import AnchorProcess
 from anchortp_sglang.anchor.outside import remove_files
 from anchortp_sglang.kv.capacity import KVCapacity, kv_capacity
 from anchortp_sglang.planning.layout.extents import WeightPlacement
@@ -41,6 +42,7 @@ class ServerProcesses:
         self.plan = plan
         self._zygotes = Zygotes(zygote, reserve)
         self._reaper = Reaper()
+        self._resumed: set[int] = set()
         self.keeper = keeper
         self.anchors = Anchors(plan)
         self._capacities: dict[Ownership, KVCapacity] = {}
@@ -112,15 +114,25 @@ class ServerProcesses:
     # ---- what stands still
 
     def resume_stopped(self) -> None:
-        """Resume stopped processes (SIGSTOP), except ranks: in the worst case their memory is needed."""
-        found = [(f"zygote {zygote.pid}", resume(zygote.pid, zygote.pidfd)) for zygote in self._zygotes.all()]
-        found += [(f"anchor {a.pid}", resume(a.pid, a.pidfd)) for a in list(self.anchors.processes.values())]
+        """Resume stopped processes (SIGSTOP), except ranks: in the worst case their memory is needed.
+
+        Each once between two calls of ``prepare_next``. One that is stopped again is held, and would work so slowly
+        that no timeout found it.
+        """
+        found = [(f"zygote {zygote.pid}", self._resume(zygote)) for zygote in self._zygotes.all()]
+        found += [(f"anchor {anchor.pid}", self._resume(anchor)) for anchor in list(self.anchors.processes.values())]
         if self.detokenizer is not None:
-            found += [("detokenizer", resume(self.detokenizer.pid, self.detokenizer.pidfd))]
+            found += [("detokenizer", self._resume(self.detokenizer))]
         found += [("spare ranks", self._spares.resume() > 0)]
         for name, was_stopped in found:
             if was_stopped:
                 log.warning("anchortp: %s was stopped, and goes on now", name)
+
+    def _resume(self, process: Zygote | AnchorProcess | Child) -> bool:
+        if process.pid in self._resumed or not resume(process.pid, process.pidfd):
+            return False
+        self._resumed.add(process.pid)
+        return True
 
     # ---- ranks
 
@@ -131,6 +143,7 @@ class ServerProcesses:
         """
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
+        self._resumed.clear()
         self.resume_stopped()
         self._reaper.reap()
         try:
