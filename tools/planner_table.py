@@ -7,6 +7,7 @@ PYTHONPATH=. python tools/planner_table.py [docs/planner.md]
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from table_page import publish
@@ -83,6 +84,7 @@ def _cells(config: str, case: Case) -> Iterator[str]:
     yield _gigabytes(max(nbytes for answer in (adopt, contiguous) for nbytes in answer.plan.weight_bytes.values()))
 
 
+@cache
 def answer(config: str, case: Case, strategy: str) -> WhatIf:
     topology = replace(machine(MACHINE, case.devices), device_memory_bytes=(ENOUGH_BYTES,) * case.devices)
     model = plan_model(read_model_axes(json.loads((CONFIGS / f"{config}.json").read_text())))
