@@ -192,6 +192,7 @@ class Storm:
     def _find_leaks(self, tree: Tree, before: Any) -> None:
         try:
             tree.server.flush_cache()
+            self._polled(tree.server)  # /metrics puts the series of the dead together
             leaked = before.leaked(settled(tree, before))
         except UNANSWERED as error:
             self._problem(f"the server does not get quiet: {error}")
