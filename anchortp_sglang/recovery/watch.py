@@ -73,7 +73,7 @@ class HangWatch:
     """Tells whether a generation's counters stand still for too long. Pure: counters and times are arguments.
 
     A supposed hang may be a long step, which comes again after the recovery. So it waits twice as long each time, until
-    counters have moved for that long without a pause above the timeout.
+    counters have moved for that long without a pause above the timeout. A stopped rank is no long step.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -87,8 +87,11 @@ class HangWatch:
         self.waited_s = timeout_s
         """Seconds waited before the last hang was reported."""
 
-    def hung(self, generation: int, beats: tuple[int, ...], now: float) -> bool:
-        """Return whether no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers."""
+    def hung(self, generation: int, beats: tuple[int, ...], now: float, stopped: bool = False) -> bool:
+        """Return whether no counter of ``generation`` has moved for the timeout: one stuck rank stops its peers.
+
+        ``stopped``: whether a rank is stopped by a signal (state T).
+        """
         timeout_s = self.timeout_s * (_ALONE_FACTOR if len(beats) == 1 else 1)
         if self._seen is None or self._seen[0] != generation or now - self._since > timeout_s:
             self._steady_since = now
@@ -96,9 +99,12 @@ class HangWatch:
             if now - self._steady_since > timeout_s * self._patience:
                 self._patience = 1
             self._seen, self._since = (generation, beats), now
-        if now - self._since <= timeout_s * self._patience:
+        patience = 1 if stopped else self._patience
+        if now - self._since <= timeout_s * patience:
             return False
-        self.waited_s, self._patience = timeout_s * self._patience, min(2 * self._patience, _MOST_PATIENCE)
+        self.waited_s = timeout_s * patience
+        if not stopped:
+            self._patience = min(2 * patience, _MOST_PATIENCE)
         return True
 
     def reset(self) -> None:
@@ -115,8 +121,9 @@ async def watch_for_hang(watch: HangWatch, serving: Callable[[], Generation | No
             watch.reset()
             continue
         seen = {child.pid: usage(child.pid) for child in generation.ranks}
-        now = watch.time.advance(time.monotonic(), {pid: used for pid, used in seen.items() if used is not None})
-        if watch.hung(generation.number, beats, now):
+        living = {pid: used for pid, used in seen.items() if used is not None}
+        now = watch.time.advance(time.monotonic(), living)
+        if watch.hung(generation.number, beats, now, any(used.state == "T" for used in living.values())):
             watch.reset()
             return generation
 

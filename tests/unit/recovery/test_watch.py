@@ -49,6 +49,15 @@ def test_what_was_taken_for_a_hang_is_given_twice_the_time_when_it_comes_again()
     assert times == [3, 5, 9, 17, 17, 17]
 
 
+def test_a_stopped_rank_is_no_long_step_and_gets_no_patience():
+    watch = HangWatch(timeout_s=2.0)
+    for generation in range(4):
+        begin = 100.0 * generation
+        assert next(t for t in range(100) if watch.hung(generation, (5, 5), begin + t, stopped=True)) == 3
+        assert watch.waited_s == 2.0
+        watch.reset()
+
+
 def test_steady_progress_ends_that_patience():
     watch = HangWatch(timeout_s=2.0)
     assert [watch.hung(1, (5, 5), now) for now in (0.0, 2.1)] == [False, True]
