@@ -1,4 +1,4 @@
-"""What flags may say about the device, as data that each platform gives."""
+"""Rules for flags that concern the device, as data that each platform gives."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Platform(Protocol):
 
     @property
     def rules(self) -> DeviceRules:
-        """What flags may say about the device."""
+        """Rules for flags that concern the device."""
 
     def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
         """Work out the settings that SGLang needs. Values in ``given`` (by ServerArgs field) or ``environ`` stay.
@@ -143,7 +143,7 @@ class Platform(Protocol):
 
 
 class DeviceWatch(Protocol):
-    """What main learns of its devices besides the deaths of processes."""
+    """Main's watch over its devices, for faults besides the deaths of processes."""
 
     @property
     def errors(self) -> Mapping[int, str]:

@@ -13,7 +13,7 @@ import torch
 
 @dataclass
 class Moved:
-    """What a mover has done, for the log.
+    """Record of a mover's work, for the log.
 
     Seconds count from its start; ``layer_ready_s`` is by layer, None for what belongs to no layer.
     """

@@ -110,7 +110,7 @@ class Attachment:
         """(descriptor, bytes) of what is mapped, so that an anchor that dies can be given its segments back."""
         self._kv_bytes: torch.Tensor | None = None
         self.collectives: Any = None
-        """What the platform has made to take the place of SGLang's collectives; None where those stay."""
+        """The platform's replacement of SGLang's collectives; None where those stay."""
         self.groups: Any = None
         """The process groups that SGLang's coordinators share, where the platform has them do so."""
         self.built_config: Any = None

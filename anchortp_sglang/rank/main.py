@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What a forked process needs to become rank ``assignment.rank``."""
+    """Data that a forked process needs to become rank ``assignment.rank``."""
 
     assignment: Assignment
     server_args: Any

@@ -118,7 +118,7 @@ def _clean_up() -> None:
     for put_away in reversed(_put_away):
         try:
             put_away()
-        except Exception:
+        except Exception:  # the others must be put away all the same
             traceback.print_exc()
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

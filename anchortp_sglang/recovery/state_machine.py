@@ -204,7 +204,7 @@ class DeviceEvidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What has failed. ``lost``: devices whose memory is gone. ``device``: the one to name in the status."""
+    """Judgement of a fault. ``lost``: devices whose memory is gone. ``device``: the one to name in the status."""
 
     cause: Cause
     device: int

@@ -154,7 +154,7 @@ def shard_layout(model: ModelAxes, ownership: Ownership, rank: int) -> ShardLayo
 
 @dataclass(frozen=True)
 class _Form:
-    """What parameters of one likeness share in layers that are cut alike.
+    """Layout that parameters of one likeness share in layers that are cut alike.
 
     ``pieces`` are (block, start, length, start in its source), ``padding`` (start, length).
     """

@@ -181,7 +181,7 @@ class Recoveries:
         for observe in self.on_finished:
             try:
                 observe(recovery)
-            except Exception:
+            except Exception:  # a failing metric or trace must not fail the recovery
                 log.exception("anchortp: a recovery could not be reported")
 
     def last(self) -> Recovery | None:

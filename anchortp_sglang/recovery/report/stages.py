@@ -32,7 +32,7 @@ ABOUT = {
     "prefixes_rebuilt": "its prefix tree is rebuilt",
     "bound": "its scheduler is complete",
 }
-"""What has happened at the end of each stage, in the order of legends."""
+"""Events that end each stage, by its name, in the order of legends."""
 
 
 @dataclass(frozen=True)

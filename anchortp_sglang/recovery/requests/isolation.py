@@ -35,7 +35,7 @@ Kind = Literal["exception", "hang", "signal"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a fault says of its cause. ``rids``: requests named by a rank's exception; ``text``: its words.
+    """Evidence that a fault gives of its cause. ``rids``: requests named by a rank's exception; ``text``: its words.
 
     ``since``: when the ranks last made progress, if they hang: a request sent to them later cannot be the cause.
     """
