@@ -141,6 +141,7 @@ def storm(
     tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a new server.")] = 4,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Concurrent clients.")] = 6,
     slots: SlotsOption = 8192,
+    overlap: Annotated[bool, typer.Option("--overlap", help="Use SGLang's overlap schedule.")] = False,
     log: Annotated[
         Path | None,
         typer.Option("--log", metavar="FILE", help="Write every action as JSON lines, and keep servers' logs."),
@@ -161,7 +162,11 @@ def storm(
 
     _check_files(log)
     schedule = _checked(
-        lambda: storm_log.read(replay) if replay else storm_log.draw(seed, faults, kinds, requests, tp_size, clients)
+        lambda: (
+            storm_log.read(replay)
+            if replay
+            else storm_log.draw(seed, faults, kinds, requests, tp_size, clients, overlap)
+        )
     )
     writer = storm_log.Writer(log)
     with _measuring(ModelSize.TINY) as (model, folder, say):
@@ -169,7 +174,7 @@ def storm(
         asks = schedule.asks(VOCAB_SIZE)
         one = bench.Storm(asks, schedule.seed, schedule.clients, writer.write, say, limit_s)
         logs = str(folder / "storm" if log is None else log.with_suffix(""))
-        report = bench.run(model, schedule.tp_size, slots, one, schedule.bursts, folder, logs, say)
+        report = bench.run(model, schedule, slots, one, folder, logs, say)
     told = storm_view.summary(report)
     title = f"seed {schedule.seed}, TP={schedule.tp_size}, {schedule.clients} clients"
     typer.echo(json.dumps(told, indent=2)) if as_json else Console().print(storm_view.view(told, title))

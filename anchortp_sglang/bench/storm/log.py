@@ -11,13 +11,17 @@ from anchortp_sglang.bench.storm.schedule import Burst, bursts, chosen
 
 @dataclass(frozen=True)
 class Schedule:
-    """A storm's schedule, on which all its choices depend. ``requests``: the kinds of requests, all if empty."""
+    """A storm's schedule, on which all its choices depend. ``requests``: the kinds of requests, all if empty.
+
+    ``overlap``: whether servers use SGLang's overlap schedule.
+    """
 
     seed: int
     tp_size: int
     clients: int
     requests: tuple[str, ...]
     bursts: tuple[Burst, ...]
+    overlap: bool = False
 
     def asks(self, vocab_size: int) -> list[Ask]:
         """Return the requests of the wanted kinds."""
@@ -31,16 +35,19 @@ class Schedule:
             "clients": self.clients,
             "requests": list(self.requests),
             "bursts": [burst.to_json() for burst in self.bursts],
+            "overlap": self.overlap,
         }
 
 
-def draw(seed: int, faults: int, kinds: str, requests: str, tp_size: int, clients: int) -> Schedule:
+def draw(
+    seed: int, faults: int, kinds: str, requests: str, tp_size: int, clients: int, overlap: bool = False
+) -> Schedule:
     """Draw the schedule of a seed. Raises ValueError for unknown kinds."""
     wanted = () if requests == "all" else tuple(requests.split(","))
     known = {ask.kind for ask in asks(seed, 2048)}
     if unknown := [kind for kind in wanted if kind not in known]:
         raise ValueError(f"{unknown[0]!r} names no requests; there are {', '.join(sorted(known))}")
-    return Schedule(seed, tp_size, clients, wanted, tuple(bursts(seed, faults, chosen(kinds))))
+    return Schedule(seed, tp_size, clients, wanted, tuple(bursts(seed, faults, chosen(kinds))), overlap)
 
 
 def read(path: Path) -> Schedule:
@@ -48,7 +55,9 @@ def read(path: Path) -> Schedule:
     try:
         told = json.loads(path.read_text().partition("\n")[0])
         struck = tuple(Burst.from_json(burst) for burst in told["bursts"])
-        return Schedule(told["seed"], told["tp_size"], told["clients"], tuple(told["requests"]), struck)
+        return Schedule(
+            told["seed"], told["tp_size"], told["clients"], tuple(told["requests"]), struck, told["overlap"]
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no log of a storm: {error}") from error
 
