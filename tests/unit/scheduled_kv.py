@@ -38,7 +38,7 @@ IN_FLIGHT: Content = ()
 
 @dataclass(eq=False)
 class Step:
-    """A launched batch, as ``Scheduler.process_batch_result`` gets it (``ScheduleBatch.copy``), and what it computes."""
+    """A launched batch, as ``Scheduler.process_batch_result`` gets it (``ScheduleBatch.copy``); what it computes."""
 
     forward_mode: Any
     reqs: list[Any]
