@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from anchortp_sglang import start_log
 from anchortp_sglang.anchor.outside import remove_files
 from anchortp_sglang.hooks import preload
+from anchortp_sglang.hooks.flags import given_flags
 from anchortp_sglang.options import AnchorOptions, print_help, split_argv
 from anchortp_sglang.platforms.base import Platform, describe
 from anchortp_sglang.recovery import ending
@@ -24,8 +25,8 @@ def main(argv: Sequence[str]) -> None:
     ending.end_at_once_on_signals()
     try:
         options, rest = split_argv(argv)
-        given = device.given_flags(rest)
-        wants_help = "help" in given or "-h" in rest
+        given = given_flags(rest)
+        wants_help = "help" in given
         flags = {} if wants_help else given
         platform = device.choose_platform(flags, options.experimental_cuda)
         defaults = device.prepare(platform, flags, options.overlap)

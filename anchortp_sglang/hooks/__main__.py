@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from anchortp_sglang.hooks.flags import write_flags
 from anchortp_sglang.hooks.manifest import compare, write_manifest
 from anchortp_sglang.platforms.cpu import sgl_kernel_stub
 
@@ -11,13 +12,13 @@ from anchortp_sglang.platforms.cpu import sgl_kernel_stub
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare, or regenerate the manifest. Return the exit status, 1 on drift."""
     parser = argparse.ArgumentParser(prog="python -m anchortp_sglang.hooks", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the manifest of the installed SGLang")
+    parser.add_argument("--write", action="store_true", help="write manifest and flags of the installed SGLang")
     write = parser.parse_args(argv).write
     sgl_kernel_stub.install()  # the hooks' modules import SGLang, also without a GPU
     from anchortp_sglang.hooks.table import HOOKS
 
     if write:
-        print(f"{len(HOOKS)} hooks written to {write_manifest(HOOKS)}")
+        print(f"{len(HOOKS)} hooks written to {write_manifest(HOOKS)}, flags to {write_flags()}")
         return 0
     drifts = compare(HOOKS)
     for drift in drifts:

@@ -63,11 +63,16 @@ class DriftError(RuntimeError):
         )
 
 
-def manifest_path() -> Path:
-    """Return the manifest's path: beside the code in a wheel, in patches/ in a checkout."""
+def patches_folder() -> Path:
+    """Return the folder of the manifest: beside the code in a wheel, patches/ in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    packaged = package / "_patches" / _NAME
-    return packaged if packaged.is_file() else package.parent / "patches" / _NAME
+    packaged = package / "_patches"
+    return packaged if packaged.is_dir() else package.parent / "patches"
+
+
+def manifest_path() -> Path:
+    """Return the manifest's path."""
+    return patches_folder() / _NAME
 
 
 def write_manifest(hooks: Sequence[Hook], path: Path | None = None) -> Path:

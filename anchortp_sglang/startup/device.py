@@ -1,41 +1,13 @@
 """Settles what must be known before SGLang is imported: platform, environment, stand-ins. Imports no SGLang."""
 
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 from anchortp_sglang.platforms.base import Defaults, Platform
 from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.platforms.cuda.platform import CudaPlatform
 from anchortp_sglang.platforms.cuda.probe import ProbeError
 from anchortp_sglang.startup.folders import home_defaults
-
-_TP_FLAGS = ("--tp-size", "--tp", "--tensor-parallel-size")
-_ALIASES = dict.fromkeys(_TP_FLAGS, "tp_size") | {"--model": "model_path"}
-
-
-def given_flags(argv: Sequence[str]) -> dict[str, str]:
-    """Return ServerArgs field -> text for every flag of a command line and of its --config file (YAML)."""
-    given: dict[str, str] = {}
-    for index, token in enumerate(argv):
-        if token.startswith("--"):
-            flag, has_value, value = token.partition("=")
-            if not has_value:
-                value = argv[index + 1] if index + 1 < len(argv) else ""
-            given[_ALIASES.get(flag, flag[2:].replace("-", "_"))] = value
-    if "config" in given:
-        given = _config_file(given["config"]) | given
-    return given
-
-
-def _config_file(path: str) -> dict[str, str]:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from None
-    return {str(key).replace("-", "_"): str(value) for key, value in (settings or {}).items()}
 
 
 def tp_size_of(given: Mapping[str, object]) -> int:

@@ -15,8 +15,8 @@ from anchortp_sglang.planning.model.axes import read_model_axes, refuse_layout_o
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
 
-def check_given(given: Mapping[str, str], rules: DeviceRules) -> None:
-    """Check the flags of a command line (``device.given_flags``). Raises ValueError for the operator."""
+def check_given(given: Mapping[str, Any], rules: DeviceRules) -> None:
+    """Check the flags of a command line (``hooks.flags.given_flags``). Raises ValueError for the operator."""
     flags = {name: _value(text) for name, text in given.items()}
     refusals = check_server_args(flags, rules)
     if refusals:
@@ -36,7 +36,7 @@ def check_run_base(given: str | None) -> None:
         raise ValueError(f"the run directory cannot be made in {base}, as {existing} cannot be written: choose another")
 
 
-def architectures(given: Mapping[str, str]) -> list[str]:
+def architectures(given: Mapping[str, Any]) -> list[str]:
     """Return the model classes that config.json names; none if it cannot be read."""
     try:
         return list(read_config(Path(given["model_path"])).get("architectures") or [])
@@ -89,10 +89,10 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _value(text: Any) -> Any:
-    """Parse a flag's text. A bare switch is followed by the next flag or by nothing."""
+    """Parse a flag's text; what is none (a switch's True, a list) stays."""
     if not isinstance(text, str):
         return text
-    if text == "" or text.startswith("--") or text.lower() == "true":
+    if text.lower() == "true":
         return True
     if text.lower() in ("false", "none", "null"):
         return None
