@@ -28,7 +28,7 @@ class RunDirKeeper:
         self.made_again = 0
         self._outside: list[str] = []
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="anchortp-run-dir", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="anchortp-run-dir", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -59,6 +59,6 @@ class RunDirKeeper:
             self.made_again += 1
         self.lost = None
 
-    def _keep(self) -> None:
+    def _watch(self) -> None:
         while not self._end.wait(_LOOK_S):
             self.look()

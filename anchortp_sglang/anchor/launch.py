@@ -171,12 +171,12 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
     for name in packages:  # a namespace package has folders, but no file
         if spec := importlib.util.find_spec(name):
             origins += [os.path.dirname(where) for where in spec.submodule_search_locations or (spec.origin or "",)]
-    kept = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in _DROPPED_VARIABLES and not name.startswith("PYTHON")
     }
-    return {**kept, "PYTHONPATH": os.pathsep.join(dict.fromkeys(origins))}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(dict.fromkeys(origins))}
 
 
 def _private(path: str, flags: int) -> int:

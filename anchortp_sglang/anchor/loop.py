@@ -21,12 +21,12 @@ from anchortp_sglang.anchor.pids import start_ticks
 from anchortp_sglang.anchor.run_base import RunDirError, make_private
 from anchortp_sglang.anchor.state import (
     Action,
+    AdoptSegment,
     AnchorState,
     CloseSegment,
     ControllerDied,
     CreateSegment,
     Event,
-    KeepHandle,
     Phase,
     SealSegment,
     Terminated,
@@ -204,7 +204,7 @@ class Anchor:
             self._arena.seal(action.name)
         elif isinstance(action, CloseSegment):
             self._arena.close(action.name)
-        elif isinstance(action, KeepHandle):
+        elif isinstance(action, AdoptSegment):
             self._arena.adopt(action.name, fds[0], action.nbytes)
         else:
             self._watch(action.pid)

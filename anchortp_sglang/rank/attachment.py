@@ -122,7 +122,7 @@ class Attachment:
         """Map this rank's KV segment, writable, once; return its bytes."""
         if self._kv_bytes is None:
             assignment = self.assignment
-            fd, nbytes, _ = self._keep(assignment.device, kv_segment(self.kv_layout))
+            fd, nbytes, _ = self._open_recorded(assignment.device, kv_segment(self.kv_layout))
             parts = [Part(fd, 0, nbytes, writable=True)]
             self._kv_bytes, _ = assignment.platform.byte_tensor(assignment.device, parts)
         return self._kv_bytes
@@ -140,7 +140,7 @@ class Attachment:
 
         Raises AnchorError when the anchor refuses or does not answer.
         """
-        fd, nbytes, _ = self._keep(device, segment)
+        fd, nbytes, _ = self._open_recorded(device, segment)
         return map_fd(fd, nbytes, writable=writable)
 
     def map_briefly(self, device: int, segment: str) -> mmap.mmap:
@@ -155,7 +155,7 @@ class Attachment:
         """Return the bytes of this rank's shard, read-only. Raises like ``map``."""
         assignment = self.assignment
         shard = assignment.weights.shards[assignment.rank]
-        fds = {name: self._keep(assignment.device, name).fd for name in shard.sizes}
+        fds = {name: self._open_recorded(assignment.device, name).fd for name in shard.sizes}
         return self._shard_tensor(shard, fds, writable=False)[0]
 
     @contextmanager
@@ -206,7 +206,7 @@ class Attachment:
         ]
         return self.assignment.platform.byte_tensor(self.assignment.device, parts)
 
-    def _keep(self, device: int, segment: str) -> HandleGrant:
+    def _open_recorded(self, device: int, segment: str) -> HandleGrant:
         grant = self._open(device, segment)
         self.fds[device, segment] = grant.fd, grant.nbytes
         return grant

@@ -45,7 +45,7 @@ class Counters:
             thread.join()
 
     def count_tokens(self, reused: int, recomputed: int) -> None:
-        """Add tokens of a resumed request that were found in kept KV, and that had to be computed again."""
+        """Add tokens of a resumed request that were found in retained KV, and that had to be computed again."""
         self._counters[MAX_RANKS : MAX_RANKS + 2] += (reused, recomputed)
 
     def note_graphs(self) -> None:

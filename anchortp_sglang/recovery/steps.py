@@ -100,7 +100,7 @@ class Steps:
         ownership = self._next.plan(verdict.lost)
         recovery.generation = self._next.number
         recovery.stage("planned")
-        running = self._next.kept_first(ownership, inflight.open_tokens())
+        running = self._next.running_hashes(ownership, inflight.open_tokens())
         awake = asyncio.create_task(self._keep_helpers_awake())
         try:
             new = await self._begin(old, ownership, running, recovery, attempt)

@@ -170,10 +170,10 @@ class Anchors:
         old, new = self.segments_of(number, held), self.segments_of(number, weights)
         slot_tables = {slot_table_segment(each, self.plan.kv_of(each)) for each in (held.ownership, weights.ownership)}
         for device in (HOST_DEVICE, *weights.ownership.devices):
-            keep = old[device] | new[device]
+            needed = old[device] | new[device]
             if not kv_valid:
-                keep -= slot_tables if device == HOST_DEVICE else {name for name in keep if name.startswith("kv-")}
-            there = self._release(device, number, keep)
+                needed -= slot_tables if device == HOST_DEVICE else {name for name in needed if name.startswith("kv-")}
+            there = self._release(device, number, needed)
             if device != HOST_DEVICE and not held.shard_of(device).sizes.keys() <= there:
                 raise AnchorError(f"the anchor of device {device} holds less than it did")
 
@@ -183,13 +183,13 @@ class Anchors:
         Raises AnchorError after the last device, if one of them failed.
         """
         failed: AnchorError | None = None
-        keep = self.segments_of(generation.number, generation.weights)
+        needed = self.segments_of(generation.number, generation.weights)
         for device in (HOST_DEVICE, *generation.ownership.devices):
             try:
                 if device != HOST_DEVICE:
                     for segment in generation.weights.shard_of(device).sizes:
                         self.client(device).seal(generation.number, segment)
-                self._release(device, generation.number, keep[device])
+                self._release(device, generation.number, needed[device])
             except AnchorError as error:
                 failed = error
         if failed is not None:
@@ -227,13 +227,13 @@ class Anchors:
         finally:
             os.close(fd)
 
-    def _release(self, device: int, number: int, keep: Collection[str]) -> set[str]:
-        """Free all segments except ``keep``; return the names of those that are left."""
+    def _release(self, device: int, number: int, needed: Collection[str]) -> set[str]:
+        """Free all segments that are not ``needed``; return the names of those that are left."""
         client = self.client(device)
         there = {segment.name for segment in client.status().segments}
-        for name in there.difference(keep):
+        for name in there.difference(needed):
             client.release(number, name)
-        return there.intersection(keep)
+        return there.intersection(needed)
 
     def shut_down(self, number: int) -> None:
         """End all anchors and free their memory. Those that do not answer are killed."""

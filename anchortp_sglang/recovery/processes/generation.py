@@ -90,7 +90,7 @@ class Generation:
 
 
 def wait_dead(generation: Generation) -> None:
-    """Wait until every rank of a killed generation is dead, so that none can write to kept memory any more."""
+    """Wait until every rank of a killed generation is dead, so that none can write to retained memory any more."""
     for child in generation.ranks:
         while not died_within(child.pidfd, 1.0):
             log.warning("anchortp: process %d is not dead yet", child.pid)
@@ -99,14 +99,14 @@ def wait_dead(generation: Generation) -> None:
 def wait_ready(generation: Generation, timeout_s: float, stall: StallWatch | None = None) -> None:
     """Wait until every rank is ready. ``stall`` judges whether they make progress; None: only the timeout counts.
 
-    Raises StartFailed as soon as one fails or dies, or when they make no progress; KVUnusable unless all have kept the
-    same slots, and have the same free ones in the same order.
+    Raises StartFailed as soon as one fails or dies, or when they make no progress; KVUnusable unless all have
+    retained the same slots, and have the same free ones in the same order.
     """
     deadline = time.monotonic() + timeout_s
     generation.infos = [_wait_one(generation, index, deadline, stall) for index in range(len(generation.ranks))]
     digests = {info["rebuilt"].get("digest") for info in generation.infos}
     if len(digests) > 1:
-        raise KVUnusable(f"ranks kept different slots: {sorted(map(str, digests))}")
+        raise KVUnusable(f"ranks retained different KV slots: {sorted(map(str, digests))}")
 
 
 def _wait_one(generation: Generation, index: int, deadline: float, stall: StallWatch | None) -> dict[str, Any]:
