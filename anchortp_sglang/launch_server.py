@@ -25,17 +25,17 @@ def main(argv: Sequence[str]) -> None:
     try:
         options, rest = split_argv(argv)
         given = device.given_flags(rest)
-        wants_help = "help" in given or "-h" in rest
-        flags = {} if wants_help else given
+        is_help = "help" in given or "-h" in rest
+        flags = {} if is_help else given
         platform = device.choose_platform(flags, options.experimental_cuda)
         defaults = device.prepare(platform, flags)
-        if not wants_help:
+        if not is_help:
             preflight.check_given(given, platform.rules)
             preflight.check_run_base(options.run_dir)
             preload.leave_out_other_models(preflight.architectures(given))
     except ValueError as error:
         _refuse(error)
-    if wants_help:
+    if is_help:
         print_help()
         return
     _serve(options, [*rest, *device.as_arguments(defaults.flags)], describe(defaults), platform)
