@@ -91,7 +91,7 @@ def check_message(kind: str) -> str | None:
     """Return why TokenizerManager may not send a message of class ``kind`` to the ranks, or None."""
     if kind in SERVED_MESSAGES:
         return None
-    return f"{kind} is refused by anchortp-sglang: a recovery could not honour what it asks of the ranks."
+    return f"{kind} is refused by anchortp-sglang: its effect on the ranks would be lost in a recovery."
 
 
 def is_off(value: Any) -> bool:
@@ -150,8 +150,8 @@ def _check_device(view: Any, rules: DeviceRules) -> list[Refusal]:
 def _check_overlap(view: Any, rules: DeviceRules) -> list[Refusal]:
     if rules.may_overlap or _get(view, "disable_overlap_schedule") is not False:
         return []  # None: the launcher will set it
-    why = "a step is entered in the slot table before the next may start"
-    return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it")]
+    why = "each step must be in the slot table before the next one starts"
+    return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it to true")]
 
 
 KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}

@@ -51,7 +51,10 @@ class RunDirKeeper:
                 note_outside(self.run_dir.path, self._outside)
         except (OSError, RunDirError) as error:
             if self.lost is None:
-                log.error("anchortp: %s; the next fault cannot be survived: restart the server", error)
+                log.error(
+                    "anchortp: %s; the next fault cannot be survived: restart the server with another --anchor-run-dir",
+                    error,
+                )
             self.lost = str(error)
             return
         if made or self.lost is not None:

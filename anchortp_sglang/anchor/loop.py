@@ -154,7 +154,7 @@ class Anchor:
 
     def _answer_control(self, payload: bytes) -> m.Reply:
         if len(payload) > m.MAX_MESSAGE_BYTES:
-            return self._refused("bad_message", f"{len(payload)} bytes are too many", "oversized")
+            return self._refused("bad_message", f"a message of {len(payload)} bytes is too long", "oversized")
         try:
             request = m.decode_control(payload)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -177,7 +177,7 @@ class Anchor:
 
     def _checked(self, request: m.AdoptHandle, fds: Sequence[int]) -> m.AdoptHandle:
         if not fds:
-            raise BadHandle("no handle came with the message")
+            raise BadHandle("the message came without a file descriptor")
         # The segment may have been sealed without its sender's knowledge.
         sealed = self._arena.verify(fds[0], request.nbytes, request.sealed)
         return msgspec.structs.replace(request, sealed=sealed)
@@ -254,7 +254,7 @@ class Anchor:
     def _count(self, reason: str, text: str = "") -> None:
         self._dropped[reason] += 1
         if self._dropped[reason] == 1:  # a flood must not fill the disk
-            log(f"dropped or refused, counted from now on: {reason} {text}")
+            log(f"dropped or refused a message; more of this kind are only counted: {reason} {text}")
 
 
 def _failure(error: Exception) -> m.ReasonCode:

@@ -179,7 +179,7 @@ def _linger(state: AnchorState, event: ControllerDied, now: float) -> Step:
 def _expire(state: AnchorState, event: Tick, now: float) -> Step:
     if state.linger_deadline is None or now < state.linger_deadline:
         return Step(state=state, reason="lingering")
-    return Step(state=_closed(state), reason="nobody attached in time")
+    return Step(state=_closed(state), reason="no server attached in time")
 
 
 def _terminate(state: AnchorState, event: Terminated, now: float) -> Step:
@@ -195,7 +195,7 @@ def _closed(state: AnchorState) -> AnchorState:
 
 
 def _going_away(state: AnchorState, event: m.Request, now: float) -> Step:
-    return refuse(state, "closed", "the anchor is going away")
+    return refuse(state, "closed", "the anchor is shutting down")
 
 
 _OWNED_RULES: dict[type, Rule] = {

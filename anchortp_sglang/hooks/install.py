@@ -56,7 +56,7 @@ class HookError(RuntimeError):
     def __init__(self, problems: dict[str, str]) -> None:
         self.problems = problems
         lines = "".join(f"\n  {target}: {problem}" for target, problem in problems.items())
-        super().__init__(f"{len(problems)} hook(s) into SGLang did not take:{lines}")
+        super().__init__(f"{len(problems)} hook(s) into SGLang could not be installed:{lines}")
 
 
 def install(hooks: Sequence[Hook]) -> None:

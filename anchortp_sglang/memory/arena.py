@@ -238,7 +238,9 @@ class MemfdArena:
         """Compare ``inspect_handle`` of ``fd`` with the claims; return whether it is sealed by now."""
         facts = inspect_handle(fd)
         if facts.nbytes != nbytes or (sealed and not facts.sealed):
-            raise BadHandle(f"the handle has {facts.nbytes} bytes, sealed: {facts.sealed}, unlike the message")
+            raise BadHandle(
+                f"the handle has {facts.nbytes} bytes (sealed: {facts.sealed}), the message says {nbytes} ({sealed})"
+            )
         return facts.sealed
 
     def adopt(self, name: str, fd: int, nbytes: int) -> None:

@@ -38,7 +38,7 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
     try:
         warm_up()
     except Exception:
-        log.exception("anchortp: a spare child was not warmed up")  # it can do without
+        log.exception("anchortp: the warm-up of a spare rank failed; it is used without")
     if spec is not None:
         _join(spec)
     pipe.send(None)

@@ -134,7 +134,7 @@ class Coordinator:
         if self._tm.gracefully_exit and self._idle():
             self.stop()  # SGLang has asked its schedulers to leave
         if self._idle():
-            self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
+            self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
         self._advance(Event(EventKind.FAULT, reason))
 
     # ---- the machine's shell
@@ -189,7 +189,7 @@ class Coordinator:
         self._progress.recovery.exception = found.text if found.kind == "exception" else ""
         starting = self._tm.server_status.value == "Starting"
         if self.culprits.judge(found, self.inflight, self.state, time.monotonic(), starting):
-            self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
+            self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
 
     def _carry_out(self, action: Action) -> None:
         """Take the step for an action, and report to the state machine how it went."""

@@ -104,7 +104,7 @@ class _Draining:
         if inflight is not None and inflight.refusal is not None:
             inflight.give_up(inflight.refusal)
         await asyncio.sleep(_LAST_WORDS_S)
-        _say("nothing is left to be answered: ending")
+        _say("no open request can be answered any more: ending")
         _clean_up()
         os._exit(0)
 

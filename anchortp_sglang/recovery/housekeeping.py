@@ -32,7 +32,7 @@ class Housekeeping:
             await in_thread(self._processes.anchors.seal_and_free, generation)
             await in_thread(self._processes.kv_capacity, generation.ownership)  # before the status asks on this loop
         except AnchorError as error:
-            log.info("anchortp: generation %d was not settled: %s", generation.number, error)
+            log.info("anchortp: unused memory is not freed yet (generation %d): %s", generation.number, error)
 
     async def look_after_helpers(self, generation: Generation) -> None:
         """Fork the next ranks once the first tokens are out, and check from then on that all helpers answer."""
@@ -41,5 +41,7 @@ class Housekeeping:
             try:
                 await in_thread(self._processes.prepare_next, generation.ownership.tp_size, self._spare_ranks)
             except Exception:
-                log.exception("anchortp: helpers were not looked after")  # the next look may succeed
+                log.exception(
+                    "anchortp: a check of the helper processes failed; the next one is in %g s", _LOOK_EVERY_S
+                )
             await asyncio.sleep(_LOOK_EVERY_S)

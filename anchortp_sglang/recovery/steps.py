@@ -43,7 +43,7 @@ class Attempt:
     def check(self) -> None:
         """Raise Unrecoverable if the attempt was abandoned; the event of such a step is ignored."""
         if not self.is_current():
-            raise Unrecoverable("abandoned")
+            raise Unrecoverable("the attempt was abandoned")
 
 
 class Steps:

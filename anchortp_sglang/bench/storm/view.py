@@ -59,7 +59,7 @@ def _requests(report: Report) -> dict[str, Counter[str]]:
 
 
 def view(figures: dict[str, Any], title: str) -> RenderableType:
-    """Make the tables of ``told``, which ``summary`` returned."""
+    """Make the tables of ``figures``, which ``summary`` returned."""
     faults = _table(f"{title}: faults", figures["faults"], ("effect", "no effect", "no victim"))
     requests = _table("requests", figures["requests"], ("right", "wrong", "failed"))
     tfs = figures["tfs_s"]

@@ -103,7 +103,7 @@ class Restoration(threading.Thread):
         if not len(retained.slots) or stays:
             return
         if self._into is None:
-            raise RestorationFailed("KV does not move between devices here")
+            raise RestorationFailed("this platform cannot move KV between devices")
         moves = kv_moves(assignment.model, assignment.ownership, assignment.rank, held)
         self.moved = move_retained(retained, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:

@@ -132,7 +132,7 @@ class Anchors:
             try:
                 self.client(device, _FENCE_TIMEOUT_S).fence(generation)
             except AnchorTimeout as error:
-                log.warning("anchortp: %s: its memory goes to a new one", error)
+                log.warning("anchortp: %s; a new anchor takes over its memory", error)
                 self._replace_silent(device, generation)
 
     def _replace_silent(self, device: int, generation: int) -> None:
@@ -175,7 +175,7 @@ class Anchors:
                 needed -= slot_tables if device == HOST_DEVICE else {name for name in needed if name.startswith("kv-")}
             there = self._release(device, number, needed)
             if device != HOST_DEVICE and not held.shard_of(device).sizes.keys() <= there:
-                raise AnchorError(f"the anchor of device {device} holds less than it did")
+                raise AnchorError(f"the anchor of device {device} has lost segments of its weights")
 
     def seal_and_free(self, generation: Generation) -> None:
         """Seal this generation's weights and free the segments that belong to no generation any more.
@@ -243,7 +243,9 @@ class Anchors:
                 try:
                     self.client(device, _END_TIMEOUT_S).shutdown(number)
                 except Exception as error:
-                    log.warning("anchortp: anchor %s did not take the shutdown (%s)", device, error)
+                    log.warning(
+                        "anchortp: the anchor of device %s did not shut down (%s); it is ended by signal", device, error
+                    )
                     _terminate(anchor)
 
 

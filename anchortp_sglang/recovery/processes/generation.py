@@ -116,8 +116,8 @@ def _wait_one(generation: Generation, index: int, deadline: float, stall: StallW
             _receive(generation, dead)  # a dead rank's pipe ends, after its last message if it sent one
         if stall is not None and stall.stalled([usage(child.pid) for child in generation.ranks], time.monotonic()):
             stopped = [rank for rank, child in enumerate(generation.ranks) if process_state(child.pid) == "T"]
-            who = f"rank {stopped[0]} is stopped" if stopped else "all of them wait"
-            raise StartFailed(f"the ranks do not get on with their start: {who}")
+            who = f"rank {stopped[0]} is stopped" if stopped else "all of them sleep"
+            raise StartFailed(f"the ranks make no progress with their start: {who}")
         if time.monotonic() > deadline:
             raise StartFailed(f"rank {index} was not ready in time")
     return _receive(generation, index)

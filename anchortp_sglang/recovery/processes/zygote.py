@@ -63,7 +63,7 @@ class Child:
         try:
             self.pipe.send((target, argument))
         except BlockingIOError as error:
-            raise ZygoteError(f"process {self.pid} does not read what it is told") from error
+            raise ZygoteError(f"process {self.pid} does not read its assignment") from error
 
     def kill(self) -> None:
         try:

@@ -182,7 +182,7 @@ class Recoveries:
             try:
                 observe(recovery)
             except Exception:  # a failing metric or trace must not fail the recovery
-                log.exception("anchortp: a recovery could not be reported")
+                log.exception("anchortp: a recovery is missing in metrics or traces")
 
     def last(self) -> Recovery | None:
         return self._ring[-1] if self._ring else None

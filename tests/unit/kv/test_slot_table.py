@@ -133,7 +133,7 @@ def test_malformed_runs_are_refused_and_nothing_is_written() -> None:
     before = bytes(buffer)
     with pytest.raises(ValueError, match="padding slot"):
         table.commit_run([1, 0], [1, 2], 0)
-    with pytest.raises(ValueError, match="one token and parent per slot"):
+    with pytest.raises(ValueError, match="one token and one parent"):
         table.commit_run([1, 2], [1], 0)
     assert table.commit_run([], [], 0)
     assert bytes(buffer) == before

@@ -114,7 +114,7 @@ class TestPlan:
 
     def test_there_is_a_mirror_or_a_reason(self, chosen: Platform) -> None:
         memory = plan(chosen)
-        assert memory.mirror_said
+        assert memory.mirror_text
         assert memory.mirror is None or memory.platform.moves_kv, "nothing could be read back from it"
 
     def test_it_survives_the_pipe_to_a_rank(self, planned: Platform) -> None:
