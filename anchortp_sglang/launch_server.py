@@ -25,17 +25,17 @@ def main(argv: Sequence[str]) -> None:
     try:
         options, rest = split_argv(argv)
         given = device.given_flags(rest)
-        is_help = "help" in given or "-h" in rest
-        flags = {} if is_help else given
+        wants_help = "help" in given or "-h" in rest
+        flags = {} if wants_help else given
         platform = device.choose_platform(flags, options.experimental_cuda)
         defaults = device.prepare(platform, flags)
-        if not is_help:
+        if not wants_help:
             preflight.check_given(given, platform.rules)
             preflight.check_run_base(options.run_dir)
             preload.leave_out_other_models(preflight.architectures(given))
     except ValueError as error:
         _refuse(error)
-    if is_help:
+    if wants_help:
         print_help()
         return
     _serve(options, [*rest, *device.as_arguments(defaults.flags)], describe(defaults), platform)

@@ -150,8 +150,8 @@ def _check_device(view: Any, rules: DeviceRules) -> list[Refusal]:
 def _check_overlap(view: Any, rules: DeviceRules) -> list[Refusal]:
     if rules.may_overlap or _get(view, "disable_overlap_schedule") is not False:
         return []  # None: the launcher will set it
-    why = "each step must be in the slot table before the next one starts"
-    return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it to true")]
+    why = "a step is entered in the slot table before the next may start"
+    return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it")]
 
 
 KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}
