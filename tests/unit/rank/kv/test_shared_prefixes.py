@@ -51,8 +51,8 @@ def test_a_request_that_is_moved_to_the_slots_of_another_is_kept_whole_at_every_
         except Killed:
             promised = server.promised
             successor = Server(SLOTS, page_size, core)
-            retained = successor.take_over(buffer, server.written)
-            assert promised <= {server.written[slot] for slot in retained.slots.tolist()}
+            kept = successor.take_over(buffer, server.written)
+            assert promised <= {server.written[slot] for slot in kept.slots.tolist()}
             successor.prefixes.start_writing()
             successor.check()
     assert kill > len(common), "the first of these stores forget its own slots"
@@ -132,12 +132,12 @@ class SharedPrefixes(RuleBasedStateMachine):
         old = self.server
         self.waiting = [again(req) for req in (open_requests or self.open_requests())]
         self.server = Server(SLOTS, self.page_size, self.core)
-        retained = self.server.take_over(self.buffer, old.written)
-        contents = [old.written[slot] for slot in retained.slots.tolist()]
+        kept = self.server.take_over(self.buffer, old.written)
+        contents = [old.written[slot] for slot in kept.slots.tolist()]
         ends = [content for content in contents if (len(content) - 1) % self.page_size == 0]
         assert old.promised <= set(ends), "something committed is not kept"
         assert len(ends) == len(set(ends)), "something is kept twice"
-        assert sorted(self.server.tree.all_values_flatten().tolist()) == retained.slots.tolist()
+        assert sorted(self.server.tree.all_values_flatten().tolist()) == kept.slots.tolist()
         try:
             with killed_after(kill):
                 self.server.prefixes.start_writing()
