@@ -26,13 +26,13 @@ from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.base import Platform
 from anchortp_sglang.rank.heartbeat import Counters
 
-if TYPE_CHECKING:  # what hangs on an attachment knows it, and not the other way round
+if TYPE_CHECKING:  # these modules import this one
     from anchortp_sglang.rank.kv.prefixes import Prefixes
     from anchortp_sglang.rank.weights.loader import Filler
 
 HOST_DEVICE = -1
 
-_ANCHOR_TIMEOUT_S = 4.0  # it has answered main a moment ago, and a handle takes it microseconds
+_ANCHOR_TIMEOUT_S = 4.0  # main has just had an answer from it, and opening a handle takes microseconds
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Attachment:
         self.built_config: Any = None
         """The ModelConfig of the model that is being built; None before and after."""
         self.serving = False
-        """Whether all ranks of the generation are ready, so that requests are taken; only rank 0 is told."""
+        """Whether all ranks of the generation are ready, so that requests are taken; set on rank 0 only."""
 
     def kv_tensor(self) -> torch.Tensor:
         """Map this rank's KV segment, writable, once; return its bytes."""

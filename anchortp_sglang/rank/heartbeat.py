@@ -49,7 +49,7 @@ class Counters:
         self._counters[MAX_RANKS : MAX_RANKS + 2] += (reused, recomputed)
 
     def note_graphs(self) -> None:
-        """Note that rank 0's decode graphs are captured; those of the other ranks say nothing."""
+        """Note that decode graphs are captured; only rank 0 writes it."""
         if self._rank == 0:
             self._counters[MAX_RANKS + 2] = 1
 

@@ -151,7 +151,7 @@ class Coordinator:
         elif action is Action.RESUME:
             assert self.generation is not None
             self._watch_over(self.generation)
-            self._spawn(self._housekeeping.settle(self.generation))
+            self._spawn(self._housekeeping.seal_and_free(self.generation))
             self._progress.resumed()
         elif action is Action.GIVE_UP:
             self._give_up(reason)
@@ -159,9 +159,9 @@ class Coordinator:
             self._carry_out(action)
 
     def _watch_over(self, generation: Generation) -> None:
-        """Watch and look after a generation that serves from now on."""
+        """Begin to watch a generation that serves from now on, and check its helpers."""
         self._detection.watch(generation)
-        self._spawn(self._housekeeping.look_after_helpers(generation))
+        self._spawn(self._housekeeping.check_helpers(generation))
         self._spawn(self._graphs.capture(generation))
 
     def _begin(self, before: state_machine.State, reason: str) -> None:

@@ -112,7 +112,7 @@ def judge(request: Request, expected: Answer | None, got: Answer) -> Verdict:
     else:
         if request.way == "abort" and not got.ended:
             return Verdict("failed", "an aborted stream did not end")
-        problem = _not_begun_with(expected, got)
+        problem = _prefix_difference(expected, got)
     if problem is None:
         return RIGHT
     return Verdict("wrong", problem, max(1, wrong_tokens(expected, got, request.way == "whole")))
@@ -135,7 +135,7 @@ def _whole(answer: Answer) -> dict[str, Any]:
     return {"choices": answer.choices, "usage": answer.usage}
 
 
-def _not_begun_with(expected: Answer, got: Answer) -> str | None:
+def _prefix_difference(expected: Answer, got: Answer) -> str | None:
     for number, choice in got.choices.items():
         name = "output_ids" if "output_ids" in choice else "text"
         if number not in expected.choices:
@@ -157,7 +157,7 @@ def wrong_tokens(expected: Answer, got: Answer, to_the_end: bool) -> int:
 
 
 def difference(expected: Any, got: Any, where: str = "") -> str | None:
-    """Say where and how two answers differ; None if they are equal. Floats (logprobs) may differ a little."""
+    """Describe where and how two answers differ; None if they are equal. Floats (logprobs) may differ a little."""
     if isinstance(expected, float) and isinstance(got, float):
         same = expected == got or abs(expected - got) <= LOGPROB_TOLERANCE
     elif isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():

@@ -64,7 +64,7 @@ def plan_kv(
 def plan_mirror(
     model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available: MemoryRoom
 ) -> tuple[MirrorPlan | None, str]:
-    """Plan the KV mirror; also return in a few words what was decided and why.
+    """Plan the KV mirror; also return a short text: what was decided, and why.
 
     Raises ValueError for a mirror that was asked for but is not possible.
     """

@@ -1,4 +1,4 @@
-"""Tells main which of its GPUs are lost: as the health process reports, and by a probe when ranks have died."""
+"""Notes which GPUs are lost: by the reports of the health process, and by a probe when ranks have died."""
 
 import asyncio
 import logging

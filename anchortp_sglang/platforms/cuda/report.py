@@ -1,4 +1,4 @@
-"""Reports in words what anchors on GPUs would find on this machine."""
+"""Describes the GPUs of this machine for ``anchortp doctor``."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Restoration(threading.Thread):
             self.finished_at = time.monotonic()
             self._done.set_result(None)
         except BaseException as error:
-            # An anchor that does not answer has died: another fault, which says nothing about the KV.
+            # An anchor that does not answer has died: another fault, after which the KV may still be usable.
             seen = error if isinstance(error, AnchorError) else RestorationFailed(repr(error))
             for future in (self._retained, self._done):
                 if not future.done():

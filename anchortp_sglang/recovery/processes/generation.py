@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class StartFailed(RuntimeError):
-    """Ranks that did not come up. ``own``: why one of them failed by itself, empty if it did not report it."""
+    """Ranks did not start. ``own``: the failure that one of them reported; empty if none did."""
 
     def __init__(self, text: str, own: str = "") -> None:
         super().__init__(text)
@@ -28,7 +28,7 @@ class StartFailed(RuntimeError):
 
 
 class KVUnusable(StartFailed):
-    """KV of the last generation that cannot be used, or about which ranks disagree: try again without it."""
+    """KV of the last generation cannot be used, or ranks retained different slots: try again without it."""
 
 
 @dataclass

@@ -111,13 +111,13 @@ class ServerProcesses:
             self.detokenizer.kill()
             raise StartFailed(f"the detokenizer did not start in {_DETOKENIZER_TIMEOUT_S:g} s")
 
-    # ---- what stands still
+    # ---- stopped processes
 
     def resume_stopped(self) -> None:
-        """Resume stopped processes (SIGSTOP), except ranks: in the worst case their memory is needed.
+        """Resume stopped processes (SIGSTOP) other than ranks, as a recovery needs them.
 
-        Each once between two calls of ``prepare_next``. One that is stopped again is held, and would work so slowly
-        that no timeout found it.
+        Each is resumed once between two calls of ``prepare_next``: one that is stopped again and again would work very
+        slowly, but never reach a timeout.
         """
         found = [(f"zygote {zygote.pid}", self._resume(zygote)) for zygote in self._zygotes.all()]
         found += [(f"anchor {anchor.pid}", self._resume(anchor)) for anchor in list(self.anchors.processes.values())]

@@ -103,7 +103,7 @@ def ticks(total_s: float, most: int = 6) -> list[float]:
 
 
 def headline(recovery: Mapping[str, Any]) -> str:
-    """Say in a few words what happened."""
+    """Describe a recovery in a few words."""
     device, left = recovery.get("device", -1), len(recovery.get("ranks") or [])
     lost = recovery.get("lost") or [device]
     width = f", on with TP={left}" if left else ""

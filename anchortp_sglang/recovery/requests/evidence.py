@@ -1,4 +1,4 @@
-"""Weighs the last reports of dead ranks: which requests a fault speaks against."""
+"""Derives evidence from the last reports of dead ranks: which requests may have caused a fault."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from anchortp_sglang.recovery.requests.isolation import Evidence
 
 
 def evidence(crashes: Sequence[Crash | None], hung_since: float | None, reason: str) -> Evidence:
-    """Weigh a fault. ``crashes``: each dead rank's Crash, None if it reported none.
+    """Derive the evidence of a fault. ``crashes``: each dead rank's Crash, None if it reported none.
 
     ``hung_since``: when the ranks last made progress, None if they did not hang. ``reason``: the fault's, for the log.
     """

@@ -35,7 +35,7 @@ Kind = Literal["exception", "hang", "signal"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Evidence that a fault gives of its cause. ``rids``: requests named by a rank's exception; ``text``: its words.
+    """Evidence of a fault's cause. ``rids``: requests named by a rank's exception; ``text``: the exception's.
 
     ``since``: when the ranks last made progress, if they hang: a request sent to them later cannot be the cause.
     """
