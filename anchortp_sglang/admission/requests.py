@@ -110,7 +110,7 @@ _SERVED_ROUTES = """
 SERVED_ROUTES = frozenset(_SERVED_ROUTES.split())
 
 # Messages (classes of ``managers/io_struct.py``) that TokenizerManager may send to the ranks; all others are refused.
-# The only state they leave in ranks is log levels and frozen garbage, which a new generation does without.
+# They leave only log levels and frozen garbage in the ranks, which a new generation does not need.
 _SERVED_MESSAGES = """
     TokenizedGenerateReqInput BatchTokenizedGenerateReqInput AbortReq FlushCacheReqInput GetInternalStateReq
     ConfigureLoggingReq FreezeGCReq ShutdownReq

@@ -74,7 +74,7 @@ def start_anchor(
 
     It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` has died. ``identity`` names the
     model and ownership that its memory is for. ``generation``: the one at which it is fenced from the start, if it
-    replaces a dead anchor. ``arena``: what its segments are made of. Raises ``AnchorStartError`` if it is not ready
+    replaces a dead anchor. ``arena``: kind of memory of its segments. Raises ``AnchorStartError`` if it is not ready
     within ``timeout_s``, or if the device already has an anchor here.
     """
     files = AnchorFiles(str(run_dir), device)

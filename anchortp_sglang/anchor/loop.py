@@ -72,7 +72,7 @@ class Anchor:
             for source, _ in self._poller.poll(self._wait_ms()):
                 try:
                     self._serve(source)
-                except Exception:  # the memory is worth more than any one message
+                except Exception:  # an error in one message must not cost the memory
                     self._count("internal_error", traceback.format_exc())
                     time.sleep(_ERROR_PAUSE_S)
             self._handles.expire(time.monotonic())
@@ -114,7 +114,7 @@ class Anchor:
 
     def _make_control(self) -> zmq.Socket[bytes]:
         control = self._context.socket(zmq.ROUTER)
-        # Beyond this libzmq cuts the connection, unseen by us; a little too long is refused and counted.
+        # libzmq closes the connection of a longer message by itself; up to here it is refused and counted.
         control.setsockopt(zmq.MAXMSGSIZE, 2 * m.MAX_MESSAGE_BYTES)
         control.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
         control.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
@@ -149,7 +149,7 @@ class Anchor:
             return self._count("multipart")
         sender, payload = frames
         reply = self._answer_control(payload)
-        # Non-blocking: to a client that is gone, or reads no replies, a ROUTER drops.
+        # Non-blocking: a ROUTER drops replies to clients that are gone or do not read.
         self._control.send_multipart([sender, m.encode(reply)], zmq.NOBLOCK)
 
     def _answer_control(self, payload: bytes) -> m.Reply:

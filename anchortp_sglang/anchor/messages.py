@@ -131,7 +131,7 @@ class OpenHandle(Message, frozen=True, kw_only=True):
 
 
 class AdoptHandle(Message, frozen=True, kw_only=True):
-    """Request that a restarted anchor keeps a segment, whose file descriptor is sent with it (handles socket)."""
+    """Request that a restarted anchor holds a segment, whose file descriptor is sent with it (handles socket)."""
 
     name: SegmentName
     nbytes: Bytes

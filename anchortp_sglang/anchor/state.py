@@ -126,4 +126,4 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     state: AnchorState
     reason: str
     actions: tuple[Action, ...] = ()
-    reply: m.Reply | None = None  # None also for Status, whose answer takes a look at the memory
+    reply: m.Reply | None = None  # None also for Status, which the loop answers

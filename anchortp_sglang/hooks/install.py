@@ -1,8 +1,8 @@
 """Installs hooks through SGLang's registry, and verifies each.
 
 ``HookRegistry`` (srt/plugins/hook_registry.py, 0.5.23) logs and goes on when a hook cannot be applied. A server with
-half of its hooks would silently lose requests, so every hook is looked up afterwards. One that did not take stops the
-start with its name.
+half of its hooks would silently lose requests, so every hook is looked up afterwards. One that is not in effect stops
+the start with its name.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class RetainedSlots:
         return self.entries.chains(mask)
 
     def digest(self) -> str:
-        """Return a hex digest: ranks with equal digests keep the same slots under the same numbers."""
+        """Return a hex digest: ranks with equal digests retain the same slots under the same numbers."""
         digest = hashlib.blake2b(digest_size=16)
         new = self.entries
         for column in (self.slots, self.numbers, new.hashes, new.tokens, new.parents, new.last_use):

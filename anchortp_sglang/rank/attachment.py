@@ -1,6 +1,6 @@
 """Attaches a rank to its share of the model and to the anchors' memory that holds it.
 
-One rank process is one attachment, and what such a process has only once is held by it. Hooks ask ``current()``;
+Each rank process has one attachment, which also holds what such a process has only once. Hooks ask ``current()``;
 without an attachment (main, the detokenizer, the zygote) they leave SGLang as it is.
 """
 

@@ -73,7 +73,7 @@ def drain_on_signals(loop: asyncio.AbstractEventLoop, tokenizer_manager: Any, co
 
 def _on_start_signal(number: int, frame: Any) -> None:
     if _serving and number == signal.SIGINT:
-        raise KeyboardInterrupt  # uvicorn has drained, and raises the signal again, expecting this answer
+        raise KeyboardInterrupt  # uvicorn has drained, raises the signal again and expects this exception
     end_by(number)
 
 

@@ -1,4 +1,4 @@
-"""Has ranks capture decode graphs when idle: at their start clients would wait for it."""
+"""Has ranks capture decode graphs when no request is open, as a capture at their start would delay clients."""
 
 import asyncio
 import logging

@@ -14,6 +14,8 @@ def evidence(crashes: Sequence[Crash | None], hung_since: float | None, reason: 
     if hung_since is not None:
         return Evidence("hang", reason, since=hung_since)
     own = [crash for crash in crashes if crash is not None and not crash.peer_lost]
-    if not own or None in crashes:  # a rank that died without a report may have been killed, and taken the others along
+    if (
+        not own or None in crashes
+    ):  # a rank that died without a report may have been killed, and the others died of that
         return Evidence("signal", reason)
     return Evidence("exception", own[0].text, frozenset().union(*(crash.rids for crash in own)))
