@@ -32,7 +32,7 @@ class Engine(_StockEngine):
         tp_size = server_args.tp_size if server_args is not None else device.tp_size_of(rest)
         if tp_size > MAX_TP_SIZE:
             raise ValueError(f"tp_size is {tp_size}; an Engine takes at most {MAX_TP_SIZE}")
-        server_args = server_args or _record(rest)
+        server_args = server_args or _record(rest, options.overlap)
         self._anchor_runtime: start.Runtime | None = start.start(server_args, options, _PLATFORM, serves_http=False)
         try:
             super().__init__(server_args=server_args)
@@ -53,6 +53,6 @@ class Engine(_StockEngine):
             runtime.close()
 
 
-def _record(kwargs: dict[str, Any]) -> Any:
-    flags = device.prepare(device.choose_platform(kwargs), kwargs).flags
+def _record(kwargs: dict[str, Any], overlap: str) -> Any:
+    flags = device.prepare(device.choose_platform(kwargs), kwargs, overlap).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         wants_help = "help" in given or "-h" in rest
         flags = {} if wants_help else given
         platform = device.choose_platform(flags, options.experimental_cuda)
-        defaults = device.prepare(platform, flags)
+        defaults = device.prepare(platform, flags, options.overlap)
         if not wants_help:
             preflight.check_given(given, platform.rules)
             preflight.check_run_base(options.run_dir)

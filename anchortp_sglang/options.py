@@ -122,6 +122,13 @@ class AnchorOptions:
     spare_ranks: bool = _option(
         True, "no-spare-ranks", "fork no spare ranks before a fault: less memory, longer recoveries"
     )
+    overlap: Literal["auto", "on", "off"] = _option(
+        "auto",
+        "overlap auto|on|off",
+        "SGLang's overlap schedule: prepare a step while the one before runs; auto is on for GPUs and off for CPUs,"
+        " where it only delays results",
+        str,
+    )
     experimental_cuda: bool = _option(
         False,
         "experimental-cuda",
@@ -145,6 +152,8 @@ class AnchorOptions:
         _check_seconds("recovery-deadline", self.recovery_deadline_s)
         if self.kv_mirror not in (None, "off", "host"):
             raise OptionsError(f"--anchor-kv-mirror takes off or host; got {self.kv_mirror!r}")
+        if self.overlap not in ("auto", "on", "off"):
+            raise OptionsError(f"--anchor-overlap takes auto, on or off; got {self.overlap!r}")
         for name, gib in (("device-gib", self.device_gib), ("kv-mirror-gib", self.kv_mirror_gib)):
             if gib is not None:
                 _check_amount(name, gib)

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--device-loss", action="store_true")
     parser.add_argument("--size", type=ModelSize, default=ModelSize.TINY, choices=list(ModelSize))
+    parser.add_argument("--overlap", action="store_true", help="use SGLang's overlap schedule")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=120, help="of each stream")
     options = parser.parse_args()
@@ -48,7 +49,8 @@ def main() -> None:
 
 
 def with_server(model, options, folder, faults, records, pauses, starts) -> None:
-    server = Server(model, options.tp, *FLAGS, log=Path(folder) / "log")
+    overlap = "on" if options.overlap else "off"
+    server = Server(model, options.tp, *FLAGS, "--anchor-overlap", overlap, log=Path(folder) / "log")
     try:
         starts.append(server.start())
         for kind, device in faults:

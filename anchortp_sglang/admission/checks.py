@@ -144,14 +144,7 @@ def _check_device(view: Any, rules: DeviceRules) -> list[Refusal]:
         _refusal(name, value, f"no kernels for ranks on --device {device}", f"use {' or '.join(known)}")
         for name in names
         if (value := _get(view, name)) not in (None, *known)
-    ] + _check_overlap(view, rules)
-
-
-def _check_overlap(view: Any, rules: DeviceRules) -> list[Refusal]:
-    if rules.may_overlap or _get(view, "disable_overlap_schedule") is not False:
-        return []  # None: the launcher will set it
-    why = "a step is entered in the slot table before the next may start"
-    return [_refusal("disable_overlap_schedule", False, why, "leave it out, or set it")]
+    ]
 
 
 KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}

@@ -11,13 +11,12 @@ __all__ = ["DeviceRules"]
 class DeviceRules:
     """Flags that fit one ``device``, as ServerArgs spells it.
 
-    ``attention_backends``: those with kernels for its ranks. ``may_overlap``: whether SGLang's overlap schedule may be
-    on. ``why_no_fp8_kv``: the reason for refusing a KV cache of 8-bit floats, empty if it may have one. ``others``:
-    device -> (why, way out) for those of which more can be said than that they are not supported.
+    ``attention_backends``: those with kernels for its ranks. ``why_no_fp8_kv``: the reason for refusing a KV cache of
+    8-bit floats, empty if it may have one. ``others``: device -> (why, way out) for those of which more can be said
+    than that they are not supported.
     """
 
     device: str
     attention_backends: tuple[str, ...]
-    may_overlap: bool
     why_no_fp8_kv: str = ""
     others: tuple[tuple[str, tuple[str, str]], ...] = ()

@@ -143,6 +143,7 @@ def storm(
     tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of a new server.")] = 4,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Concurrent clients.")] = 6,
     slots: SlotsOption = 8192,
+    overlap: Annotated[bool, typer.Option("--overlap", help="Use SGLang's overlap schedule.")] = False,
     log: Annotated[
         Path | None,
         typer.Option("--log", metavar="FILE", help="Write every action as JSON lines, and keep servers' logs."),
@@ -163,7 +164,11 @@ def storm(
 
     _check_files(log)
     schedule = _checked(
-        lambda: storm_log.read(replay) if replay else storm_log.draw(seed, faults, kinds, requests, tp_size, clients)
+        lambda: (
+            storm_log.read(replay)
+            if replay
+            else storm_log.draw(seed, faults, kinds, requests, tp_size, clients, overlap)
+        )
     )
     writer = storm_log.Writer(log)
     with _measuring(ModelSize.TINY) as (model, folder, progress):
@@ -171,7 +176,7 @@ def storm(
         made = schedule.make_requests(VOCAB_SIZE)
         storm_run = bench.Storm(made, schedule.seed, schedule.clients, writer.write, progress, limit_s)
         logs = str(folder / "storm" if log is None else log.with_suffix(""))
-        outcome = bench.run(model, schedule.tp_size, slots, storm_run, schedule.bursts, folder, logs, progress)
+        outcome = bench.run(model, schedule, slots, storm_run, folder, logs, progress)
     figures = storm_view.summary(outcome)
     title = f"seed {schedule.seed}, TP={schedule.tp_size}, {schedule.clients} clients"
     typer.echo(json.dumps(figures, indent=2)) if as_json else Console().print(storm_view.view(figures, title))

@@ -136,6 +136,12 @@ HOOKS: tuple[Hook, ...] = (
         "freed pages of several slots leave the slot table",
     ),
     Hook(
+        _SCHEDULER + "_copy_result_to_cpu",
+        "before",
+        slot_table_hooks.before_copy_result_to_cpu,
+        "with the overlap schedule, a step's slots are read without waiting for the next step",
+    ),
+    Hook(
         _SCHEDULER + "process_batch_result",
         "before",
         slot_table_hooks.before_process_batch_result,

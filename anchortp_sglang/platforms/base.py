@@ -47,6 +47,10 @@ class Platform(Protocol):
         Changes nothing. Raises ValueError for the operator.
         """
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether SGLang's overlap schedule is worth it here, and on unless the operator switches it off."""
+
     # ---- the plan of a server
 
     def plan_memory(
@@ -91,10 +95,6 @@ class Platform(Protocol):
         """Whether a new segment holds zeros. Else padding and KV are zeroed before they are read."""
 
     @property
-    def in_host_memory(self) -> bool:
-        """Whether host code reads a rank's tensors in place (``tensor.numpy()``)."""
-
-    @property
     def moves_kv(self) -> bool:
         """Whether KV can be copied between devices and from the mirror.
 
@@ -130,7 +130,10 @@ class Platform(Protocol):
         """Return the bytes of host memory that the collectives of a generation share."""
 
     def wait_for_forward(self) -> None:
-        """Wait until the forward pass that has returned is complete on this rank's device. Called in every step."""
+        """Wait until the forward pass that has returned is complete on this rank's device.
+
+        Called in every step, except with the overlap schedule, whose results come with an event of their own.
+        """
 
     # ---- recovery, in main
 

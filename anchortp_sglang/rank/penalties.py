@@ -2,6 +2,9 @@
 
 A penalizer starts at zero and is then fed each newest token (``cumulate_penalty_output_tokens``,
 managers/schedule_batch.py). A resumed request enters with output tokens that it has not counted.
+
+With the overlap schedule a step is launched before the token of the step before is known: SGLang then counts one step
+late, and begins with the prompt's last token. A resumed request counts as if it had never been interrupted.
 """
 
 from collections.abc import Callable
@@ -16,10 +19,12 @@ from sglang.srt.sampling.penaltylib.repetition_penalty import BatchedRepetitionP
 
 def restore_counts(orchestrator: Any) -> None:
     """Give every prepared penalizer of a fresh BatchedPenalizerOrchestrator its requests' output tokens."""
+    overlap = orchestrator.batch.enable_overlap
     for row, req in enumerate(orchestrator.reqs()):
-        tokens = torch.tensor(list(req.output_ids), dtype=torch.int64, device=orchestrator.device)
-        if not tokens.numel():
+        if not req.output_ids:
             continue
+        counted = [req.origin_input_ids[-1], *req.output_ids[:-1]] if overlap else list(req.output_ids)
+        tokens = torch.tensor(counted, dtype=torch.int64, device=orchestrator.device)
         for kind, penalizer in orchestrator.penalizers.items():
             if penalizer.is_prepared():
                 _RESTORE[kind](penalizer, row, tokens)

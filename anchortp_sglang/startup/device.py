@@ -66,16 +66,29 @@ def choose_platform(given: Mapping[str, object], experimental_cuda: bool = False
     )
 
 
-def prepare(platform: Platform, given: Mapping[str, object]) -> Defaults:
+def prepare(platform: Platform, given: Mapping[str, object], overlap: str = "auto") -> Defaults:
     """Set the environment for the platform and install stand-ins; returns its flags, too.
 
-    Raises ValueError for contradicting settings.
+    ``overlap``: as ``--anchor-overlap`` takes it. Raises ValueError for contradicting settings.
     """
     defaults = platform.defaults(given, os.environ, tp_size_of(given))
+    defaults.flags.update(_overlap_flags(platform, given, overlap))
     os.environ.update(defaults.env)
     os.environ.update(home_defaults(os.environ))
     install_stand_ins()
     return defaults
+
+
+def _overlap_flags(platform: Platform, given: Mapping[str, object], overlap: str) -> dict[str, object]:
+    """Return the flag that switches SGLang's overlap schedule off, unless it is to be on or the flag is given."""
+    wanted = platform.overlaps if overlap == "auto" else overlap == "on"
+    if "disable_overlap_schedule" in given:
+        if overlap != "auto" and wanted == (given["disable_overlap_schedule"] is not False):
+            raise ValueError(
+                f"--anchor-overlap {overlap} contradicts --disable-overlap-schedule: leave one of them out"
+            )
+        return {}
+    return {} if wanted else {"disable_overlap_schedule": True}
 
 
 def install_stand_ins() -> None:

@@ -9,6 +9,7 @@ import importlib
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,30 @@ LONGEST = 96
 
 Content = tuple[Any, ...]
 """A namespace, then all tokens up to one."""
+
+IN_FLIGHT: Content = ()
+"""What a slot holds while a launched step may be writing it: nobody knows."""
+
+
+@dataclass(eq=False)
+class Step:
+    """A launched batch, as ``Scheduler.process_batch_result`` gets it (``ScheduleBatch.copy``); what it computes."""
+
+    forward_mode: Any
+    reqs: list[Any]
+    prefix_lens: list[int] = field(default_factory=list)
+    extend_lens: list[int] = field(default_factory=list)
+    out_cache_loc: Any = None
+    computes: dict[int, Content] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+    sampled: dict[str, int] = field(default_factory=dict)
+
+    def result(self, overlap: bool) -> Any:
+        """What ``Scheduler.run_batch`` returns, as far as ours reads it."""
+        if not overlap:
+            return SimpleNamespace(copy_done=None)
+        copied = {} if self.out_cache_loc is None else {"anchortp_slots": self.out_cache_loc}
+        return SimpleNamespace(copy_done=SimpleNamespace(synchronize=lambda: None), **copied)
 
 
 @contextmanager
@@ -68,7 +93,7 @@ def _wrapped(hook: table.Hook, original: Any) -> Any:
 class Server:
     """One generation: its memory, its requests, and its prefixes; its slot table is in ``buffer``."""
 
-    def __init__(self, slots: int, page_size: int, core: str) -> None:
+    def __init__(self, slots: int, page_size: int, core: str, overlap: bool = False) -> None:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -76,6 +101,8 @@ class Server:
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+        self.overlap, self.in_flight = overlap, None
+        self.writer: dict[int, Step] = {}
         self.page_size = page_size
         self.rows = slots + page_size
         rest: tuple[Any, ...] = (torch.float32, "cpu", None, False)
@@ -160,8 +187,7 @@ class Server:
                 break
             batch.append(waiting.pop(0))
             budget = left
-        if batch:
-            self._finish_prefill(batch)
+        self._run(self._launch_prefill(batch) if batch else None)
         return waiting
 
     def _extend(self, req: Any, budget: int) -> int | None:
@@ -185,54 +211,89 @@ class Server:
         row = req.kv.req_pool_idx
         self.requests_rows.write((row, slice(0, start)), prefix.to(torch.int32))
         self.requests_rows.write((row, slice(start, end)), slots.to(torch.int32))
+        req.is_retracted = False
         req.extend_end = req.kv.kv_allocated_len = req.kv.kv_committed_len = end
         return budget - n if n == whole else 0
 
-    def _finish_prefill(self, batch: list[Any]) -> None:
-        from sglang.srt.mem_cache.common import checkpoint_kv_cache
+    def _launch_prefill(self, batch: list[Any]) -> Step:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-        for req in batch:
-            self._compute(req, req.prefix_len, req.extend_end)
-        self._commit(
-            reqs=batch,
-            forward_mode=ForwardMode.EXTEND,
+        step = Step(
+            ForwardMode.EXTEND,
+            batch,
             prefix_lens=[req.prefix_len for req in batch],
             extend_lens=[req.extend_end - req.prefix_len for req in batch],
         )
         self.chunked = None
-        self.allocator.free_group_begin()
         for req in batch:
+            self._compute(step, req, req.prefix_len, req.extend_end)
             if req.extend_end < len(req.full_untruncated_fill_ids):
                 self.chunked = req
-                continue
-            self._sample(req)
-            self.running.append(req)
-            if not self._end_if_done(req):
-                checkpoint_kv_cache(req, self.tree)
-        self.allocator.free_group_end()
+            else:
+                step.sampled[req.rid] = _sample(req)
+                self.running.append(req)
+        return step
 
     def decode(self) -> None:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-        batch = list(self.running)
+        batch = [req for req in self.running if not self._ends_with_the_step_in_flight(req)]
         if not batch or not self._make_room(len(batch) * self.page_size):
+            self._run(None)
             return
-        lens = torch.tensor([req.seqlen for req in batch])
+        lens = torch.tensor([len(computed(req)) for req in batch])
         rows = torch.tensor([req.kv.req_pool_idx for req in batch])
         if self.page_size == 1:
             slots = self.allocator.alloc(len(batch))
         else:
             slots = self.allocator.alloc_decode(lens, lens, self.requests_rows.req_to_token[rows, lens - 2].long())
         self.requests_rows.write((rows, lens - 1), slots.to(torch.int32))
-        for req in batch:
-            req.kv.kv_allocated_len = req.kv.kv_committed_len = req.seqlen
-            self._compute(req, req.seqlen - 1, req.seqlen)
-        self._commit(reqs=batch, forward_mode=ForwardMode.DECODE, seq_lens=lens, req_pool_indices=rows)
+        step = Step(ForwardMode.DECODE, batch, out_cache_loc=slots)
+        for req, length in zip(batch, lens.tolist(), strict=True):
+            req.kv.kv_allocated_len = req.kv.kv_committed_len = length
+            self._compute(step, req, length - 1, length)
+            step.sampled[req.rid] = _sample(req)
+        self._run(step)
+
+    def _ends_with_the_step_in_flight(self, req: Any) -> bool:
+        """Whether the scheduler knows it (``_reqs_finishing_inflight``): it cannot foresee a stop token."""
+        most = req.sampling_params.max_new_tokens
+        return (
+            self.in_flight is not None
+            and req in self.in_flight.reqs
+            and not stops_by_token(req)
+            and len(req.output_ids) + 1 >= most
+        )
+
+    def _run(self, launched: Step | None) -> None:
+        """Process the result of the step that was launched; with overlap, of the one before."""
+        if self.overlap:
+            launched, self.in_flight = self.in_flight, launched
+        if launched is not None:
+            self._process(launched)
+
+    def _process(self, step: Step) -> None:
+        from sglang.srt.mem_cache.common import checkpoint_kv_cache
+
+        for slot, content in step.computes.items():
+            if self.writer[slot] is step:
+                self.written[slot] = content
+        ended = [req for req in step.reqs if req.finished() or req.is_retracted]
+        slot_table_hooks.before_process_batch_result(
+            SimpleNamespace(req_to_token_pool=self.requests_rows), step, step.result(self.overlap)
+        )
+        going_on = [req for req in step.reqs if req not in ended]
+        for req in going_on:
+            known = len(req.origin_input_ids) + len(req.output_ids)
+            self.committed_len[req.rid] = step.ends[req.rid] if step.forward_mode.is_extend() else known
+        self.promised = self._committed(going_on)
         self.allocator.free_group_begin()
-        for req in batch:
-            self._sample(req)
-            self._end_if_done(req)
+        for req in going_on:
+            if req.rid not in step.sampled:
+                continue  # the last chunk is still to come
+            req.output_ids.append(step.sampled[req.rid])
+            if not self._end_if_done(req) and step.forward_mode.is_extend():
+                checkpoint_kv_cache(req, self.tree)
         self.allocator.free_group_end()
 
     def retract(self, req: Any) -> None:
@@ -240,9 +301,13 @@ class Server:
         from sglang.srt.mem_cache.common import release_kv_cache
 
         self.running.remove(req)
+        self.committed_len.pop(req.rid, None)
         self.promised = self._committed()
         release_kv_cache(req, self.tree, checkpoint=False)
         req.reset_for_retract()
+        if self.overlap:
+            self.decode()  # the rest of the same turn: what the step in flight sampled for it is dropped
+        del req.ahead[:]
 
     def evict(self, tokens: int) -> None:
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
@@ -256,30 +321,24 @@ class Server:
             self.evict(missing)
         return bool(self.allocator.available_size() >= tokens)
 
-    def _commit(self, reqs: list[Any], **batch: Any) -> None:
-        scheduler = SimpleNamespace(req_to_token_pool=self.requests_rows)
-        slot_table_hooks.before_process_batch_result(scheduler, SimpleNamespace(reqs=reqs, **batch))
-        self.committed_len |= {req.rid: req.kv.kv_committed_len for req in reqs}
-        self.promised = self._committed(reqs)
-
-    def _compute(self, req: Any, start: int, end: int) -> None:
-        tokens = (*req.origin_input_ids, *req.output_ids)
+    def _compute(self, step: Step, req: Any, start: int, end: int) -> None:
+        tokens = computed(req)
+        step.ends[req.rid] = end
         for at in range(start, end):
             slot = int(self.requests_rows.req_to_token[req.kv.req_pool_idx, at])
-            self.written[slot] = ((req.extra_key, req.cache_salt), *tokens[: at + 1])
-
-    def _sample(self, req: Any) -> None:
-        # Of few tokens, and the same for the same input: requests with equal prompts stay equal.
-        req.output_ids.append(sum((*req.origin_input_ids, *req.output_ids)) % 3)
+            step.computes[slot] = ((req.extra_key, req.cache_salt), *tokens[: at + 1])
+            self.writer[slot] = step
+            self.written[slot] = IN_FLIGHT
 
     def _end_if_done(self, req: Any) -> bool:
         from sglang.srt.managers.schedule_batch import FINISH_LENGTH
         from sglang.srt.mem_cache.common import release_kv_cache
 
+        del req.ahead[:1]
         most = req.sampling_params.max_new_tokens
         if len(req.output_ids) < most:
             return False
-        req.finished_reason = FINISH_LENGTH(most)
+        req.finished_reason, req.finished_len = FINISH_LENGTH(most), most
         release_kv_cache(req, self.tree, checkpoint=True)
         self.running.remove(req)
         return True
@@ -294,9 +353,9 @@ class Server:
         slots = set(self.tree.all_values_flatten().tolist()) if cached else set()
         for req in (*self.running, *batch, *([self.chunked] if self.chunked is not None else [])):
             row = self.requests_rows.req_to_token[req.kv.req_pool_idx]
-            slots |= set(row[: self.committed_len[req.rid]].tolist())
+            slots |= set(row[: self.committed_len.get(req.rid, 0)].tolist())
         contents = (self.written[slot] for slot in slots)
-        return {content for content in contents if (len(content) - 1) % self.page_size == 0}
+        return {content for content in contents if content and (len(content) - 1) % self.page_size == 0}
 
     def check(self) -> None:
         """Allocator, tree and table agree."""
@@ -307,10 +366,12 @@ class Server:
         free = self._free()
         assert known.isdisjoint(free), "a free slot has an entry"
         assert known == set(np.flatnonzero(entries.verified()).tolist()), "an entry has lost its parent"
-        assert known >= set(self.tree.all_values_flatten().tolist()), "what the tree holds is not known"
+        cached = {slot for slot in self.tree.all_values_flatten().tolist() if self.written[slot] != IN_FLIGHT}
+        assert known >= cached, "what the tree holds is not known"
         for slot in known:
             above = entries.parents[slot]
             content = self.written[slot]
+            assert content != IN_FLIGHT, "a slot that is being written has an entry"
             assert entries.tokens[slot] == content[-1]
             assert above <= 0 or self.written[int(above)] == content[:-1]
 
@@ -320,4 +381,23 @@ def new_request(name: str, tokens: Sequence[int], key: tuple[str | None, str | N
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     sampling = SamplingParams(max_new_tokens=outputs)
-    return Req(name, "", array("q", tokens), sampling, extra_key=key[0], cache_salt=key[1])
+    req = Req(name, "", array("q", tokens), sampling, extra_key=key[0], cache_salt=key[1])
+    req.ahead = []  # tokens that a launched step has sampled, and the scheduler has not seen
+    return req
+
+
+def computed(req: Any) -> tuple[int, ...]:
+    """All tokens of a request that the device has."""
+    return (*req.origin_input_ids, *req.output_ids, *req.ahead)
+
+
+def stops_by_token(req: Any) -> bool:
+    """Whether its end comes unforeseen. Every other request's does."""
+    return bool(req.sampling_params.max_new_tokens % 2)
+
+
+def _sample(req: Any) -> int:
+    # Of few tokens, and the same for the same input: requests with equal prompts stay equal.
+    token = sum(computed(req)) % 3
+    req.ahead.append(token)
+    return token

@@ -44,9 +44,17 @@ class Clients:
     """
 
     def __init__(
-        self, url: str, requests: Sequence[Request], seed: int, count: int, polled: Sequence[str], timeout_s: float
+        self,
+        url: str,
+        requests: Sequence[Request],
+        seed: int,
+        count: int,
+        polled: Sequence[str],
+        timeout_s: float,
+        poll_timeout_s: float,
     ) -> None:
-        self._url, self._requests, self._polled, self._timeout_s = url, requests, polled, timeout_s
+        self._url, self._requests, self._polled = url, requests, polled
+        self._timeout_s, self._poll_timeout_s = timeout_s, poll_timeout_s
         self.exchanges: list[Exchange] = []
         self.polls_failed: list[str] = []
         self.polls = 0
@@ -93,7 +101,7 @@ class Clients:
         while not self._stopping.wait(_POLL_S):
             path = self._polled[self.polls % len(self._polled)]
             self.polls += 1
-            code, why = call(self._url, "GET", path, None, 30.0)
+            code, why = call(self._url, "GET", path, None, self._poll_timeout_s)
             if code != 200:
                 self.polls_failed.append(f"{path}: {code} {why}")
 

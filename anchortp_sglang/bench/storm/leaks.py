@@ -1,10 +1,11 @@
 """Leaks: what a quiet server holds before and after a storm (descriptors, threads, memory, processes, files)."""
 
+import contextlib
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _SETTLE_S = 20.0
 _POLL_S = 0.5
 
 # Allowed growth: pools fill with use, and the first recovery imports and opens what it needs.
-_FEW = {"descriptors of main": 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
+_FEW = {"files of main": 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
 _ALLOWED = _FEW | {"memory of all (MiB)": 256}
 _IMPORTED_MIB = 750
 """Memory of one more interpreter that has imported SGLang: a zygote that was spawned in place of a dead one."""
@@ -50,10 +51,11 @@ def holdings(tree: Tree) -> Holdings:
     main = psutil.Process(tree.server.pid)
     processes = tree.all()
     roles = tree.roles()
+    descriptors = [link.startswith("socket:") for link in _descriptors(main.pid)]
     spawned = len({_interpreter(pid) for pid in (main.pid, *roles["zygote"], *roles["reserve"])}) - 1
     figures = {
-        "descriptors of main": main.num_fds(),
-        "sockets of main": len(main.net_connections("all")),
+        "files of main": sum(not is_socket for is_socket in descriptors),
+        "sockets of main": sum(descriptors),
         "threads of main": main.num_threads(),
         "memory of main (MiB)": main.memory_info().rss >> 20,
         "memory of all (MiB)": (total_bytes([process.pid for process in processes]) >> 20) - _IMPORTED_MIB * spawned,
@@ -64,6 +66,13 @@ def holdings(tree: Tree) -> Holdings:
     width = tree.server.status()["tp_size"]
     expected = {"rank": width, "anchor": width, "spare": width}
     return Holdings(figures, {role: (len(pids), expected.get(role, 1)) for role, pids in roles.items()})
+
+
+def _descriptors(pid: int) -> Iterator[str]:
+    """Yield what the descriptors of a process refer to."""
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed in the meantime
+            yield os.readlink(descriptor)
 
 
 def _interpreter(pid: int) -> str:

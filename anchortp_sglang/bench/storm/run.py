@@ -19,6 +19,7 @@ from anchortp_sglang.bench.storm.clients import Clients, Exchange, call, read_wh
 from anchortp_sglang.bench.storm.faults import Struck, release, strike
 from anchortp_sglang.bench.storm.judge import RIGHT, Answer, Verdict, judge
 from anchortp_sglang.bench.storm.leaks import settled
+from anchortp_sglang.bench.storm.log import Schedule
 from anchortp_sglang.bench.storm.requests import Request
 from anchortp_sglang.bench.storm.schedule import Burst
 from anchortp_sglang.testing.process_tree import Tree
@@ -28,10 +29,13 @@ Progress = Callable[[str], None]
 Log = Callable[[dict[str, Any]], None]
 
 HANG_TIMEOUT_S = 4.0
+RECOVERY_DEADLINE_S = 40.0
 FLAGS = (
     *("--device", "cpu", "--dtype", "float32", "--chunked-prefill-size", "128", "--enable-metrics"),
-    *("--anchor-hang-timeout", f"{HANG_TIMEOUT_S:g}", "--anchor-recovery-deadline", "40"),
+    *("--anchor-hang-timeout", f"{HANG_TIMEOUT_S:g}", "--anchor-recovery-deadline", f"{RECOVERY_DEADLINE_S:g}"),
 )
+_POLL_TIMEOUT_S = RECOVERY_DEADLINE_S + 5.0
+"""Limit for routes that only look: some ask the ranks, and wait for a recovery that is under way."""
 _REQUEST_TIMEOUT_S = 120.0
 _PATIENCE_S = 30.0
 """No fault strikes while a client has waited longer. On a slow machine an answer that is not streamed might otherwise
@@ -95,9 +99,8 @@ class Storm:
         before, first = settled(tree), len(self.report.struck)
         seen = {each["generation"] for each in server.status()["recoveries"]}
         seed = self._seed + 1000 * self.report.servers
-        with Clients(
-            server.url, self._requests, seed, self._clients, self._polled(server), _REQUEST_TIMEOUT_S
-        ) as clients:
+        polled, timeouts = self._polled(server), (_REQUEST_TIMEOUT_S, _POLL_TIMEOUT_S)
+        with Clients(server.url, self._requests, seed, self._clients, polled, *timeouts) as clients:
             fit = True
             while bursts and fit and not self.is_over():
                 fit = self._survives(tree, clients, bursts.popleft())
@@ -219,27 +222,21 @@ class Storm:
 
 
 def run(
-    model: Path,
-    tp_size: int,
-    slots: int,
-    storm: Storm,
-    bursts: Sequence[Burst],
-    folder: Path,
-    logs: str,
-    progress: Progress,
+    model: Path, schedule: Schedule, slots: int, storm: Storm, folder: Path, logs: str, progress: Progress
 ) -> Report:
     """Run the schedule on as many servers as it wears out. Their logs are files that begin with ``logs``.
 
     Raises ServerFailed if a server does not start.
     """
-    left = deque(bursts)
+    left = deque(schedule.bursts)
+    overlap = "on" if schedule.overlap else "off"
     while left and not storm.is_over():
         number = storm.report.servers
         place = folder / f"s{number}"
         place.mkdir()
         env = {"TMPDIR": str(place), "XDG_RUNTIME_DIR": str(place)}
-        flags = (*FLAGS, "--max-total-tokens", str(slots))
-        progress(f"starting a server with TP={tp_size}")
-        with Server(model, tp_size, *flags, log=Path(f"{logs}-server-{number}.log"), env=env) as server:
+        flags = (*FLAGS, "--max-total-tokens", str(slots), "--anchor-overlap", overlap)
+        progress(f"starting a server with TP={schedule.tp_size}")
+        with Server(model, schedule.tp_size, *flags, log=Path(f"{logs}-server-{number}.log"), env=env) as server:
             storm.run_on(Tree(server, place), left)
     return storm.report

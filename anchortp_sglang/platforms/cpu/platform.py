@@ -40,7 +40,6 @@ class CpuPlatform:
     rules: ClassVar[DeviceRules] = DeviceRules(
         device="cpu",
         attention_backends=("torch_native",),
-        may_overlap=True,
         why_no_fp8_kv="SGLang has it on CPUs with AMX only, whose kernels are not supported",
         others=(("cuda", _NEVER_RAN),),
     )
@@ -49,9 +48,9 @@ class CpuPlatform:
     maps_parts: ClassVar[bool] = True
     lazy_memory: ClassVar[bool] = True
     new_memory_is_zero: ClassVar[bool] = True
-    in_host_memory: ClassVar[bool] = True
     moves_kv: ClassVar[bool] = True
     spares_join_early: ClassVar[bool] = True
+    overlaps: ClassVar[bool] = False  # torch.cpu streams do nothing: every result would only come one step later
 
     def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
         """Work out settings for as many cores and as much memory as this process may use."""

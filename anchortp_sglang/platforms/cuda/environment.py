@@ -21,8 +21,6 @@ def cuda_defaults(flags: Mapping[str, object], environ: Mapping[str, str], share
 
 _FLAGS: dict[str, object] = {
     "device": "cuda",
-    # The slot table is committed once a step is complete; with overlap the next one runs already.
-    "disable_overlap_schedule": True,
     # As on the CPU (platforms/cpu/environment.py).
     "grammar_backend": "none",
 }

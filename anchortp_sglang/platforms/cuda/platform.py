@@ -37,16 +37,14 @@ class CudaPlatform:
     gpus: tuple[GpuFacts, ...] = ()
     shares: tuple[GpuShare, ...] = ()
 
-    rules: ClassVar[DeviceRules] = DeviceRules(
-        device="cuda", attention_backends=("flashinfer", "triton", "fa3"), may_overlap=False
-    )
+    rules: ClassVar[DeviceRules] = DeviceRules(device="cuda", attention_backends=("flashinfer", "triton", "fa3"))
     rank_overrides: ClassVar[Mapping[str, Any]] = plan.EAGER_START
     maps_parts: ClassVar[bool] = False
     lazy_memory: ClassVar[bool] = False
     new_memory_is_zero: ClassVar[bool] = False
-    in_host_memory: ClassVar[bool] = False
     moves_kv: ClassVar[bool] = False
     spares_join_early: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = True
 
     @classmethod
     def of_this_machine(cls) -> CudaPlatform:
@@ -123,10 +121,10 @@ class CudaPlatform:
         return region_bytes(world_size)
 
     def wait_for_forward(self) -> None:
-        """Wait for the GPU, where a call that returns has only launched its work."""
+        """Wait for this thread's stream, where a call that returns has only launched its work."""
         import torch
 
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
 
     def watch(self, on_fault: Callable[[str], None]) -> GpuDetection:
         """Watch the GPUs by NVML, in another process."""

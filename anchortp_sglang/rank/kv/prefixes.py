@@ -70,6 +70,7 @@ class Prefixes:
         # be the same one, while they rebuild their trees.
         self._next: SlotTable | None = None
         self._deferred: list[np.ndarray] | None = None
+        self._pending: dict[int, tuple[int, int]] = {}
 
     def restore(self, restoration: Restoration, in_place: SlotTable | None) -> None:
         """Begin to retain the last generation's KV. ``in_place``: its slot table, if this generation uses it too."""
@@ -129,6 +130,22 @@ class Prefixes:
             self._deferred.append(slots)
         elif self.table is not None:
             self.table.invalidate(slots)
+            if self._pending:
+                for slot in slots.tolist():
+                    self._pending.pop(slot, None)
+
+    def commit_later(self, slot: int, token: int, parent: int) -> None:
+        """Commit ``token`` in ``slot`` below the slot ``parent`` at ``commit_pending``, unless it is forgotten before.
+
+        For a slot in the tree whose KV the launched step computes.
+        """
+        self._pending[slot] = (token, parent)
+
+    def commit_pending(self) -> None:
+        """Commit what ``commit_later`` was given: the step that computes it is complete. Only while WRITING."""
+        if self._pending and self.table is not None:
+            self.table.commit_tokens([(slot, token, parent) for slot, (token, parent) in self._pending.items()])
+            self._pending = {}
 
     @contextmanager
     def forgetting_later(self) -> Iterator[None]:

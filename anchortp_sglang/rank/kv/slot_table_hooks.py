@@ -2,8 +2,20 @@
 
 They find the table through ``attachment.current()``. Without an attachment, and on ranks that write no table, they
 leave SGLang as it is. They run in every step of the scheduler.
+
+A step is committed when its result is processed. With the overlap schedule (``Scheduler.event_loop_overlap``) the next
+step has been launched by then, and three things follow:
+
+- Slots that the launched step writes have no entry: they were invalidated when they were freed, before they were
+  allocated for it, and they are committed with its own result. Rank 0 does all three in program order. Its peers cannot
+  write earlier, as each forward pass begins with an all-reduce that rank 0's launch joins.
+- A request that ended, or was retracted, while the step ran has given its row back, perhaps to another request: the
+  step's token is not committed for it.
+- A request that ends with a step still in flight leaves that step's slot in the tree, for its last token. The slot is
+  committed with the result of that step, unless it has been freed by then (``Prefixes.commit_later``).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +81,8 @@ def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: in
     table = None if attachment is None else attachment.prefixes.table
     if attachment is None or table is None or not req.kv.holds_kv:
         return original(tree, req, up_to=up_to, **kwargs)
-    row = tree.req_to_token_pool.req_to_token[req.kv.req_pool_idx, req.kv.cache_protected_len : up_to]
+    start = max(req.kv.cache_protected_len - 1, 0)
+    row = tree.req_to_token_pool.req_to_token[req.kv.req_pool_idx, start:up_to]
     before = row.cpu().numpy().copy()
     with attachment.prefixes.forgetting_later():
         result = original(tree, req, up_to=up_to, **kwargs)
@@ -78,47 +91,65 @@ def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: in
         last = np.flatnonzero(replaced[:-1] & ~replaced[1:])
         if last.size:
             table.move_below(after[last + 1], after[last])
+    if after.size:
+        req.anchortp_last_slot = int(after[-1])
+    if up_to == req.seqlen and after.size > 1:  # the step that computes the last token is in flight
+        attachment.prefixes.commit_later(int(after[-1]), req.full_untruncated_fill_ids[up_to - 1], int(after[-2]))
     return result
 
 
-def before_process_batch_result(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE Scheduler.process_batch_result: the forward pass has returned, so its KV is complete; commit it.
+def before_copy_result_to_cpu(scheduler: Any, result: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE Scheduler._copy_result_to_cpu: a step's slots reach the host with its tokens, behind the same event."""
+    attachment = current()
+    if attachment is None or attachment.prefixes.table is None:
+        return
+    scheduler.copy_stream.wait_stream(scheduler.forward_stream)
+    with scheduler.copy_stream_ctx:
+        result.anchortp_slots = batch.out_cache_loc.to("cpu", non_blocking=True)
 
-    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. Where a return only means that
-    the work was launched, wait for it, as SGLang does next to read the tokens.
+
+def before_process_batch_result(scheduler: Any, batch: Any, result: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE Scheduler.process_batch_result: the step's forward pass is complete, and so is its KV; commit it.
+
+    A last-layer all-reduce that rank 0 has left comes after every rank's last KV write. Where the pass may still run,
+    wait for it, as SGLang does next to read the tokens.
     """
     attachment = current()
     if attachment is None or (table := attachment.prefixes.table) is None or batch is None or not batch.reqs:
         return
-    rows = scheduler.req_to_token_pool.req_to_token
-    platform = attachment.prefixes.platform
-    platform.wait_for_forward()
+    if result.copy_done is not None:
+        result.copy_done.synchronize()
+    else:
+        attachment.prefixes.platform.wait_for_forward()
+    attachment.prefixes.commit_pending()
     if batch.forward_mode.is_decode():
-        _commit_decode(table, batch, rows, platform.in_host_memory)
+        slots = getattr(result, "anchortp_slots", batch.out_cache_loc).tolist()
+        _commit_decode(table, batch.reqs, slots)
     elif batch.forward_mode.is_extend():
-        _commit_extend(table, batch, rows)
+        _commit_extend(table, batch, scheduler.req_to_token_pool.req_to_token)
 
 
-def _commit_decode(table: SlotTable, batch: Any, rows: torch.Tensor, in_host_memory: bool) -> None:
+def _commit_decode(table: SlotTable, reqs: Sequence[Any], slots: Sequence[int]) -> None:
     # The input of this step is the last output token; the new one is appended afterwards.
-    if len(batch.reqs) <= FEW_REQUESTS and in_host_memory:
-        slots = memoryview(rows.numpy())
-        places = ((req.kv.req_pool_idx, req.seqlen, req.output_ids[-1]) for req in batch.reqs)
-        table.commit_tokens((slots[row, end - 1], token, slots[row, end - 2]) for row, end, token in places)
-        return
-    tokens = np.fromiter((req.output_ids[-1] for req in batch.reqs), np.int64, len(batch.reqs))
-    last = batch.seq_lens - 1
-    slots, parents = (rows[batch.req_pool_indices, at].cpu().numpy() for at in (last, last - 1))
-    table.commit_step(slots, tokens, parents)
+    entered = []
+    for req, slot in zip(reqs, slots, strict=True):
+        if not (req.finished() or req.is_retracted):
+            entered.append((slot, req.output_ids[-1], req.anchortp_last_slot))
+            req.anchortp_last_slot = slot
+    if len(entered) <= FEW_REQUESTS:
+        table.commit_tokens(entered)
+    else:
+        table.commit_step(*np.array(entered, np.int64).T)
 
 
 def _commit_extend(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
     for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-        if extend_len == 0:
+        if extend_len == 0 or req.finished() or req.is_retracted:
             continue
         row = rows[req.kv.req_pool_idx]
         end, before = prefix_len + extend_len, min(prefix_len, 1)
         slots = row[prefix_len - before : end].cpu().numpy()
+        req.anchortp_last_slot = int(slots[-1])
         tokens = np.asarray(req.full_untruncated_fill_ids[prefix_len:end], np.int64)
         # RadixKey treats an empty cache salt as none.
         parent = int(slots[0]) if before else table.root_of((req.extra_key, req.cache_salt or None))
@@ -130,5 +161,5 @@ def after_flush_cache(flushed: bool, scheduler: Any, *args: Any, **kwargs: Any) 
     """AFTER Scheduler.flush_cache: flushed prefixes must not come back with the next generation."""
     attachment = current()
     if flushed and attachment is not None and (table := attachment.prefixes.table) is not None:
-        table.invalidate(np.arange(1, table.slots))
+        attachment.prefixes.forget(np.arange(1, table.slots))
     return flushed

@@ -216,14 +216,14 @@ def test_logprobs_of_tokens_within_a_character_depend_on_how_chunks_were_cut():
 
 # ---- leaks, and the report
 
-FIGURES = {"descriptors of main": 90, "memory of main (MiB)": 700, "zombies": 0, "files in /dev/shm": 3}
+FIGURES = {"files of main": 90, "memory of main (MiB)": 700, "zombies": 0, "files in /dev/shm": 3}
 BEFORE = Holdings(FIGURES, {"rank": (4, 4), "spare": (4, 4), "detokenizer": (1, 1)})
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"descriptors of main": 100}, "descriptors of main: 90 before, 100 after"),
+        ({"files of main": 100}, "files of main: 90 before, 100 after"),
         ({"memory of main (MiB)": 900}, "memory of main"),
         ({"zombies": 1}, "zombies"),
         ({"files in /dev/shm": 4}, "files in /dev/shm"),
@@ -253,7 +253,7 @@ def test_a_narrower_server_has_fewer_ranks_and_no_leak():
 
 
 def test_what_pools_take_is_no_leak():
-    assert BEFORE.leaked(Holdings(FIGURES | {"descriptors of main": 92}, BEFORE.roles)) == []
+    assert BEFORE.leaked(Holdings(FIGURES | {"files of main": 92}, BEFORE.roles)) == []
 
 
 @pytest.mark.parametrize(

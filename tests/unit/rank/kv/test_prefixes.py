@@ -67,7 +67,8 @@ def test_in_a_process_that_is_no_rank_the_hooks_leave_sglang_as_it_is() -> None:
     untouched = object()
     slot_table_hooks.before_free(untouched, untouched)
     slot_table_hooks.before_release_page_ids(untouched, untouched)
-    slot_table_hooks.before_process_batch_result(untouched, untouched)
+    slot_table_hooks.before_copy_result_to_cpu(untouched, untouched, untouched)
+    slot_table_hooks.before_process_batch_result(untouched, untouched, untouched)
     slot_table_hooks.after_build_kv_cache(untouched)
     assert slot_table_hooks.after_flush_cache(True, untouched) is True
     assert slot_table_hooks.after_whole_embedding(torch.ones(1)) == 1

@@ -61,10 +61,11 @@ def test_a_request_that_is_moved_to_the_slots_of_another_is_kept_whole_at_every_
 class SharedPrefixes(RuleBasedStateMachine):
     page_size = 1
     core = "rust"
+    overlap = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.server = Server(SLOTS, self.page_size, self.core)
+        self.server = Server(SLOTS, self.page_size, self.core, self.overlap)
         self.buffer = bytearray(SlotTable.nbytes(self.server.rows))
         self.server.start_empty(self.buffer)
         self.waiting: list = []
@@ -131,7 +132,7 @@ class SharedPrefixes(RuleBasedStateMachine):
         """The next generation; a ``kill`` may hit it before it is ready."""
         old = self.server
         self.waiting = [again(req) for req in (open_requests or self.open_requests())]
-        self.server = Server(SLOTS, self.page_size, self.core)
+        self.server = Server(SLOTS, self.page_size, self.core, self.overlap)
         kept = self.server.take_over(self.buffer, old.written)
         contents = [old.written[slot] for slot in kept.slots.tolist()]
         ends = [content for content in contents if (len(content) - 1) % self.page_size == 0]
@@ -165,9 +166,25 @@ class SharedPrefixesInPython(SharedPrefixes):
     core = "python"
 
 
+class SharedPrefixesWithOverlap(SharedPrefixes):
+    overlap = True
+
+
+class SharedPrefixesInPagesWithOverlap(SharedPrefixesInPages):
+    overlap = True
+
+
 TestSharedPrefixes = SharedPrefixes.TestCase
 TestSharedPrefixesInPages = SharedPrefixesInPages.TestCase
 TestSharedPrefixesInPython = SharedPrefixesInPython.TestCase
-for _case in (TestSharedPrefixes, TestSharedPrefixesInPages, TestSharedPrefixesInPython):
+TestSharedPrefixesWithOverlap = SharedPrefixesWithOverlap.TestCase
+TestSharedPrefixesInPagesWithOverlap = SharedPrefixesInPagesWithOverlap.TestCase
+for _case in (
+    TestSharedPrefixes,
+    TestSharedPrefixesInPages,
+    TestSharedPrefixesInPython,
+    TestSharedPrefixesWithOverlap,
+    TestSharedPrefixesInPagesWithOverlap,
+):
     _case.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 del _case  # pytest would take it for another test
