@@ -11,6 +11,8 @@ from anchortp_sglang.testing.server import Server
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 ARGUMENTS = ("--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--anchor-allow-injection")
+OVERLAP = ("--anchor-overlap", os.environ.get("ANCHORTP_OVERLAP", "auto"))
+"""For all servers but those of tests that say it themselves."""
 HANG_TIMEOUT_S = 4
 LAUNCHER = "anchortp_sglang.launch_server"
 
@@ -29,7 +31,7 @@ def launch(checkpoint, tmp_path_factory):
     def launch(tp_size, *arguments, model=checkpoint, env=None, module=LAUNCHER, prefix=()):
         place = Place(tmp_path_factory.mktemp("server") / "log")
         env = place.env | (env or {})
-        server = Server(model, tp_size, *ARGUMENTS, *arguments, log=place.log, module=module, env=env)
+        server = Server(model, tp_size, *ARGUMENTS, *OVERLAP, *arguments, log=place.log, module=module, env=env)
         server.place = place
         server._command = [*prefix, *server._command]
         try:
@@ -41,30 +43,42 @@ def launch(checkpoint, tmp_path_factory):
     return launch
 
 
+SHARED = ("--chunked-prefill-size", "128", "--anchor-hang-timeout", str(HANG_TIMEOUT_S))
+
+
 @pytest.fixture(scope="session")
 def shared(launch):
-    """One TP=4 server for all faults that leave it as it was."""
-    arguments = ("--chunked-prefill-size", "128", "--anchor-hang-timeout", str(HANG_TIMEOUT_S))
-    with launch(4, *arguments) as server:
-        yield server
+    """One TP=4 server for all faults that leave it as it was; with the Unbroken answers it has given."""
+    with launch(4, *SHARED) as server:
+        yield server, Unbroken(server)
 
 
 @pytest.fixture(scope="session")
-def unbroken_shared(shared):
-    return Unbroken(shared)
+def shared_with_overlap(launch):
+    """Another one, with SGLang's overlap schedule, for tests marked ``overlap``."""
+    with launch(4, *SHARED, "--anchor-overlap", "on") as server:
+        yield server, Unbroken(server)
 
 
 @pytest.fixture
-def server(shared):
+def of_test(request):
+    overlap = request.node.get_closest_marker("overlap") is not None
+    return request.getfixturevalue("shared_with_overlap" if overlap else "shared")
+
+
+@pytest.fixture
+def server(of_test):
     """The shared server, serving with all devices before the test and after it."""
-    assert shared.wait_serving(0)["tp_size"] == 4
-    yield shared
-    assert shared.wait_serving(0)["tp_size"] == 4
+    server, _ = of_test
+    assert server.wait_serving(0)["tp_size"] == 4
+    yield server
+    assert server.wait_serving(0)["tp_size"] == 4
 
 
 @pytest.fixture
-def unbroken(server, unbroken_shared):
-    return unbroken_shared
+def unbroken(server, of_test):
+    _, unbroken = of_test
+    return unbroken
 
 
 @pytest.fixture

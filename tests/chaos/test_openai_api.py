@@ -94,7 +94,8 @@ class Answers:
 @pytest.fixture(scope="module")
 def answers(shared):
     """What the calls give when nothing happens."""
-    with Answers(shared) as unbroken:
+    server, _ = shared
+    with Answers(server) as unbroken:
         pass
     return unbroken.given
 

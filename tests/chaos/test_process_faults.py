@@ -12,6 +12,8 @@ from anchortp_sglang.testing.streams import Streams
 SHORT = [request(prompt(seed, 12 + 5 * seed), 120) for seed in range(8)]
 LONG = [request(prompt(100 + seed, 700), 24) for seed in range(5)]
 
+with_both_schedules = pytest.mark.parametrize("schedule", ["plain", pytest.param("overlap", marks=pytest.mark.overlap)])
+
 
 def prefills(server, since):
     """How many prefill batches rank 0 has logged after the first ``since`` bytes of the log."""
@@ -52,7 +54,8 @@ def test_a_rank_killed_in_decode_costs_no_token(server, unbroken, rank):
     assert record["reload_bytes"] == record["p2p_bytes"] == record["copied_bytes"] == 0
 
 
-def test_kept_kv_is_used_again_after_a_rank_died(server, unbroken):
+@with_both_schedules
+def test_kept_kv_is_used_again_after_a_rank_died(server, unbroken, schedule):
     expected = unbroken(SHORT)
     with Streams(server.url, SHORT) as streams:
         streams.wait_tokens(60)
@@ -74,8 +77,9 @@ def test_a_rank_killed_in_prefill_costs_no_token(server, unbroken, rank):
     check(expected, streams.histories)
 
 
+@with_both_schedules
 @pytest.mark.parametrize("rank", [0])
-def test_a_rank_killed_in_chunked_prefill_costs_no_token(server, unbroken, rank):
+def test_a_rank_killed_in_chunked_prefill_costs_no_token(server, unbroken, rank, schedule):
     """700 tokens a prompt in chunks of 128: after three chunks nobody has a token."""
     expected = unbroken(LONG)
     with LoggedStreams(server, LONG) as streams:
@@ -86,7 +90,8 @@ def test_a_rank_killed_in_chunked_prefill_costs_no_token(server, unbroken, rank)
     assert all(history.arrivals[0][0] > fault.dead_at for history in streams.histories)
 
 
-def test_kills_in_a_row_of_random_ranks_at_random_moments_cost_no_token(server, unbroken, seeds):
+@with_both_schedules
+def test_kills_in_a_row_of_random_ranks_at_random_moments_cost_no_token(server, unbroken, seeds, schedule):
     kills, seed = seeds
     draw = random.Random(seed)
     for number in range(kills):

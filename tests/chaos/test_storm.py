@@ -14,6 +14,7 @@ KINDS = "rank:kill,rank:crash,two-ranks:kill,all-ranks:kill,anchor:kill,host-anc
 VOCAB_SIZE = 512  # of the tiny checkpoint
 
 
+@pytest.mark.overlap
 @pytest.mark.timeout(600)  # a minute on a machine that has nothing else to do
 def test_a_storm_costs_no_client_a_token_and_leaves_nothing_behind(server):
     schedule = storm_log.draw(SEED, FAULTS, KINDS, "all", 4, CLIENTS)

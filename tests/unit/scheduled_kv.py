@@ -26,6 +26,8 @@ from anchortp_sglang.rank.kv import slot_table_hooks
 from anchortp_sglang.rank.kv.prefixes import Prefixes, slots_of_pages
 
 MODEL = b"model"
+PLAIN = (None, None)
+"""Neither extra key nor cache salt."""
 MOST_RUNNING = 8
 LONGEST = 96
 
@@ -57,9 +59,8 @@ class Step:
         return SimpleNamespace(copy_done=SimpleNamespace(synchronize=lambda: None), **copied)
 
 
-@contextmanager
-def hooked_memory() -> Iterator[None]:
-    """Our hooks into SGLang's memory, from the table of hooks, and the configuration that it reads."""
+def publish() -> None:
+    """Publish the configuration that SGLang's requests and memory read."""
     from sglang.srt import runtime_context
     from sglang.srt.server_args import ServerArgs
 
@@ -68,6 +69,12 @@ def hooked_memory() -> Iterator[None]:
         role="scheduler",
         ranks=runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0),
     )
+
+
+@contextmanager
+def hooked_memory() -> Iterator[None]:
+    """Our hooks into SGLang's memory, from the table of hooks."""
+    publish()
     with pytest.MonkeyPatch.context() as patch:
         for hook in table.HOOKS:
             if hook.function.__module__ == slot_table_hooks.__name__ and ".mem_cache." in hook.target:

@@ -12,12 +12,11 @@ from counted_stores import Killed, killed_after
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from scheduled_kv import LONGEST, Server, hooked_memory, new_request
+from scheduled_kv import LONGEST, PLAIN, Server, hooked_memory, new_request
 
 from anchortp_sglang.kv.slot_table import SlotTable
 
 SLOTS = 96
-PLAIN = (None, None)
 KEYS = [PLAIN, PLAIN, PLAIN, ("tenant", None), ("tenant", "salt")]
 
 seeds = st.integers(0, 1 << 32)
