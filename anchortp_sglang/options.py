@@ -236,8 +236,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _help(option: Any) -> str:
-    told = option.metadata["parse"] is None or option.default is None or "default" in option.metadata["help"]
-    return option.metadata["help"] if told else f"{option.metadata['help']} (default: {option.default})"
+    is_complete = option.metadata["parse"] is None or option.default is None or "default" in option.metadata["help"]
+    return option.metadata["help"] if is_complete else f"{option.metadata['help']} (default: {option.default})"
 
 
 def split_argv(argv: Sequence[str]) -> tuple[AnchorOptions, list[str]]:

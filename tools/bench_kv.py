@@ -23,8 +23,8 @@ import psutil
 
 from anchortp_sglang.kv.copy import KVSegment
 from anchortp_sglang.kv.mirror import KVMirror, MirrorShape
-from anchortp_sglang.kv.moving import move_kept
-from anchortp_sglang.kv.retained_slots import keep
+from anchortp_sglang.kv.moving import move_retained
+from anchortp_sglang.kv.retained_slots import retain
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.planning.layout.kv_layout import KVPlan, kv_layout, kv_moves, whole_layout
 from anchortp_sglang.planning.model.axes import read_model_axes
@@ -167,12 +167,12 @@ def measure_restore(rows: int = 16384) -> None:
     segments = {device: KVSegment(filled(layout.total_bytes), layout) for device, layout in layouts.items()}
     layout = kv_layout(model, plan, new, rank)
     moves = kv_moves(model, new, rank, old)
-    kept = keep(table.entries(), mirror.rows_of(table.hashes) >= 0, rows, 1)
+    retained = retain(table.entries(), mirror.rows_of(table.hashes) >= 0, rows, 1)
     speeds = {"restore": [], "copy": []}
     for _ in range(5):
         into = KVSegment(mmap.mmap(-1, layout.total_bytes), layout)
         began = time.perf_counter()
-        moved = sum(move_kept(kept, into, moves, segments.__getitem__, mirror).values())
+        moved = sum(move_retained(retained, into, moves, segments.__getitem__, mirror).values())
         speeds["restore"].append(moved / (time.perf_counter() - began))
         source, target = np.frombuffer(filled(moved), np.uint8), mmap.mmap(-1, moved)
         began = time.perf_counter()

@@ -91,7 +91,7 @@ def check_message(kind: str) -> str | None:
     """Return why TokenizerManager may not send a message of class ``kind`` to the ranks, or None."""
     if kind in SERVED_MESSAGES:
         return None
-    return f"{kind} is refused by anchortp-sglang: a recovery could not honour what it asks of the ranks."
+    return f"{kind} is refused by anchortp-sglang: its effect on the ranks would be lost in a recovery."
 
 
 def is_off(value: Any) -> bool:

@@ -79,7 +79,9 @@ def _check_rids(obj: Any) -> str | None:
 
     rids = obj.rid if isinstance(obj.rid, list) else [obj.rid]
     if obj.log_metrics is not False and any(str(rid).startswith(HEALTH_CHECK_RID_PREFIX) for rid in rids):
-        return f"rid begins with {HEALTH_CHECK_RID_PREFIX}, which is the server's own; use another"
+        return (
+            f"rid begins with {HEALTH_CHECK_RID_PREFIX}, which is reserved for the server's health checks; use another"
+        )
     return None
 
 

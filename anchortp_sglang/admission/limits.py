@@ -77,7 +77,7 @@ def judge_as_received(sampling_params: Any, is_batch: bool, prompts: int = 1) ->
         if not isinstance(n, int) or n > MAX_PARALLEL_SAMPLES or (n < 1 and is_batch):
             return f"n is {shown(n)}; it must be an integer from 1 to {MAX_PARALLEL_SAMPLES}"
         if n * prompts > MAX_PARALLEL_SAMPLES:
-            return f"n is {n} for {prompts} prompts; together they may be {MAX_PARALLEL_SAMPLES}"
+            return f"n is {n} for {prompts} prompts; n times prompts may be at most {MAX_PARALLEL_SAMPLES}"
         if (reason := _stop(one.get("stop"))) is not None:
             return reason
         if not isinstance(tokens, int | None):
@@ -91,7 +91,7 @@ def _stop(texts: Any) -> str | None:
     """Refuse long stop texts: SamplingParams.normalize tokenizes them on main's event loop."""
     strings = [text for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str)]
     longest = max(map(len, strings), default=0)
-    return f"stop has {longest} characters; {MAX_STOP_CHARS} are the most" if longest > MAX_STOP_CHARS else None
+    return f"stop has {longest} characters; at most {MAX_STOP_CHARS} are allowed" if longest > MAX_STOP_CHARS else None
 
 
 def _stop_regex(patterns: Any) -> str | None:
@@ -122,8 +122,8 @@ def _logprobs(request: Any, limits: Limits) -> str | None:
         return None
     count, start, length = request.top_logprobs_num, request.logprob_start_len, len(request.input_ids)
     if not 0 <= count <= limits.vocab_size:
-        asked = "top_logprobs_num (logprobs or top_logprobs in OpenAI's API)"
-        return f"{asked} is {count}; it must be from 0 to {limits.vocab_size}, the size of the vocabulary"
+        name = "top_logprobs_num (logprobs or top_logprobs in OpenAI's API)"
+        return f"{name} is {count}; it must be from 0 to {limits.vocab_size}, the size of the vocabulary"
     if not -1 <= start <= length:
         return f"logprob_start_len is {start}; it must be from -1 to {length}, the tokens of the prompt"
     return None

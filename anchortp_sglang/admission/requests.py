@@ -51,7 +51,7 @@ _MEMORY = "weights and KV live in the anchors and stay there"
 _FORGOTTEN = "new ranks would not know of it after a fault"
 _ONE_GENERATION = "what ranks record ends with them at the next fault, and a bad argument would end them at once"
 _SHARDS = "ranks may hold unequal shards of a weight, and a bad argument would end them"
-_FEATURE = "it belongs to a feature that a server cannot be started with"
+_FEATURE = "it belongs to a feature that anchortp-sglang does not support"
 ROUTES = {
     "/update_weights_from_disk": _WEIGHTS,
     "/update_weights_from_tensor": _WEIGHTS,
@@ -110,7 +110,7 @@ _SERVED_ROUTES = """
 SERVED_ROUTES = frozenset(_SERVED_ROUTES.split())
 
 # Messages (classes of ``managers/io_struct.py``) that TokenizerManager may send to the ranks; all others are refused.
-# The only state they leave in ranks is log levels and frozen garbage, which a new generation does without.
+# They leave only log levels and frozen garbage in the ranks, which a new generation does not need.
 _SERVED_MESSAGES = """
     TokenizedGenerateReqInput BatchTokenizedGenerateReqInput AbortReq FlushCacheReqInput GetInternalStateReq
     ConfigureLoggingReq FreezeGCReq ShutdownReq

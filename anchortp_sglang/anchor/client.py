@@ -37,7 +37,7 @@ class AnchorError(Exception):
 
 
 class AnchorGone(AnchorError):
-    """The anchor does not run: it ended or was killed."""
+    """The anchor is not running: it ended or was killed."""
 
 
 class AnchorTimeout(AnchorError):
@@ -135,7 +135,7 @@ class AnchorClient:
         try:
             self._control(m.Shutdown(run_id=self._run_id, generation=generation), m.Ok)
             if not wait_readable(pidfd, deadline - time.monotonic()):
-                raise self._error(AnchorTimeout, "took the shutdown, but has not ended yet")
+                raise self._error(AnchorTimeout, "accepted the shutdown, but has not ended in time")
         finally:
             os.close(pidfd)
 
@@ -144,7 +144,7 @@ class AnchorClient:
         request = m.OpenHandle(run_id=self._run_id, generation=generation, name=name)
         reply, fds = self._exchange(request, [], m.Handle)
         if len(fds) != 1:
-            raise self._error(AnchorError, "answered without a handle")
+            raise self._error(AnchorError, "answered without a file descriptor")
         return HandleGrant(fds[0], reply.nbytes, reply.sealed)
 
     def adopt_handle(self, generation: int, name: str, fd: int, nbytes: int, sealed: bool) -> None:
@@ -209,7 +209,7 @@ class AnchorClient:
         try:
             reply = m.decode_reply(payload)
         except msgspec.DecodeError as error:
-            raise self._error(AnchorError, f"answered what cannot be understood: {error}") from error
+            raise self._error(AnchorError, f"sent an answer that cannot be decoded: {error}") from error
         if isinstance(reply, m.Refused):
             raise AnchorRefused(reply.reason_code, reply.text)
         if not isinstance(reply, expected):
@@ -221,7 +221,7 @@ class AnchorClient:
         if record is None and self._seen is not None and self._seen.alive():
             record = self._found_again()
         if record is None or not record.alive():
-            raise self._error(AnchorGone, "does not run")
+            raise self._error(AnchorGone, "is not running")
         self._seen = record
         return record
 
@@ -243,7 +243,7 @@ class AnchorClient:
             self._check_alive()
         except AnchorGone as gone:
             return gone
-        return self._error(AnchorTimeout, f"gave no answer in {self._timeout_s:g} s")
+        return self._error(AnchorTimeout, f"did not answer within {self._timeout_s:g} s")
 
     def _error(self, kind: type[AnchorError], text: str) -> AnchorError:
         return kind(f"the anchor of device {device_name(self.device)} in {self._files.run_dir} {text}")

@@ -28,7 +28,7 @@ class RunDirKeeper:
         self.made_again = 0
         self._outside: list[str] = []
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="anchortp-run-dir", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="anchortp-run-dir", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -51,7 +51,10 @@ class RunDirKeeper:
                 note_outside(self.run_dir.path, self._outside)
         except (OSError, RunDirError) as error:
             if self.lost is None:
-                log.error("anchortp: %s; the next fault cannot be survived: restart the server", error)
+                log.error(
+                    "anchortp: %s; the next fault cannot be survived: restart the server with another --anchor-run-dir",
+                    error,
+                )
             self.lost = str(error)
             return
         if made or self.lost is not None:
@@ -59,6 +62,6 @@ class RunDirKeeper:
             self.made_again += 1
         self.lost = None
 
-    def _keep(self) -> None:
+    def _watch(self) -> None:
         while not self._end.wait(_LOOK_S):
             self.look()

@@ -74,7 +74,7 @@ def start_anchor(
 
     It keeps its memory for ``linger_s`` seconds after the process ``controller_pid`` has died. ``identity`` names the
     model and ownership that its memory is for. ``generation``: the one at which it is fenced from the start, if it
-    replaces a dead anchor. ``arena``: what its segments are made of. Raises ``AnchorStartError`` if it is not ready
+    replaces a dead anchor. ``arena``: kind of memory of its segments. Raises ``AnchorStartError`` if it is not ready
     within ``timeout_s``, or if the device already has an anchor here.
     """
     files = AnchorFiles(str(run_dir), device)
@@ -171,12 +171,12 @@ def _environment(packages: Sequence[str]) -> dict[str, str]:
     for name in packages:  # a namespace package has folders, but no file
         if spec := importlib.util.find_spec(name):
             origins += [os.path.dirname(where) for where in spec.submodule_search_locations or (spec.origin or "",)]
-    kept = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name not in _DROPPED_VARIABLES and not name.startswith("PYTHON")
     }
-    return {**kept, "PYTHONPATH": os.pathsep.join(dict.fromkeys(origins))}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(dict.fromkeys(origins))}
 
 
 def _private(path: str, flags: int) -> int:

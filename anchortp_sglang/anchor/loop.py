@@ -21,12 +21,12 @@ from anchortp_sglang.anchor.pids import start_ticks
 from anchortp_sglang.anchor.run_base import RunDirError, make_private
 from anchortp_sglang.anchor.state import (
     Action,
+    AdoptSegment,
     AnchorState,
     CloseSegment,
     ControllerDied,
     CreateSegment,
     Event,
-    KeepHandle,
     Phase,
     SealSegment,
     Terminated,
@@ -72,7 +72,7 @@ class Anchor:
             for source, _ in self._poller.poll(self._wait_ms()):
                 try:
                     self._serve(source)
-                except Exception:  # the memory is worth more than any one message
+                except Exception:  # an error in one message must not cost the memory
                     self._count("internal_error", traceback.format_exc())
                     time.sleep(_ERROR_PAUSE_S)
             self._handles.expire(time.monotonic())
@@ -114,7 +114,7 @@ class Anchor:
 
     def _make_control(self) -> zmq.Socket[bytes]:
         control = self._context.socket(zmq.ROUTER)
-        # Beyond this libzmq cuts the connection, unseen by us; a little too long is refused and counted.
+        # libzmq closes the connection of a longer message by itself; up to here it is refused and counted.
         control.setsockopt(zmq.MAXMSGSIZE, 2 * m.MAX_MESSAGE_BYTES)
         control.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
         control.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
@@ -149,12 +149,12 @@ class Anchor:
             return self._count("multipart")
         sender, payload = frames
         reply = self._answer_control(payload)
-        # Non-blocking: to a client that is gone, or reads no replies, a ROUTER drops.
+        # Non-blocking: a ROUTER drops replies to clients that are gone or do not read.
         self._control.send_multipart([sender, m.encode(reply)], zmq.NOBLOCK)
 
     def _answer_control(self, payload: bytes) -> m.Reply:
         if len(payload) > m.MAX_MESSAGE_BYTES:
-            return self._refused("bad_message", f"{len(payload)} bytes are too many", "oversized")
+            return self._refused("bad_message", f"a message of {len(payload)} bytes is too long", "oversized")
         try:
             request = m.decode_control(payload)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -177,7 +177,7 @@ class Anchor:
 
     def _checked(self, request: m.AdoptHandle, fds: Sequence[int]) -> m.AdoptHandle:
         if not fds:
-            raise BadHandle("no handle came with the message")
+            raise BadHandle("the message came without a file descriptor")
         # The segment may have been sealed without its sender's knowledge.
         sealed = self._arena.verify(fds[0], request.nbytes, request.sealed)
         return msgspec.structs.replace(request, sealed=sealed)
@@ -204,7 +204,7 @@ class Anchor:
             self._arena.seal(action.name)
         elif isinstance(action, CloseSegment):
             self._arena.close(action.name)
-        elif isinstance(action, KeepHandle):
+        elif isinstance(action, AdoptSegment):
             self._arena.adopt(action.name, fds[0], action.nbytes)
         else:
             self._watch(action.pid)
@@ -254,7 +254,7 @@ class Anchor:
     def _count(self, reason: str, text: str = "") -> None:
         self._dropped[reason] += 1
         if self._dropped[reason] == 1:  # a flood must not fill the disk
-            log(f"dropped or refused, counted from now on: {reason} {text}")
+            log(f"dropped or refused a message; more of this kind are only counted: {reason} {text}")
 
 
 def _failure(error: Exception) -> m.ReasonCode:

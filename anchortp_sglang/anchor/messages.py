@@ -59,12 +59,12 @@ ShortText = Annotated[str, msgspec.Meta(max_length=512)]
 ReasonCode = Literal[
     "bad_handle",  # the file descriptor handed over is no segment of the promised kind
     "bad_message",  # not decodable, too long
-    "closed",  # the anchor is going away
+    "closed",  # the anchor is shutting down
     "controller_alive",  # the anchor belongs to a server that still runs
     "internal_error",
     "no_memory",
-    "no_such_process",  # the new controller does not run
-    "not_controller",  # nobody controls the anchor: it lingers, attach first
+    "no_such_process",  # the new controller is not running
+    "not_controller",  # the anchor lingers without a controller: attach first
     "size_mismatch",
     "stale_generation",
     "too_many_segments",
@@ -131,7 +131,7 @@ class OpenHandle(Message, frozen=True, kw_only=True):
 
 
 class AdoptHandle(Message, frozen=True, kw_only=True):
-    """Request that a restarted anchor keeps a segment, whose file descriptor is sent with it (handles socket)."""
+    """Request that a restarted anchor holds a segment, whose file descriptor is sent with it (handles socket)."""
 
     name: SegmentName
     nbytes: Bytes

@@ -47,11 +47,11 @@ def make_private(path: Path) -> None:
 def check_private(path: Path) -> None:
     facts = os.lstat(path)
     if not stat.S_ISDIR(facts.st_mode):
-        raise RunDirError(f"{path} is not a directory (a link will not do): remove it, or choose another")
+        raise RunDirError(f"{path} is not a directory (symbolic links are refused): remove it, or choose another")
     if facts.st_uid != os.geteuid():
         raise RunDirError(f"{path} belongs to user {facts.st_uid}, not {os.geteuid()}: choose another directory")
     if stat.S_IMODE(facts.st_mode) & 0o077:
-        raise RunDirError(f"others may enter {path}: chmod 700 it if nothing in it is theirs")
+        raise RunDirError(f"others may enter {path}: run chmod 700 on it, if all files in it are yours")
 
 
 def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:

@@ -156,7 +156,9 @@ def _refuse_live_server(path: Path, but_pid: int | None = None) -> None:
     server = ServerRecord.read(str(path / _SERVER_RECORD))
     if server is not None and server.alive():
         if server.pid != but_pid:
-            raise RunDirInUse(f"a server, process {server.pid}, runs in {path}: stop it, or choose another key")
+            raise RunDirInUse(
+                f"a server, process {server.pid}, runs in {path}: stop it, or use another port or run directory"
+            )
         return  # opening and closing the lock's file would release our own lock
     if _is_locked(path / _SERVER_LOCK, fcntl.lockf):
         raise RunDirInUse(f"a server of another container runs in {path}: stop it, or choose another directory")

@@ -15,12 +15,12 @@ from anchortp_sglang.anchor import messages as m
 
 __all__ = [
     "Action",
+    "AdoptSegment",
     "AnchorState",
     "CloseSegment",
     "ControllerDied",
     "CreateSegment",
     "Event",
-    "KeepHandle",
     "Phase",
     "SealSegment",
     "Segment",
@@ -104,8 +104,8 @@ class CloseSegment(msgspec.Struct, frozen=True):
     name: str
 
 
-class KeepHandle(msgspec.Struct, frozen=True):
-    """Action: keep the handle that came with the message; one held under this name must be of the same segment."""
+class AdoptSegment(msgspec.Struct, frozen=True):
+    """Action: hold the handle that came with the message. One held under this name must be of the same segment."""
 
     name: str
     nbytes: int
@@ -117,7 +117,7 @@ class WatchController(msgspec.Struct, frozen=True):
     pid: int
 
 
-Action = CreateSegment | SealSegment | CloseSegment | KeepHandle | WatchController
+Action = CreateSegment | SealSegment | CloseSegment | AdoptSegment | WatchController
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,4 +126,4 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     state: AnchorState
     reason: str
     actions: tuple[Action, ...] = ()
-    reply: m.Reply | None = None  # None also for Status, whose answer takes a look at the memory
+    reply: m.Reply | None = None  # None also for Status, which the loop answers

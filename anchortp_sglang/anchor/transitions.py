@@ -10,12 +10,12 @@ from msgspec.structs import replace
 from anchortp_sglang.anchor import messages as m
 from anchortp_sglang.anchor.state import (
     Action,
+    AdoptSegment,
     AnchorState,
     CloseSegment,
     ControllerDied,
     CreateSegment,
     Event,
-    KeepHandle,
     Phase,
     SealSegment,
     Segment,
@@ -134,8 +134,8 @@ def _adopt(state: AnchorState, event: m.AdoptHandle, now: float) -> Step:
     if refusal := _no_room(state, event.name, known, event.nbytes):
         return refusal
     segment = known or Segment(nbytes=event.nbytes, generation=event.generation, sealed=event.sealed)
-    kept = _with_segment(state, event.name, segment)
-    return _ok(kept, f"took back {event.name!r}, {event.nbytes} bytes", KeepHandle(event.name, event.nbytes))
+    adopted = _with_segment(state, event.name, segment)
+    return _ok(adopted, f"took back {event.name!r}, {event.nbytes} bytes", AdoptSegment(event.name, event.nbytes))
 
 
 def _already_attached(state: AnchorState, event: m.Attach, now: float) -> Step:
@@ -179,7 +179,7 @@ def _linger(state: AnchorState, event: ControllerDied, now: float) -> Step:
 def _expire(state: AnchorState, event: Tick, now: float) -> Step:
     if state.linger_deadline is None or now < state.linger_deadline:
         return Step(state=state, reason="lingering")
-    return Step(state=_closed(state), reason="nobody attached in time")
+    return Step(state=_closed(state), reason="no server attached in time")
 
 
 def _terminate(state: AnchorState, event: Terminated, now: float) -> Step:
@@ -195,7 +195,7 @@ def _closed(state: AnchorState) -> AnchorState:
 
 
 def _going_away(state: AnchorState, event: m.Request, now: float) -> Step:
-    return refuse(state, "closed", "the anchor is going away")
+    return refuse(state, "closed", "the anchor is shutting down")
 
 
 _OWNED_RULES: dict[type, Rule] = {

@@ -96,14 +96,14 @@ class World:
         while self._agenda:
             self.now, _, happen = heapq.heappop(self._agenda)
             if self.now > _END_S:
-                self._fail(f"{len(self.open)} requests are open for ever: {[*self.open.values()][:3]}")
+                self._fail(f"{len(self.open)} requests never ended: {[*self.open.values()][:3]}")
             happen()
             if self.state.phase is Phase.SERVING and self._generation != self._checked:
                 self._check_replay()
         if self.open:
-            self._fail(f"forgotten: {list(self.open)}")
+            self._fail(f"requests are left open at the end: {list(self.open)}")
         if self.state.phase not in (Phase.SERVING, Phase.DOWN):
-            self._fail(f"it ends in {self.state.phase}")
+            self._fail(f"the schedule ends in phase {self.state.phase}")
         return self.outcome
 
     def _plan(self) -> None:
@@ -122,7 +122,7 @@ class World:
         rhythm = pick.choice((0.0, 0.1, 0.5, 2.0, 5.0))
         at = pick.uniform(0.0, burst)
         for _ in range(pick.choice((0, 1, 3, 20)) if rhythm else 0):
-            self._at(at, lambda: self._fault("somebody killed a rank", Evidence("signal", "a signal")))
+            self._at(at, lambda: self._fault("a rank was killed from outside", Evidence("signal", "a signal")))
             self._quiet_from = max(self._quiet_from, at)
             at += pick.expovariate(1 / rhythm)
 
@@ -192,7 +192,7 @@ class World:
     def _fault(self, reason: str, evidence: Evidence) -> None:
         serving = self.state.phase is Phase.SERVING
         if serving and not self.open:
-            self._advance(Event(EventKind.TOKENS, "nobody waits"))
+            self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
         self._evidence = evidence
         self._advance(Event(EventKind.FAULT, reason))
 
@@ -204,7 +204,7 @@ class World:
         if action is Action.FENCE:
             self._begin(before)
         elif action is Action.START:
-            self._in(back_off_s(self.state) + self._takes(), self._guarded(self._fork))
+            self._in(back_off_s(self.state) + self._step_time_s(), self._guarded(self._fork))
         elif action is Action.REPLAY:
             self._in(0.001, self._guarded(self._replay))
         elif action is Action.RESUME:
@@ -219,12 +219,12 @@ class World:
         if before.phase is Phase.SERVING:
             for rid in self.isolation.struck(self._evidence, self.now):
                 if self.open[rid].nature == "good":
-                    self._fail(f"{rid} can be served, and was ended as unservable")
+                    self._fail(f"{rid} can be served, but was ended as unservable")
                 self._close(rid, "unservable")
             if budget_is_spent(self.state, self.now, DEADLINE_S):
                 for rid in list(self.open):
                     self._close(rid, "fruitless")
-                self._advance(Event(EventKind.TOKENS, "nobody waits"))
+                self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
         self._generation = None
         self._in(0.05, self._guarded(lambda: Event(EventKind.FENCED, "dead and drained")))
 
@@ -232,7 +232,7 @@ class World:
         if self.state.deadline_at == deadline_at:
             self._advance(Event(EventKind.DEADLINE, "too late"))
         if self.state.deadline_at is not None and self.state.deadline_at <= self.now:
-            self._fail("a recovery goes on beyond its deadline")
+            self._fail("a recovery did not end by its deadline")
 
     def _guarded(self, work: Callable[[], Event | None]) -> Callable[[], None]:
         attempt = self.state.attempt
@@ -243,7 +243,7 @@ class World:
 
         return report
 
-    def _takes(self) -> float:
+    def _step_time_s(self) -> float:
         return self.random.choice((0.2, 0.2, 0.2, 0.3, 1.0, 30.0)) if self.now <= self._quiet_from else 0.2
 
     def _fork(self) -> Event | None:
@@ -251,9 +251,9 @@ class World:
             return None
         if self.now <= self._quiet_from + 30 * (self._start_fails > 0) and self.random.random() < self._start_fails:
             failure = self.random.choice(("out of memory", ""))
-            return Event(EventKind.ABORTED, failure or "something else died", failure=failure)
+            return Event(EventKind.ABORTED, failure or "another process died", failure=failure)
         if self._generation is not None:
-            self._fail("two generations at a time")
+            self._fail("two generations exist at the same time")
         self._generation = self.outcome.generations
         self.outcome.generations += 1
         return Event(EventKind.STARTED, "ready")
@@ -279,7 +279,7 @@ class World:
             or running.intersection(waiting)
             or {*waiting, *running} != self.open.keys()
         ):
-            self._fail(f"open: {list(self.open)}, with the ranks: {running}, waiting: {waiting}")
+            self._fail(f"requests open: {list(self.open)}, with the ranks: {running}, waiting: {waiting}")
 
     def _fail(self, what: str) -> None:
         raise Violation(f"seed {self.seed}: {what}\n" + "\n".join(self.log[-40:]))

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with screen:
             identical = _run(screen, folder, log, options)
     except KeyboardInterrupt:
-        screen.say("stopped")
+        screen.print_line("stopped")
         shutil.rmtree(folder, ignore_errors=True)
         return 130
     except (ServerFailed, DemoFailed, TimeoutError) as error:
@@ -73,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(screen: Screen, folder: Path, log: Path, options: argparse.Namespace) -> bool:
     checkpoint = write_checkpoint(folder / "model", "qwen3")
-    screen.say("made a small Qwen3 checkpoint (random weights, float32, 4 KV heads)")
+    screen.print_line("made a small Qwen3 checkpoint (random weights, float32, 4 KV heads)")
     flags = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--anchor-allow-injection")
     server = Server(checkpoint, TP_SIZE, *flags, log=log)
     try:
         screen.follow_start(log)
         took_s = server.start()
         screen.watch(server)
-        screen.say(f"server with TP={TP_SIZE} ready after {took_s:.1f} s")
+        screen.print_line(f"server with TP={TP_SIZE} ready after {took_s:.1f} s")
         expected = _unbroken(screen, server, options.tokens)
         streams, faults = _broken(screen, server, options.tokens)
     finally:
@@ -98,7 +98,7 @@ def _unbroken(screen: Screen, server: Server, tokens: int) -> list[ClientStream]
         screen.show(clients, "first, an unbroken run of the same 8 prompts to compare with")
         clients.wait()
     _check(clients.streams)
-    screen.say(f"unbroken run recorded: {clients.tokens} tokens in 8 streams")
+    screen.print_line(f"unbroken run recorded: {clients.tokens} tokens in 8 streams")
     return clients.streams
 
 
@@ -110,7 +110,7 @@ def _broken(screen: Screen, server: Server, tokens: int) -> tuple[list[ClientStr
         clients.wait(tokens * 5 // 8)
         faults.append(_fault(screen, server, f"loss of device {LOST_DEVICE}", _lose_device))
         clients.wait()
-    screen.say(f"all streams ended: {clients.tokens} tokens")
+    screen.print_line(f"all streams ended: {clients.tokens} tokens")
     # Read again: the tokens that replayed requests reuse are counted while they are prefilled.
     accounts = {recovery["generation"]: recovery for recovery in server.status()["recoveries"]}
     return clients.streams, [replace(fault, recovery=accounts[fault.recovery["generation"]]) for fault in faults]
@@ -119,8 +119,8 @@ def _broken(screen: Screen, server: Server, tokens: int) -> tuple[list[ClientStr
 def _fault(screen: Screen, server: Server, title: str, cause: Callable[[Server], str]) -> Fault:
     before = server.status()
     at = time.monotonic()
-    screen.say(f"[bold red]{title}[/]")
-    screen.say(cause(server))
+    screen.print_line(f"[bold red]{title}[/]")
+    screen.print_line(cause(server))
     after = server.wait_serving(before["generation"] + 1, _RECOVERY_TIMEOUT_S)
     while after["recoveries"][-1]["tfs_s"] is None:
         if time.monotonic() - at > _RECOVERY_TIMEOUT_S:
@@ -128,7 +128,7 @@ def _fault(screen: Screen, server: Server, title: str, cause: Callable[[Server],
         time.sleep(0.05)
         after = server.status()
     recovery = after["recoveries"][-1]
-    screen.say(f"recovered: TP={after['tp_size']}, first token {recovery['tfs_s']:.2f} s after detection")
+    screen.print_line(f"recovered: TP={after['tp_size']}, first token {recovery['tfs_s']:.2f} s after detection")
     return Fault(title, at, time.monotonic(), before["tp_size"], after["tp_size"], recovery)
 
 

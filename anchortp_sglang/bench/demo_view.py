@@ -51,7 +51,7 @@ class Fault:
 
 
 class Screen:
-    """The demo's display. ``say`` prints lines; inside the block a terminal also has a live picture."""
+    """The demo's display. ``print_line`` prints events; inside the block a terminal also has a live picture."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.phase = ""
@@ -76,7 +76,7 @@ class Screen:
         if self._live:
             self._live.stop()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line with the seconds since the start."""
         elapsed_s = time.monotonic() - self._started
         self._console.print(f"[dim]{elapsed_s:6.1f} s[/]  {text}", soft_wrap=self._live is None)
@@ -99,30 +99,30 @@ class Screen:
         lines = _tail(log)
         phases = list(_START_PHASES)
 
-        def look() -> None:
+        def poll() -> None:
             for line in lines:
                 if line is None:
                     return
                 if phases and phases[0][0] in line:
                     self.phase = phases.pop(0)[1]
-                    self.say(self.phase)
+                    self.print_line(self.phase)
 
-        self._poll(look)
+        self._poll(poll)
 
     def watch(self, server: Server) -> None:
         """Poll a running server's status and draw it."""
         self.phase = ""
         last_progress = time.monotonic()
 
-        def look() -> None:
+        def poll() -> None:
             nonlocal last_progress
             self._status = server.status()
             if self._live is None and self._clients and time.monotonic() - last_progress > _PLAIN_PROGRESS_S:
                 last_progress = time.monotonic()
-                wanted = self._clients.max_tokens * len(self._clients.streams)
-                self.say(f"{self._clients.tokens} of {wanted} tokens")
+                total = self._clients.max_tokens * len(self._clients.streams)
+                self.print_line(f"{self._clients.tokens} of {total} tokens")
 
-        self._poll(look)
+        self._poll(poll)
 
     def unwatch(self) -> None:
         if self._poller:
@@ -132,11 +132,11 @@ class Screen:
     def show(self, clients: OpenAIStreams, caption: str) -> None:
         """Draw these streams from now on."""
         self._clients, self._caption = clients, caption
-        self.say(caption)
+        self.print_line(caption)
 
-    def _poll(self, look: Callable[[], None]) -> None:
+    def _poll(self, poll: Callable[[], None]) -> None:
         self.unwatch()
-        self._poller = _Poller(look)
+        self._poller = _Poller(poll)
         self._poller.start()
 
     def _picture(self) -> RenderableType:
@@ -152,17 +152,17 @@ class Screen:
 
 
 class _Poller(threading.Thread):
-    """A thread that calls ``look`` until ``stop``, also after the server did not answer."""
+    """A thread that calls ``poll`` until ``stop``, even if the server does not answer."""
 
-    def __init__(self, look: Callable[[], None]) -> None:
+    def __init__(self, poll: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self._look = look
+        self._poll = poll
         self._ended = threading.Event()
 
     def run(self) -> None:
         while not self._ended.wait(_POLL_S):
             try:
-                self._look()
+                self._poll()
             except (OSError, ValueError):
                 continue
 
@@ -200,14 +200,14 @@ def _bars(clients: OpenAIStreams, width: int) -> Group:
     return Group(*(_bar(n, s, clients.max_tokens, width) for n, s in enumerate(clients.streams, 1)))
 
 
-def _bar(number: int, stream: ClientStream, wanted: int, width: int) -> Text:
+def _bar(number: int, stream: ClientStream, total: int, width: int) -> Text:
     line = Text(f"stream {number} {stream.face:10} ", no_wrap=True, overflow="crop")
     columns = max(5, min(60, width - 46))
-    filled = columns * stream.tokens // wanted
+    filled = columns * stream.tokens // total
     paused_s = time.monotonic() - stream.arrivals[-1][0] if stream.arrivals and not stream.done else 0.0
     paused = paused_s > _PAUSE_SHOWN_S
     line.append("━" * filled, style="yellow" if paused else "green").append("─" * (columns - filled), style="dim")
-    line.append(f" {stream.tokens:4}/{wanted}")
+    line.append(f" {stream.tokens:4}/{total}")
     if stream.error:
         line.append("  error", style="bold red")
     elif paused:
@@ -258,7 +258,7 @@ def _column(fault: Fault, until: float, streams: Sequence[ClientStream]) -> dict
 
 
 def verdict(expected: Sequence[ClientStream], streams: Sequence[ClientStream]) -> Text:
-    """Say whether every stream equals the unbroken run, and where one differs."""
+    """Return whether every stream equals the unbroken run, and where one differs."""
     problems = [
         f"stream {number}: {_difference(before, after)}"
         for number, (before, after) in enumerate(zip(expected, streams, strict=True), 1)

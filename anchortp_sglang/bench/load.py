@@ -21,7 +21,7 @@ class Load:
 
     def __post_init__(self) -> None:
         if self.rate_per_s <= 0 or self.pool < 1:
-            raise ValueError(f"a load needs a rate above 0 and a request at least, got {self}")
+            raise ValueError(f"a load needs a rate above 0 and at least one request, got {self}")
 
     def requests(self) -> list[dict[str, Any]]:
         """Return greedy bodies of ``POST /generate``. Half of the prompts begin with one of a few shared prefixes."""
@@ -46,6 +46,6 @@ class Load:
             yield at_s, rng.randrange(self.pool)
 
 
-def wanted_tokens(request: dict[str, Any]) -> int:
+def requested_tokens(request: dict[str, Any]) -> int:
     """Return the number of new tokens that a body of ``POST /generate`` asks for."""
     return int(request["sampling_params"]["max_new_tokens"])

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from anchortp_sglang.bench.load import wanted_tokens
+from anchortp_sglang.bench.load import requested_tokens
 from anchortp_sglang.testing.streams import History, follow
 
 _STILL_TO_COME = 20
@@ -52,8 +52,8 @@ class OpenLoop:
     def being_served(self) -> bool:
         """Return whether a client is in the middle of its stream: it has a quarter of its tokens and lacks many."""
         return any(
-            len(history.output_ids) >= wanted_tokens(history.request) / 4
-            and wanted_tokens(history.request) - len(history.output_ids) >= _STILL_TO_COME
+            len(history.output_ids) >= requested_tokens(history.request) / 4
+            and requested_tokens(history.request) - len(history.output_ids) >= _STILL_TO_COME
             for _, history in list(self.histories)
             if not history.done
         )

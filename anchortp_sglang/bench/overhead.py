@@ -79,7 +79,7 @@ def run(
     clients: int,
     vocab_size: int,
     folder: Path,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> list[Round]:
     """Start both sides and measure ``quartets`` times four rounds. Raises ServerFailed."""
     requests = Load(1.0, clients, vocab_size).requests()
@@ -90,15 +90,15 @@ def run(
         for make in (Stock, Ours):
             side = make(model, tp_size, flags, 30.0, folder)
             stack.callback(side.stop)
-            say(f"starting {side.name} with TP={tp_size}")
-            say(f"{side.name} serves after {side.start():.1f} s")
+            progress(f"starting {side.name} with TP={tp_size}")
+            progress(f"{side.name} serves after {side.start():.1f} s")
             sides[side.name] = side
             _load(side, requests)  # not counted: warm-up
         for number in range(quartets):
             for name in ORDER:
                 rounds.append(_load(sides[name], requests))
             last = {name: mean(r.throughput for r in rounds[-4:] if r.side == name) for name in ("stock", "ours")}
-            say(f"round {number + 1} of {quartets}: stock {last['stock']:.1f}, ours {last['ours']:.1f} tokens/s")
+            progress(f"round {number + 1} of {quartets}: stock {last['stock']:.1f}, ours {last['ours']:.1f} tokens/s")
     return rounds
 
 

@@ -14,7 +14,7 @@ Logprob = float | None
 
 
 class BadAnswer(ValueError):
-    """A server's answer is not one to the request; the text says how."""
+    """A server's answer does not fit the request; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -105,25 +105,25 @@ def request(prompt: Sequence[int], new_tokens: int) -> dict[str, Any]:
 def read_answer(prompt: Sequence[int], body: Any) -> Answer:
     """Read the JSON answer to ``prompt``. Raises BadAnswer if ``body`` is not one."""
     try:
-        asked, given = body["meta_info"]["input_token_logprobs"], body["meta_info"]["output_token_logprobs"]
-        if [entry[1] for entry in asked] != list(prompt):
+        inputs, outputs = body["meta_info"]["input_token_logprobs"], body["meta_info"]["output_token_logprobs"]
+        if [entry[1] for entry in inputs] != list(prompt):
             raise BadAnswer(f"prompt logprobs are not those of the {len(prompt)} tokens that were sent")
         return Answer(
-            prompt_logprobs=tuple(entry[0] for entry in asked[1:]),  # nothing predicts the first one
+            prompt_logprobs=tuple(entry[0] for entry in inputs[1:]),  # nothing predicts the first one
             tokens=tuple(body["output_ids"]),
-            logprobs=tuple(entry[0] for entry in given),
+            logprobs=tuple(entry[0] for entry in outputs),
         )
     except (KeyError, IndexError, TypeError) as error:
-        raise BadAnswer(f"no tokens with logprobs in the answer ({error!r}): {str(body)[:200]}") from None
+        raise BadAnswer(f"the answer has no tokens with logprobs ({error!r}): {str(body)[:200]}") from None
 
 
 def answers_as_json(answers: Sequence[Answer]) -> dict[str, Any]:
     return {"answers": [asdict(answer) for answer in answers]}
 
 
-def answers_from_json(kept: dict[str, Any]) -> list[Answer]:
+def answers_from_json(stored: dict[str, Any]) -> list[Answer]:
     """Read what ``answers_as_json`` returned. Raises KeyError, TypeError or BadAnswer for anything else."""
-    return [Answer(**{name: tuple(values) for name, values in answer.items()}) for answer in kept["answers"]]
+    return [Answer(**{name: tuple(values) for name, values in answer.items()}) for answer in stored["answers"]]
 
 
 def compare(stock: Answer, ours: Answer) -> Comparison:
@@ -146,7 +146,7 @@ def compare_all(when: str, stock: Sequence[Answer], ours: Sequence[Answer]) -> R
 
 
 def verdict(rounds: Sequence[Round], tolerance: float) -> Verdict:
-    """Say whether all tokens are equal and all logprobs at most ``tolerance`` apart; if not, why."""
+    """Return whether all tokens are equal and all logprobs at most ``tolerance`` apart; if not, why."""
     comparisons = [comparison for each in rounds for comparison in each.comparisons]
     deltas = [delta for comparison in comparisons for delta in (comparison.prefill, comparison.decode)]
     furthest = max((delta.max for delta in deltas), default=0.0)

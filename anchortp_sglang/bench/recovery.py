@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from anchortp_sglang.bench.load import Load, wanted_tokens
+from anchortp_sglang.bench.load import Load, requested_tokens
 from anchortp_sglang.bench.open_loop import OpenLoop
 from anchortp_sglang.bench.recovery_stats import Outcome, Stream, outcome, ratios, side_summary
 from anchortp_sglang.bench.sides import Ours, Side, SideName, Stock, memory_bytes
@@ -21,10 +21,10 @@ from anchortp_sglang.recovery.state_machine import Cause
 from anchortp_sglang.testing.server import ServerFailed
 from anchortp_sglang.testing.streams import History, Streams
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 _REFERENCE_CLIENTS = 8
 _POLL_S = 0.1
-_TOLD_EVERY_S = 5.0
+_PROGRESS_INTERVAL_S = 5.0
 _DEVICES = (1, 2, 0, 3)
 """The devices that fail, in turn."""
 
@@ -68,7 +68,7 @@ class SideResult:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The clients' histories of one run, before their answers are judged."""
+    """The clients' histories of one run."""
 
     began_s: float
     fault_s: float
@@ -76,9 +76,9 @@ class Recorded:
     histories: tuple[tuple[int, History], ...]
 
 
-def run(plan: Plan, folder: Path, say: Say) -> dict[SideName, SideResult]:
+def run(plan: Plan, folder: Path, progress: Progress) -> dict[SideName, SideResult]:
     """Carry out the plan. Raises ServerFailed if a side does not start, or never serves again."""
-    results = {name: _run_side(plan, name, folder, say) for name in plan.sides}
+    results = {name: _run_side(plan, name, folder, progress) for name in plan.sides}
     expected = results[plan.sides[0]].answers
     for result in results.values():
         result.outcomes = [_judge(recorded, expected) for recorded in result.recorded]
@@ -87,10 +87,11 @@ def run(plan: Plan, folder: Path, say: Say) -> dict[SideName, SideResult]:
 
 def summary(results: dict[SideName, SideResult]) -> dict[str, Any]:
     """Return the report: a part for each side, and the ratios if there are two sides."""
-    told: dict[str, Any] = {name: side_summary(results[name].outcomes) for name in ("ours", "stock") if name in results}
-    if len(told) == 2:
-        told["ratios"] = ratios(told["ours"], told["stock"])
-    return told
+    sides = [name for name in ("ours", "stock") if name in results]
+    report: dict[str, Any] = {name: side_summary(results[name].outcomes) for name in sides}
+    if len(report) == 2:
+        report["ratios"] = ratios(report["ours"], report["stock"])
+    return report
 
 
 def details(plan: Plan, results: dict[SideName, SideResult]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def details(plan: Plan, results: dict[SideName, SideResult]) -> dict[str, Any]:
             "memory_bytes": result.memory_bytes,
             "degraded_itl": degraded_itl(plan, result),
             "runs": [
-                {"fault": fault, "seed": seed} | _told(each)
+                {"fault": fault, "seed": seed} | _outcome_json(each)
                 for (fault, seed), each in zip(plan.runs(), result.outcomes, strict=True)
             ],
         }
@@ -121,7 +122,7 @@ def degraded_itl(plan: Plan, result: SideResult) -> tuple[float, float] | None:
     return (median(slower), plan.tp_size / (plan.tp_size - 1)) if slower and plan.tp_size > 1 else None
 
 
-def _told(each: Outcome) -> dict[str, Any]:
+def _outcome_json(each: Outcome) -> dict[str, Any]:
     return {
         "tfs_s": each.tfs_s,
         "ttp_s": each.ttp_s,
@@ -140,36 +141,38 @@ def _told(each: Outcome) -> dict[str, Any]:
     }
 
 
-def _run_side(plan: Plan, name: SideName, folder: Path, say: Say) -> SideResult:
+def _run_side(plan: Plan, name: SideName, folder: Path, progress: Progress) -> SideResult:
     make = Ours if name == "ours" else Stock
     side: Side = make(plan.model, plan.tp_size, plan.flags, plan.hang_timeout_s, folder)
     result = SideResult(name)
     try:
-        say(f"{name}: starting with TP={plan.tp_size}")
+        progress(f"{name}: starting with TP={plan.tp_size}")
         result.start_s = side.start()
-        say(f"{name}: serves after {result.start_s:.1f} s; asking for the answers of an unbroken run")
+        progress(f"{name}: serves after {result.start_s:.1f} s; recording the answers of an unbroken run")
         result.answers = _unbroken(side, plan.load.requests())
         result.memory_bytes = memory_bytes(side)
         for number, (fault, seed) in enumerate(plan.runs()):
             side.ready_for(fault)
             about = f"{name}: fault {number + 1} of {len(plan.runs())} ({fault})"
-            result.recorded.append(_one_fault(plan, side, fault, seed, number, partial(_say_about, say, about)))
+            result.recorded.append(
+                _one_fault(plan, side, fault, seed, number, partial(_progress_about, progress, about))
+            )
     finally:
-        say(f"{name}: stopping")
+        progress(f"{name}: stopping")
         side.stop()
     return result
 
 
-def _say_about(say: Say, about: str, text: str) -> None:
-    say(f"{about}: {text}")
+def _progress_about(progress: Progress, about: str, text: str) -> None:
+    progress(f"{about}: {text}")
 
 
-def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say: Say) -> Recorded:
+def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, progress: Progress) -> Recorded:
     side.server.flush_cache()
     before_s = plan.before_s * (0.8 + 0.4 * (seed * 0.382 % 1))
     requests, arrivals = plan.load.requests(), plan.load.arrivals(1000 * seed + plan.faults.index(fault))
     with OpenLoop(side.server.url, requests, arrivals) as clients:
-        say(f"clients arrive for {before_s:.0f} s")
+        progress(f"clients arrive for {before_s:.0f} s")
         time.sleep(before_s)
         comebacks, limit = side.comebacks(), time.monotonic() + plan.outage_limit_s
         fault_now = side.aim(fault, _DEVICES[number % len(_DEVICES)] % plan.tp_size)
@@ -180,8 +183,8 @@ def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say
         fault_s = time.monotonic()
         fault_now()
         for out_s in _waiting(plan, side, clients, comebacks, fault_s):
-            say(f"out for {out_s:.0f} s")
-        say(f"tokens again after {time.monotonic() - fault_s:.1f} s; clients arrive for {plan.after_s:.0f} s more")
+            progress(f"not recovered after {out_s:.0f} s")
+        progress(f"tokens again after {time.monotonic() - fault_s:.1f} s; clients arrive for {plan.after_s:.0f} s more")
         time.sleep(plan.after_s)
         clients.stop()
         ended_s = time.monotonic()
@@ -190,15 +193,15 @@ def _one_fault(plan: Plan, side: Side, fault: Cause, seed: int, number: int, say
 
 def _waiting(plan: Plan, side: Side, clients: OpenLoop, comebacks: int, fault_s: float) -> Iterator[float]:
     """Wait until a client gets a token after the side came back; yield the seconds so far every few seconds."""
-    told_s, back_at = 0.0, math.inf
+    reported_s, back_at = 0.0, math.inf
     while clients.first_token_after(back_at) is None:
         if back_at == math.inf and side.comebacks() > comebacks:
             back_at = time.monotonic()
         out_s = time.monotonic() - fault_s
         if out_s > plan.outage_limit_s:
             raise ServerFailed(f"{side.name}: no token within {plan.outage_limit_s:g} s of the fault")
-        if out_s - told_s > _TOLD_EVERY_S:
-            told_s = out_s
+        if out_s - reported_s > _PROGRESS_INTERVAL_S:
+            reported_s = out_s
             yield out_s
         time.sleep(_POLL_S)
 
@@ -209,7 +212,7 @@ def _unbroken(side: Side, requests: Sequence[dict[str, Any]]) -> dict[int, tuple
         with Streams(side.server.url, requests[start : start + _REFERENCE_CLIENTS]) as streams:
             histories = streams.wait()
         for number, history in enumerate(histories, start):
-            if history.error is not None or len(history.output_ids) != wanted_tokens(history.request):
+            if history.error is not None or len(history.output_ids) != requested_tokens(history.request):
                 raise ServerFailed(f"{side.name}: an unbroken request failed: {history.error}")
             answers[number] = tuple(history.output_ids)
     return answers

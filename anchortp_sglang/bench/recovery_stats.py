@@ -117,8 +117,8 @@ def _time_to_peak(
     """
     if pace is None:
         return None
-    asked = [(s.sent_s + pace[0] + number * pace[1], 1) for s in streams for number in range(len(s.expected))]
-    undisturbed = TokenCurve(sorted(asked))
+    due = [(s.sent_s + pace[0] + number * pace[1], 1) for s in streams for number in range(len(s.expected))]
+    undisturbed = TokenCurve(sorted(due))
     return time_to_peak(curve, first_s, ended_s, lambda start: undisturbed.between(start, start + WINDOW_S))
 
 
@@ -153,8 +153,8 @@ def damage(tokens: Sequence[int], expected: Sequence[int]) -> Damage:
     shorter = min(len(tokens), len(expected))
     head = next((n for n in range(shorter) if tokens[n] != expected[n]), shorter)
     tail = next((n for n in range(shorter - head) if tokens[-1 - n] != expected[-1 - n]), shorter - head)
-    got, wanted = len(tokens) - head - tail, len(expected) - head - tail
-    return Damage(lost=max(0, wanted - got), doubled=max(0, got - wanted), changed=min(got, wanted))
+    got, due = len(tokens) - head - tail, len(expected) - head - tail
+    return Damage(lost=max(0, due - got), doubled=max(0, got - due), changed=min(got, due))
 
 
 def goodput(
@@ -204,8 +204,8 @@ def ratios(ours: dict[str, Any], stock: dict[str, Any]) -> dict[str, float | Non
 
 def times(stock: Sequence[float | None] | None, ours: Sequence[float | None] | None) -> float | None:
     """Return stock's median over ours; TTP is known in steps of a tenth of a second."""
-    theirs, own = middle(stock or ()), middle(ours or ())
-    return None if theirs is None or own is None or math.isinf(own) else _rounded(theirs / max(own, 0.1))
+    stock_s, our_s = middle(stock or ()), middle(ours or ())
+    return None if stock_s is None or our_s is None or math.isinf(our_s) else _rounded(stock_s / max(our_s, 0.1))
 
 
 def middle(values: Sequence[float | None]) -> float | None:

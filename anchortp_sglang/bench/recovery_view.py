@@ -14,37 +14,37 @@ from anchortp_sglang.bench.recovery_stats import middle, times
 from anchortp_sglang.recovery.report.stages import ticks
 from anchortp_sglang.views.picture import Box, Label, Picture
 
-Told = Mapping[str, Any]
+Json = Mapping[str, Any]
 _WIDTH, _PANEL, _LEFT, _RIGHT, _TOP = 960, 150, 60, 20, 50
 _COLOURS = {"ours": "#1a7f37", "stock": "#b54708"}
 _FAULT, _FAINT, _LINE = "#cf222e", "#626b76", "#dde1e6"
 
 
-def report_view(told: Told, details: Told, title: str) -> RenderableType:
-    """Make the report's table. ``told``: bench.recovery.summary; ``details``: bench.recovery.details."""
-    sides = [name for name in ("ours", "stock") if name in told]
+def report_view(report: Json, details: Json, title: str) -> RenderableType:
+    """Make the report's table. ``report``: bench.recovery.summary; ``details``: bench.recovery.details."""
+    sides = [name for name in ("ours", "stock") if name in report]
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for name in sides:
         table.add_column(name, justify="right")
-    if "ratios" in told:
+    if "ratios" in report:
         table.add_column("", justify="right")
-    for label, values, ratio in _lines(told, details, sides):
-        table.add_row(label, *values, *([ratio] if "ratios" in told else []))
-    return Group(table, _verdict(told))
+    for label, values, ratio in _lines(report, details, sides):
+        table.add_row(label, *values, *([ratio] if "ratios" in report else []))
+    return Group(table, _verdict(report))
 
 
-def _lines(told: Told, details: Told, sides: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
+def _lines(report: Json, details: Json, sides: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
     def line(label: str, key: str, ratio: str = "") -> tuple[str, list[str], str]:
-        return label, [_list(told[name][key]) for name in sides], ratio
+        return label, [_list(report[name][key]) for name in sides], ratio
 
-    ratios = told.get("ratios") or {}
+    ratios = report.get("ratios") or {}
     yield line("TFS: fault to first new token, median (all)", "tfs_s", _times(ratios.get("tfs")))
     yield from _tfs_by_fault(details, sides)
     yield line("TTP: from there to full throughput, median (all)", "ttp_s", _times(ratios.get("ttp")))
     for key, name in (("p50", "median"), ("p99", "p99"), ("max", "longest")):
-        yield f"pause of an open stream, {name}", [_seconds(told[side]["pause_s"][key]) for side in sides], ""
-    failed = [f"{told[side]['failed_requests']} of {_sum(details, side, 'requests')}" for side in sides]
+        yield f"pause of an open stream, {name}", [_seconds(report[side]["pause_s"][key]) for side in sides], ""
+    failed = [f"{report[side]['failed_requests']} of {_sum(details, side, 'requests')}" for side in sides]
     yield "requests that failed", failed, ""
     kinds = ("lost", "doubled", "changed")
     wrong = [", ".join(str(_sum(details, side, kind)) for kind in kinds) for side in sides]
@@ -53,10 +53,10 @@ def _lines(told: Told, details: Told, sides: Sequence[str]) -> Iterator[tuple[st
     before = ratios.get("throughput_before")
     yield (
         "tokens/s before the fault",
-        [_number(told[side]["throughput_before"]) for side in sides],
+        [_number(report[side]["throughput_before"]) for side in sides],
         "" if before is None else f"{before:.2f}×",
     )
-    yield "tokens/s after the recovery", [_number(told[side]["throughput_after"]) for side in sides], ""
+    yield "tokens/s after the recovery", [_number(report[side]["throughput_after"]) for side in sides], ""
     for key, name in (("ttft_s", "time to first token"), ("itl_s", "time between tokens")):
         halves = [_before_after(details[side]["runs"], key) for side in sides]
         yield f"{name}, before → after", [_milliseconds(*each) for each in halves], _before_ratio(halves)
@@ -67,7 +67,7 @@ def _lines(told: Told, details: Told, sides: Sequence[str]) -> Iterator[tuple[st
         yield "time between tokens, a device less over all of them", slower, ""
 
 
-def _tfs_by_fault(details: Told, sides: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
+def _tfs_by_fault(details: Json, sides: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
     """Yield a line for each kind of fault, if there are several."""
     runs = {side: details[side]["runs"] for side in sides}
     faults = list(dict.fromkeys(run["fault"] for run in runs[sides[0]]))
@@ -76,16 +76,16 @@ def _tfs_by_fault(details: Told, sides: Sequence[str]) -> Iterator[tuple[str, li
         yield f"  after {fault}", [_list(tfs[side]) for side in sides], _times(times(tfs.get("stock"), tfs.get("ours")))
 
 
-def _verdict(told: Told) -> Text:
-    if "ours" not in told:
+def _verdict(report: Json) -> Text:
+    if "ours" not in report:
         return Text("")
-    ours = told["ours"]
+    ours = report["ours"]
     if ours["failed_requests"] == 0 and ours["wrong_tokens"] == 0:
         return Text("ours: no request failed, every token is that of an unbroken run", "bold green")
     return Text(f"ours: {ours['failed_requests']} requests failed, {ours['wrong_tokens']} tokens are wrong", "bold red")
 
 
-def picture(details: Told, title: str) -> Picture:
+def picture(details: Json, title: str) -> Picture:
     """Draw goodput around the fault: a panel for each side on one scale, the mean over its runs."""
     curves = {name: _mean_curve(details[name]["runs"]) for name in ("ours", "stock") if name in details}
     start = min(at for curve in curves.values() for at in curve)
@@ -115,13 +115,13 @@ def picture(details: Told, title: str) -> Picture:
     return Picture(_WIDTH, _TOP + len(curves) * (_PANEL + 50) - 10, title, tuple(boxes), tuple(labels))
 
 
-def _caption(name: str, runs: Sequence[Told]) -> str:
+def _caption(name: str, runs: Sequence[Json]) -> str:
     tfs = [run["tfs_s"] for run in runs if run["tfs_s"] is not None]
-    told = f"first token {median(tfs):.1f} s after the fault (red)" if tfs else "no token after the fault (red)"
-    return f"{name}: {told}; tokens per second of requests that ended well, mean of {len(runs)} faults"
+    first_token = f"first token {median(tfs):.1f} s after the fault (red)" if tfs else "no token after the fault (red)"
+    return f"{name}: {first_token}; tokens per second of requests that ended well, mean of {len(runs)} faults"
 
 
-def _mean_curve(runs: Sequence[Told]) -> dict[float, float]:
+def _mean_curve(runs: Sequence[Json]) -> dict[float, float]:
     found: dict[float, list[float]] = {}
     for run in runs:
         for at, rate in run["goodput"]:
@@ -138,7 +138,7 @@ def _list(values: Sequence[float | None]) -> str:
     return f"{'not in time' if isinf(between) else f'{between:.2f} s'}{every}"
 
 
-def _before_after(runs: Sequence[Told], key: str) -> tuple[float | None, float | None]:
+def _before_after(runs: Sequence[Json], key: str) -> tuple[float | None, float | None]:
     before, after = ([run[key][half] for run in runs if run[key][half] is not None] for half in (0, 1))
     return middle(before), middle(after)
 
@@ -157,7 +157,7 @@ def _slower(degraded: Sequence[float] | None) -> str:
     return "" if degraded is None else f"{degraded[0]:.2f}× (ideal {degraded[1]:.2f}×)"
 
 
-def _sum(details: Told, side: str, key: str) -> int:
+def _sum(details: Json, side: str, key: str) -> int:
     return sum(run[key] for run in details[side]["runs"])
 
 

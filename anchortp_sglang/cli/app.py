@@ -1,6 +1,6 @@
 """The command ``anchortp``: inspect a running server, inject faults, plan for faults, measure, check a machine.
 
-Exit codes: 0 success, 1 the answer is no, 2 no server answers or the command line is wrong.
+Exit codes: 0 success, 1 a check, comparison or fault failed, 2 no server answers or the command line is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="See, test and check an anchortp-sglang server.",
+    help="Inspect, test and check an anchortp-sglang server.",
 )
 
 UrlOption = Annotated[str, typer.Option("--url", help="Address of the server.")]
@@ -97,7 +97,7 @@ def _plot_timeline(recoveries: list[dict[str, Any]], path: Path) -> None:
 @app.command()
 def inject(
     device: Annotated[int, typer.Option("--device", min=0, help="Id of the device, as shown by status.")],
-    kind: Annotated[FaultKind, typer.Option("--kind", help="What to break.")],
+    kind: Annotated[FaultKind, typer.Option("--kind", help="Fault to inject.")],
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     as_json: JsonOption = False,

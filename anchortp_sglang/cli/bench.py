@@ -42,7 +42,9 @@ class Sides(StrEnum):
 def recovery(
     size: SizeOption = ModelSize.TINY,
     tp_size: Annotated[int, typer.Option("--tp", min=2, help="Ranks of each server.")] = 4,
-    faults: Annotated[str, typer.Option("--faults", help="Any of process, device, hang.")] = "process,device,hang",
+    faults: Annotated[
+        str, typer.Option("--faults", help="Faults to inject: process, device, hang.")
+    ] = "process,device,hang",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repetitions of each fault.")] = 1,
     rate: Annotated[float, typer.Option("--rate", help="Clients per second (Poisson).")] = 2.0,
     before_s: Annotated[float, typer.Option("--before", help="Seconds of load before a fault.")] = 20.0,
@@ -76,20 +78,20 @@ def recovery(
         "hang_timeout_s": hang_timeout_s,
     }
     _check_files(record, plot)
-    with _measuring(size) as (model, folder, say):
+    with _measuring(size) as (model, folder, progress):
         plan = recovery_bench.Plan(model=model, **plan_of)
-        results = recovery_bench.run(plan, folder, say)
-    told, every = recovery_bench.summary(results), recovery_bench.details(plan, results)
+        results = recovery_bench.run(plan, folder, progress)
+    report, details = recovery_bench.summary(results), recovery_bench.details(plan, results)
     title = f"{size.value} model, TP={tp_size}, {len(plan.runs())} faults ({faults}), {rate:g} clients/s"
     if as_json:
-        typer.echo(json.dumps(told, indent=2))
+        typer.echo(json.dumps(report, indent=2))
     else:
-        Console().print(recovery_view.report_view(told, every, title))
+        Console().print(recovery_view.report_view(report, details, title))
     if record is not None:
-        record.write_text(json.dumps({"title": title, "report": told, "sides": every}, indent=1) + "\n")
+        record.write_text(json.dumps({"title": title, "report": report, "sides": details}, indent=1) + "\n")
     if plot is not None:
-        _draw(recovery_view.picture(every, title), plot)
-    ours = told.get("ours")
+        _draw(recovery_view.picture(details, title), plot)
+    ours = report.get("ours")
     raise typer.Exit(1 if ours and (ours["failed_requests"] or ours["wrong_tokens"]) else 0)
 
 
@@ -107,8 +109,8 @@ def overhead(
     from anchortp_sglang.bench import overhead as bench
 
     _check_files(record)
-    with _measuring(size) as (model, folder, say):
-        measured = bench.run(model, tp_size, _flags(slots), rounds, clients, VOCAB_SIZE, folder, say)
+    with _measuring(size) as (model, folder, progress):
+        measured = bench.run(model, tp_size, _flags(slots), rounds, clients, VOCAB_SIZE, folder, progress)
     found = bench.compare(measured)
     if record is not None:
         record.write_text(json.dumps([asdict(each) for each in measured], indent=1) + "\n")
@@ -169,18 +171,18 @@ def storm(
         )
     )
     writer = storm_log.Writer(log)
-    with _measuring(ModelSize.TINY) as (model, folder, say):
+    with _measuring(ModelSize.TINY) as (model, folder, progress):
         writer.write(schedule.to_json())
-        asks = schedule.asks(VOCAB_SIZE)
-        one = bench.Storm(asks, schedule.seed, schedule.clients, writer.write, say, limit_s)
+        made = schedule.make_requests(VOCAB_SIZE)
+        storm_run = bench.Storm(made, schedule.seed, schedule.clients, writer.write, progress, limit_s)
         logs = str(folder / "storm" if log is None else log.with_suffix(""))
-        report = bench.run(model, schedule, slots, one, folder, logs, say)
-    told = storm_view.summary(report)
+        outcome = bench.run(model, schedule, slots, storm_run, folder, logs, progress)
+    figures = storm_view.summary(outcome)
     title = f"seed {schedule.seed}, TP={schedule.tp_size}, {schedule.clients} clients"
-    typer.echo(json.dumps(told, indent=2)) if as_json else Console().print(storm_view.view(told, title))
-    if not told["ok"]:
+    typer.echo(json.dumps(figures, indent=2)) if as_json else Console().print(storm_view.view(figures, title))
+    if not figures["ok"]:
         typer.echo(writer.text(), err=True)
-    raise typer.Exit(0 if told["ok"] else 1)
+    raise typer.Exit(0 if figures["ok"] else 1)
 
 
 @app.command()
@@ -191,13 +193,15 @@ def decisions(
 ) -> None:
     """Play simulated schedules of requests and faults against the coordinator's decisions; no server is started.
 
-    Exit code 1 if one of them breaks an invariant; its seed and its last steps are printed.
+    Exit code 1 if a schedule breaks an invariant; its seed and its last steps are printed.
     """
     from anchortp_sglang.bench.decisions import play
 
     outcome, violations = play(range(seed, seed + schedules))
-    told = {"schedules": schedules, "violations": len(violations)} | outcome
-    typer.echo(json.dumps(told, indent=2) if as_json else ", ".join(f"{count} {name}" for name, count in told.items()))
+    counts = {"schedules": schedules, "violations": len(violations)} | outcome
+    typer.echo(
+        json.dumps(counts, indent=2) if as_json else ", ".join(f"{count} {name}" for name, count in counts.items())
+    )
     for violation in violations[:3]:
         typer.echo(violation, err=True)
     raise typer.Exit(1 if violations else 0)
@@ -237,7 +241,7 @@ def _check_files(record: Path | None, plot: Path | None = None) -> None:
     """End the command before measuring if a file could not be written."""
     for path in filter(None, (record, plot)):
         if not path.parent.is_dir():
-            _fail(f"{path}: there is no folder {path.parent}")
+            _fail(f"{path} cannot be written: there is no folder {path.parent}")
     try:
         if plot is not None:
             check(plot)
@@ -247,7 +251,7 @@ def _check_files(record: Path | None, plot: Path | None = None) -> None:
 
 @contextmanager
 def _measuring(size: ModelSize) -> Iterator[tuple[Path, Path, Any]]:
-    """Yield (checkpoint, folder for logs, say). An error in the block ends the command and keeps the logs."""
+    """Yield (checkpoint, folder for logs, progress). An error in the block ends the command and keeps the logs."""
     from anchortp_sglang.bench.model_sizes import make_model
     from anchortp_sglang.testing.server import ServerFailed
 
@@ -257,14 +261,14 @@ def _measuring(size: ModelSize) -> Iterator[tuple[Path, Path, Any]]:
     try:
         with console.status("") as status:
 
-            def say(text: str) -> None:
+            def progress(text: str) -> None:
                 elapsed_s = time.monotonic() - began
                 status.update(f"{elapsed_s:6.0f} s  {text}")
                 if not console.is_terminal:
                     console.print(f"{elapsed_s:6.0f} s  {text}", markup=False, soft_wrap=True)
 
-            say(f"writing a checkpoint of size {size.value}")
-            yield make_model(folder / "model", size), folder, say
+            progress(f"writing a checkpoint of size {size.value}")
+            yield make_model(folder / "model", size), folder, progress
     except (ServerFailed, OSError, HTTPException, psutil.Error) as error:
         shutil.rmtree(folder / "model", ignore_errors=True)
         _fail(f"{error or type(error).__name__}\nlogs: {folder}")

@@ -37,16 +37,16 @@ def _exchange(url: str, path: str, body: Any, api_key: str | None, timeout_s: fl
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise UnreachableError(
-                f"{url} answers, but not as an anchortp server: start it with 'python -m anchortp_sglang.launch_server'"
+                f"{url} is not an anchortp server: start it with 'python -m anchortp_sglang.launch_server'"
             ) from None
         raise RefusedError(_reason(error)) from None
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise UnreachableError(f"no server at {url} ({reason}): is it running, and is --url right?") from None
     except ValueError as error:  # not a URL, not JSON
-        raise UnreachableError(f"no sense in the answer of {url}: {error}") from None
+        raise UnreachableError(f"no readable answer from {url} ({error}): is --url right?") from None
     if not isinstance(answer, dict):
-        raise UnreachableError(f"no sense in the answer of {url}: {str(answer)[:200]}")
+        raise UnreachableError(f"no readable answer from {url} ({str(answer)[:200]}): is --url right?")
     return answer
 
 

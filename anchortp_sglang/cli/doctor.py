@@ -22,8 +22,8 @@ from anchortp_sglang.platforms.cpu.cgroups import memory_room
 GIB = 1 << 30
 OLDEST_PYTHON = (3, 11)
 # A process that has imported SGLang and all its models has 1.1 GiB, which forked ranks share.
-MEMORY_WANTED_BYTES = 2 * GIB
-SHM_WANTED_BYTES = 64 << 20
+MEMORY_NEEDED_BYTES = 2 * GIB
+SHM_NEEDED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Check:
 
 def run_checks(run_dir: str | None = None) -> Iterator[Check]:
     """Run all checks in turn; one that raises is a FAIL. ``run_dir``: the value of ``--anchor-run-dir``."""
-    named: tuple[tuple[str, Callable[[], Check]], ...] = (
+    checks: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("Python", check_python),
         ("SGLang", check_sglang),
         ("hooks", check_hooks),
@@ -51,7 +51,7 @@ def run_checks(run_dir: str | None = None) -> Iterator[Check]:
         ("memory", check_memory),
         ("GPUs", check_gpus),
     )
-    for name, check in named:
+    for name, check in checks:
         try:
             yield check()
         except Exception as error:
@@ -59,7 +59,7 @@ def run_checks(run_dir: str | None = None) -> Iterator[Check]:
                 name,
                 "FAIL",
                 f"{type(error).__name__}: {error}",
-                "needs Linux 5.6 or newer and a pinned install",
+                "use Linux 5.6 or newer, and reinstall anchortp-sglang",
             )
 
 
@@ -127,7 +127,12 @@ def check_pidfd() -> Check:
 def _without_pidfd_getfd(refusal: str) -> Check:
     way_out = "docker: --cap-add SYS_PTRACE; else kernel.yama.ptrace_scope below 2"
     if check_handle_passing().level != "PASS":
-        return Check("pidfd", "FAIL", f"{refusal}, and descriptors cannot be passed on: no memory can survive", way_out)
+        return Check(
+            "pidfd",
+            "FAIL",
+            f"{refusal}, and descriptors cannot be sent to another process: a dead anchor's memory is lost",
+            way_out,
+        )
     detail = f"{refusal}: a dead anchor's memory is handed over by its rank instead, and lost if the rank hangs"
     return Check("pidfd", "WARN", detail, way_out)
 
@@ -158,7 +163,7 @@ def check_shm() -> Check:
     detail = f"{free / GIB:.2f} GiB free"
     if not os.access("/dev/shm", os.W_OK):
         return Check("/dev/shm", "FAIL", "not writable", "mount a tmpfs there, mode 1777")
-    if free < SHM_WANTED_BYTES:
+    if free < SHM_NEEDED_BYTES:
         return Check("/dev/shm", "WARN", detail, "docker: --shm-size 1g; else remove leftovers from /dev/shm")
     return Check("/dev/shm", "PASS", detail)
 
@@ -180,12 +185,12 @@ def check_memory() -> Check:
 
     room = memory_room(psutil.virtual_memory().available)
     detail = f"{room.nbytes / GIB:.1f} GiB available ({room.bound})"
-    if room.nbytes < MEMORY_WANTED_BYTES:
+    if room.nbytes < MEMORY_NEEDED_BYTES:
         return Check(
             "memory",
             "WARN",
             detail,
-            f"the ranks need {MEMORY_WANTED_BYTES / GIB:.0f} GiB beside weights and KV",
+            f"free memory: the ranks need {MEMORY_NEEDED_BYTES / GIB:.0f} GiB beside weights and KV",
         )
     return Check("memory", "PASS", detail)
 

@@ -76,8 +76,8 @@ class Job:
         return comparison.make_prompts(_vocab_size(read_config(self.model)))
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """The question that kept answers of stock must belong to."""
+    def query(self) -> dict[str, Any]:
+        """The query that stored answers of stock must belong to."""
         flags = [*self.flags, *self.stock_flags]
         return {"model": str(self.reference.resolve()), "flags": flags, "new_tokens": self.new_tokens}
 
@@ -136,23 +136,23 @@ def parity(
 
 def run(job: Job) -> list[Round]:
     """Serve and query both sides. Raises NotServed, or ValueError for an unreadable checkpoint."""
-    prompts, ours, stock = job.prompts, list[tuple[str, list[Answer]]](), _kept_answers(job)
+    prompts, ours, stock = job.prompts, list[tuple[str, list[Answer]]](), _stored_answers(job)
     with _folder() as folder, _ended_by_sigterm():
         env = {"TMPDIR": str(folder)}  # removed at the end, as stock leaves its sockets behind
         flags = (*job.flags, *job.our_flags)
         server = Server(job.model, job.tp_size, *flags, log=folder / "anchortp.log", module=OURS, env=env)
         with _serving(f"anchortp-sglang, TP={job.tp_size}", server, job.start_timeout_s):
-            ours.append(("" if job.lose is None else "before loss", _ask(server, prompts, job.new_tokens)))
+            ours.append(("" if job.lose is None else "before loss", _query(server, prompts, job.new_tokens)))
             if job.lose is not None:
                 _lose(server, job.lose)
-                ours.append(("after loss", _ask(server, prompts, job.new_tokens)))
+                ours.append(("after loss", _query(server, prompts, job.new_tokens)))
         if stock is None:
             flags = (*job.flags, *job.stock_flags)
             server = Server(job.reference, 1, *flags, log=folder / "stock.log", module=STOCK, env=env)
             with _serving("stock SGLang, TP=1", server, job.start_timeout_s):
-                stock = _ask(server, prompts, job.new_tokens)
+                stock = _query(server, prompts, job.new_tokens)
             if job.stock_answers is not None:
-                job.stock_answers.write_text(json.dumps({"asked": job.asked} | comparison.answers_as_json(stock)))
+                job.stock_answers.write_text(json.dumps({"asked": job.query} | comparison.answers_as_json(stock)))
     return [comparison.compare_all(when, stock, answers) for when, answers in ours]
 
 
@@ -202,18 +202,18 @@ def _our_flags(
     return tuple(flags)
 
 
-def _kept_answers(job: Job) -> list[Answer] | None:
-    """Read the kept answers, if any. Raises ValueError if they are unreadable or answer another question."""
+def _stored_answers(job: Job) -> list[Answer] | None:
+    """Read the stored answers, if any. Raises ValueError if they are unreadable or belong to another query."""
     path = job.stock_answers
     if path is None or not path.exists():
         return None
     try:
-        kept = json.loads(path.read_text())
-        asked, answers = kept["asked"], comparison.answers_from_json(kept)
+        stored = json.loads(path.read_text())
+        query, answers = stored["asked"], comparison.answers_from_json(stored)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--stock-answers: {path} cannot be read ({error}); remove it") from None
-    if asked != job.asked:
-        raise ValueError(f"--stock-answers: {path} answers another question ({asked}); name another file")
+    if query != job.query:
+        raise ValueError(f"--stock-answers: {path} holds the answers to another query ({query}); name another file")
     return answers
 
 
@@ -231,7 +231,7 @@ def _vocab_size(config: dict[str, Any]) -> int:
     return size
 
 
-def _ask(server: Server, prompts: Sequence[list[int]], new_tokens: int) -> list[Answer]:
+def _query(server: Server, prompts: Sequence[list[int]], new_tokens: int) -> list[Answer]:
     """Send the prompts one after the other, so that batching causes no difference."""
     return [
         comparison.read_answer(prompt, server.post("/generate", comparison.request(prompt, new_tokens)))
@@ -241,22 +241,22 @@ def _ask(server: Server, prompts: Sequence[list[int]], new_tokens: int) -> list[
 
 def _lose(server: Server, device: int) -> None:
     """Kill the device's anchor and rank, and wait until the others serve."""
-    _say(server.inject(device, "device")["detail"])
+    _print(server.inject(device, "device")["detail"])
     deadline = time.monotonic() + RECOVERY_TIMEOUT_S
     while (status := server.status())["state"] != "degraded":
         if status["state"] == "down" or time.monotonic() > deadline:
             failed = [recovery["failed"] for recovery in status["recoveries"] if recovery["failed"]]
-            raise NotServed(f"no recovery from the loss of device {device}: {failed or status['state']}")
+            raise NotServed(f"the server did not recover from the loss of device {device}: {failed or status['state']}")
         time.sleep(0.05)
-    _say(f"recovered: TP={status['tp_size']}")
+    _print(f"recovered: TP={status['tp_size']}")
 
 
 @contextmanager
 def _serving(name: str, server: Server, timeout_s: float) -> Iterator[None]:
     """Start the server, and stop it at the end of the block, whose errors become NotServed."""
-    _say(f"starting {name} …")
+    _print(f"starting {name} …")
     try:
-        _say(f"{name} is ready after {server.start(timeout_s):.1f} s")
+        _print(f"{name} is ready after {server.start(timeout_s):.1f} s")
         yield
     except urllib.error.HTTPError as error:
         raise NotServed(f"{name} refused a request: {error.read().decode(errors='replace')}") from None
@@ -295,10 +295,10 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     typer.echo(f"anchortp: {text}", err=True)
 
 
 def _fail(text: str) -> NoReturn:
-    _say(text)
+    _print(text)
     raise typer.Exit(2)

@@ -56,7 +56,7 @@ def plan(
         list[str] | None, typer.Option("--lose", metavar="IDS", help="Devices lost at once: 3, or 3,5.")
     ] = None,
     then: Annotated[
-        list[str] | None, typer.Option("--then", metavar="IDS", help="Lost after that; may be repeated.")
+        list[str] | None, typer.Option("--then", metavar="IDS", help="Devices lost after that; may be repeated.")
     ] = None,
     rejoin: Annotated[
         list[str] | None, typer.Option("--rejoin", metavar="IDS", help="Devices that join at the end.")
@@ -64,15 +64,13 @@ def plan(
     all_failures: Annotated[bool, typer.Option("--all-failures", help="Try the loss of each device.")] = False,
     topology: Annotated[
         str,
-        typer.Option(
-            "--topology", metavar="NAME|FILE", help=f"A JSON file, or one of {', '.join(MACHINES)}; of any size."
-        ),
+        typer.Option("--topology", metavar="NAME|FILE", help=f"A JSON file, or one of {', '.join(MACHINES)}, resized."),
     ] = DEFAULT_TOPOLOGY,
     strategy: Annotated[
         StrategyChoice, typer.Option("--strategy", help="How the next ownership is made.")
     ] = StrategyChoice.AUTO,
     experts: Annotated[ExpertSplit, typer.Option("--experts", help="How experts are split.")] = ExpertSplit.TP,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Instead of the dtype that the config names.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Dtype of the weights, if not the config's.")] = None,
     mem_fraction: Annotated[
         float, typer.Option("--mem-fraction-static", help="Share of device memory for weights and KV cache.")
     ] = 0.88,

@@ -1,8 +1,8 @@
 """Installs hooks through SGLang's registry, and verifies each.
 
 ``HookRegistry`` (srt/plugins/hook_registry.py, 0.5.23) logs and goes on when a hook cannot be applied. A server with
-half of its hooks would silently lose requests, so every hook is looked up afterwards. One that did not take stops the
-start with its name.
+half of its hooks would silently lose requests, so every hook is looked up afterwards. One that is not in effect stops
+the start with its name.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class HookError(RuntimeError):
     def __init__(self, problems: dict[str, str]) -> None:
         self.problems = problems
         lines = "".join(f"\n  {target}: {problem}" for target, problem in problems.items())
-        super().__init__(f"{len(problems)} hook(s) into SGLang did not take:{lines}")
+        super().__init__(f"{len(problems)} hook(s) into SGLang could not be installed:{lines}")
 
 
 def install(hooks: Sequence[Hook]) -> None:

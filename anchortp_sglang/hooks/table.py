@@ -345,6 +345,8 @@ def install_all(allow_drift: bool = False) -> None:
     if drifts and not allow_drift:
         raise manifest.DriftError(drifts)
     for drift in drifts:
-        logger.warning("SGLang drifted, going on as --anchor-allow-drift says: %s", drift)
+        logger.warning(
+            "SGLang differs from the version of the hooks; going on, as --anchor-allow-drift is set: %s", drift
+        )
     install.install(HOOKS)
     logger.info("%d hooks into SGLang %s installed and verified", len(HOOKS), manifest.SGLANG_VERSION)

@@ -83,7 +83,7 @@ class Metrics:
         )
         self._suspects = gauge("anchortp_suspect_requests", "Open requests that may be why ranks fail.")
         self._fruitless = gauge("anchortp_fruitless_faults", "Faults since a client last received a token.")
-        self._told: dict[Any, float] = {}
+        self._reported: dict[Any, float] = {}
 
     def observe(self, recovery: Recovery) -> None:
         """Record the durations of a recovery that is over."""
@@ -119,5 +119,5 @@ class Metrics:
 
     def _raise_to(self, counter: Any, total: float) -> None:
         """Raise a counter to ``total``, if it is lower: counters cannot fall."""
-        counter.inc(max(0.0, total - self._told.get(counter, 0.0)))
-        self._told[counter] = max(total, self._told.get(counter, 0.0))
+        counter.inc(max(0.0, total - self._reported.get(counter, 0.0)))
+        self._reported[counter] = max(total, self._reported.get(counter, 0.0))

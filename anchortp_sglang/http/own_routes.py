@@ -63,24 +63,24 @@ class OwnRoutes:
         return Answer.of(200, status(self._coordinator))
 
     async def _timeline(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
-        wanted = main_part if scope["query_string"] == b"part=main" else page
-        return Answer(200, wanted(status(self._coordinator)).encode(), "text/html; charset=utf-8")
+        render = main_part if scope["query_string"] == b"part=main" else page
+        return Answer(200, render(status(self._coordinator)).encode(), "text/html; charset=utf-8")
 
     async def _inject(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
         if not self._allow_injection:
-            return _not_injected(403, "start the server with --anchor-allow-injection")
+            return _not_injected(403, "injection is off: start the server with --anchor-allow-injection")
         # Browsers do not send JSON across origins without asking (CORS), so no foreign page can inject faults.
         if _content_type(scope) != _JSON:
             return _not_injected(415, f"the Content-Type must be {_JSON}")
         try:
-            body = await _read(limited(scope, receive, _MAX_BODY_BYTES, "device and kind take less"))
-            wanted = msgspec.json.decode(body, type=_Injection)
+            body = await _read(limited(scope, receive, _MAX_BODY_BYTES, "send device and kind only"))
+            fault = msgspec.json.decode(body, type=_Injection)
         except HTTPException as error:
             return _not_injected(error.status_code, error.detail)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            return _not_injected(400, f'want {{"device": 0, "kind": "process"}}: {error}')
+            return _not_injected(400, f'the body must be like {{"device": 0, "kind": "process"}}: {error}')
         try:
-            detail = await inject(self._coordinator, wanted.device, wanted.kind)
+            detail = await inject(self._coordinator, fault.device, fault.kind)
         except InjectionError as error:
             return _not_injected(409, str(error))
         return Answer.of(200, {"ok": True, "verified": True, "detail": detail})

@@ -34,12 +34,12 @@ class KVCapacity:
         return self.slots_rotating / self.slots_alike - 1 if self.slots_alike else 0.0
 
     def __str__(self) -> str:
-        told = f"{self.slots} KV slots; the fullest device has {self.device_bytes / 2**20:.1f} MiB of weights and KV"
+        text = f"{self.slots} KV slots; the fullest device has {self.device_bytes / 2**20:.1f} MiB of weights and KV"
         if self.rotating:
-            return f"{told}, in which {self.slots_alike} would fit without --anchor-rotate-heads ({self.gain:+.0%})"
+            return f"{text}, in which {self.slots_alike} would fit without --anchor-rotate-heads ({self.gain:+.0%})"
         if self.slots_rotating <= self.slots:
-            return f"{told}; --anchor-rotate-heads would gain nothing"
-        return f"{told}, in which {self.slots_rotating} would fit with --anchor-rotate-heads ({self.gain:+.0%})"
+            return f"{text}; --anchor-rotate-heads would gain nothing"
+        return f"{text}, in which {self.slots_rotating} would fit with --anchor-rotate-heads ({self.gain:+.0%})"
 
 
 def kv_capacity(model: ModelAxes, kv: KVPlan, ownership: Ownership, rotating: bool) -> KVCapacity:

@@ -13,7 +13,7 @@ import numpy as np
 from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
 from anchortp_sglang.kv.mirror import KVMirror
 from anchortp_sglang.kv.prefix_forest import ROOT, Mask
-from anchortp_sglang.kv.retained_slots import most_wanted
+from anchortp_sglang.kv.retained_slots import most_urgent
 from anchortp_sglang.kv.slot_table import SlotTable
 
 _BURST_S = 0.25
@@ -138,7 +138,7 @@ class MirrorSchedule:
         if self._chosen is None or (now >= self._choose_at and self._table.step > self._chosen_step):
             self._choose_at = now + _CHOICE_INTERVAL_S
             entries = self._table.entries()
-            self._chosen = most_wanted(entries, entries.verified(), mirror.shape.rows, 1)
+            self._chosen = most_urgent(entries, entries.verified(), mirror.shape.rows, 1)
             self._chosen_step = entries.step
             mirror.free(np.flatnonzero(~self._chosen[mirror.slots]))
             self._collect_rows()

@@ -62,14 +62,14 @@ def closed(mask: Mask, parents: Ids) -> Mask:
     return _rooted(members, parents[members], len(mask))
 
 
-def newest_use(kept: Ids, parents: Ids, last_use: Ids) -> Ids:
-    """Return int64[slots]: the latest use of a slot or one of its descendants; 0 for slots not in ``kept``."""
+def newest_use(members: Ids, parents: Ids, last_use: Ids) -> Ids:
+    """Return int64[slots]: the latest use of a slot or one of its descendants; 0 for slots not in ``members``."""
     newest = np.zeros(len(parents), np.int64)
-    newest[kept] = last_use[kept]
+    newest[members] = last_use[members]
     up = np.zeros(len(parents), np.int64)
-    up[kept] = parents[kept]
+    up[members] = parents[members]
     # Invariant of round k: `up` is the 2**k-th ancestor, `newest` has seen all descendants closer than 2**k.
-    climbing = kept
+    climbing = members
     while (climbing := climbing[up[climbing] != ROOT]).size:
         above = up[climbing]
         np.maximum.at(newest, above, newest[climbing])
@@ -97,19 +97,19 @@ def _rooted(members: Ids, above: Ids, slots: int) -> Mask:
 
 def chains_of(verified: Mask, tokens: Ids, parents: Ids, last_use: Ids) -> list[Chain]:
     """Return a chain for each leaf of the ``verified`` slots, least recently used first, ties by the leaf's slot."""
-    kept = np.flatnonzero(verified)
-    leaves = _leaves(verified, kept, parents)
+    members = np.flatnonzero(verified)
+    leaves = _leaves(verified, members, parents)
     leaves = leaves[np.argsort(last_use[leaves], kind="stable")]
-    first_chain, depth = _first_chain_and_depth(kept, leaves, parents)
+    first_chain, depth = _first_chain_and_depth(members, leaves, parents)
 
     # Each slot is laid out once, in the first chain that has it; later chains copy from there.
-    own = np.bincount(first_chain[kept], minlength=len(leaves))
+    own = np.bincount(first_chain[members], minlength=len(leaves))
     shared = depth[leaves] - own
     ends = np.cumsum(own)
     starts = ends - own
-    owner = first_chain[kept]
-    own_slots = np.empty(len(kept), np.int64)
-    own_slots[starts[owner] + depth[kept] - 1 - shared[owner]] = kept
+    owner = first_chain[members]
+    own_slots = np.empty(len(members), np.int64)
+    own_slots[starts[owner] + depth[members] - 1 - shared[owner]] = members
     donors = first_chain[parents[own_slots[starts]]]
 
     chains: list[Chain] = []
@@ -124,23 +124,23 @@ def chains_of(verified: Mask, tokens: Ids, parents: Ids, last_use: Ids) -> list[
     return chains
 
 
-def _leaves(verified: Mask, kept: Ids, parents: Ids) -> Ids:
+def _leaves(verified: Mask, members: Ids, parents: Ids) -> Ids:
     is_leaf = verified.copy()
-    is_leaf[parents[kept]] = False
+    is_leaf[parents[members]] = False
     return np.flatnonzero(is_leaf)
 
 
-def _first_chain_and_depth(kept: Ids, leaves: Ids, parents: Ids) -> tuple[Ids, Ids]:
+def _first_chain_and_depth(members: Ids, leaves: Ids, parents: Ids) -> tuple[Ids, Ids]:
     """Return int64[slots] each: the lowest index of a leaf below a slot, and the slot's distance from the root."""
     first_chain = np.full(len(parents), len(leaves), np.int64)
     first_chain[leaves] = np.arange(len(leaves))
     depth = np.zeros(len(parents), np.int64)
-    depth[kept] = 1
+    depth[members] = 1
     up = np.zeros(len(parents), np.int64)
-    up[kept] = parents[kept]
+    up[members] = parents[members]
     # Invariant of round k: `up` is the 2**k-th ancestor, `depth` counts the steps to it, and `first_chain`
     # has seen all descendants closer than 2**k.
-    climbing = kept
+    climbing = members
     while (climbing := climbing[up[climbing] != ROOT]).size:
         above = up[climbing]
         np.minimum.at(first_chain, above, first_chain[climbing])

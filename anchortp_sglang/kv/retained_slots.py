@@ -1,7 +1,7 @@
-"""The slots that the next generation keeps, and their new numbers: pure functions over a slot table's entries.
+"""The slots that the next generation retains, and their new numbers: pure functions over a slot table's entries.
 
 Every rank computes them from the same shared memory and must get the same result, so nothing here depends on the rank.
-The kept slots are whole pages and include all their ancestors. Entries are copied before they are read.
+The retained slots are whole pages and include all their ancestors. Entries are copied before they are read.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
 from anchortp_sglang.kv.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed, namespaces_used
 from anchortp_sglang.kv.prefix_forest import ROOT, Chain, Mask, chains_of, closed, newest_use, verified_slots
 
-__all__ = ["Entries", "RetainedSlots", "keep", "most_wanted"]
+__all__ = ["Entries", "RetainedSlots", "most_urgent", "retain"]
 
 
 Reason = Literal["broken_chain", "lost_with_device", "incomplete_page", "no_room"]
-"""Why a slot is not kept. A dropped parent is no reason of its own: ancestors are kept at least as long."""
+"""Why a slot is not retained. A dropped parent is no reason of its own: ancestors are dropped last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class RetainedSlots:
-    """The kept slots: ``slots`` (int64[n], ascending) of the old generation are ``numbers`` (int64[n]) in the new one.
+    """The retained slots: ``slots`` (int64[n], ascending) of the old generation, ``numbers`` (int64[n]) in the new one.
 
     ``entries``: those of the new slot table. ``dropped``: numbers of the other slots with an entry, by reason.
     """
@@ -82,13 +82,13 @@ class RetainedSlots:
     dropped: dict[Reason, int]
 
     def chains(self) -> list[Chain]:
-        """Return all kept chains in their new slots, least recently used first."""
+        """Return all retained chains in their new slots, least recently used first."""
         mask = np.zeros(len(self.entries.hashes), np.bool_)
         mask[self.numbers] = True
         return self.entries.chains(mask)
 
     def digest(self) -> str:
-        """Return a hex digest: ranks with equal digests keep the same slots under the same numbers."""
+        """Return a hex digest: ranks with equal digests retain the same slots under the same numbers."""
         digest = hashlib.blake2b(digest_size=16)
         new = self.entries
         for column in (self.slots, self.numbers, new.hashes, new.tokens, new.parents, new.last_use):
@@ -96,13 +96,15 @@ class RetainedSlots:
         return digest.hexdigest()
 
 
-def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: Hashes | None = None) -> RetainedSlots:
-    """Choose the slots of ``old`` to keep in ``rows`` rows. ``usable``: bool[slots] with their KV; None for all.
+def retain(
+    old: Entries, usable: Mask | None, rows: int, page_size: int, running: Hashes | None = None
+) -> RetainedSlots:
+    """Choose the slots of ``old`` to retain in ``rows`` rows. ``usable``: bool[slots] with their KV; None for all.
 
-    Of slots with equal chains one is kept, as the parent of all their children. If fewer rows than before have no room
-    for all, running requests come first, in the order of ``running`` (chain hashes of their tokens), then the slots
-    used last; chains are cut at their ends. With fewer rows the slots get new numbers without gaps, in their old order;
-    otherwise they keep their numbers.
+    Of slots with equal chains one is retained, as the parent of all their children. If fewer rows than before have no
+    room for all, running requests come first, in the order of ``running`` (chain hashes of their tokens), then the
+    slots used last; chains are cut at their ends. With fewer rows the slots get new numbers without gaps, in their old
+    order; otherwise they keep their numbers.
     """
     dropped: dict[Reason, int] = {}
 
@@ -118,7 +120,7 @@ def keep(old: Entries, usable: Mask | None, rows: int, page_size: int, running: 
     mask, old = _without_copies(mask, old, page_size)
     before = len(old.hashes)
     fits = rows >= before
-    mask = drop(mask, mask if fits else most_wanted(old, mask, rows - page_size, page_size, running), "no_room")
+    mask = drop(mask, mask if fits else most_urgent(old, mask, rows - page_size, page_size, running), "no_room")
     slots = np.flatnonzero(mask)
     numbers = slots if fits else _dense(slots, page_size)
     return RetainedSlots(slots, numbers, _renumbered(old, slots, numbers, rows), dropped)
@@ -163,8 +165,8 @@ def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
     return closed(whole, parents)
 
 
-def most_wanted(old: Entries, mask: Mask, capacity: int, page_size: int, running: Hashes | None = None) -> Mask:
-    """Return bool[slots]: the most urgent slots of ``mask``, at most ``capacity``. ``running``: as in ``keep``.
+def most_urgent(old: Entries, mask: Mask, capacity: int, page_size: int, running: Hashes | None = None) -> Mask:
+    """Return bool[slots]: the most urgent slots of ``mask``, at most ``capacity``. ``running``: as in ``retain``.
 
     ``mask`` is closed under ancestors, and so is the result: a slot's ancestors are at least as urgent. One chain is
     taken whole before the next, instead of a part of each.

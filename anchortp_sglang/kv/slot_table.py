@@ -305,7 +305,9 @@ class SlotTable:
 
 def _check_lengths(slots: Ids, tokens: Ids, parents: Ids) -> None:
     if slots.ndim != 1 or not slots.shape == tokens.shape == parents.shape:
-        raise ValueError(f"want one token and parent per slot, got {slots.shape}, {tokens.shape}, {parents.shape}")
+        raise ValueError(
+            f"each slot needs one token and one parent, got {slots.shape}, {tokens.shape}, {parents.shape}"
+        )
 
 
 def _enter(columns: Sequence[memoryview], step: int, entries: Sequence[tuple[int, int, int, int]]) -> None:

@@ -89,7 +89,7 @@ class Arena(Protocol):
     """
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment. Raises ``MemoryExhausted`` if there is no room for it."""
+        """Make and hold a new segment. Raises ``MemoryExhausted`` if there is no room for it."""
 
     def verify(self, fd: int, nbytes: int, sealed: bool) -> bool:
         """Check, as far as possible, that a returned ``fd`` is the segment it is claimed to be.
@@ -98,7 +98,7 @@ class Arena(Protocol):
         """
 
     def adopt(self, name: str, fd: int, nbytes: int) -> None:
-        """Keep a duplicate of ``fd``, unless it is held already. Raises ``BadHandle`` if it is something else."""
+        """Hold a duplicate of ``fd``, unless it is held already. Raises ``BadHandle`` if it is something else."""
 
     def seal(self, name: str) -> None:
         """Make the segment read-only, except through existing mappings."""
@@ -230,25 +230,27 @@ class MemfdArena:
         self._lazy: set[str] = set()
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment. Raises like ``create_memfd``."""
+        """Make and hold a new segment. Raises like ``create_memfd``."""
         promised = 0 if lazy else self._promised_bytes()
-        self._keep(name, create_memfd(name, nbytes, lazy=lazy, promised_bytes=promised), lazy)
+        self._add(name, create_memfd(name, nbytes, lazy=lazy, promised_bytes=promised), lazy)
 
     def verify(self, fd: int, nbytes: int, sealed: bool) -> bool:
         """Compare ``inspect_handle`` of ``fd`` with the claims; return whether it is sealed by now."""
         facts = inspect_handle(fd)
         if facts.nbytes != nbytes or (sealed and not facts.sealed):
-            raise BadHandle(f"the handle has {facts.nbytes} bytes, sealed: {facts.sealed}, unlike the message")
+            raise BadHandle(
+                f"the handle has {facts.nbytes} bytes (sealed: {facts.sealed}), the message says {nbytes} ({sealed})"
+            )
         return facts.sealed
 
     def adopt(self, name: str, fd: int, nbytes: int) -> None:
-        """Keep a duplicate of ``fd``, checked by ``inspect_handle``, unless it is held already.
+        """Hold a duplicate of ``fd``, checked by ``inspect_handle``, unless it is held already.
 
         Raises ``BadHandle`` if another segment has this name.
         """
         facts = inspect_handle(fd)
         if name not in self._fds:
-            self._keep(name, os.dup(fd), lazy=True)  # it has been filled, or was lazy
+            self._add(name, os.dup(fd), lazy=True)  # it has been filled, or was lazy
         elif inspect_handle(self._fds[name]).inode != facts.inode:
             raise BadHandle(f"another segment is already held as {name!r}")
 
@@ -280,7 +282,7 @@ class MemfdArena:
         """Return the segment's touched bytes, as ``resident_bytes`` does."""
         return resident_bytes(self._fds[name])
 
-    def _keep(self, name: str, fd: int, lazy: bool) -> None:
+    def _add(self, name: str, fd: int, lazy: bool) -> None:
         self._fds[name] = fd
         if lazy:
             self._lazy.add(name)

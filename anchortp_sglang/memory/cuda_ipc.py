@@ -52,7 +52,7 @@ class IpcArena:
         self._handles: dict[str, int] = {}
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment. ``lazy`` is ignored, as device memory is allocated at once."""
+        """Make and hold a new segment. ``lazy`` is ignored, as device memory is allocated at once."""
         room = self._gpu.budget_bytes - sum(self._sizes.values())
         if nbytes > room:
             raise MemoryExhausted(f"segment {name!r} needs {nbytes} bytes, {room} are left on {self._gpu.uuid}")

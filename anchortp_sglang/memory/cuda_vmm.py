@@ -91,7 +91,7 @@ class VmmArena:
         self._sizes: dict[str, int] = {}
 
     def create(self, name: str, nbytes: int, lazy: bool) -> None:
-        """Make and keep a new segment. ``lazy`` is ignored, as device memory is allocated at once."""
+        """Make and hold a new segment. ``lazy`` is ignored, as device memory is allocated at once."""
         size = round_up(nbytes, self._granularity)
         room = min(self._gpu.budget_bytes - sum(self._sizes.values()), free_bytes(self._gpu.uuid))
         if size > room:
@@ -100,7 +100,7 @@ class VmmArena:
                 f" {self._gpu.budget_bytes / 2**30:.2f} GiB on {self._gpu.uuid}: free memory there, or ask for less"
             )
         try:
-            self._keep(name, create(self._device, nbytes), size)
+            self._add(name, create(self._device, nbytes), size)
         except CudaError as error:
             if error.name == "CUDA_ERROR_OUT_OF_MEMORY":
                 raise MemoryExhausted(f"segment {name!r}: {error}") from error
@@ -121,9 +121,9 @@ class VmmArena:
         return sealed
 
     def adopt(self, name: str, fd: int, nbytes: int) -> None:
-        """Keep a duplicate of ``fd``, a segment of ``nbytes``, unless one of this name is held."""
+        """Hold a duplicate of ``fd``, a segment of ``nbytes``, unless one of this name is held."""
         if name not in self._fds:
-            self._keep(name, os.dup(fd), round_up(nbytes, self._granularity))
+            self._add(name, os.dup(fd), round_up(nbytes, self._granularity))
 
     def seal(self, name: str) -> None:
         """Do nothing here: the anchor tells each client that opens a handle whether the segment is sealed."""
@@ -146,7 +146,7 @@ class VmmArena:
         """Return the segment's size, as all of it is allocated at once."""
         return self._sizes[name]
 
-    def _keep(self, name: str, fd: int, size: int) -> None:
+    def _add(self, name: str, fd: int, size: int) -> None:
         self._fds[name], self._sizes[name] = fd, size
 
 

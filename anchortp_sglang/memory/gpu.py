@@ -30,6 +30,6 @@ class GpuShare:
                 f"{self.uuid!r} is no GPU's UUID, as nvidia-smi -L lists them (MIG parts are not supported)"
             )
         if self.budget_bytes <= 0:
-            raise ValueError(f"the anchor of {self.uuid} is given {self.budget_bytes} bytes: it needs some")
+            raise ValueError(f"the memory budget of {self.uuid} is {self.budget_bytes} bytes: it must be above 0")
         if self.sharing not in get_args(Sharing):
             raise ValueError(f"sharing is one of {', '.join(get_args(Sharing))}, not {self.sharing!r}")

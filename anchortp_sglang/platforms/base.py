@@ -163,13 +163,13 @@ class DeviceWatch(Protocol):
 class MemoryPlan:
     """The result of ``plan_memory``. ``platform``: the same one, which now knows what each device is.
 
-    ``kv``: the most slots that any generation has. ``mirror``: None without one; ``mirror_said``: why, or how large.
+    ``kv``: the most slots that any generation has. ``mirror``: None without one; ``mirror_text``: why, or how large.
     """
 
     platform: Platform
     kv: KVPlan
     mirror: MirrorPlan | None
-    mirror_said: str
+    mirror_text: str
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def describe(defaults: Defaults) -> str:
     """Describe in one line for the log what was set, as a user would have written it."""
     env = [f"{name}={value}" for name, value in defaults.env.items()]
     flags = [_as_option(name, value) for name, value in defaults.flags.items()]
-    return f"{defaults.title}: " + (" ".join(env + flags) or "nothing, all of it was given")
+    return f"{defaults.title}: " + (" ".join(env + flags) or "nothing, as you have set all of it")
 
 
 def _as_option(name: str, value: object) -> str:

@@ -1,6 +1,6 @@
 """Attaches a rank to its share of the model and to the anchors' memory that holds it.
 
-One rank process is one attachment, and what such a process has only once is held by it. Hooks ask ``current()``;
+Each rank process has one attachment, which also holds what such a process has only once. Hooks ask ``current()``;
 without an attachment (main, the detokenizer, the zygote) they leave SGLang as it is.
 """
 
@@ -26,13 +26,13 @@ from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.base import Platform
 from anchortp_sglang.rank.heartbeat import Counters
 
-if TYPE_CHECKING:  # what hangs on an attachment knows it, and not the other way round
+if TYPE_CHECKING:  # these modules import this one
     from anchortp_sglang.rank.kv.prefixes import Prefixes
     from anchortp_sglang.rank.weights.loader import Filler
 
 HOST_DEVICE = -1
 
-_ANCHOR_TIMEOUT_S = 4.0  # it has answered main a moment ago, and a handle takes it microseconds
+_ANCHOR_TIMEOUT_S = 4.0  # main has just had an answer from it, and opening a handle takes microseconds
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ class Attachment:
         self.built_config: Any = None
         """The ModelConfig of the model that is being built; None before and after."""
         self.serving = False
-        """Whether all ranks of the generation are ready, so that requests are taken; only rank 0 is told."""
+        """Whether all ranks of the generation are ready, so that requests are taken; set on rank 0 only."""
 
     def kv_tensor(self) -> torch.Tensor:
         """Map this rank's KV segment, writable, once; return its bytes."""
         if self._kv_bytes is None:
             assignment = self.assignment
-            fd, nbytes, _ = self._keep(assignment.device, kv_segment(self.kv_layout))
+            fd, nbytes, _ = self._open_recorded(assignment.device, kv_segment(self.kv_layout))
             parts = [Part(fd, 0, nbytes, writable=True)]
             self._kv_bytes, _ = assignment.platform.byte_tensor(assignment.device, parts)
         return self._kv_bytes
@@ -140,7 +140,7 @@ class Attachment:
 
         Raises AnchorError when the anchor refuses or does not answer.
         """
-        fd, nbytes, _ = self._keep(device, segment)
+        fd, nbytes, _ = self._open_recorded(device, segment)
         return map_fd(fd, nbytes, writable=writable)
 
     def map_briefly(self, device: int, segment: str) -> mmap.mmap:
@@ -155,7 +155,7 @@ class Attachment:
         """Return the bytes of this rank's shard, read-only. Raises like ``map``."""
         assignment = self.assignment
         shard = assignment.weights.shards[assignment.rank]
-        fds = {name: self._keep(assignment.device, name).fd for name in shard.sizes}
+        fds = {name: self._open_recorded(assignment.device, name).fd for name in shard.sizes}
         return self._shard_tensor(shard, fds, writable=False)[0]
 
     @contextmanager
@@ -206,7 +206,7 @@ class Attachment:
         ]
         return self.assignment.platform.byte_tensor(self.assignment.device, parts)
 
-    def _keep(self, device: int, segment: str) -> HandleGrant:
+    def _open_recorded(self, device: int, segment: str) -> HandleGrant:
         grant = self._open(device, segment)
         self.fds[device, segment] = grant.fd, grant.nbytes
         return grant

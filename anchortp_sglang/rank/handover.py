@@ -52,5 +52,5 @@ def ask(pipe: Connection, number: int, timeout_s: float = ANSWER_TIMEOUT_S) -> i
         ours.settimeout(timeout_s)
         _, fds, _, _ = socket.recv_fds(ours, _NUMBER.size, 1, socket.MSG_CMSG_CLOEXEC)
     if not fds:
-        raise OSError(errno.EBADF, f"it is dead, or {number} is no descriptor of its memory")
+        raise OSError(errno.EBADF, f"the rank is dead, or {number} is no descriptor of its memory")
     return fds[0]

@@ -45,11 +45,11 @@ class Counters:
             thread.join()
 
     def count_tokens(self, reused: int, recomputed: int) -> None:
-        """Add tokens of a resumed request that were found in kept KV, and that had to be computed again."""
+        """Add tokens of a resumed request that were found in retained KV, and that had to be computed again."""
         self._counters[MAX_RANKS : MAX_RANKS + 2] += (reused, recomputed)
 
     def note_graphs(self) -> None:
-        """Note that rank 0's decode graphs are captured; those of the other ranks say nothing."""
+        """Note that decode graphs are captured; only rank 0 writes it."""
         if self._rank == 0:
             self._counters[MAX_RANKS + 2] = 1
 

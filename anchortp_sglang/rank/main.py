@@ -70,14 +70,14 @@ def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
     stamps.take("attached")
     rendezvous(spec.store_port)
     scheduler = _make_scheduler(spec)
-    kv_kept_at = attachment.prefixes.finish()
+    kv_retained_at = attachment.prefixes.finish()
     stamps.take("bound")
     filler, retained = attachment.filler, attachment.prefixes.report
     stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
     if retained:
         stamps.taken["prefixes"] = retained["at"]
-    if kv_kept_at:
-        stamps.taken["kv_kept"] = kv_kept_at
+    if kv_retained_at:
+        stamps.taken["kv_kept"] = kv_retained_at
     return scheduler, {
         "scheduler": scheduler.get_init_info(),  # SGLang's own, which /server_info shows
         "rank": assignment.rank,
@@ -116,15 +116,15 @@ def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] 
     attachment.counters.beat()
     if not requests:
         return requests
-    kept = []
+    accepted = []
     for request in requests:
         if isinstance(request, GenerationStart):
             if request.generation == attachment.assignment.generation:
                 attachment.serving = True
                 attachment.prefixes.start_writing()
         elif attachment.serving:
-            kept.append(request)
-    return kept
+            accepted.append(request)
+    return accepted
 
 
 def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,8 +139,8 @@ def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: 
 def before_add_request_to_queue(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE Scheduler._add_request_to_queue: a client that has tokens has the input's logprobs, too.
 
-    No kept KV is used after the start of the wanted logprobs (``Req._compute_max_prefix_len``), so this start is set
-    behind all tokens. handle_generate_request sets it after the request is made, and accepts none after the prompt.
+    SGLang reuses no KV after the start of the requested logprobs (``Req._compute_max_prefix_len``), so this start is
+    set behind all tokens. handle_generate_request sets it after the request is made, and accepts none after the prompt.
     """
     if getattr(req, "anchortp_resumed_at", None) and req.return_logprob and req.output_ids:
         req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)

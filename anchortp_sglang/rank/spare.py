@@ -34,11 +34,11 @@ class SpareSpec:
 
 
 def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
-    """Warm up, then wait until main says what to be, or closes the pipe. Sends None when ready for that."""
+    """Warm up, then wait until main assigns a role or closes the pipe. Sends None when ready for that."""
     try:
         warm_up()
     except Exception:
-        log.exception("anchortp: a spare child was not warmed up")  # it can do without
+        log.exception("anchortp: the warm-up of a spare rank failed; it is used without")
     if spec is not None:
         _join(spec)
     pipe.send(None)
@@ -76,6 +76,6 @@ def _name_store(store_port: int) -> None:
 
 
 def _stay_on_loopback() -> None:
-    """Let Gloo and NCCL listen on loopback; by default they listen where the host's name leads to."""
+    """Let Gloo and NCCL listen on loopback; by default they listen on the address of the host's name."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["NCCL_SOCKET_IFNAME"] = "=lo"

@@ -134,7 +134,7 @@ class Coordinator:
         if self._tm.gracefully_exit and self._idle():
             self.stop()  # SGLang has asked its schedulers to leave
         if self._idle():
-            self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
+            self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
         self._advance(Event(EventKind.FAULT, reason))
 
     # ---- the machine's shell
@@ -151,7 +151,7 @@ class Coordinator:
         elif action is Action.RESUME:
             assert self.generation is not None
             self._watch_over(self.generation)
-            self._spawn(self._housekeeping.settle(self.generation))
+            self._spawn(self._housekeeping.seal_and_free(self.generation))
             self._progress.resumed()
         elif action is Action.GIVE_UP:
             self._give_up(reason)
@@ -159,9 +159,9 @@ class Coordinator:
             self._carry_out(action)
 
     def _watch_over(self, generation: Generation) -> None:
-        """Watch and look after a generation that serves from now on."""
+        """Begin to watch a generation that serves from now on, and check its helpers."""
         self._detection.watch(generation)
-        self._spawn(self._housekeeping.look_after_helpers(generation))
+        self._spawn(self._housekeeping.check_helpers(generation))
         self._spawn(self._graphs.capture(generation))
 
     def _begin(self, before: state_machine.State, reason: str) -> None:
@@ -189,7 +189,7 @@ class Coordinator:
         self._progress.recovery.exception = found.text if found.kind == "exception" else ""
         starting = self._tm.server_status.value == "Starting"
         if self.culprits.judge(found, self.inflight, self.state, time.monotonic(), starting):
-            self._advance(Event(EventKind.TOKENS, "nobody waits for any"))
+            self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
 
     def _carry_out(self, action: Action) -> None:
         """Take the step for an action, and report to the state machine how it went."""

@@ -83,14 +83,14 @@ class Detection:
             if self._serving() is generation:  # otherwise this is known already
                 self._on_fault(f"the anchor of device {device} died")
             return
-        log.warning("anchortp: the anchor of device %s died; a new one took back %s", device, ", ".join(segments))
+        log.warning("anchortp: the anchor of device %s died; a new one holds %s again", device, ", ".join(segments))
         if self._serving() is not generation:
             return
         self._watch_anchor(generation, device)
         try:
             await in_thread(anchors.seal_and_free, generation)  # it may have died before that was done
         except AnchorError as error:
-            log.info("anchortp: generation %d was not settled: %s", generation.number, error)
+            log.info("anchortp: unused memory is not freed yet (generation %d): %s", generation.number, error)
 
     async def _watch_for_hangs(self) -> None:
         while True:

@@ -28,13 +28,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _POLL_S = 0.2
 _LAST_WORDS_S = 0.5  # for answers on their way to clients
 
-_put_away: list[Callable[[], None]] = []
+_cleanups: list[Callable[[], None]] = []
 _serving = False
 
 
-def on_end(put_away: Callable[[], None]) -> None:
-    """Register a cleanup for an end by a signal; the last one runs first, and must cope with what is gone already."""
-    _put_away.append(put_away)
+def on_end(cleanup: Callable[[], None]) -> None:
+    """Register a cleanup for an end by a signal. The last one runs first; each must tolerate a partial cleanup."""
+    _cleanups.append(cleanup)
 
 
 def end_at_once_on_signals() -> None:
@@ -73,7 +73,7 @@ def drain_on_signals(loop: asyncio.AbstractEventLoop, tokenizer_manager: Any, co
 
 def _on_start_signal(number: int, frame: Any) -> None:
     if _serving and number == signal.SIGINT:
-        raise KeyboardInterrupt  # uvicorn has drained, and raises the signal again, expecting this answer
+        raise KeyboardInterrupt  # uvicorn has drained, raises the signal again and expects this exception
     end_by(number)
 
 
@@ -104,7 +104,7 @@ class _Draining:
         if inflight is not None and inflight.refusal is not None:
             inflight.give_up(inflight.refusal)
         await asyncio.sleep(_LAST_WORDS_S)
-        _say("nothing is left to be answered: ending")
+        _say("no open request can be answered any more: ending")
         _clean_up()
         os._exit(0)
 
@@ -115,10 +115,10 @@ class _Draining:
 
 def _clean_up() -> None:
     ignore_signals()
-    for put_away in reversed(_put_away):
+    for cleanup in reversed(_cleanups):
         try:
-            put_away()
-        except Exception:  # the others must be put away all the same
+            cleanup()
+        except Exception:  # the other cleanups must still run
             traceback.print_exc()
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

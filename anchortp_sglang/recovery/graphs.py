@@ -1,4 +1,4 @@
-"""Has ranks capture decode graphs when idle: at their start clients would wait for it."""
+"""Has ranks capture decode graphs when no request is open, as a capture at their start would delay clients."""
 
 import asyncio
 import logging
@@ -47,7 +47,7 @@ class GraphCapture:
             self._send(CaptureGraphs(batch_sizes=self._batch_sizes))
 
     def on_fault(self, generation: Generation) -> None:
-        """Keep ranks eager from now on if they may have died of a capture, which could go on for ever."""
+        """Capture no more graphs if ranks may have died of a capture: the next generation could die of it as well."""
         requested, self._requested = self._requested, False
         if requested and not generation.graphs_captured():
             log.error("anchortp: ranks died while they captured decode graphs; they stay eager from now on")

@@ -77,7 +77,7 @@ def on_sigquit(handler: Any, signum: Any = None, frame: Any = None) -> None:
 
 
 def _ignore_sigquit(signum: Any, frame: Any) -> None:
-    log.warning("anchortp: SIGQUIT ignored; the death of a rank is seen by its pidfd")
+    log.warning("anchortp: SIGQUIT is ignored: the server notices dead ranks by their pidfds")
 
 
 def after_auto_create_handle_loop(result: None, tokenizer_manager: Any) -> None:
@@ -98,7 +98,7 @@ async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager:
 
 
 def _dispatch(message: Any) -> None:
-    """Record and send a message. Raises ValueError for one that a recovery could not honour (``SERVED_MESSAGES``)."""
+    """Record and send a message. Raises ValueError for one whose effect a recovery would lose (``SERVED_MESSAGES``)."""
     refusal = check_message(type(message).__name__)
     if refusal is not None:
         raise ValueError(refusal)

@@ -16,7 +16,7 @@ _LOOK_EVERY_S = 5.0
 
 
 class Housekeeping:
-    """Seals weights and looks after the helpers. ``serving`` returns the generation that serves now, or None.
+    """Seals weights and checks the helper processes. ``serving`` returns the generation that serves now, or None.
 
     ``spare_ranks``: whether ranks are forked ahead of the next fault.
     """
@@ -26,20 +26,22 @@ class Housekeeping:
         self._spare_ranks = spare_ranks
         self._serving = serving
 
-    async def settle(self, generation: Generation) -> None:
+    async def seal_and_free(self, generation: Generation) -> None:
         """Seal the weights of a new generation, and free those of the old one."""
         try:
             await in_thread(self._processes.anchors.seal_and_free, generation)
             await in_thread(self._processes.kv_capacity, generation.ownership)  # before the status asks on this loop
         except AnchorError as error:
-            log.info("anchortp: generation %d was not settled: %s", generation.number, error)
+            log.info("anchortp: unused memory is not freed yet (generation %d): %s", generation.number, error)
 
-    async def look_after_helpers(self, generation: Generation) -> None:
+    async def check_helpers(self, generation: Generation) -> None:
         """Fork the next ranks once the first tokens are out, and check from then on that all helpers answer."""
         await asyncio.sleep(_FIRST_LOOK_S)
         while self._serving() is generation:
             try:
                 await in_thread(self._processes.prepare_next, generation.ownership.tp_size, self._spare_ranks)
             except Exception:
-                log.exception("anchortp: helpers were not looked after")  # the next look may succeed
+                log.exception(
+                    "anchortp: a check of the helper processes failed; the next one is in %g s", _LOOK_EVERY_S
+                )
             await asyncio.sleep(_LOOK_EVERY_S)

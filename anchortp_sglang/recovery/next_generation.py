@@ -90,8 +90,8 @@ class NextGeneration:
         self.number += 1
         return ownership
 
-    def kept_first(self, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]) -> bytes:
-        """Return chain hashes (uint64) of open requests' tokens, which are kept first if KV gets less room than before.
+    def running_hashes(self, ownership: Ownership, open_tokens: Iterable[tuple[Key, NDArray[np.int64]]]) -> bytes:
+        """Return chain hashes (uint64) of open requests' tokens: their KV is retained first if there is less room.
 
         ``open_tokens``: each request's extra key and cache salt, and its tokens (int64[n]); not read if all KV fits.
         """
@@ -103,7 +103,7 @@ class NextGeneration:
         return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)
 
     def fork(self, ownership: Ownership, running: bytes) -> Generation:
-        """Allocate segments and fork ranks of the planned generation. ``running``: from ``kept_first``."""
+        """Allocate segments and fork ranks of the planned generation. ``running``: from ``running_hashes``."""
         assert self.held is not None
         anchors, plan = self._processes.anchors, self._processes.plan
         if not anchors.alive(HOST_DEVICE):

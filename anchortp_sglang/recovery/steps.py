@@ -43,7 +43,7 @@ class Attempt:
     def check(self) -> None:
         """Raise Unrecoverable if the attempt was abandoned; the event of such a step is ignored."""
         if not self.is_current():
-            raise Unrecoverable("abandoned")
+            raise Unrecoverable("the attempt was abandoned")
 
 
 class Steps:
@@ -100,7 +100,7 @@ class Steps:
         ownership = self._next.plan(verdict.lost)
         recovery.generation = self._next.number
         recovery.stage("planned")
-        running = self._next.kept_first(ownership, inflight.open_tokens())
+        running = self._next.running_hashes(ownership, inflight.open_tokens())
         awake = asyncio.create_task(self._keep_helpers_awake())
         try:
             new = await self._begin(old, ownership, running, recovery, attempt)

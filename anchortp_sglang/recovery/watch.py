@@ -51,7 +51,7 @@ class OwnTime:
 
     When main itself could not run (a stopped container, a suspended machine), ranks could not either, so a gap between
     two looks counts as ``most_s`` at most. Where ranks compute but get little CPU (a throttled container), the CPU time
-    they got counts. A stopped rank, and ranks that wait for it, want no CPU: their time runs on.
+    they got counts. A stopped rank, and ranks that wait for it, use no CPU: for them all seconds count.
     """
 
     def __init__(self, most_s: float) -> None:
@@ -70,7 +70,7 @@ class OwnTime:
 
 
 class HangWatch:
-    """Tells whether a generation's counters stand still for too long. Pure: counters and times are arguments.
+    """Decides whether a generation's counters have not moved for too long. Pure: counters and times are arguments.
 
     A supposed hang may be a long step, which comes again after the recovery. So it waits twice as long each time, until
     counters have moved for that long without a pause above the timeout. A stopped rank is no long step.

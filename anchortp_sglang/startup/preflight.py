@@ -52,8 +52,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
     """
     if port == 0:
         raise ValueError(
-            "--port 0 cannot be used: a restarted server finds its run directory by the port, and nobody would be told "
-            "which one the kernel picks; choose one from 1 to 65535"
+            "--port 0 cannot be used: the run directory is named by the port, so that a restarted server finds it; "
+            "choose a port from 1 to 65535"
         )
     held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:

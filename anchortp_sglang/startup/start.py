@@ -129,7 +129,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         ownership = _spread(model, ownership, counts)
     _check_plan(model, ownership, checkpoint)
     memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
-    log.info("anchortp: KV mirror: %s", memory.mirror_said)
+    log.info("anchortp: KV mirror: %s", memory.mirror_text)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     load_plugins()  # the operator's plugins, for all processes: SGLang loads them in each, after the fork
@@ -201,7 +201,7 @@ def _check_ep_size(view: Any) -> None:
 def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Ownership:
     spread = spread_hot_experts(model, ownership, counts)
     log.info(
-        "anchortp: by %s the busiest device has %.2f times the mean load of experts; in order it would have %.2f",
+        "anchortp: with %s the busiest device has %.2f times the mean expert load, without it %.2f times",
         FLAG,
         imbalance(spread, counts),
         imbalance(ownership, counts),
@@ -221,7 +221,7 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
     if unused:
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])
     if foreign := foreign_sources(model, unused):
-        log.warning("anchortp: the model has no place for %s: left out, as SGLang does", ", ".join(foreign[:8]))
+        log.warning("anchortp: the model has no place for %s: not loaded, as in SGLang", ", ".join(foreign[:8]))
 
 
 def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, kv_dtype: str) -> str:

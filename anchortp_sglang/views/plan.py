@@ -91,11 +91,11 @@ def _totals(answer: WhatIf) -> Table:
 
 
 def _kv_capacity(answer: WhatIf) -> str:
-    told = f"{answer.kv_capacity:,} tokens, what the device with the least room can hold"
+    text = f"{answer.kv_capacity:,} tokens, what the device with the least room can hold"
     if answer.kv_capacity == answer.kv_tokens_alike:
-        return told
+        return text
     gain = f" ({answer.kv_capacity / answer.kv_tokens_alike - 1:+.0%})" if answer.kv_tokens_alike else ""
-    return f"{told}; {answer.kv_tokens_alike:,} if heads and experts did not rotate over the layers{gain}"
+    return f"{text}; {answer.kv_tokens_alike:,} if heads and experts did not rotate over the layers{gain}"
 
 
 def _share(plan: MigrationPlan) -> str:

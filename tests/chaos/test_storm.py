@@ -19,13 +19,13 @@ VOCAB_SIZE = 512  # of the tiny checkpoint
 def test_a_storm_costs_no_client_a_token_and_leaves_nothing_behind(server):
     schedule = storm_log.draw(SEED, FAULTS, KINDS, "all", 4, CLIENTS)
     log = storm_log.Writer(None)
-    storm = Storm(schedule.asks(VOCAB_SIZE), schedule.seed, schedule.clients, log.write, print)
+    storm = Storm(schedule.make_requests(VOCAB_SIZE), schedule.seed, schedule.clients, log.write, print)
     left = deque(schedule.bursts)
-    storm.over(Tree(server, server.place.folder), left)
-    told = summary(storm.report)
-    assert told["ok"], f"{told}\n{log.text()}"
-    assert not left and told["servers"] == 1
-    for kind, counts in told["faults"].items():
+    storm.run_on(Tree(server, server.place.folder), left)
+    figures = summary(storm.report)
+    assert figures["ok"], f"{figures}\n{log.text()}"
+    assert not left and figures["servers"] == 1
+    for kind, counts in figures["faults"].items():
         assert counts.get("effect"), f"{kind} struck nobody: {counts}"
-    assert told["recoveries"] >= FAULTS // 3
-    assert told["good_requests"] >= 8 and told["bad_requests"]
+    assert figures["recoveries"] >= FAULTS // 3
+    assert figures["good_requests"] >= 8 and figures["bad_requests"]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from anchortp_sglang.hooks import table
-from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
+from anchortp_sglang.kv.retained_slots import RetainedSlots, retain
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.rank import attachment
@@ -148,12 +148,12 @@ class Server:
         """What a new rank does before it is ready; rank 0 has yet to ``start_writing``."""
         self._begin(buffer)
         table = SlotTable.attach(buffer, self.rows, MODEL)
-        kept = keep(table.entries(), None, self.rows, self.page_size)
-        self.prefixes.restore(SimpleNamespace(start=lambda: None, kept=lambda: kept), table)
+        retained = retain(table.entries(), None, self.rows, self.page_size)
+        self.prefixes.restore(SimpleNamespace(start=lambda: None, retained=lambda: retained), table)
         self.prefixes.build(self._built())
-        self.written = {slot: written[slot] for slot in kept.slots.tolist()}
+        self.written = {slot: written[slot] for slot in retained.slots.tolist()}
         self.promised = self._committed()
-        return kept
+        return retained
 
     def _begin(self, buffer: bytearray) -> None:
         self.prefixes = Prefixes(0, self.rows, MODEL, buffer, CpuPlatform())

@@ -15,9 +15,9 @@ UNANSWERED = (OSError, ValueError, HTTPException)
 _POLL_S = 0.05
 
 
-def is_calm(tree: Tree, clients: Clients, dealt: Sequence[Struck], moment: float) -> bool:
+def is_calm(tree: Tree, clients: Clients, struck_all: Sequence[Struck], moment: float) -> bool:
     """Return whether pauses are over, all ranks run, and a client got a token after ``moment`` (time.monotonic())."""
-    if any(is_stopped(pid) for struck in dealt if struck.blow.manner == "pause" for pid in struck.pids):
+    if any(is_stopped(pid) for struck in struck_all if struck.blow.manner == "pause" for pid in struck.pids):
         return False
     status = tree.server.status()
     if status["state"] not in ("serving", "degraded"):

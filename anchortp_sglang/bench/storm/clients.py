@@ -13,7 +13,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from anchortp_sglang.bench.storm.judge import Answer
-from anchortp_sglang.bench.storm.requests import Ask
+from anchortp_sglang.bench.storm.requests import Request
 from anchortp_sglang.testing.streams import events
 
 _REFERENCE_CLIENTS = 16
@@ -23,8 +23,8 @@ _HEADERS = {"Content-Type": "application/json"}
 
 
 @dataclass
-class Asked:
-    """One request of one client. ``number``: its place in the list of asks. Times are time.monotonic()."""
+class Exchange:
+    """One request of one client, and the answer. ``number``: index of the request. Times are time.monotonic()."""
 
     number: int
     sent_at: float
@@ -46,21 +46,21 @@ class Clients:
     def __init__(
         self,
         url: str,
-        asks: Sequence[Ask],
+        requests: Sequence[Request],
         seed: int,
         count: int,
         polled: Sequence[str],
         timeout_s: float,
         poll_timeout_s: float,
     ) -> None:
-        self._url, self._asks, self._polled = url, asks, polled
+        self._url, self._requests, self._polled = url, requests, polled
         self._timeout_s, self._poll_timeout_s = timeout_s, poll_timeout_s
-        self.asked: list[Asked] = []
+        self.exchanges: list[Exchange] = []
         self.polls_failed: list[str] = []
         self.polls = 0
         self._stopping = threading.Event()
         rngs = [random.Random(f"{seed} {number}") for number in range(count)]
-        self._threads = [threading.Thread(target=self._live, args=(rng,), daemon=True) for rng in rngs]
+        self._threads = [threading.Thread(target=self._run_client, args=(rng,), daemon=True) for rng in rngs]
         self._threads.append(threading.Thread(target=self._poll, daemon=True))
 
     def __enter__(self) -> Self:
@@ -78,23 +78,23 @@ class Clients:
 
     def open_streams(self) -> int:
         """Count the open streams that have begun to receive."""
-        return sum(each.ended_at is None and each.last_at > 0 for each in self.asked)
+        return sum(each.ended_at is None and each.last_at > 0 for each in self.exchanges)
 
     def last_token_at(self) -> float:
-        return max((each.last_at for each in self.asked), default=0.0)
+        return max((each.last_at for each in self.exchanges), default=0.0)
 
     def longest_wait_s(self) -> float:
         """Return how long the oldest open request has waited."""
-        return max((each.latency_s for each in self.asked if each.ended_at is None), default=0.0)
+        return max((each.latency_s for each in self.exchanges if each.ended_at is None), default=0.0)
 
-    def _live(self, rng: random.Random) -> None:
+    def _run_client(self, rng: random.Random) -> None:
         while not self._stopping.is_set():
-            number = rng.randrange(len(self._asks))
-            asked = Asked(number, time.monotonic())
-            self.asked.append(asked)
+            number = rng.randrange(len(self._requests))
+            exchange = Exchange(number, time.monotonic())
+            self.exchanges.append(exchange)
             rid = f"storm-{rng.getrandbits(64):x}"
-            ask(self._url, self._asks[number], asked, rid, rng.randint(1, 8), self._timeout_s)
-            if asked.answer.code in (0, 503):
+            send(self._url, self._requests[number], exchange, rid, rng.randint(1, 8), self._timeout_s)
+            if exchange.answer.code in (0, 503):
                 self._stopping.wait(_REFUSED_S)  # no connection, or the server is down
 
     def _poll(self) -> None:
@@ -106,53 +106,53 @@ class Clients:
                 self.polls_failed.append(f"{path}: {code} {why}")
 
 
-def to_the_end(ask: Ask) -> Ask:
+def read_whole(request: Request) -> Request:
     """Return the same request, with a client that reads to the end."""
-    return replace(ask, way="whole")
+    return replace(request, way="whole")
 
 
-def ask_all(url: str, asks: Sequence[Ask], timeout_s: float) -> list[Answer]:
-    """Return the answers to all asks, read to the end by a few clients at once."""
+def send_all(url: str, requests: Sequence[Request], timeout_s: float) -> list[Answer]:
+    """Return the answers to all requests, read to the end by a few clients at once."""
 
     def one(number: int) -> Answer:
-        asked = Asked(number, time.monotonic())
-        ask(url, to_the_end(asks[number]), asked, "", 0, timeout_s)
-        return asked.answer
+        exchange = Exchange(number, time.monotonic())
+        send(url, read_whole(requests[number]), exchange, "", 0, timeout_s)
+        return exchange.answer
 
     with ThreadPoolExecutor(_REFERENCE_CLIENTS) as pool:
-        return list(pool.map(one, range(len(asks))))
+        return list(pool.map(one, range(len(requests))))
 
 
-def ask(url: str, asked_for: Ask, asked: Asked, rid: str, messages: int, timeout_s: float) -> None:
+def send(url: str, request: Request, exchange: Exchange, rid: str, messages: int, timeout_s: float) -> None:
     """Send one request and record its answer. ``messages``: after how many a client leaves or aborts."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
-    answer = asked.answer
-    body = asked_for.body | ({"rid": rid} if asked_for.way == "abort" else {})
+    answer = exchange.answer
+    body = request.body | ({"rid": rid} if request.way == "abort" else {})
     try:
-        connection.request("POST", asked_for.path, json.dumps(body), _HEADERS)
+        connection.request("POST", request.path, json.dumps(body), _HEADERS)
         reply = connection.getresponse()
         answer.code = reply.status
         if reply.status != 200:
             answer.error = reply.read().decode(errors="replace")[:500]
             return
-        for count, message in enumerate(_messages(reply, asked_for.streams, answer), 1):
+        for count, message in enumerate(_messages(reply, request.streams, answer), 1):
             answer.take(message)
-            asked.last_at = time.monotonic()
-            if count == messages and asked_for.way == "leave":
+            exchange.last_at = time.monotonic()
+            if count == messages and request.way == "leave":
                 return
-            if count == messages and asked_for.way == "abort":
+            if count == messages and request.way == "abort":
                 call(url, "POST", "/abort_request", {"rid": rid}, timeout_s)
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     finally:
-        asked.ended_at = time.monotonic()
+        exchange.ended_at = time.monotonic()
         connection.close()
 
 
 def _messages(reply: http.client.HTTPResponse, streams: bool, answer: Answer) -> Iterator[dict[str, Any]]:
     if not streams:
-        told = json.loads(reply.read())
-        for number, message in enumerate(told if isinstance(told, list) else [told]):
+        body = json.loads(reply.read())
+        for number, message in enumerate(body if isinstance(body, list) else [body]):
             yield message | {"index": number}
         answer.ended = True
     else:
@@ -165,8 +165,8 @@ def call(url: str, method: str, path: str, body: dict[str, Any] | None, timeout_
     try:
         connection.request(method, path, None if body is None else json.dumps(body), _HEADERS)
         reply = connection.getresponse()
-        told = reply.read()
-        return reply.status, "" if reply.status == 200 else told.decode(errors="replace")[:200]
+        text = reply.read()
+        return reply.status, "" if reply.status == 200 else text.decode(errors="replace")[:200]
     except (OSError, http.client.HTTPException) as error:
         return 0, f"{type(error).__name__}: {error}"
     finally:

@@ -4,12 +4,12 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from anchortp_sglang.bench.storm.requests import Ask
+from anchortp_sglang.bench.storm.requests import Request
 
 Ruling = Literal["right", "wrong", "failed"]
 
 LOGPROB_TOLERANCE = 1e-3
-_KEPT_META = (
+_COMPARED_META = (
     "finish_reason",
     "prompt_tokens",
     "completion_tokens",
@@ -18,7 +18,7 @@ _KEPT_META = (
     "input_top_logprobs",
     "output_top_logprobs",
 )
-_KEPT_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
+_COMPARED_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Answer:
             for choice in message["choices"]:
                 self._take_choice(choice)
             usage = message.get("usage")
-            self.usage = {name: usage[name] for name in _KEPT_USAGE} if usage else self.usage
+            self.usage = {name: usage[name] for name in _COMPARED_USAGE} if usage else self.usage
         else:
             self._take_generated(message, message.get("index", 0))
 
@@ -50,7 +50,7 @@ class Answer:
         before = self.choices.get(number, {}).get("output_ids", [])
         if message["output_ids"][: len(before)] != before:
             self.error = f"tokens given before were taken back: {before} became {message['output_ids']}"
-        meta = {name: value for name, value in message["meta_info"].items() if name in _KEPT_META}
+        meta = {name: value for name, value in message["meta_info"].items() if name in _COMPARED_META}
         self.choices[number] = {"text": message["text"], "output_ids": message["output_ids"], **meta}
 
     def _take_choice(self, choice: dict[str, Any]) -> None:
@@ -94,26 +94,28 @@ class Verdict:
 RIGHT = Verdict("right")
 
 
-def judge(ask: Ask, expected: Answer | None, got: Answer) -> Verdict:
+def judge(request: Request, expected: Answer | None, got: Answer) -> Verdict:
     """Judge ``got``. ``expected``: the unbroken answer to the same request; unused if it must be refused."""
-    if ask.way == "refused":
+    if request.way == "refused":
         return (
             RIGHT if got.code == 400 else Verdict("failed", f"answered {got.code} {got.error or ''} to a bad request")
         )
     assert expected is not None
     if got.error is not None:
         return Verdict("failed", f"{got.code} {got.error}")
-    if ask.way == "whole" or _is_complete(got):
+    if request.way == "whole" or _is_complete(got):
         if not got.ended:
             return Verdict("failed", "the connection ended before the answer did")
         if reasons := [reason for reason in _reasons(got) if _is_abort(reason)]:
             return Verdict("failed", f"ended by the server: {reasons[0]}")
-        told = difference(_whole(expected), _whole(got))
+        problem = difference(_whole(expected), _whole(got))
     else:
-        if ask.way == "abort" and not got.ended:
+        if request.way == "abort" and not got.ended:
             return Verdict("failed", "an aborted stream did not end")
-        told = _not_begun_with(expected, got)
-    return RIGHT if told is None else Verdict("wrong", told, max(1, wrong_tokens(expected, got, ask.way == "whole")))
+        problem = _prefix_difference(expected, got)
+    if problem is None:
+        return RIGHT
+    return Verdict("wrong", problem, max(1, wrong_tokens(expected, got, request.way == "whole")))
 
 
 def _is_complete(answer: Answer) -> bool:
@@ -133,11 +135,11 @@ def _whole(answer: Answer) -> dict[str, Any]:
     return {"choices": answer.choices, "usage": answer.usage}
 
 
-def _not_begun_with(expected: Answer, got: Answer) -> str | None:
+def _prefix_difference(expected: Answer, got: Answer) -> str | None:
     for number, choice in got.choices.items():
         name = "output_ids" if "output_ids" in choice else "text"
         if number not in expected.choices:
-            return f"choice {number} was not asked for"
+            return f"choice {number} is not in the unbroken answer"
         if expected.choices[number][name][: len(choice[name])] != choice[name]:
             return f"choice {number} began as {choice[name]!r}, not as {expected.choices[number][name]!r}"
     return None
@@ -155,15 +157,15 @@ def wrong_tokens(expected: Answer, got: Answer, to_the_end: bool) -> int:
 
 
 def difference(expected: Any, got: Any, where: str = "") -> str | None:
-    """Say where and how two answers differ; None if they are equal. Floats (logprobs) may differ a little."""
+    """Describe where and how two answers differ; None if they are equal. Floats (logprobs) may differ a little."""
     if isinstance(expected, float) and isinstance(got, float):
         same = expected == got or abs(expected - got) <= LOGPROB_TOLERANCE
     elif isinstance(expected, dict) and isinstance(got, dict) and expected.keys() == got.keys():
         return _first(difference(value, got[key], f"{where}.{key}") for key, value in expected.items())
     elif isinstance(expected, (list, tuple)) and isinstance(got, (list, tuple)):
         pairs = zip(expected, got, strict=False)
-        told = _first(difference(a, b, f"{where}[{number}]") for number, (a, b) in enumerate(pairs))
-        return told or (
+        problem = _first(difference(a, b, f"{where}[{number}]") for number, (a, b) in enumerate(pairs))
+        return problem or (
             None if len(expected) == len(got) else f"{where}: {len(got)} instead of {len(expected)} entries"
         )
     else:
@@ -172,7 +174,7 @@ def difference(expected: Any, got: Any, where: str = "") -> str | None:
 
 
 def _first(found: Any) -> str | None:
-    return next((told for told in found if told is not None), None)
+    return next((problem for problem in found if problem is not None), None)
 
 
 def _short(value: Any) -> str:

@@ -36,13 +36,13 @@ class Holdings:
     def leaked(self, after: "Holdings") -> list[str]:
         """Describe the figures that grew more than allowed, and roles with a wrong number of processes."""
         found = []
-        for name, there in after.figures.items():
+        for name, count in after.figures.items():
             before = self.figures.get(name, 0)
-            if there - before > _ALLOWED.get(name, 0):
-                found.append(f"{name}: {before} before, {there} after")
-        for role, (there, wanted) in after.roles.items():
-            if there != wanted:
-                found.append(f"processes ({role}): {there} instead of {wanted}")
+            if count - before > _ALLOWED.get(name, 0):
+                found.append(f"{name}: {before} before, {count} after")
+        for role, (count, expected) in after.roles.items():
+            if count != expected:
+                found.append(f"processes ({role}): {count} instead of {expected}")
         return found
 
 
@@ -64,8 +64,8 @@ def holdings(tree: Tree) -> Holdings:
     }
     figures |= {f"files {kind}": count for kind, count in kinds_of_files(tree.folder).items()}
     width = tree.server.status()["tp_size"]
-    wanted = {"rank": width, "anchor": width, "spare": width}
-    return Holdings(figures, {role: (len(pids), wanted.get(role, 1)) for role, pids in roles.items()})
+    expected = {"rank": width, "anchor": width, "spare": width}
+    return Holdings(figures, {role: (len(pids), expected.get(role, 1)) for role, pids in roles.items()})
 
 
 def _descriptors(pid: int) -> Iterator[str]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchortp_sglang.bench.storm.requests import Ask, asks
-from anchortp_sglang.bench.storm.schedule import Burst, bursts, chosen
+from anchortp_sglang.bench.storm.requests import Request, make_requests
+from anchortp_sglang.bench.storm.schedule import Burst, bursts, match_kinds
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Schedule:
     bursts: tuple[Burst, ...]
     overlap: bool = False
 
-    def asks(self, vocab_size: int) -> list[Ask]:
-        """Return the requests of the wanted kinds."""
-        every = asks(self.seed, vocab_size)
-        return [ask for ask in every if not self.requests or ask.kind in self.requests]
+    def make_requests(self, vocab_size: int) -> list[Request]:
+        """Make the requests of the schedule's kinds."""
+        made = make_requests(self.seed, vocab_size)
+        return [request for request in made if not self.requests or request.kind in self.requests]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -43,20 +43,20 @@ def draw(
     seed: int, faults: int, kinds: str, requests: str, tp_size: int, clients: int, overlap: bool = False
 ) -> Schedule:
     """Draw the schedule of a seed. Raises ValueError for unknown kinds."""
-    wanted = () if requests == "all" else tuple(requests.split(","))
-    known = {ask.kind for ask in asks(seed, 2048)}
-    if unknown := [kind for kind in wanted if kind not in known]:
-        raise ValueError(f"{unknown[0]!r} names no requests; there are {', '.join(sorted(known))}")
-    return Schedule(seed, tp_size, clients, wanted, tuple(bursts(seed, faults, chosen(kinds))), overlap)
+    request_kinds = () if requests == "all" else tuple(requests.split(","))
+    known = {request.kind for request in make_requests(seed, 2048)}
+    if unknown := [kind for kind in request_kinds if kind not in known]:
+        raise ValueError(f"{unknown[0]!r} is no kind of request; kinds are {', '.join(sorted(known))}")
+    return Schedule(seed, tp_size, clients, request_kinds, tuple(bursts(seed, faults, match_kinds(kinds))), overlap)
 
 
 def read(path: Path) -> Schedule:
     """Read the schedule at the head of a log. Raises ValueError if it has none."""
     try:
-        told = json.loads(path.read_text().partition("\n")[0])
-        struck = tuple(Burst.from_json(burst) for burst in told["bursts"])
+        head = json.loads(path.read_text().partition("\n")[0])
+        read_bursts = tuple(Burst.from_json(burst) for burst in head["bursts"])
         return Schedule(
-            told["seed"], told["tp_size"], told["clients"], tuple(told["requests"]), struck, told["overlap"]
+            head["seed"], head["tp_size"], head["clients"], tuple(head["requests"]), read_bursts, head["overlap"]
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no log of a storm: {error}") from error

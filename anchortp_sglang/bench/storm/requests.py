@@ -17,7 +17,7 @@ _USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": Tr
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One request. ``way``: read the answer to its end, leave in mid-stream, abort it by its rid, or expect a 400."""
 
     kind: str
@@ -30,63 +30,63 @@ class Ask:
         return bool(self.body.get("stream"))
 
 
-def asks(seed: int, vocab_size: int) -> list[Ask]:
+def make_requests(seed: int, vocab_size: int) -> list[Request]:
     """Return requests of all kinds, each in one to three sizes."""
     rng = random.Random(seed)
     return [*_generate(rng, vocab_size), *_openai(rng), *_leaving(rng, vocab_size), *_refused(vocab_size)]
 
 
-def _generate(rng: random.Random, vocab_size: int) -> Iterator[Ask]:
+def _generate(rng: random.Random, vocab_size: int) -> Iterator[Request]:
     def ids(length: int) -> list[int]:
         return _ids(rng, vocab_size, length)
 
     shared = ids(64)
     for tokens in (12, 32, 72):
-        yield _ask("generate", {"text": rng.choice(_TEXTS)}, tokens)
-        yield _ask("stream", {"input_ids": ids(24)}, tokens, stream=True)
-        yield _ask("shared prefix", {"input_ids": shared + ids(8)}, tokens, stream=True)
+        yield _request("generate", {"text": rng.choice(_TEXTS)}, tokens)
+        yield _request("stream", {"input_ids": ids(24)}, tokens, stream=True)
+        yield _request("shared prefix", {"input_ids": shared + ids(8)}, tokens, stream=True)
     for length in (300, 700):
-        yield _ask("long prompt", {"input_ids": ids(length)}, 24, stream=True)
-    yield _ask("batch", {"text": list(_TEXTS)}, 32)
-    yield _ask("batch", {"input_ids": [ids(12), ids(40)]}, 40, stream=True)
-    yield _ask("n=2", {"text": _TEXTS[0]}, 32, n=2)
+        yield _request("long prompt", {"input_ids": ids(length)}, 24, stream=True)
+    yield _request("batch", {"text": list(_TEXTS)}, 32)
+    yield _request("batch", {"input_ids": [ids(12), ids(40)]}, 40, stream=True)
+    yield _request("n=2", {"text": _TEXTS[0]}, 32, n=2)
     for key in ("extra_key", "cache_salt"):
-        yield _ask(key, {"input_ids": shared + ids(8), key: f"tenant {key}"}, 32, stream=True)
+        yield _request(key, {"input_ids": shared + ids(8), key: f"tenant {key}"}, 32, stream=True)
     penalties: dict[str, Any] = {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.3}
-    yield _ask("penalties", {"input_ids": ids(20)}, 64, stream=True, **penalties)
-    yield _ask("logit_bias", {"input_ids": ids(20)}, 48, stream=True, logit_bias={str(i): 3.0 for i in ids(6)})
-    yield _ask("min_new_tokens", {"input_ids": ids(20)}, 64, min_new_tokens=24, stop_token_ids=ids(200))
-    yield _ask("stop string", {"input_ids": ids(20)}, 96, stream=True, stop=["qu", "the", "z"])
-    yield _ask("stop_token_ids", {"input_ids": ids(20)}, 96, stream=True, stop_token_ids=ids(120))
-    yield _ask("stop_regex", {"input_ids": ids(20)}, 96, stream=True, stop_regex="[qxz][a-z]")
+    yield _request("penalties", {"input_ids": ids(20)}, 64, stream=True, **penalties)
+    yield _request("logit_bias", {"input_ids": ids(20)}, 48, stream=True, logit_bias={str(i): 3.0 for i in ids(6)})
+    yield _request("min_new_tokens", {"input_ids": ids(20)}, 64, min_new_tokens=24, stop_token_ids=ids(200))
+    yield _request("stop string", {"input_ids": ids(20)}, 96, stream=True, stop=["qu", "the", "z"])
+    yield _request("stop_token_ids", {"input_ids": ids(20)}, 96, stream=True, stop_token_ids=ids(120))
+    yield _request("stop_regex", {"input_ids": ids(20)}, 96, stream=True, stop_regex="[qxz][a-z]")
     logprobs = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
-    yield _ask("logprobs", {"input_ids": ids(150)} | logprobs, 32, stream=True)
-    yield _ask("logprobs", {"input_ids": ids(20), "return_logprob": True}, 48)
+    yield _request("logprobs", {"input_ids": ids(150)} | logprobs, 32, stream=True)
+    yield _request("logprobs", {"input_ids": ids(20), "return_logprob": True}, 48)
 
 
-def _openai(rng: random.Random) -> Iterator[Ask]:
+def _openai(rng: random.Random) -> Iterator[Request]:
     plain: dict[str, Any] = {}
     for more in (plain, _USAGE):
         name = " stream" if more else ""
         body: dict[str, Any] = _OPENAI | {"max_tokens": rng.choice((24, 40)), "ignore_eos": True} | more
         chat = {"messages": [{"role": "user", "content": rng.choice(_TEXTS)}]}
-        yield Ask("completion" + name, "/v1/completions", body | {"prompt": _TEXTS[1]})
-        yield Ask("completion" + name, "/v1/completions", body | {"prompt": list(_TEXTS[:2]), "n": 2})
-        yield Ask("completion" + name, "/v1/completions", body | {"prompt": _TEXTS[0], "logprobs": 2})
-        yield Ask("chat" + name, "/v1/chat/completions", body | chat)
-        yield Ask("chat" + name, "/v1/chat/completions", body | chat | {"logprobs": True, "top_logprobs": 2})
+        yield Request("completion" + name, "/v1/completions", body | {"prompt": _TEXTS[1]})
+        yield Request("completion" + name, "/v1/completions", body | {"prompt": list(_TEXTS[:2]), "n": 2})
+        yield Request("completion" + name, "/v1/completions", body | {"prompt": _TEXTS[0], "logprobs": 2})
+        yield Request("chat" + name, "/v1/chat/completions", body | chat)
+        yield Request("chat" + name, "/v1/chat/completions", body | chat | {"logprobs": True, "top_logprobs": 2})
 
 
-def _leaving(rng: random.Random, vocab_size: int) -> Iterator[Ask]:
+def _leaving(rng: random.Random, vocab_size: int) -> Iterator[Request]:
     for way in ("leave", "abort"):
         for length in (16, 200):
             prompt = {"input_ids": _ids(rng, vocab_size, length)}
-            yield _ask("disconnect" if way == "leave" else "abort", prompt, 72, way=way, stream=True)
+            yield _request("disconnect" if way == "leave" else "abort", prompt, 72, way=way, stream=True)
     chat = {"messages": [{"role": "user", "content": _TEXTS[2]}], "max_tokens": 72, "ignore_eos": True}
-    yield Ask("disconnect", "/v1/chat/completions", _OPENAI | chat | _USAGE, "leave")
+    yield Request("disconnect", "/v1/chat/completions", _OPENAI | chat | _USAGE, "leave")
 
 
-def _refused(vocab_size: int) -> Iterator[Ask]:
+def _refused(vocab_size: int) -> Iterator[Request]:
     chat = _OPENAI | {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     for params in (
         {"max_new_tokens": -1},
@@ -98,7 +98,7 @@ def _refused(vocab_size: int) -> Iterator[Ask]:
         {"stop_regex": "("},
         {"logit_bias": {str(10 * vocab_size): 1.0}},
     ):
-        yield Ask("bad sampling", "/generate", {"text": "hello", "sampling_params": params}, "refused")
+        yield Request("bad sampling", "/generate", {"text": "hello", "sampling_params": params}, "refused")
     bad: list[dict[str, Any]] = [
         {"input_ids": [10 * vocab_size]},
         {"input_ids": [-1]},
@@ -108,17 +108,17 @@ def _refused(vocab_size: int) -> Iterator[Ask]:
         {},
     ]
     for body in bad:
-        yield Ask("bad input", "/generate", body | {"sampling_params": {"max_new_tokens": 4}}, "refused")
-    yield Ask("bad OpenAI", "/v1/completions", _OPENAI | {"prompt": "hello", "max_tokens": -5}, "refused")
-    yield Ask("bad OpenAI", "/v1/chat/completions", chat | {"response_format": {"type": "json_object"}}, "refused")
-    yield Ask("bad OpenAI", "/v1/chat/completions", chat | {"messages": []}, "refused")
+        yield Request("bad input", "/generate", body | {"sampling_params": {"max_new_tokens": 4}}, "refused")
+    yield Request("bad OpenAI", "/v1/completions", _OPENAI | {"prompt": "hello", "max_tokens": -5}, "refused")
+    yield Request("bad OpenAI", "/v1/chat/completions", chat | {"response_format": {"type": "json_object"}}, "refused")
+    yield Request("bad OpenAI", "/v1/chat/completions", chat | {"messages": []}, "refused")
 
 
-def _ask(
+def _request(
     kind: str, body: dict[str, Any], tokens: int, *, way: Way = "whole", stream: bool = False, **sampling: Any
-) -> Ask:
+) -> Request:
     params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True} | sampling
-    return Ask(kind, "/generate", body | {"sampling_params": params} | ({"stream": True} if stream else {}), way)
+    return Request(kind, "/generate", body | {"sampling_params": params} | ({"stream": True} if stream else {}), way)
 
 
 def _ids(rng: random.Random, vocab_size: int, length: int) -> list[int]:

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from anchortp_sglang.bench.storm.calm import UNANSWERED, is_calm, is_up, state_of, within
-from anchortp_sglang.bench.storm.clients import Asked, Clients, ask, ask_all, call, to_the_end
+from anchortp_sglang.bench.storm.clients import Clients, Exchange, call, read_whole, send, send_all
 from anchortp_sglang.bench.storm.faults import Struck, release, strike
 from anchortp_sglang.bench.storm.judge import RIGHT, Answer, Verdict, judge
 from anchortp_sglang.bench.storm.leaks import settled
 from anchortp_sglang.bench.storm.log import Schedule
-from anchortp_sglang.bench.storm.requests import Ask
+from anchortp_sglang.bench.storm.requests import Request
 from anchortp_sglang.bench.storm.schedule import Burst
 from anchortp_sglang.testing.process_tree import Tree
 from anchortp_sglang.testing.server import Server, ServerFailed
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 Log = Callable[[dict[str, Any]], None]
 
 HANG_TIMEOUT_S = 4.0
@@ -44,17 +44,17 @@ _REFUSAL_TIMEOUT_S = 15.0
 _CALM_TIMEOUT_S = 60.0
 _MIN_WIDTH = 2
 _SAMPLED = 4
-"""A later server is asked only every fourth request before its storm."""
-_LOOKED_AT = ("/anchortp/status", "/health", "/metrics", "/server_info", "/v1/models")
+"""A later server gets only every fourth request before its storm."""
+_POLLED_ROUTES = ("/anchortp/status", "/health", "/metrics", "/server_info", "/v1/models")
 
 
 @dataclass
 class Report:
-    """A storm's report. ``asked``: (request, its verdict). ``tfs_s``: one for each recovery."""
+    """A storm's report. ``judged``: (request, its verdict). ``tfs_s``: one for each recovery."""
 
     servers: int = 0
     struck: list[Struck] = field(default_factory=list)
-    asked: list[tuple[Ask, Verdict]] = field(default_factory=list)
+    judged: list[tuple[Request, Verdict]] = field(default_factory=list)
     polls: int = 0
     tfs_s: list[float] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Report:
     @property
     def ok(self) -> bool:
         effects = all(struck.effect for struck in self.struck if struck.pids)
-        return effects and not self.leaks and not self.problems and all(v == RIGHT for _, v in self.asked)
+        return effects and not self.leaks and not self.problems and all(v == RIGHT for _, v in self.judged)
 
 
 class Storm:
@@ -73,17 +73,25 @@ class Storm:
     """
 
     def __init__(
-        self, asks: Sequence[Ask], seed: int, clients: int, log: Log, say: Say, limit_s: float = math.inf
+        self,
+        requests: Sequence[Request],
+        seed: int,
+        clients: int,
+        log: Log,
+        progress: Progress,
+        limit_s: float = math.inf,
     ) -> None:
         self.report = Report()
         self._ends_at = time.monotonic() + limit_s
-        self._asks = list(asks)
-        self._seed, self._clients, self._log, self._say = seed, clients, log, say
+        self._requests = list(requests)
+        self._seed, self._clients, self._log, self._progress = seed, clients, log, progress
         self._expected: list[Answer] | None = None
 
-    def over(self, tree: Tree, bursts: deque[Burst]) -> None:
-        """Storm one quiet server until it is worn out or ``bursts`` is empty. Raises ServerFailed if an unbroken answer
-        fails."""
+    def run_on(self, tree: Tree, bursts: deque[Burst]) -> None:
+        """Storm one quiet server until it is worn out or ``bursts`` is empty.
+
+        Raises ServerFailed if a request fails before the first fault.
+        """
         self.report.servers += 1
         server = tree.server
         self._unbroken(server)
@@ -91,8 +99,8 @@ class Storm:
         before, first = settled(tree), len(self.report.struck)
         seen = {each["generation"] for each in server.status()["recoveries"]}
         seed = self._seed + 1000 * self.report.servers
-        timeouts = _REQUEST_TIMEOUT_S, _POLL_TIMEOUT_S
-        with Clients(server.url, self._asks, seed, self._clients, self._polled(server), *timeouts) as clients:
+        polled, timeouts = self._polled(server), (_REQUEST_TIMEOUT_S, _POLL_TIMEOUT_S)
+        with Clients(server.url, self._requests, seed, self._clients, polled, *timeouts) as clients:
             fit = True
             while bursts and fit and not self.is_over():
                 fit = self._survives(tree, clients, bursts.popleft())
@@ -107,41 +115,41 @@ class Storm:
         return time.monotonic() > self._ends_at
 
     def _unbroken(self, server: Server) -> None:
-        good = [each for each in self._asks if each.way != "refused"]
-        if self._expected is not None:  # a later server must give the same
+        good = [each for each in self._requests if each.way != "refused"]
+        if self._expected is not None:  # a later server must give the same answers
             good, expected = good[::_SAMPLED], self._expected[::_SAMPLED]
-            answers = ask_all(server.url, good, _REQUEST_TIMEOUT_S)
-            judged = map(judge, map(to_the_end, good), expected, answers)
-            self.report.asked += zip(good, judged, strict=True)
+            answers = send_all(server.url, good, _REQUEST_TIMEOUT_S)
+            judged = map(judge, map(read_whole, good), expected, answers)
+            self.report.judged += zip(good, judged, strict=True)
             return
-        self._say(f"asking {len(good)} requests for their unbroken answers")
-        answers = ask_all(server.url, good, _REQUEST_TIMEOUT_S)
+        self._progress(f"recording the answers to {len(good)} requests before any fault")
+        answers = send_all(server.url, good, _REQUEST_TIMEOUT_S)
         for each, answer in zip(good, answers, strict=True):
             if answer.error is not None or not answer.ended:
-                raise ServerFailed(f"no unbroken answer to {each.kind}: {answer.code} {answer.error}")
+                raise ServerFailed(f"a request ({each.kind}) failed before any fault: {answer.code} {answer.error}")
         self._expected = answers
-        refused = [each for each in self._asks if each.way == "refused" and self._is_refused(server, each)]
-        self._asks = good + refused
+        refused = [each for each in self._requests if each.way == "refused" and self._is_refused(server, each)]
+        self._requests = good + refused
 
-    def _is_refused(self, server: Server, bad: Ask) -> bool:
+    def _is_refused(self, server: Server, bad: Request) -> bool:
         """Return whether the quiet server refuses the request without a recovery; if not, report it."""
         generation = server.status()["generation"]
-        asked = Asked(0, time.monotonic())
-        ask(server.url, bad, asked, "", 0, _REFUSAL_TIMEOUT_S)
-        verdict = judge(bad, None, asked.answer)
+        exchange = Exchange(0, time.monotonic())
+        send(server.url, bad, exchange, "", 0, _REFUSAL_TIMEOUT_S)
+        verdict = judge(bad, None, exchange.answer)
         status = server.wait_serving(generation, _CALM_TIMEOUT_S)
         if status["generation"] != generation:
-            verdict = Verdict("failed", f"a bad request cost a generation ({verdict.why})")
+            verdict = Verdict("failed", f"a bad request caused a recovery ({verdict.why})")
         if verdict != RIGHT:
             self._problem(f"{bad.kind}: {verdict.why}; {json.dumps(bad.body)[:200]}")
         return verdict == RIGHT
 
     def _polled(self, server: Server) -> list[str]:
         """Return the routes an operator looks at that answer; /metrics may be off."""
-        codes = {path: call(server.url, "GET", path, None, _REFUSAL_TIMEOUT_S)[0] for path in _LOOKED_AT}
+        codes = {path: call(server.url, "GET", path, None, _REFUSAL_TIMEOUT_S)[0] for path in _POLLED_ROUTES}
         for path, code in codes.items():
             if code not in (200, 404):
-                self._problem(f"{path} answers {code} while all is quiet")
+                self._problem(f"{path} answers {code} although no fault is under way")
         return [path for path, code in codes.items() if code == 200]
 
     def _survives(self, tree: Tree, clients: Clients, burst: Burst) -> bool:
@@ -151,7 +159,7 @@ class Storm:
         time.sleep(burst.rest_s)
         self._log({"burst": burst.number})
         kinds = ", ".join(blow.kind for blow in burst.blows)
-        self._say(f"server {self.report.servers}, burst {burst.number}: {kinds}")
+        self._progress(f"server {self.report.servers}, burst {burst.number}: {kinds}")
         try:
             dealt = list(self._blows(tree, burst))
         except UNANSWERED as error:
@@ -181,16 +189,16 @@ class Storm:
 
     def _judge(self, clients: Clients) -> None:
         assert self._expected is not None
-        for each in clients.asked:
-            asked_for = self._asks[each.number]
-            expected = self._expected[each.number] if asked_for.way != "refused" else None
-            verdict = judge(asked_for, expected, each.answer)
+        for each in clients.exchanges:
+            request = self._requests[each.number]
+            expected = self._expected[each.number] if request.way != "refused" else None
+            verdict = judge(request, expected, each.answer)
             if each.ended_at is None:
-                verdict = Verdict("failed", f"no end of the answer after {each.latency_s:.0f} s")
+                verdict = Verdict("failed", f"the answer has not ended after {each.latency_s:.0f} s")
             if verdict != RIGHT:
-                body = json.dumps(asked_for.body)[:200]
-                self._log({"verdict": verdict.ruling, "kind": asked_for.kind, "why": verdict.why, "body": body})
-            self.report.asked.append((asked_for, verdict))
+                body = json.dumps(request.body)[:200]
+                self._log({"verdict": verdict.ruling, "kind": request.kind, "why": verdict.why, "body": body})
+            self.report.judged.append((request, verdict))
         self.report.polls += clients.polls
         self.report.problems += clients.polls_failed
 
@@ -200,7 +208,7 @@ class Storm:
             self._polled(tree.server)  # /metrics puts the series of the dead together
             leaked = before.leaked(settled(tree, before))
         except UNANSWERED as error:
-            self._problem(f"the server does not get quiet: {error}")
+            self._problem(f"leaks could not be checked, as the server does not answer: {error}")
             return
         self.report.leaks += leaked
         for each in leaked:
@@ -209,11 +217,13 @@ class Storm:
     def _problem(self, text: str) -> bool:
         self.report.problems.append(text)
         self._log({"problem": text})
-        self._say(text)
+        self._progress(text)
         return False
 
 
-def run(model: Path, schedule: Schedule, slots: int, storm: Storm, folder: Path, logs: str, say: Say) -> Report:
+def run(
+    model: Path, schedule: Schedule, slots: int, storm: Storm, folder: Path, logs: str, progress: Progress
+) -> Report:
     """Run the schedule on as many servers as it wears out. Their logs are files that begin with ``logs``.
 
     Raises ServerFailed if a server does not start.
@@ -226,7 +236,7 @@ def run(model: Path, schedule: Schedule, slots: int, storm: Storm, folder: Path,
         place.mkdir()
         env = {"TMPDIR": str(place), "XDG_RUNTIME_DIR": str(place)}
         flags = (*FLAGS, "--max-total-tokens", str(slots), "--anchor-overlap", overlap)
-        say(f"starting a server with TP={schedule.tp_size}")
+        progress(f"starting a server with TP={schedule.tp_size}")
         with Server(model, schedule.tp_size, *flags, log=Path(f"{logs}-server-{number}.log"), env=env) as server:
-            storm.over(Tree(server, place), left)
+            storm.run_on(Tree(server, place), left)
     return storm.report

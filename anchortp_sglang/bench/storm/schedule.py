@@ -62,24 +62,24 @@ class Burst:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "Burst":
+    def from_json(cls, fields: dict[str, Any]) -> "Burst":
         """Read what ``to_json`` returned. Raises ValueError, KeyError or TypeError for anything else."""
-        blows = tuple(Blow(**blow) for blow in told["blows"])
+        blows = tuple(Blow(**blow) for blow in fields["blows"])
         if unknown := [blow.kind for blow in blows if blow.kind not in KINDS]:
             raise ValueError(f"unknown kinds of faults: {', '.join(unknown)}")
-        return cls(told["number"], told["rest_s"], blows)
+        return cls(fields["number"], fields["rest_s"], blows)
 
 
-def chosen(patterns: str) -> tuple[str, ...]:
+def match_kinds(patterns: str) -> tuple[str, ...]:
     """Return the kinds named by a comma list of targets (``rank``), manners (``:kill``) or both (``rank:kill``).
 
-    Raises ValueError for a word that names none.
+    Raises ValueError for a word that matches none.
     """
     found = []
     for pattern in patterns.split(","):
         matching = [kind for kind in KINDS if _matches(kind, pattern.strip())]
         if not matching:
-            raise ValueError(f"{pattern!r} names no faults; there are {', '.join(KINDS)}")
+            raise ValueError(f"{pattern!r} is no kind of fault; kinds are {', '.join(KINDS)}")
         found += matching
     return tuple(kind for kind in KINDS if kind in found)
 

@@ -13,8 +13,8 @@ from anchortp_sglang.bench.storm.run import Report
 
 def summary(report: Report) -> dict[str, Any]:
     """Return all figures as JSON."""
-    good = [(ask, verdict) for ask, verdict in report.asked if ask.way != "refused"]
-    bad = [verdict for ask, verdict in report.asked if ask.way == "refused"]
+    good = [(request, verdict) for request, verdict in report.judged if request.way != "refused"]
+    bad = [verdict for request, verdict in report.judged if request.way == "refused"]
     tfs = sorted(report.tfs_s)
     return {
         "ok": report.ok,
@@ -36,7 +36,9 @@ def summary(report: Report) -> dict[str, Any]:
             "p90": round(tfs[int(0.9 * (len(tfs) - 1))], 3) if tfs else None,
             "max": round(tfs[-1], 3) if tfs else None,
         },
-        "wrong": sorted({f"{ask.kind}: {verdict.why}" for ask, verdict in report.asked if verdict.ruling != "right"}),
+        "wrong": sorted(
+            {f"{request.kind}: {verdict.why}" for request, verdict in report.judged if verdict.ruling != "right"}
+        ),
     }
 
 
@@ -51,29 +53,32 @@ def _faults(report: Report) -> dict[str, dict[str, int]]:
 
 def _requests(report: Report) -> dict[str, Counter[str]]:
     kinds: dict[str, Counter[str]] = {}
-    for ask, verdict in report.asked:
-        kinds.setdefault(ask.kind, Counter())[verdict.ruling] += 1
+    for request, verdict in report.judged:
+        kinds.setdefault(request.kind, Counter())[verdict.ruling] += 1
     return kinds
 
 
-def view(told: dict[str, Any], title: str) -> RenderableType:
-    """Make the tables of ``told``, which ``summary`` returned."""
-    faults = _table(f"{title}: faults", told["faults"], ("effect", "no effect", "no victim"))
-    requests = _table("requests", told["requests"], ("right", "wrong", "failed"))
-    tfs = told["tfs_s"]
-    figures = Table(show_header=False)
+def view(figures: dict[str, Any], title: str) -> RenderableType:
+    """Make the tables of ``figures``, which ``summary`` returned."""
+    faults = _table(f"{title}: faults", figures["faults"], ("effect", "no effect", "no victim"))
+    requests = _table("requests", figures["requests"], ("right", "wrong", "failed"))
+    tfs = figures["tfs_s"]
+    totals = Table(show_header=False)
     for name, value in (
-        ("recoveries", told["recoveries"]),
+        ("recoveries", figures["recoveries"]),
         ("TFS, median / p90 / longest (s)", f"{tfs['median']} / {tfs['p90']} / {tfs['max']}"),
-        ("wrong tokens, in answers", f"{told['wrong_tokens']}, in {told['wrong_answers']} of {told['good_requests']}"),
-        ("good requests that failed", told["failed_good_requests"]),
-        ("bad requests not refused", f"{told['bad_requests_not_refused']} of {told['bad_requests']}"),
-        ("polls of status, health, metrics", told["polls"]),
-        ("servers", told["servers"]),
+        (
+            "wrong tokens, in answers",
+            f"{figures['wrong_tokens']}, in {figures['wrong_answers']} of {figures['good_requests']}",
+        ),
+        ("good requests that failed", figures["failed_good_requests"]),
+        ("bad requests not refused", f"{figures['bad_requests_not_refused']} of {figures['bad_requests']}"),
+        ("polls of status, health, metrics", figures["polls"]),
+        ("servers", figures["servers"]),
     ):
-        figures.add_row(name, str(value))
-    wrong = [Text(line, style="red") for line in (*told["leaks"], *told["problems"], *told["wrong"])]
-    return Group(faults, requests, figures, *wrong, Text("nothing is wrong" if told["ok"] else "something is wrong"))
+        totals.add_row(name, str(value))
+    wrong = [Text(line, style="red") for line in (*figures["leaks"], *figures["problems"], *figures["wrong"])]
+    return Group(faults, requests, totals, *wrong, Text("nothing is wrong" if figures["ok"] else "something is wrong"))
 
 
 def _table(title: str, rows: dict[str, dict[str, int]], columns: tuple[str, ...]) -> Table:

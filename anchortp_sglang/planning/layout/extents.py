@@ -63,7 +63,7 @@ class ShardExtents:
         return self.sizes[self.added]
 
     @property
-    def kept_bytes(self) -> int:
+    def reused_bytes(self) -> int:
         """Bytes that were there before."""
         return sum(extent.nbytes for extent in self.extents if extent.segment != self.added)
 
@@ -143,8 +143,8 @@ def _shard(
     joined = tuple(_joined(extents))
     if len(joined) > _MOST_EXTENTS:
         return whole
-    kept = {extent.segment: old.sizes[extent.segment] for extent in stays}
-    return ShardExtents(joined, kept | {segment: max(added_bytes, PAGE_BYTES)}, segment)
+    reused = {extent.segment: old.sizes[extent.segment] for extent in stays}
+    return ShardExtents(joined, reused | {segment: max(added_bytes, PAGE_BYTES)}, segment)
 
 
 def _worth_keeping(stays: Iterable[Extent], old: ShardExtents) -> list[Extent]:

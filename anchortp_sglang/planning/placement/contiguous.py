@@ -34,7 +34,7 @@ def contiguous_layouts(units: int, weights: Sequence[int], held: Sequence[Layout
         for cuts in evenly_spread(units, weights, held)
     ]
     layouts: dict[RoundedUp, Layout] = {}
-    chosen = _most_kept(share, units - sum(share.whole), held, even)
+    chosen = _largest_overlap(share, units - sum(share.whole), held, even)
     for rounded_up in set(chosen):
         ups = frozenset(rounded_up)
         cuts = accumulate(width + (device in ups) for device, width in enumerate(share.whole))
@@ -42,16 +42,16 @@ def contiguous_layouts(units: int, weights: Sequence[int], held: Sequence[Layout
     return tuple(layouts[rounded_up] for rounded_up in chosen)
 
 
-def _most_kept(share: Due, extra: int, held: Sequence[Layout], even: Sequence[RoundedUp]) -> Sequence[RoundedUp]:
+def _largest_overlap(share: Due, extra: int, held: Sequence[Layout], even: Sequence[RoundedUp]) -> Sequence[RoundedUp]:
     """Choose the devices that are rounded up in each layer: ``even``, unless another choice keeps more."""
     names: dict[Layout, int] = {}
     by_layer = [names.setdefault(layout, len(names)) for layout in held]
     kinds = [_kind(by_layer.count(name), share, extra, layout) for layout, name in names.items()]
 
-    def kept(choice: Sequence[RoundedUp]) -> int:
-        return sum(kinds[name].kept(rounded_up) for name, rounded_up in zip(by_layer, choice, strict=True))
+    def overlap(choice: Sequence[RoundedUp]) -> int:
+        return sum(kinds[name].overlap(rounded_up) for name, rounded_up in zip(by_layer, choice, strict=True))
 
-    if (len(kinds) == 1 and is_best(share.whole, extra, held[0])) or kept(even) == most_conceivable(kinds):
+    if (len(kinds) == 1 and is_best(share.whole, extra, held[0])) or overlap(even) == most_conceivable(kinds):
         return even
     if len(held) == 1:  # no other layers could make up for it
         return [kinds[0].best()[1]]
@@ -62,7 +62,7 @@ def _most_kept(share: Due, extra: int, held: Sequence[Layout], even: Sequence[Ro
         better = priced_rounding([kinds[name] for name in by_layer], [ups[device] for device in devices])
     else:
         better = [found[name].pop() for name in by_layer]
-    return max(even, better, key=kept)
+    return max(even, better, key=overlap)
 
 
 def _kind(layers: int, share: Due, extra: int, layout: Layout) -> LayerKind:

@@ -56,7 +56,7 @@ def _best_totals(units: int, weights: Sequence[int], held: Sequence[Layout]) -> 
     unit later.
     """
     layers, parts = len(held), sum(weights)
-    # sum of a cut -> (units kept so far, minus the distance of the cuts from their due), the sums that led there
+    # sum of a cut -> (overlap so far, minus the distance of the cuts from their due), the sums that led there
     states: dict[int, tuple[tuple[int, int], Chain]] = {0: ((0, 0), None)}
     before = 0
     for cut, weight in enumerate(weights):
@@ -73,8 +73,8 @@ def _best_totals(units: int, weights: Sequence[int], held: Sequence[Layout]) -> 
             reached = [states[start] for start in (end - width, end - width - 1) if start in states]
             if not uneven:
                 reached = [states[end - width]]
-            (kept, off), chain = max(reached, key=lambda state: state[0])
-            step[end] = ((kept + gain, off - abs(end - ideal)), (end, chain))
+            (overlap, off), chain = max(reached, key=lambda state: state[0])
+            step[end] = ((overlap + gain, off - abs(end - ideal)), (end, chain))
         states = step
     chain = next(iter(states.values()))[1]
     totals: list[int] = []

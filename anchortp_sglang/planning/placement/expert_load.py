@@ -25,8 +25,8 @@ def spread_hot_experts(
     shares = []
     for layer, tokens in enumerate(counts):
         given = ownership.ranks("expert", layer)
-        kept = [_kept(ownership, previous, rank, layer) for rank in range(ownership.tp_size)]
-        dealt = _busiest_first(tokens, given, kept)
+        overlaps = [_overlap(ownership, previous, rank, layer) for rank in range(ownership.tp_size)]
+        dealt = _busiest_first(tokens, given, overlaps)
         better = _most(tokens, dealt) < _most(tokens, given)
         axes = {axis: ownership.ranks(axis, layer) for axis in model.axes}
         shares.append(axes | {"expert": dealt if better else given})
@@ -41,7 +41,7 @@ def imbalance(ownership: Ownership, counts: ExpertCounts) -> float:
     return busiest * ownership.tp_size / max(1, sum(map(sum, counts)))
 
 
-def _kept(ownership: Ownership, previous: Ownership | None, rank: int, layer: int) -> Intervals:
+def _overlap(ownership: Ownership, previous: Ownership | None, rank: int, layer: int) -> Intervals:
     device = ownership.devices[rank]
     if previous is None or device not in previous.devices:
         return ()
@@ -49,11 +49,11 @@ def _kept(ownership: Ownership, previous: Ownership | None, rank: int, layer: in
 
 
 def _busiest_first(
-    tokens: Sequence[int], given: Sequence[Intervals], kept: Sequence[Intervals]
+    tokens: Sequence[int], given: Sequence[Intervals], overlaps: Sequence[Intervals]
 ) -> tuple[Intervals, ...]:
-    hands = [list(_units(runs)) for runs in kept]
+    hands = [list(_units(runs)) for runs in overlaps]
     loads = [sum(tokens[unit] for unit in hand) for hand in hands]
-    free = subtract(((0, len(tokens)),), normalize(run for runs in kept for run in runs))
+    free = subtract(((0, len(tokens)),), normalize(run for runs in overlaps for run in runs))
     for unit in sorted(_units(free), key=lambda unit: (-tokens[unit], unit)):
         rank = min((r for r in range(len(hands)) if len(hands[r]) < total(given[r])), key=lambda r: (loads[r], r))
         hands[rank].append(unit)

@@ -26,14 +26,14 @@ class LayerKind:
     down: Gains
     up: Gains
 
-    def kept(self, rounded_up: RoundedUp) -> int:
+    def overlap(self, rounded_up: RoundedUp) -> int:
         """Count the units that all devices keep in one of the layers; below zero if this rounding is not allowed."""
-        kept = before = 0
+        overlap = before = 0
         for device, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
             is_up = before < self.extra and rounded_up[before] == device
-            kept += (up if is_up else down)[before]
+            overlap += (up if is_up else down)[before]
             before += is_up
-        return kept
+        return overlap
 
     def best(self, prices: Sequence[float] | None = None) -> tuple[float, RoundedUp]:
         """Find the most kept units, less the prices of devices rounded up, and the rounding that keeps them."""

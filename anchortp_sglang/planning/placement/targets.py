@@ -37,7 +37,7 @@ def target_weights(
 
 def _room(model: PlanModel, device: int, capacities: Mapping[int, int]) -> int:
     if device not in capacities:
-        raise InfeasiblePlan(f"capacities: nothing is said of device {device}")
+        raise InfeasiblePlan(f"capacities: there is no entry for device {device}")
     room = capacities[device] - model.replicated_bytes
     if room <= 0:
         raise InfeasiblePlan(

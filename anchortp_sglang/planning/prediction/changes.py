@@ -42,7 +42,7 @@ def devices_after(devices: Sequence[int], changes: Sequence[Change]) -> tuple[tu
             if device in there:
                 raise InvalidChange(f"{change.field}: device {device} is there already")
             if device < 0:
-                raise InvalidChange(f"{change.field}: device {device} cannot be; ids start at 0")
+                raise InvalidChange(f"{change.field}: {device} is no device id; ids start at 0")
             there.add(device)
             ever.add(device)
         if not there:

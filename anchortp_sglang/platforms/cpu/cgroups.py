@@ -16,7 +16,7 @@ __all__ = ["MemoryRoom", "cpu_quota", "memory_room"]
 
 @dataclass(frozen=True)
 class MemoryRoom:
-    """Memory that can be taken without swapping or being killed; ``bound`` says what sets the limit."""
+    """Memory that can be taken without swapping or being killed; ``bound``: what sets the limit."""
 
     nbytes: int
     bound: str

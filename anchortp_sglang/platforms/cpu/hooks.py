@@ -52,12 +52,12 @@ def share(
     """Make a rank's collectives over ``buffer`` (region_bytes(world_size), zeroed, mapped by all ranks).
 
     Call it in every rank, in the thread that runs the scheduler, before the process groups are built. Returns
-    None, so that gloo stays, for a single rank and on machines that futex.supported() refuses.
+    None, so that gloo is used, for a single rank and on machines that futex.supported() refuses.
     """
     if world_size == 1:
         return None
     if not futex.supported():
-        logger.warning("shared-memory collectives need Linux on x86-64; gloo stays, expect slow decoding")
+        logger.warning("shared-memory collectives need Linux on x86-64; gloo is used instead, and decoding is slow")
         return None
     return SharedMemoryCollectives(
         tensors=SharedMemoryGroup(buffer, rank, world_size, Lane.TENSORS),

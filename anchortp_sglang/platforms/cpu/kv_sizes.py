@@ -64,7 +64,7 @@ def plan_kv(
 def plan_mirror(
     model: ModelAxes, ownership: Ownership, kv: KVPlan, options: AnchorOptions, available: MemoryRoom
 ) -> tuple[MirrorPlan | None, str]:
-    """Plan the KV mirror; also return in a few words what was decided and why.
+    """Plan the KV mirror; also return a short text: what was decided, and why.
 
     Raises ValueError for a mirror that was asked for but is not possible.
     """
@@ -78,16 +78,16 @@ def plan_mirror(
     )
     row_bytes = kv.slot_bytes(model)
     rows = kv.rows if options.kv_mirror_gib is None else min(kv.rows, int(options.kv_mirror_gib * 2**30) // row_bytes)
-    said = f"{rows * row_bytes / 2**30:.2f} GiB for {rows} of {kv.rows} slots"
+    size = f"{rows * row_bytes / 2**30:.2f} GiB for {rows} of {kv.rows} slots"
     if rows < kv.page_size or rows * row_bytes > spare:
         if options.kv_mirror is None and options.kv_mirror_gib is None:
-            return None, f"off: it would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared"
+            return None, f"off: it would take {size}, and only {max(0, spare) / 2**30:.2f} GiB are free for it"
         raise ValueError(
-            f"the KV mirror would take {said}, {max(0, spare) / 2**30:.2f} GiB can be spared and one slot takes "
+            f"the KV mirror would take {size}, {max(0, spare) / 2**30:.2f} GiB are free for it, and one slot takes "
             f"{row_bytes} bytes; change --anchor-kv-mirror-gib, lower --max-total-tokens, or use --anchor-kv-mirror off"
         )
     plan = MirrorPlan(rows, options.kv_mirror_gbps * 1e9)
-    return plan, f"at most {said} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
+    return plan, f"at most {size} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
 
 
 def _weight_bytes(model: ModelAxes, ownership: Ownership) -> int:

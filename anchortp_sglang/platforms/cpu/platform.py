@@ -66,8 +66,8 @@ class CpuPlatform:
         log.info("anchortp: %s", room)
         available = room.less(process_bytes(ownership.tp_size))
         kv = plan_kv(model, ownership, view, options.device_bytes, available)
-        mirror, said = plan_mirror(model, ownership, kv, options, available)
-        return MemoryPlan(self, kv, mirror, said)
+        mirror, mirror_text = plan_mirror(model, ownership, kv, options, available)
+        return MemoryPlan(self, kv, mirror, mirror_text)
 
     def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
         """Return none: there are no graphs on CPU."""

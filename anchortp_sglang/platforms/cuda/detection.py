@@ -1,4 +1,4 @@
-"""Tells main which of its GPUs are lost: as the health process reports, and by a probe when ranks have died."""
+"""Notes which GPUs are lost: by the reports of the health process, and by a probe when ranks have died."""
 
 import asyncio
 import logging
@@ -35,7 +35,12 @@ class GpuDetection:
             assert process.stdout is not None
             async for line in process.stdout:
                 self.lost(msgspec.json.decode(line, type=health.GpuLost))
-            log.warning("anchortp: the health process of the GPUs has ended (%s)", await process.wait())
+            code = await process.wait()
+            log.warning(
+                "anchortp: the process that watches the GPUs ended (exit code %s); it is started again in %g s",
+                code,
+                _RESTART_AFTER_S,
+            )
             await asyncio.sleep(_RESTART_AFTER_S)
 
     async def probe(self) -> None:

@@ -1,4 +1,4 @@
-"""Captures decode graphs in ranks when main says so, some time after a generation has started; eager until then."""
+"""Captures decode graphs in ranks on main's command, some time after a generation has started; eager until then."""
 
 import functools
 import logging

@@ -61,9 +61,9 @@ class _Watch:
         self._handles = {uuid: pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids}
         self._events = pynvml.nvmlEventSetCreate()
         for handle in self._handles.values():
-            wanted = pynvml.nvmlEventTypeXidCriticalError & pynvml.nvmlDeviceGetSupportedEventTypes(handle)
-            if wanted:
-                pynvml.nvmlDeviceRegisterEvents(handle, wanted, self._events)
+            events = pynvml.nvmlEventTypeXidCriticalError & pynvml.nvmlDeviceGetSupportedEventTypes(handle)
+            if events:
+                pynvml.nvmlDeviceRegisterEvents(handle, events, self._events)
 
     def next(self) -> list[GpuLost]:
         """Return the GPUs that were lost within a second."""
@@ -89,11 +89,11 @@ def _main(parent: int, uuids: list[str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    watch, told = _Watch(uuids), set[str]()
+    watch, reported = _Watch(uuids), set[str]()
     while True:
         for lost in watch.next():
-            if lost.uuid not in told:
-                told.add(lost.uuid)
+            if lost.uuid not in reported:
+                reported.add(lost.uuid)
                 print(msgspec.json.encode(lost).decode(), flush=True)
 
 

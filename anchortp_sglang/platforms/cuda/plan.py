@@ -41,8 +41,8 @@ def check_gpu_plan(model: ModelAxes, view: Any, options: AnchorOptions, spreads:
         f"--page-size {view.page_size} is not supported on GPUs; use 1": (view.page_size or 1) != 1,
         f"--kv-cache-dtype {view.kv_cache_dtype} is not supported on GPUs, whose KV has the model's dtype; "
         "leave it out": view.kv_cache_dtype not in (None, "auto"),
-        "--anchor-kv-mirror host is not supported on GPUs, whose KV nothing copies yet; leave it and its other "
-        "flags out": options.kv_mirror == "host" or options.kv_mirror_gib is not None,
+        "--anchor-kv-mirror host is not supported on GPUs yet; leave --anchor-kv-mirror and --anchor-kv-mirror-gib "
+        "out": options.kv_mirror == "host" or options.kv_mirror_gib is not None,
         "--anchor-device-gib is not supported on GPUs; use --mem-fraction-static": options.device_gib is not None,
         "--anchor-rotate-heads is not supported on GPUs, where a rank's attention is planned for one number of heads; "
         "leave it out": options.rotate_heads,

@@ -48,7 +48,7 @@ class CudaPlatform:
 
     @classmethod
     def of_this_machine(cls) -> CudaPlatform:
-        """Find the visible GPUs, in another process. Raises ProbeError if they cannot be asked."""
+        """Find the visible GPUs, in another process. Raises ProbeError if they cannot be listed."""
         return cls(gpus=tuple(visible_gpus()))
 
     def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
@@ -63,10 +63,10 @@ class CudaPlatform:
         """Plan shares of GPUs, and slots within them; there is no mirror."""
         plan.check_gpu_plan(model, view, options, spreads_experts)
         shares = share_out(self.gpus, ownership.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
-        _tell(shares)
+        _log_shares(shares)
         kv = plan.plan_gpu_kv(model, ownership, shares, options.min_devices, view)
-        said = "off: KV in a GPU's memory is not mirrored yet, and goes with a lost device"
-        return MemoryPlan(CudaPlatform(shares=shares), kv, None, said)
+        mirror_text = "off: KV in a GPU's memory is not mirrored yet, and is lost with its device"
+        return MemoryPlan(CudaPlatform(shares=shares), kv, None, mirror_text)
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -133,9 +133,9 @@ class CudaPlatform:
         return GpuDetection(self.shares, on_fault)
 
 
-def _tell(shares: Sequence[GpuShare]) -> None:
+def _log_shares(shares: Sequence[GpuShare]) -> None:
     log.warning("anchortp: no recovery has come through with --device cuda yet; see docs/cuda.md")
     for device, gpu in enumerate(shares):
         log.info("anchortp: device %d is %s, %.1f GiB", device, gpu.uuid, gpu.budget_bytes / 2**30)
     if any(gpu.sharing == "ipc" for gpu in shares):
-        log.warning("anchortp: the driver exports no memory here, so CUDA IPC it is: it dies with a device's anchor")
+        log.warning("anchortp: the driver cannot export memory, so CUDA IPC is used: memory is lost with its anchor")

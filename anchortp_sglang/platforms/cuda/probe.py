@@ -25,7 +25,7 @@ _PAGE_BYTES = 1  # rounded up to the driver's page size
 
 
 class ProbeError(RuntimeError):
-    """The GPUs of this machine could not be asked."""
+    """The GPUs of this machine cannot be listed."""
 
 
 class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +49,7 @@ def visible_gpus() -> list[GpuFacts]:
         raise ProbeError(f"the GPUs did not answer within {_INVENTORY_TIMEOUT_S:g} s: see nvidia-smi") from None
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ProbeError(f"the GPUs cannot be asked: {lines[-1] if lines else f'exit code {done.returncode}'}")
+        raise ProbeError(f"the GPUs cannot be listed: {lines[-1] if lines else f'exit code {done.returncode}'}")
     return msgspec.json.decode(done.stdout, type=list[GpuFacts])
 
 

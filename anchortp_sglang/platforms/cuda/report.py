@@ -1,4 +1,4 @@
-"""Reports in words what anchors on GPUs would find on this machine."""
+"""Describes the GPUs of this machine for ``anchortp doctor``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def report() -> tuple[Literal["PASS", "WARN"], str, str]:
         return "WARN", str(error), "see nvidia-smi, or use --device cpu"
     detail = ", ".join(f"{gpu.name} ({gpu.total_bytes / 2**30:.0f} GiB, {gpu.sharing})" for gpu in gpus)
     if any(gpu.sharing == "ipc" for gpu in gpus):
-        return "WARN", detail, "VMM export is refused: memory dies with its anchor; see docs/cuda.md"
+        return "WARN", detail, "the driver refuses VMM export: memory is lost with its anchor; see docs/cuda.md"
     if any(len(gpu.peers) < len(gpus) for gpu in gpus):
-        return "WARN", f"{detail}; not all reach each other", "choose some that do: CUDA_VISIBLE_DEVICES"
+        return "WARN", f"{detail}; not all have peer access", "choose GPUs that have, with CUDA_VISIBLE_DEVICES"
     return "PASS", detail, ""

@@ -37,8 +37,7 @@ class Mirroring(threading.Thread):
         try:
             self._mirror_on()
         except Exception:
-            # The rank goes on; KV that a lost device takes along is then computed again.
-            log.exception("anchortp: KV is not mirrored any more")
+            log.exception("anchortp: KV is not mirrored any more; after the loss of a device its KV is computed again")
 
     def _mirror_on(self) -> None:
         assignment = self._attachment.assignment

@@ -86,16 +86,16 @@ class Prefixes:
         self._step(State.BUILT, State.OPENED, State.RESTORING)
         self._allocator = result.token_to_kv_pool_allocator
         began = time.monotonic()
-        kept = None if self._restoration is None else self._restoration.kept()
+        retained = None if self._restoration is None else self._restoration.retained()
         reusable = not result.disable_radix_cache
-        if kept is not None and reusable:
-            _insert(kept, result)
+        if retained is not None and reusable:
+            _insert(retained, result)
         if self._rank == 0 and self._next is None:
             self._next = SlotTable.create(self._memory, self._rows, self._namespace)
-            if kept is not None:
-                self._next.write_entries(kept.entries)
-        if kept is not None:
-            self._report_retained(kept, reusable, began)
+            if retained is not None:
+                self._next.write_entries(retained.entries)
+        if retained is not None:
+            self._report_retained(retained, reusable, began)
 
     def finish(self) -> float:
         """Wait until the retained KV is in place; return when it was (monotonic seconds, 0 if there was none)."""
@@ -114,11 +114,11 @@ class Prefixes:
         table = self._next
         assert table is not None, "rank 0 alone is told that its generation starts"
         if self._restoration is not None:
-            # Do this before their parents are forgotten: where two slots had equal chains, one is kept.
-            kept = self._restoration.kept()
-            parents = kept.entries.parents[kept.numbers]
-            moved = table.parents[kept.numbers] != parents
-            table.move_below(kept.numbers[moved], parents[moved])
+            # Do this before their parents are forgotten: where two slots had equal chains, one is retained.
+            retained = self._restoration.retained()
+            parents = retained.entries.parents[retained.numbers]
+            moved = table.parents[retained.numbers] != parents
+            table.move_below(retained.numbers[moved], parents[moved])
             table.invalidate(self._free_slots())
         self.table, self._next = table, None
         if self._mirroring is not None:
@@ -163,15 +163,15 @@ class Prefixes:
             raise WrongOrder(f"prefixes are {self.state}: {to} follows {' or '.join(allowed)}")
         self.state = to
 
-    def _report_retained(self, kept: RetainedSlots, reusable: bool, began: float) -> None:
+    def _report_retained(self, retained: RetainedSlots, reusable: bool, began: float) -> None:
         free = hashlib.blake2b(self._free_slots().tobytes(), digest_size=8).hexdigest()
         ended = time.monotonic()
         self.report |= {
-            "kept": len(kept.slots) if reusable else 0,
-            "dropped": kept.dropped | ({} if reusable else {"no_prefix_cache": len(kept.slots)}),
+            "kept": len(retained.slots) if reusable else 0,
+            "dropped": retained.dropped | ({} if reusable else {"no_prefix_cache": len(retained.slots)}),
             "seconds": ended - began,
             "at": ended,
-            "digest": f"{kept.digest()}-{free}",
+            "digest": f"{retained.digest()}-{free}",
         }
 
     def _free_slots(self) -> np.ndarray:
@@ -210,17 +210,17 @@ def slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
     return (pages.cpu().numpy()[:, None] * page_size + np.arange(page_size)).ravel()
 
 
-def _insert(kept: RetainedSlots, result: Any) -> None:
-    """Mark the kept slots used and insert their chains, oldest first; equal on all ranks, as ``kept`` is."""
+def _insert(retained: RetainedSlots, result: Any) -> None:
+    """Mark the retained slots used and insert their chains, oldest first; equal on all ranks, as ``retained`` is."""
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
     free = allocator.free_pages
-    used = torch.from_numpy(kept.numbers[kept.numbers % allocator.page_size == 0] // allocator.page_size)
+    used = torch.from_numpy(retained.numbers[retained.numbers % allocator.page_size == 0] // allocator.page_size)
     allocator.free_pages = free[~torch.isin(free, used.to(free.device))]
-    for chain in kept.chains():
-        extra_key, cache_salt = kept.entries.namespace(chain)
+    for chain in retained.chains():
+        extra_key, cache_salt = retained.entries.namespace(chain)
         tree.insert(
             InsertParams(
                 key=RadixKey(array.array("q", chain.tokens.tolist()), extra_key, cache_salt=cache_salt),

@@ -1,8 +1,8 @@
 """Takes KV over to a new generation, while the main thread builds the rest of the rank.
 
-Each rank decides alone, from the same shared memory, which slots are kept (``kv/retained_slots.py``). A device whose
-heads and slots stay the same has its KV in place. Otherwise kept heads are copied from the old segments of this device
-and its peers, lost ones from the mirror; both lie in anchors, and are no longer written to.
+Each rank decides alone, from the same shared memory, which slots are retained (``kv/retained_slots.py``). A device
+whose heads and slots stay the same has its KV in place. Otherwise retained heads are copied from the old segments of
+this device and its peers, lost ones from the mirror; both lie in anchors, and are no longer written to.
 """
 
 import threading
@@ -15,8 +15,8 @@ from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.kv.chain_hash import root_hash
 from anchortp_sglang.kv.copy import KVSegment
 from anchortp_sglang.kv.mirror import KVMirror, MirrorMismatch, MirrorShape
-from anchortp_sglang.kv.moving import move_kept, restorable_slots
-from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
+from anchortp_sglang.kv.moving import move_retained, restorable_slots
+from anchortp_sglang.kv.retained_slots import RetainedSlots, retain
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.planning.layout.kv_layout import KVLayout, kv_layout, kv_moves, lost_heads, whole_layout
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, kv_segment, mirror_segment
@@ -31,7 +31,7 @@ def mirror_shape(attachment: Attachment) -> MirrorShape:
 
 
 class RestorationFailed(RuntimeError):
-    """The kept KV, or its description, cannot be used."""
+    """The retained KV, or its description, cannot be used."""
 
 
 class Restoration(threading.Thread):
@@ -44,7 +44,7 @@ class Restoration(threading.Thread):
     def __init__(self, attachment: Attachment, table: SlotTable, into: KVSegment | None) -> None:
         super().__init__(name="anchortp-kv", daemon=True)
         self._attachment, self._table, self._into = attachment, table, into
-        self._kept: Future[RetainedSlots] = Future()
+        self._retained: Future[RetainedSlots] = Future()
         self._done: Future[None] = Future()
         self.moved: dict[str, int] = {"kept": 0, "restored": 0}
         """Bytes of KV copied from devices, and from the mirror."""
@@ -58,9 +58,9 @@ class Restoration(threading.Thread):
             self.finished_at = time.monotonic()
             self._done.set_result(None)
         except BaseException as error:
-            # An anchor that does not answer has died: another fault, which says nothing about the KV.
+            # An anchor that does not answer has died: another fault, after which the KV may still be usable.
             seen = error if isinstance(error, AnchorError) else RestorationFailed(repr(error))
-            for future in (self._kept, self._done):
+            for future in (self._retained, self._done):
                 if not future.done():
                     future.set_exception(seen)
 
@@ -73,13 +73,13 @@ class Restoration(threading.Thread):
             mirror = self._mirror()
             usable = restorable_slots(entries, mirror)
         running = np.frombuffer(assignment.running, np.uint64)
-        kept = keep(entries, usable, assignment.kv.rows, assignment.kv.page_size, running)
-        self._kept.set_result(kept)
-        self._move(kept, mirror)
+        retained = retain(entries, usable, assignment.kv.rows, assignment.kv.page_size, running)
+        self._retained.set_result(retained)
+        self._move(retained, mirror)
 
-    def kept(self) -> RetainedSlots:
-        """Wait until it is known what is kept, even if it is not in place yet. Raises the error of this thread."""
-        return self._kept.result()
+    def retained(self) -> RetainedSlots:
+        """Wait until it is known what is retained, even if it is not in place yet. Raises the error of this thread."""
+        return self._retained.result()
 
     def wait(self) -> None:
         """Wait until every byte is in place. Raises the error of this thread."""
@@ -95,19 +95,19 @@ class Restoration(threading.Thread):
         except MirrorMismatch:
             return None  # nothing was ever written to it
 
-    def _move(self, kept: RetainedSlots, mirror: KVMirror | None) -> None:
+    def _move(self, retained: RetainedSlots, mirror: KVMirror | None) -> None:
         assignment = self._attachment.assignment
         assert assignment.previous is not None
         held = assignment.previous.ownership
         stays = assignment.device in held.devices and self._old_layout(assignment.device) == self._attachment.kv_layout
-        if not len(kept.slots) or stays:
+        if not len(retained.slots) or stays:
             return
         if self._into is None:
-            raise RestorationFailed("KV does not move between devices here")
+            raise RestorationFailed("this platform cannot move KV between devices")
         moves = kv_moves(assignment.model, assignment.ownership, assignment.rank, held)
-        self.moved = move_kept(kept, self._into, moves, self._old_segment, mirror)
+        self.moved = move_retained(retained, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:
-            self.restored_slots = len(kept.slots)
+            self.restored_slots = len(retained.slots)
 
     def _old_layout(self, device: int) -> KVLayout:
         assignment = self._attachment.assignment

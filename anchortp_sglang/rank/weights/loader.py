@@ -113,9 +113,10 @@ class Filler(threading.Thread):
                         for into, source in _copies(move, target, sources[move.device], shard):
                             mover.copy(into, source)
                 mover.layer_done(layer)
-        log.info("anchortp: weights of rank %d: %d MiB stay; %s", assignment.rank, shard.kept_bytes >> 20, mover.moved)
+        reused = shard.reused_bytes
+        log.info("anchortp: weights of rank %d: %d MiB stay in place; %s", assignment.rank, reused >> 20, mover.moved)
         self.moved = moved_bytes(moves)
-        self.moved["copy"] -= shard.kept_bytes
+        self.moved["copy"] -= reused
 
     def _mover(self, target: "_Shard", shard: ShardExtents, stack: ExitStack) -> Mover:
         assignment = self.attachment.assignment

@@ -33,7 +33,7 @@ def taken_out_of(anchor: AnchorProcess, device: int, seal_travels: bool) -> Iter
                 segments[name] = fetch_descriptor(anchor.pidfd, remote_fd)
                 held.callback(os.close, segments[name])
         except OSError as error:
-            log.error("anchortp: the memory of the anchor of device %d is out of reach: %s", device, error)
+            log.error("anchortp: the memory of the anchor of device %d cannot be fetched: %s", device, error)
             segments = {}
         end(anchor.pidfd)
         if not died_within(anchor.pidfd, _DEATH_TIMEOUT_S):

@@ -15,7 +15,7 @@ def restore_anchor(anchors: Anchors, generation: Generation, device: int) -> lis
     """Start the anchor of ``device`` anew and hand it its segments; return their names.
 
     Where the kernel allows fetching its descriptors, the rank need not cooperate. Raises OSError, AnchorError, and ends
-    the new anchor then. It joins ``anchors`` only once it has everything: an empty one must not pass for the old.
+    the new anchor then. It joins ``anchors`` only once it has everything, as an empty one must not replace the old one.
     """
     anchor = anchors.launch(device, generation.number)
     try:
@@ -43,7 +43,7 @@ def _hand_over(anchors: Anchors, generation: Generation, device: int) -> list[st
 
 
 def _give_back(anchors: Anchors, generation: int, device: int, segment: str, fd: int, nbytes: int) -> None:
-    # Where a seal does not travel, tell the anchor: the weights of a serving generation are complete.
+    # Where a descriptor does not carry its seal, the message does: weights of a serving generation are complete.
     sealed = not anchors.plan.arena(device).seal_travels and segment.startswith("weights-")
     try:
         anchors.client(device).adopt_handle(generation, segment, fd, nbytes, sealed)

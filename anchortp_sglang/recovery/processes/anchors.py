@@ -132,7 +132,7 @@ class Anchors:
             try:
                 self.client(device, _FENCE_TIMEOUT_S).fence(generation)
             except AnchorTimeout as error:
-                log.warning("anchortp: %s: its memory goes to a new one", error)
+                log.warning("anchortp: %s; a new anchor takes over its memory", error)
                 self._replace_silent(device, generation)
 
     def _replace_silent(self, device: int, generation: int) -> None:
@@ -170,12 +170,12 @@ class Anchors:
         old, new = self.segments_of(number, held), self.segments_of(number, weights)
         slot_tables = {slot_table_segment(each, self.plan.kv_of(each)) for each in (held.ownership, weights.ownership)}
         for device in (HOST_DEVICE, *weights.ownership.devices):
-            keep = old[device] | new[device]
+            needed = old[device] | new[device]
             if not kv_valid:
-                keep -= slot_tables if device == HOST_DEVICE else {name for name in keep if name.startswith("kv-")}
-            there = self._release(device, number, keep)
+                needed -= slot_tables if device == HOST_DEVICE else {name for name in needed if name.startswith("kv-")}
+            there = self._release(device, number, needed)
             if device != HOST_DEVICE and not held.shard_of(device).sizes.keys() <= there:
-                raise AnchorError(f"the anchor of device {device} holds less than it did")
+                raise AnchorError(f"the anchor of device {device} has lost segments of its weights")
 
     def seal_and_free(self, generation: Generation) -> None:
         """Seal this generation's weights and free the segments that belong to no generation any more.
@@ -183,13 +183,13 @@ class Anchors:
         Raises AnchorError after the last device, if one of them failed.
         """
         failed: AnchorError | None = None
-        keep = self.segments_of(generation.number, generation.weights)
+        needed = self.segments_of(generation.number, generation.weights)
         for device in (HOST_DEVICE, *generation.ownership.devices):
             try:
                 if device != HOST_DEVICE:
                     for segment in generation.weights.shard_of(device).sizes:
                         self.client(device).seal(generation.number, segment)
-                self._release(device, generation.number, keep[device])
+                self._release(device, generation.number, needed[device])
             except AnchorError as error:
                 failed = error
         if failed is not None:
@@ -227,13 +227,13 @@ class Anchors:
         finally:
             os.close(fd)
 
-    def _release(self, device: int, number: int, keep: Collection[str]) -> set[str]:
-        """Free all segments except ``keep``; return the names of those that are left."""
+    def _release(self, device: int, number: int, needed: Collection[str]) -> set[str]:
+        """Free all segments that are not ``needed``; return the names of those that are left."""
         client = self.client(device)
         there = {segment.name for segment in client.status().segments}
-        for name in there.difference(keep):
+        for name in there.difference(needed):
             client.release(number, name)
-        return there.intersection(keep)
+        return there.intersection(needed)
 
     def shut_down(self, number: int) -> None:
         """End all anchors and free their memory. Those that do not answer are killed."""
@@ -243,7 +243,9 @@ class Anchors:
                 try:
                     self.client(device, _END_TIMEOUT_S).shutdown(number)
                 except Exception as error:
-                    log.warning("anchortp: anchor %s did not take the shutdown (%s)", device, error)
+                    log.warning(
+                        "anchortp: the anchor of device %s did not shut down (%s); it is ended by signal", device, error
+                    )
                     _terminate(anchor)
 
 

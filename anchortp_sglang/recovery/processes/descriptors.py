@@ -31,7 +31,7 @@ def fetch(child: Child, number: int, timeout_s: float = ANSWER_TIMEOUT_S) -> int
         try:
             return ask(child.pipe, number, timeout_s)
         except OSError as error:
-            raise OSError(f"{refused.strerror}; the rank, asked for it: {error}") from error
+            raise OSError(f"{refused.strerror}; asking the rank failed, too: {error}") from error
 
 
 def log_ways(generation: Generation) -> None:
@@ -44,13 +44,14 @@ def log_ways(generation: Generation) -> None:
             os.close(ask(child.pipe, number))
         except OSError as error:
             log.warning(
-                "anchortp: %s, and ranks do not hand descriptors over (%s): the death of an anchor alone loses its "
-                "device; see anchortp doctor",
+                "anchortp: %s, and ranks do not send descriptors (%s): if an anchor dies, its device is lost; "
+                "see anchortp doctor",
                 refused.strerror,
                 error,
             )
         else:
             log.info(
-                "anchortp: %s: when an anchor dies alone, its rank is asked for the memory; it must not hang then",
+                "anchortp: %s: when an anchor dies alone, its rank is asked for the memory; a rank that hangs cannot "
+                "send it",
                 refused.strerror,
             )

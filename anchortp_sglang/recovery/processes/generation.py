@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class StartFailed(RuntimeError):
-    """Ranks that did not come up. ``own``: why one of them failed by itself, empty if it did not report it."""
+    """Ranks did not start. ``own``: the failure that one of them reported; empty if none did."""
 
     def __init__(self, text: str, own: str = "") -> None:
         super().__init__(text)
@@ -28,7 +28,7 @@ class StartFailed(RuntimeError):
 
 
 class KVUnusable(StartFailed):
-    """KV of the last generation that cannot be used, or about which ranks disagree: try again without it."""
+    """KV of the last generation cannot be used, or ranks retained different slots: try again without it."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Generation:
 
 
 def wait_dead(generation: Generation) -> None:
-    """Wait until every rank of a killed generation is dead, so that none can write to kept memory any more."""
+    """Wait until every rank of a killed generation is dead, so that none can write to retained memory any more."""
     for child in generation.ranks:
         while not died_within(child.pidfd, 1.0):
             log.warning("anchortp: process %d is not dead yet", child.pid)
@@ -99,14 +99,14 @@ def wait_dead(generation: Generation) -> None:
 def wait_ready(generation: Generation, timeout_s: float, stall: StallWatch | None = None) -> None:
     """Wait until every rank is ready. ``stall`` judges whether they make progress; None: only the timeout counts.
 
-    Raises StartFailed as soon as one fails or dies, or when they make no progress; KVUnusable unless all have kept the
-    same slots, and have the same free ones in the same order.
+    Raises StartFailed as soon as one fails or dies, or when they make no progress; KVUnusable unless all have
+    retained the same slots, and have the same free ones in the same order.
     """
     deadline = time.monotonic() + timeout_s
     generation.infos = [_wait_one(generation, index, deadline, stall) for index in range(len(generation.ranks))]
     digests = {info["rebuilt"].get("digest") for info in generation.infos}
     if len(digests) > 1:
-        raise KVUnusable(f"ranks kept different slots: {sorted(map(str, digests))}")
+        raise KVUnusable(f"ranks retained different KV slots: {sorted(map(str, digests))}")
 
 
 def _wait_one(generation: Generation, index: int, deadline: float, stall: StallWatch | None) -> dict[str, Any]:
@@ -116,8 +116,8 @@ def _wait_one(generation: Generation, index: int, deadline: float, stall: StallW
             _receive(generation, dead)  # a dead rank's pipe ends, after its last message if it sent one
         if stall is not None and stall.stalled([usage(child.pid) for child in generation.ranks], time.monotonic()):
             stopped = [rank for rank, child in enumerate(generation.ranks) if process_state(child.pid) == "T"]
-            who = f"rank {stopped[0]} is stopped" if stopped else "all of them wait"
-            raise StartFailed(f"the ranks do not get on with their start: {who}")
+            who = f"rank {stopped[0]} is stopped" if stopped else "all of them sleep"
+            raise StartFailed(f"the ranks make no progress with their start: {who}")
         if time.monotonic() > deadline:
             raise StartFailed(f"rank {index} was not ready in time")
     return _receive(generation, index)

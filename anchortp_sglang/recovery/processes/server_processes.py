@@ -111,13 +111,13 @@ class ServerProcesses:
             self.detokenizer.kill()
             raise StartFailed(f"the detokenizer did not start in {_DETOKENIZER_TIMEOUT_S:g} s")
 
-    # ---- what stands still
+    # ---- stopped processes
 
     def resume_stopped(self) -> None:
-        """Resume stopped processes (SIGSTOP), except ranks: in the worst case their memory is needed.
+        """Resume stopped processes (SIGSTOP) other than ranks, as a recovery needs them.
 
-        Each once between two calls of ``prepare_next``. One that is stopped again is held, and would work so slowly
-        that no timeout found it.
+        Each is resumed once between two calls of ``prepare_next``: one that is stopped again and again would work very
+        slowly, but never reach a timeout.
         """
         found = [(f"zygote {zygote.pid}", self._resume(zygote)) for zygote in self._zygotes.all()]
         found += [(f"anchor {anchor.pid}", self._resume(anchor)) for anchor in list(self.anchors.processes.values())]
@@ -126,7 +126,7 @@ class ServerProcesses:
         found += [("spare ranks", self._spares.resume() > 0)]
         for name, was_stopped in found:
             if was_stopped:
-                log.warning("anchortp: %s was stopped, and goes on now", name)
+                log.warning("anchortp: %s was stopped (SIGSTOP) and has been continued", name)
 
     def _resume(self, process: Zygote | AnchorProcess | Child) -> bool:
         if process.pid in self._resumed or not resume(process.pid, process.pidfd):
@@ -152,7 +152,7 @@ class ServerProcesses:
                 timeout_s = self.plan.server_args(tp_size).dist_timeout
                 self._spares.prepare(self._zygotes.fork, tp_size, self.plan.platform.spares_join_early, timeout_s)
         except (ZygoteError, OSError) as error:
-            log.warning("anchortp: no spare ranks for now: %s", error)
+            log.warning("anchortp: spare ranks could not be forked, and are tried again: %s", error)
 
     def start_ranks(
         self,

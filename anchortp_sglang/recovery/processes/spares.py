@@ -31,7 +31,7 @@ def make_store() -> dist.TCPStore:
     try:
         return dist.TCPStore(STORE_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)
     except RuntimeError as error:  # DistStoreError: no descriptors, no threads
-        raise OSError(f"ranks have no store to meet at: {error}") from error
+        raise OSError(f"the store in which ranks meet could not be made: {error}") from error
 
 
 class Spares:

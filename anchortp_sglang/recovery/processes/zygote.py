@@ -1,6 +1,6 @@
 """Asks the zygote for children: main's end of the process that has imported SGLang once and forks in milliseconds.
 
-Each request on its socket forks one child, which then waits on its own pipe for what to be: spare ranks are children
+Each request on its socket forks one child, which then waits on its own pipe for its role: spare ranks are children
 forked early. The zygote's own code is in ``zygote_loop.py``.
 """
 
@@ -38,7 +38,7 @@ class ZygoteError(RuntimeError):
 
 
 class ForkFailed(ZygoteError):
-    """The zygote answers, but the kernel forks no process for it: another zygote would fare no better."""
+    """The zygote answers, but the kernel forks no process for it: another zygote would fail as well."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ class Child:
         return "" if self.exits is None else self.exits.crash_of(self.pid)
 
     def start(self, target: Callable[[Any, Connection], None], argument: Any) -> None:
-        """Tell the child what to be. Raises ZygoteError if it does not read it (a stopped process, a full pipe)."""
+        """Give the child its role. Raises ZygoteError if it does not read its pipe (stopped, and the pipe is full)."""
         try:
             self.pipe.send((target, argument))
         except BlockingIOError as error:
-            raise ZygoteError(f"process {self.pid} does not read what it is told") from error
+            raise ZygoteError(f"process {self.pid} does not read its assignment") from error
 
     def kill(self) -> None:
         try:
@@ -131,7 +131,7 @@ class Zygote:
             self._exits.close()
 
     def answers(self) -> bool:
-        """Return whether it would fork in time; if it still imports SGLang, whether it has time left for that."""
+        """Return whether it answers in time; if it still imports SGLang, whether it has time left for that."""
         if self._first_timeout_s is not None and not wait_readable(self._control.fileno(), 0.0):
             return not is_dead(self.pidfd) and time.monotonic() < self._made_at + self._first_timeout_s
         try:

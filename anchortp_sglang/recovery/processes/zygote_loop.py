@@ -1,7 +1,7 @@
 """Forks children on request: the loop of the zygote process, which has imported SGLang once.
 
-It keeps a single thread and touches no device, so that its children may. Each child waits on its own pipe for what to
-be. Main's end of the socket is in ``zygote.py``.
+It has a single thread and uses no device, so that its children can. Each child waits on its own pipe for its role.
+Main's end of the socket is in ``zygote.py``.
 """
 
 import ctypes
@@ -89,7 +89,7 @@ def _become_child(zygote: int, control: socket.socket, close: tuple[int, ...], p
         target, argument = pipe.recv()
         target(argument, pipe)
     except EOFError:
-        pass  # main let go of a spare
+        pass  # main has closed a spare's pipe
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -57,7 +57,7 @@ class Zygotes:
             self._replace(current, ZygoteError(f"the zygote (pid {current.pid}) does not answer"))
         reserve = self._reserve
         if reserve is not None and not reserve.answers():
-            log.warning("anchortp: the zygote in reserve (pid %d) does not answer", reserve.pid)
+            log.warning("anchortp: the reserve zygote (pid %d) does not answer and is replaced", reserve.pid)
             self._put_aside(reserve)
         self._end_useless()
         if self._reserve is None:
@@ -91,15 +91,17 @@ class Zygotes:
     def _replace(self, failed: Zygote, error: ZygoteError) -> None:
         with self._lock:
             if self._ended:
-                raise ZygoteError("the server ends")
+                raise ZygoteError("the server is being shut down")
             if self._current is not failed:
                 return  # another thread has done so
             reserve, self._reserve = self._reserve, None
             if reserve is not None and not is_dead(reserve.pidfd):
-                log.warning("anchortp: %s; the one in reserve takes over", error)
+                log.warning("anchortp: %s; the reserve zygote takes over", error)
                 successor = reserve
             else:
-                log.warning("anchortp: %s; forks wait for another one, which imports SGLang anew", error)
+                log.warning(
+                    "anchortp: %s, and no reserve is ready; forks wait for a new zygote, which imports SGLang", error
+                )
                 successor = spawn_zygote()
             self._aside.append(failed)
             self._current = successor

@@ -76,7 +76,7 @@ class Recovery:
             for kind, nbytes in info["rebuilt"].get("moved_bytes", {}).items():
                 self.kv[f"{kind}_bytes"] += nbytes
         rebuilt = [info["rebuilt"] for info in infos if "kept" in info["rebuilt"]]
-        if rebuilt:  # all ranks keep the same slots
+        if rebuilt:  # all ranks retain the same slots
             self.kv["slots_kept"] = rebuilt[0]["kept"]
             self.kv["slots_dropped"] = sum(rebuilt[0]["dropped"].values())
             self.kv["dropped"] = {reason: n for reason, n in rebuilt[0]["dropped"].items() if n}
@@ -105,7 +105,7 @@ class Recovery:
         self.tokens = lambda: None
 
     def token_counts(self) -> tuple[int, int]:
-        """Return tokens of resumed requests: (found in kept KV, computed again)."""
+        """Return tokens of resumed requests: (found in retained KV, computed again)."""
         self._last_tokens = self.tokens() or self._last_tokens
         return self._last_tokens
 
@@ -182,7 +182,7 @@ class Recoveries:
             try:
                 observe(recovery)
             except Exception:  # a failing metric or trace must not fail the recovery
-                log.exception("anchortp: a recovery could not be reported")
+                log.exception("anchortp: a recovery is missing in metrics or traces")
 
     def last(self) -> Recovery | None:
         return self._ring[-1] if self._ring else None

@@ -17,9 +17,9 @@ RANK_STAGES = ("attached", "groups_ready", "bytes_moved", "weights_bound", "kv_k
 ABOUT = {
     "detected": "the fault was noticed",
     "reaped": "all old ranks are dead",
-    "fenced": "what they still said has been drained",
+    "fenced": "what rank 0 had sent has been drained",
     "planned": "verdict made, next ownership planned",
-    "forked": "new ranks were told what to be",
+    "forked": "new ranks have their assignments",
     "ready": "all ranks are ready",
     "replayed": "open requests were sent again",
     "first_token": "a client got a new token (TFS)",
@@ -103,13 +103,13 @@ def ticks(total_s: float, most: int = 6) -> list[float]:
 
 
 def headline(recovery: Mapping[str, Any]) -> str:
-    """Say in a few words what happened."""
+    """Describe a recovery in a few words."""
     device, left = recovery.get("device", -1), len(recovery.get("ranks") or [])
     lost = recovery.get("lost") or [device]
     width = f", on with TP={left}" if left else ""
     what = {
         "device": f"device{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} lost",
-        "process": f"rank on device {device} died" if device >= 0 else "fault without a device to blame",
+        "process": f"rank on device {device} died" if device >= 0 else "fault outside of the devices",
         "hang": f"rank on device {device} hung",
     }.get(str(recovery.get("cause")), "fault")
     return f"{what}{width}"
@@ -130,11 +130,11 @@ def _server_bars(recovery: Mapping[str, Any]) -> tuple[Bar, ...]:
 def _rank_row(recovery: Mapping[str, Any], rank: Mapping[str, Any]) -> Row:
     at = {stage["name"]: float(stage["at_s"]) for stage in rank["stages"]}
     # Assigned at some time between the plan and the stage "forked"; a second attempt plans twice.
-    told_s = max((float(s["at_s"]) for s in recovery.get("stages") or [] if s["name"] == "planned"), default=0.0)
-    bars = _bars(told_s, [stage for stage in rank["stages"] if stage["name"] != "bytes_moved"])
+    planned_s = max((float(s["at_s"]) for s in recovery.get("stages") or [] if s["name"] == "planned"), default=0.0)
+    bars = _bars(planned_s, [stage for stage in rank["stages"] if stage["name"] != "bytes_moved"])
     moving = None
     if rank.get("moved_bytes") and "bytes_moved" in at:
-        moving = Bar("bytes_moved", at.get("attached", told_s), at["bytes_moved"])
+        moving = Bar("bytes_moved", at.get("attached", planned_s), at["bytes_moved"])
     return Row(f"device {rank['device']}", f"rank {rank['rank']}", bars, moving)
 
 

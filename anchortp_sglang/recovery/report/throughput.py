@@ -49,8 +49,8 @@ def time_to_peak(curve: TokenCurve, since: float, until: float, steady: Callable
 class Throughput:
     """Tokens given to clients in the last minute, in tenths of a second."""
 
-    def __init__(self, keep_s: float = 60.0) -> None:
-        self._counts: deque[tuple[float, int]] = deque(maxlen=int(keep_s / _STEP_S))
+    def __init__(self, history_s: float = 60.0) -> None:
+        self._counts: deque[tuple[float, int]] = deque(maxlen=int(history_s / _STEP_S))
 
     def note(self, tokens: int, now: float) -> None:
         if self._counts and now - self._counts[-1][0] < _STEP_S:

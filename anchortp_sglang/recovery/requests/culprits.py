@@ -38,7 +38,7 @@ class Culprits:
                 self.on_failed_start(why)
         if not budget_is_spent(state, now, self._deadline_s):
             return False
-        why = f"{state.fruitless} recoveries in a row got nobody a token; the last fault: {found.text}"
+        why = f"no client got a token in {state.fruitless} recoveries in a row; the last fault: {found.text}"
         ended = inflight.end_open(why)
         self.ended["fruitless"] += ended
         log.error("anchortp: %s; %d open requests ended with an error", why, ended)

@@ -109,7 +109,8 @@ class InflightRequests:
                 continue
             if count != len(state.output_ids) + len(new):
                 raise TokenCountMismatch(
-                    f"request {rid} has {len(state.output_ids)} tokens, got {len(new)} and should then have {count}"
+                    f"request {rid}: its client has {len(state.output_ids)} tokens, a batch with {len(new)} more says "
+                    f"that it has {count}"
                 )
             record.cached_tokens = cached
             fresh += len(new)

@@ -35,7 +35,7 @@ Kind = Literal["exception", "hang", "signal"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Evidence that a fault gives of its cause. ``rids``: requests named by a rank's exception; ``text``: its words.
+    """Evidence of a fault's cause. ``rids``: requests named by a rank's exception; ``text``: the exception's.
 
     ``since``: when the ranks last made progress, if they hang: a request sent to them later cannot be the cause.
     """
@@ -194,8 +194,8 @@ class Isolation:
     def replay(self, requests: Iterable[tuple[str, bool]], now: float) -> None:
         """Queue all open requests, in order, for a generation that begins to serve.
 
-        ``requests``: each one's rid, and whether it has tokens already: then it goes on from kept KV in one step, and
-        goes first. Requests that must be prefilled follow, then suspects. Nothing is sent until ``release`` names it.
+        ``requests``: each one's rid, and whether it has tokens already. Those go first, as retained KV lets them go on
+        in one step. Requests that must be prefilled follow, then suspects. ``release`` says when each is sent.
         """
         self._began = self._released_at = now
         self._quarantine_until = 0.0

@@ -10,12 +10,12 @@ from msgspec.structs import replace
 from anchortp_sglang.anchor import messages as m
 from anchortp_sglang.anchor.state import (
     Action,
+    AdoptSegment,
     AnchorState,
     CloseSegment,
     ControllerDied,
     CreateSegment,
     Event,
-    KeepHandle,
     Phase,
     SealSegment,
     Segment,
@@ -66,7 +66,7 @@ TABLE = [
     (OWNED, m.Seal, Phase.OWNED, m.Ok, (SealSegment("kv"),)),
     (OWNED, m.Release, Phase.OWNED, m.Ok, (CloseSegment("kv"),)),
     (OWNED, m.OpenHandle, Phase.OWNED, m.Handle, ()),
-    (OWNED, m.AdoptHandle, Phase.OWNED, m.Ok, (KeepHandle("old", 8),)),
+    (OWNED, m.AdoptHandle, Phase.OWNED, m.Ok, (AdoptSegment("old", 8),)),
     (OWNED, m.Shutdown, Phase.CLOSED, m.Ok, ()),
     (LINGERING, m.Status, Phase.LINGERING, None, ()),
     (LINGERING, m.Fence, Phase.LINGERING, "not_controller", ()),

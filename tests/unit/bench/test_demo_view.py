@@ -67,7 +67,7 @@ def test_without_a_terminal_lines_are_printed_whole(tmp_path):
     log = tmp_path / "server.log"
     log.write_text("")
     with Screen(console) as screen:
-        screen.say("a line that is longer than the console is wide")
+        screen.print_line("a line that is longer than the console is wide")
         screen.fail("it broke [here]", log)
     text = console.file.getvalue()
     assert "a line that is longer than the console is wide\n" in text

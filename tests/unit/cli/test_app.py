@@ -215,7 +215,7 @@ def test_no_server_is_exit_code_two_and_says_where(command):
 def test_a_server_that_is_not_ours_is_told_apart(server):
     server.answers.clear()
     done = run("status", "--url", server.url)
-    assert (done.exit_code, "not as an anchortp server" in done.output) == (2, True)
+    assert (done.exit_code, "is not an anchortp server" in done.output) == (2, True)
     server.answers["/anchortp/status"] = (200, b"<html>")
     assert run("status", "--url", server.url).exit_code == 2
     server.answers["/anchortp/status"] = (200, [1])

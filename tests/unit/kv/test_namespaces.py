@@ -5,7 +5,7 @@ import pytest
 from counted_stores import Killed, killed_after
 
 from anchortp_sglang.kv.namespaces import MOST_NAMESPACES, PLAIN
-from anchortp_sglang.kv.retained_slots import keep
+from anchortp_sglang.kv.retained_slots import retain
 from anchortp_sglang.kv.slot_table import SlotTable
 
 SLOTS = 40
@@ -18,8 +18,8 @@ def new_table(slots=SLOTS):
 
 
 def found(table, rows=SLOTS):
-    kept = keep(table.entries(), None, rows, 1)
-    return {kept.entries.namespace(c): (c.slots.tolist(), c.tokens.tolist()) for c in kept.chains()}
+    retained = retain(table.entries(), None, rows, 1)
+    return {retained.entries.namespace(c): (c.slots.tolist(), c.tokens.tolist()) for c in retained.chains()}
 
 
 def test_equal_tokens_of_two_namespaces_are_two_chains_and_come_back_with_their_keys():
@@ -49,7 +49,7 @@ def test_namespaces_go_along_when_slots_get_new_numbers():
     table.commit_run([30, 31], [1, 2], table.root_of(SALTED))
     table.commit_run([20], [3], table.root_of(TENANT))
     new, _ = new_table(10)
-    new.write_entries(keep(table.entries(), None, 10, 1).entries)
+    new.write_entries(retain(table.entries(), None, 10, 1).entries)
     assert found(new, 10) == {SALTED: ([2, 3], [1, 2]), TENANT: ([1], [3])}
     assert new.root_of(SALTED) == table.root_of(SALTED)
 
@@ -63,10 +63,10 @@ def test_places_are_used_again_when_all_are_taken_and_some_of_them_empty():
     table.invalidate([8])
     assert table.commit_run([last], [5], table.root_of(("one more", None)))
     assert table.root_of(("another", None)) is None
-    kept = found(table, MOST_NAMESPACES + 3)
-    assert kept["one more", None] == ([last], [5])
-    assert ("key 7", None) not in kept
-    assert len(kept) == MOST_NAMESPACES
+    retained = found(table, MOST_NAMESPACES + 3)
+    assert retained["one more", None] == ([last], [5])
+    assert ("key 7", None) not in retained
+    assert len(retained) == MOST_NAMESPACES
 
 
 def test_a_key_that_is_too_long_has_no_root():
@@ -84,9 +84,9 @@ def test_a_kill_while_a_namespace_is_entered_leaves_the_others_whole(elements):
             table.commit_run([2], [7], table.root_of(SALTED))
     except Killed:
         pass
-    kept = found(SlotTable.attach(buffer, SLOTS, b"model"))
-    assert kept[TENANT] == ([1], [7])
-    assert set(kept) <= {TENANT, SALTED}
+    retained = found(SlotTable.attach(buffer, SLOTS, b"model"))
+    assert retained[TENANT] == ([1], [7])
+    assert set(retained) <= {TENANT, SALTED}
 
 
 def test_torn_and_foreign_keys_are_no_namespaces():

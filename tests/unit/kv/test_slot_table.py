@@ -133,7 +133,7 @@ def test_malformed_runs_are_refused_and_nothing_is_written() -> None:
     before = bytes(buffer)
     with pytest.raises(ValueError, match="padding slot"):
         table.commit_run([1, 0], [1, 2], 0)
-    with pytest.raises(ValueError, match="one token and parent per slot"):
+    with pytest.raises(ValueError, match="one token and one parent"):
         table.commit_run([1, 2], [1], 0)
     assert table.commit_run([], [], 0)
     assert bytes(buffer) == before
@@ -231,11 +231,11 @@ def test_a_kill_while_entries_are_replaced_leaves_each_old_or_new_or_unknown(
     stop_after(monkeypatch, n_stores)
     table.commit_run([3, 2, 5], [7, 8, 9], 1)
     survivor = attached(buffer)
-    kept = survivor.retained_slots().tolist()
-    assert 1 in kept
-    for slot in kept:
+    retained = survivor.retained_slots().tolist()
+    assert 1 in retained
+    for slot in retained:
         assert (survivor._token[slot], survivor._parent[slot]) in (old.get(slot), new.get(slot))
-    assert (kept == [1, 2, 3, 5]) == (n_stores == 7)
+    assert (retained == [1, 2, 3, 5]) == (n_stores == 7)
 
 
 @pytest.mark.parametrize("n_stores", range(8))

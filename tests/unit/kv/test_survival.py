@@ -18,9 +18,9 @@ from anchortp_sglang.kv.copy import KVSegment
 from anchortp_sglang.kv.mirror import KVMirror, MirrorShape
 from anchortp_sglang.kv.mirror_schedule import MirrorSchedule, mirror_facts
 from anchortp_sglang.kv.mirror_writer import Batch, MirrorWriter
-from anchortp_sglang.kv.moving import move_kept, restorable_slots
+from anchortp_sglang.kv.moving import move_retained, restorable_slots
 from anchortp_sglang.kv.namespaces import namespace_seed
-from anchortp_sglang.kv.retained_slots import RetainedSlots, keep
+from anchortp_sglang.kv.retained_slots import RetainedSlots, retain
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.planning.layout.kv_layout import (
     KVPlan,
@@ -277,44 +277,44 @@ class KVLife(RuleBasedStateMachine):
             if lost_heads(MODEL, ownership, old.ownership):
                 mirror = self.mirror
                 usable = restorable_slots(entries, mirror)
-            kept = keep(entries, usable, plan.rows, plan.page_size)
-            found.add(kept.digest())
+            retained = retain(entries, usable, plan.rows, plan.page_size)
+            found.add(retained.digest())
             segment = self.new_segment(plan, ownership, rank)
             moves = kv_moves(MODEL, ownership, rank, old.ownership)
             moves = moves[: len(moves) // 2] if cut_off else moves
-            move_kept(kept, segment, moves, lambda device: old.kv[old.ownership.devices.index(device)], mirror)
+            move_retained(retained, segment, moves, lambda device: old.kv[old.ownership.devices.index(device)], mirror)
             segments.append(segment)
         assert len(found) == 1, "ranks keep different slots"
-        return kept, segments
+        return retained, segments
 
     def recover(self, ownership: Ownership, plan: KVPlan) -> None:
         old = self.at
         lost = lost_heads(MODEL, ownership, old.ownership)
-        expected = self.expected_kept(lost)
-        kept, kv = self.restore(ownership, plan)
-        assert set(kept.slots.tolist()) <= expected
-        wanted, found = self.chains_that_end_pages(expected), self.chains_that_end_pages(kept.slots.tolist())
-        assert len(kept.slots) == len(found) * self.page_size
+        expected = self.expected_retained(lost)
+        retained, kv = self.restore(ownership, plan)
+        assert set(retained.slots.tolist()) <= expected
+        wanted, found = self.chains_that_end_pages(expected), self.chains_that_end_pages(retained.slots.tolist())
+        assert len(retained.slots) == len(found) * self.page_size
         if plan.rows >= old.plan.rows:
             assert sorted(found) == sorted(set(wanted)), "each chain is kept, and once"
         else:
             assert len(set(found)) == len(found) <= len(set(wanted))
-            assert len(kept.slots) >= min(len(set(wanted)) * self.page_size, plan.slots) - self.page_size + 1
+            assert len(retained.slots) >= min(len(set(wanted)) * self.page_size, plan.slots) - self.page_size + 1
         table = SlotTable.create(bytearray(SlotTable.nbytes(plan.rows)), plan.rows, NAMESPACE)
-        table.write_entries(kept.entries)
-        numbers = dict(zip(kept.slots.tolist(), kept.numbers.tolist(), strict=True))
+        table.write_entries(retained.entries)
+        numbers = dict(zip(retained.slots.tolist(), retained.numbers.tolist(), strict=True))
         self.content = {new: self.content[old] for old, new in numbers.items()}
-        self.sequences = [chain.slots.tolist() for chain in kept.chains()]
-        for chain in kept.chains():
+        self.sequences = [chain.slots.tolist() for chain in retained.chains()]
+        for chain in retained.chains():
             namespace, *tokens = self.content[int(chain.slots[-1])]
-            assert (kept.entries.namespace(chain), chain.tokens.tolist()) == (KEYS[namespace], tokens)
+            assert (retained.entries.namespace(chain), chain.tokens.tolist()) == (KEYS[namespace], tokens)
         assert self.used() == set(numbers.values())
         self.begin(old.number + 1, ownership, plan, table, kv)
 
     def chains_that_end_pages(self, slots: Iterable[int]) -> list[Content]:
         return [self.content[slot] for slot in slots if (slot + 1) % self.page_size == 0]
 
-    def expected_kept(self, lost: bool) -> set[int]:
+    def expected_retained(self, lost: bool) -> set[int]:
         """Committed and, if heads are lost, mirrored, as are all ancestors, in whole pages: said without the code."""
         table, size = self.at.table, self.page_size
         complete = set(self.mirror.hashes[self.mirror.complete()].tolist()) if lost else None

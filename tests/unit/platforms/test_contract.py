@@ -118,7 +118,7 @@ class TestPlan:
 
     def test_there_is_a_mirror_or_a_reason(self, chosen: Platform) -> None:
         memory = plan(chosen)
-        assert memory.mirror_said
+        assert memory.mirror_text
         assert memory.mirror is None or memory.platform.moves_kv, "nothing could be read back from it"
 
     def test_it_survives_the_pipe_to_a_rank(self, planned: Platform) -> None:
@@ -159,7 +159,7 @@ class TestAnswersFitTogether:
         server = server_plan(planned)
         before = server.hold(split(LARGE, DEVICES), None)
         after = server.hold(reconfigure(LARGE, before.ownership, DEVICES[:3]), before)
-        assert any(shard.kept_bytes for shard in after.shards) is planned.maps_parts
+        assert any(shard.reused_bytes for shard in after.shards) is planned.maps_parts
 
     def test_the_host_anchor_is_the_same_everywhere(self, planned: Platform) -> None:
         assert server_plan(planned).arena(-1) == HOST_MEMORY

@@ -65,7 +65,7 @@ class SlowNextGeneration:
         self.number += 1
         return OWNERSHIP
 
-    def kept_first(self, *tokens: object) -> bytes:
+    def running_hashes(self, *tokens: object) -> bytes:
         return b""
 
     def fork(self, ownership: object, running: bytes) -> Generation:

@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from anchortp_sglang.bench.storm.clients import Asked, ask, ask_all
+from anchortp_sglang.bench.storm.clients import Exchange, send, send_all
 from anchortp_sglang.bench.storm.faults import release, strike
 from anchortp_sglang.bench.storm.judge import RIGHT, judge
-from anchortp_sglang.bench.storm.requests import Ask
+from anchortp_sglang.bench.storm.requests import Request
 from anchortp_sglang.bench.storm.schedule import Blow
 from anchortp_sglang.testing.process_tree import is_gone, is_stopped
 
@@ -123,40 +123,40 @@ def url():
     server.server_close()
 
 
-STREAM = Ask("stream", "/generate", {"stream": True})
+STREAM = Request("stream", "/generate", {"stream": True})
 
 
-def answer(url, asked_for, messages=2):
-    asked = Asked(0, time.monotonic())
-    ask(url, asked_for, asked, "a rid", messages, TIMEOUT_S)
-    assert asked.ended_at is not None
-    return asked.answer
+def answer(url, request, messages=2):
+    exchange = Exchange(0, time.monotonic())
+    send(url, request, exchange, "a rid", messages, TIMEOUT_S)
+    assert exchange.ended_at is not None
+    return exchange.answer
 
 
 def test_whole_answers_and_streams_are_read_to_their_end(url):
-    (one, two) = ask_all(url, [STREAM, Ask("batch", "/generate", {})], TIMEOUT_S)
+    (one, two) = send_all(url, [STREAM, Request("batch", "/generate", {})], TIMEOUT_S)
     assert one.ended and one.choices[0]["output_ids"] == [0, 1, 2]
     assert two.ended and two.choices.keys() == {0, 1}
     assert judge(STREAM, one, answer(url, STREAM)) == RIGHT
 
 
 def test_a_stream_that_breaks_off_is_noticed(url):
-    (expected,) = ask_all(url, [STREAM], TIMEOUT_S)
-    breaking = Ask("stream", "/generate", {"stream": True, "breaks": True})
+    (expected,) = send_all(url, [STREAM], TIMEOUT_S)
+    breaking = Request("stream", "/generate", {"stream": True, "breaks": True})
     assert judge(breaking, expected, answer(url, breaking)).ruling == "failed"
 
 
 def test_who_leaves_has_read_as_many_messages_as_drawn(url):
-    left = answer(url, Ask("disconnect", "/generate", {"stream": True}, "leave"), 2)
+    left = answer(url, Request("disconnect", "/generate", {"stream": True}, "leave"), 2)
     assert left.choices[0]["output_ids"] == [0, 1] and not left.ended
 
 
 def test_who_aborts_names_its_own_request_and_reads_on(url):
-    aborted = answer(url, Ask("abort", "/generate", {"stream": True}, "abort"), 1)
+    aborted = answer(url, Request("abort", "/generate", {"stream": True}, "abort"), 1)
     assert Handler.aborted == ["a rid"] and aborted.ended
 
 
 def test_a_refusal_and_a_server_that_is_gone_are_told_apart(url):
-    bad = Ask("bad input", "/generate", {"bad": True}, "refused")
+    bad = Request("bad input", "/generate", {"bad": True}, "refused")
     assert judge(bad, None, answer(url, bad)) == RIGHT
     assert judge(bad, None, answer("http://127.0.0.1:1", bad)).ruling == "failed"

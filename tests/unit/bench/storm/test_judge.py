@@ -11,9 +11,9 @@ from anchortp_sglang.bench.storm import log as storm_log
 from anchortp_sglang.bench.storm.faults import Struck
 from anchortp_sglang.bench.storm.judge import RIGHT, Answer, Verdict, judge
 from anchortp_sglang.bench.storm.leaks import Holdings, kinds_of_files
-from anchortp_sglang.bench.storm.requests import Ask, asks
+from anchortp_sglang.bench.storm.requests import Request, make_requests
 from anchortp_sglang.bench.storm.run import Report
-from anchortp_sglang.bench.storm.schedule import KINDS, TARGETS, Blow, bursts, chosen
+from anchortp_sglang.bench.storm.schedule import KINDS, TARGETS, Blow, bursts, match_kinds
 from anchortp_sglang.bench.storm.view import summary
 
 # ---- the schedule
@@ -47,13 +47,13 @@ def test_some_blows_come_at_once_and_some_into_a_recovery():
 
 
 def test_kinds_are_chosen_by_target_and_by_manner():
-    assert chosen("rank:kill") == ("rank:kill",)
-    assert chosen("spare") == ("spare:kill", "spare:crash", "spare:stop", "spare:pause")
-    assert chosen("device,:stop")[0] == "rank:stop" and "device:kill" in chosen("device,:stop")
-    assert chosen("all") == KINDS
-    assert {blow.kind for burst in bursts(0, 40, chosen("rank:kill")) for blow in burst.blows} == {"rank:kill"}
+    assert match_kinds("rank:kill") == ("rank:kill",)
+    assert match_kinds("spare") == ("spare:kill", "spare:crash", "spare:stop", "spare:pause")
+    assert match_kinds("device,:stop")[0] == "rank:stop" and "device:kill" in match_kinds("device,:stop")
+    assert match_kinds("all") == KINDS
+    assert {blow.kind for burst in bursts(0, 40, match_kinds("rank:kill")) for blow in burst.blows} == {"rank:kill"}
     with pytest.raises(ValueError, match="nobody"):
-        chosen("rank,nobody")
+        match_kinds("rank,nobody")
 
 
 def test_a_log_is_replayed_as_it_was_drawn(tmp_path):
@@ -62,7 +62,7 @@ def test_a_log_is_replayed_as_it_was_drawn(tmp_path):
     log.write(drawn.to_json())
     log.write({"burst": 0})
     assert storm_log.read(tmp_path / "log") == drawn
-    assert {ask.kind for ask in drawn.asks(2048)} == {"stream", "batch"}
+    assert {request.kind for request in drawn.make_requests(2048)} == {"stream", "batch"}
     assert log.text() + "\n" == (tmp_path / "log").read_text()
 
 
@@ -74,17 +74,17 @@ def test_what_is_no_log_is_refused(tmp_path, text):
 
 
 def test_the_same_seed_asks_the_same():
-    assert asks(3, 2048) == asks(3, 2048) != asks(4, 2048)
-    assert {ask.way for ask in asks(3, 2048)} == {"whole", "leave", "abort", "refused"}
+    assert make_requests(3, 2048) == make_requests(3, 2048) != make_requests(4, 2048)
+    assert {request.way for request in make_requests(3, 2048)} == {"whole", "leave", "abort", "refused"}
 
 
 # ---- the judge
 
-STREAM = Ask("stream", "/generate", {"stream": True})
-CHAT = Ask("chat stream", "/v1/chat/completions", {"stream": True})
-LEAVE = Ask("disconnect", "/generate", {"stream": True}, "leave")
-ABORT = Ask("abort", "/generate", {"stream": True}, "abort")
-BAD = Ask("bad input", "/generate", {}, "refused")
+STREAM = Request("stream", "/generate", {"stream": True})
+CHAT = Request("chat stream", "/v1/chat/completions", {"stream": True})
+LEAVE = Request("disconnect", "/generate", {"stream": True}, "leave")
+ABORT = Request("abort", "/generate", {"stream": True}, "abort")
+BAD = Request("bad input", "/generate", {}, "refused")
 
 
 def generated(ids, *, finish=None, logprob=-1.5):
@@ -104,8 +104,8 @@ LENGTH = {"type": "length", "length": 4}
 EXPECTED = answer(generated([1, 2, 3, 4], finish=LENGTH))
 
 
-def ruled(ask, got, expected=EXPECTED):
-    return judge(ask, expected, got)
+def ruled(request, got, expected=EXPECTED):
+    return judge(request, expected, got)
 
 
 def test_an_equal_answer_is_right_however_it_was_cut_into_messages():
@@ -168,13 +168,13 @@ def test_a_stream_that_the_server_gave_up_has_failed_and_is_not_wrong():
     assert ruled(STREAM, answer(generated([1, 2], finish=aborted))).ruling == "failed"
 
 
-@pytest.mark.parametrize("ask", [LEAVE, ABORT])
-def test_what_came_before_a_client_left_must_be_right(ask):
+@pytest.mark.parametrize("sent", [LEAVE, ABORT])
+def test_what_came_before_a_client_left_must_be_right(sent):
     aborted = {"type": "abort", "message": "Abort"}
-    assert ruled(ask, answer(generated([1, 2], finish=aborted))) == RIGHT
-    assert ruled(ask, answer(generated([1, 3], finish=aborted))).ruling == "wrong"
-    assert ruled(ask, answer(generated([1, 2, 3, 4], finish=LENGTH))) == RIGHT  # it was too late
-    assert ruled(ask, answer(generated([1, 2, 3], finish=LENGTH))).ruling == "wrong"
+    assert ruled(sent, answer(generated([1, 2], finish=aborted))) == RIGHT
+    assert ruled(sent, answer(generated([1, 3], finish=aborted))).ruling == "wrong"
+    assert ruled(sent, answer(generated([1, 2, 3, 4], finish=LENGTH))) == RIGHT  # it was too late
+    assert ruled(sent, answer(generated([1, 2, 3], finish=LENGTH))).ruling == "wrong"
 
 
 def test_an_aborted_stream_must_end_and_one_that_was_left_need_not():
@@ -259,15 +259,15 @@ def test_what_pools_take_is_no_leak():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"asked": [(STREAM, Verdict("wrong", "", 2))]},
-        {"asked": [(BAD, Verdict("failed"))]},
+        {"judged": [(STREAM, Verdict("wrong", "", 2))]},
+        {"judged": [(BAD, Verdict("failed"))]},
         {"leaks": ["zombies"]},
         {"problems": ["not serving"]},
         {"struck": [Struck(Blow("rank:kill", 0, 0), 1, "serving", [1], effect=False)]},
     ],
 )
 def test_anything_wrong_spoils_the_report(wrong):
-    fine = {"asked": [(STREAM, RIGHT)], "struck": [Struck(Blow("rank:kill", 0, 0), 1, "serving", [1], effect=True)]}
+    fine = {"judged": [(STREAM, RIGHT)], "struck": [Struck(Blow("rank:kill", 0, 0), 1, "serving", [1], effect=True)]}
     assert summary(Report(**fine))["ok"]
     assert not summary(Report(**fine | wrong))["ok"]
 

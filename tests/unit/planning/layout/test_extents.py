@@ -85,9 +85,10 @@ def test_of_a_large_model_nothing_that_stays_is_copied() -> None:
     held = hold(axes, before)
     for rank, shard in enumerate(hold(axes, after, held).shards):
         moved = moved_bytes(fill_moves(axes, after, rank, before))
-        assert shard.kept_bytes > 0.99 * moved["copy"]
+        assert shard.reused_bytes > 0.99 * moved["copy"]
         assert shard.added_bytes < 1.02 * (moved["reload"] + moved["p2p"])
-        assert shard.kept_bytes + shard.added_bytes == shard.total_bytes == shard_layout(axes, after, rank).total_bytes
+        assert shard.reused_bytes + shard.added_bytes == shard.total_bytes
+        assert shard.total_bytes == shard_layout(axes, after, rank).total_bytes
 
 
 def test_rows_that_are_no_pages_are_copied_into_a_segment_of_their_own() -> None:
@@ -95,7 +96,7 @@ def test_rows_that_are_no_pages_are_copied_into_a_segment_of_their_own() -> None
     before = split(axes, (0, 1, 2, 3))
     after = reconfigure(axes, before, (0, 1, 3))
     for shard in hold(axes, after, hold(axes, before)).shards:
-        assert list(shard.sizes) == [shard.added] and shard.kept_bytes == 0
+        assert list(shard.sizes) == [shard.added] and shard.reused_bytes == 0
 
 
 def test_shards_of_too_many_pieces_to_be_mapped_are_made_anew() -> None:
@@ -104,7 +105,7 @@ def test_shards_of_too_many_pieces_to_be_mapped_are_made_anew() -> None:
     for experts in (9, 600):
         axes = model((8, 4), "Qwen3MoeForCausalLM", **(shape | {"num_local_experts": experts}))
         after = reconfigure(axes, before, (0, 1, 3))
-        kept.append([shard.kept_bytes for shard in hold(axes, after, hold(axes, before)).shards])
+        kept.append([shard.reused_bytes for shard in hold(axes, after, hold(axes, before)).shards])
     assert min(kept[0]) > 0 and max(kept[1]) == 0
 
 
@@ -115,7 +116,7 @@ def test_a_shard_that_has_fallen_into_too_many_pieces_is_made_anew(monkeypatch) 
     most = max(len(shard.extents) for shard in hold(axes, after, held).shards)
     monkeypatch.setattr(extents, "_MOST_EXTENTS", most - 1)
     made = hold(axes, after, held).shards
-    assert min(shard.kept_bytes for shard in made) == 0 < max(len(shard.extents) for shard in made) < most
+    assert min(shard.reused_bytes for shard in made) == 0 < max(len(shard.extents) for shard in made) < most
 
 
 def test_the_same_ownership_stays_where_it_is() -> None:

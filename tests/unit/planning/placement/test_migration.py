@@ -260,7 +260,7 @@ def test_bad_demands_are_refused_with_what_is_wrong() -> None:
         ([1, 1], {}, "distinct, and at least one"),
         ([0, 1], {"weights": {0: 1, 1: 0}}, "weights: device 1 needs a positive"),
         ([0, 1], {"weights": {0: 1, 1: 30}}, "device 0 would hold no units of mlp"),
-        ([0, 1], {"capacities": {0: 99}}, "nothing is said of device 1"),
+        ([0, 1], {"capacities": {0: 99}}, "no entry for device 1"),
         ([0, 1], {"capacities": {0: 99, 1: 9}}, "device 1 has room for 9 bytes.* 6 bytes short"),
         ([0, 1], {"capacities": {0: 94, 1: 54}}, "are 40 bytes short; device 1 lacks most, 40 bytes of its share"),
         (range(9), {}, "no units of mlp"),

@@ -28,7 +28,7 @@ def test_the_best_rounding_of_a_layer_is_that_of_all(seed: int) -> None:
     prices = [rng.randint(-5, 9) for _ in range(devices)]
 
     def value(rounded_up: RoundedUp) -> int:
-        return one.kept(rounded_up) - sum(prices[device] for device in rounded_up)
+        return one.overlap(rounded_up) - sum(prices[device] for device in rounded_up)
 
     found, rounded_up = one.best(prices)
     assert found == value(rounded_up) == max(map(value, combinations(range(devices), one.extra)))
@@ -53,7 +53,7 @@ def test_the_program_finds_what_exhaustion_does_within_the_limits(seed: int) -> 
         every = [rounded_up for one in chosen for rounded_up in one]
         within = all(low <= n <= high for n, (low, high) in zip(totals(every, devices), limits, strict=True))
         if within:
-            best = max(best, sum(k.kept(one) for k, ones in zip(kinds, chosen, strict=True) for one in ones))
+            best = max(best, sum(k.overlap(one) for k, ones in zip(kinds, chosen, strict=True) for one in ones))
     found = most_kept(kinds, limits)
     if best < 0:
         assert found is None
@@ -61,7 +61,7 @@ def test_the_program_finds_what_exhaustion_does_within_the_limits(seed: int) -> 
     assert found is not None and [len(ones) for ones in found] == [each.layers for each in kinds]
     every = [rounded_up for ones in found for rounded_up in ones]
     assert all(low <= n <= high for n, (low, high) in zip(totals(every, devices), limits, strict=True))
-    assert sum(k.kept(one) for k, ones in zip(kinds, found, strict=True) for one in ones) == best
+    assert sum(k.overlap(one) for k, ones in zip(kinds, found, strict=True) for one in ones) == best
     assert best <= most_conceivable(kinds)
 
 

@@ -109,7 +109,7 @@ def test_kv_that_cannot_be_used_goes_with_its_slot_table_and_the_mirror_stays(an
 def test_an_anchor_that_has_lost_weights_is_no_base_to_build_on(anchors: Anchors) -> None:
     held = begin(anchors, 0, [0, 1, 2, 3], None)
     anchors.client(2).release(0, held.shard_of(2).added)
-    with pytest.raises(AnchorError, match="device 2 holds less"):
+    with pytest.raises(AnchorError, match="device 2 has lost segments"):
         begin(anchors, 1, [0, 1, 2], held)
 
 

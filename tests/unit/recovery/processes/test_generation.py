@@ -40,8 +40,8 @@ def test_ranks_without_kv_are_ready(answered):
     assert len(answered(ready(), ready(), ready())) == 3
 
 
-def test_ranks_that_kept_different_slots_are_not(answered):
-    with pytest.raises(KVUnusable, match="different slots"):
+def test_ranks_that_retained_different_slots_are_not(answered):
+    with pytest.raises(KVUnusable, match="different KV slots"):
         answered(ready(digest="a"), ready(digest="b"))
 
 

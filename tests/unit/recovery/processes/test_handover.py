@@ -48,7 +48,7 @@ def test_where_the_kernel_refuses_the_rank_answers_for_its_memory_and_for_nothin
         print(fetch(secret))
     """)
     assert lines[:2] == ["one two", "one two"]
-    assert lines[2].startswith("pidfd_getfd: Function not implemented; the rank, asked for it: ")
+    assert lines[2].startswith("pidfd_getfd: Function not implemented; asking the rank failed, too: ")
     assert lines[2].endswith("is no descriptor of its memory")
 
 
@@ -76,7 +76,7 @@ def test_a_stopped_rank_is_given_up_and_its_late_answer_is_not_taken_for_another
         fd = descriptors.fetch(child, two, 20.0)
         print(os.pread(fd, 99, 0).decode(), len(os.listdir("/proc/self/fd")) - before)
     """)
-    assert lines[0].endswith("the rank, asked for it: timed out")
+    assert lines[0].endswith("asking the rank failed, too: timed out")
     assert lines[1] == "two 1", "the late descriptor was kept"
 
 
@@ -87,7 +87,7 @@ def test_a_rank_that_dies_is_not_waited_for():
         threading.Timer(0.5, child.kill).start()
         print(fetch(one, 100.0))
     """)
-    assert "it is dead" in line
+    assert "the rank is dead" in line
 
 
 def test_what_a_rank_says_on_its_pipe_is_left_alone():
@@ -128,4 +128,4 @@ def test_a_start_says_which_way_is_left():
     """)
     second, none = [line for line in lines if "anchortp: " in line]
     assert second.startswith("INFO") and "its rank is asked" in second
-    assert none.startswith("WARNING") and "the death of an anchor alone loses its device" in none
+    assert none.startswith("WARNING") and "if an anchor dies, its device is lost" in none
