@@ -12,6 +12,7 @@ from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows
 from anchortp_sglang.platforms.cpu import hooks as cpu
 from anchortp_sglang.platforms.cuda import collectives, graphs
 from anchortp_sglang.rank import main as rank_main
+from anchortp_sglang.rank import penalties
 from anchortp_sglang.rank.kv import pool as kv_pool
 from anchortp_sglang.rank.kv import slot_table_hooks
 from anchortp_sglang.rank.weights import config, experts, head_norms, loader
@@ -188,8 +189,20 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         _SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",
         "after",
-        rank_main.after_penalizers,
+        penalties.after_penalizers,
         "penalties count the tokens a resumed request already has",
+    ),
+    Hook(
+        _SRT + "managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        "around",
+        penalties.around_cumulate_penalty_output_tokens,
+        "with the overlap schedule it counts a token late or twice, so that tokens depend on what else is scheduled",
+    ),
+    Hook(
+        _SRT + "managers.overlap_utils.resolve_forward_inputs",
+        "after",
+        penalties.after_resolve_forward_inputs,
+        "with the overlap schedule, penalties count a token when the device has it",
     ),
     # The detokenizer's fence.
     Hook(

@@ -47,10 +47,6 @@ class Platform(Protocol):
         Changes nothing. Raises ValueError for the operator.
         """
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether SGLang's overlap schedule is worth it here, and on unless the operator switches it off."""
-
     # ---- the plan of a server
 
     def plan_memory(

@@ -186,11 +186,3 @@ def before_process_batch_result_prefill(processor: Any, batch: Any, *args: Any, 
         req.anchortp_counted = True
         if prefix_len + extend_len >= end:
             req.anchortp_resumed_at = None
-
-
-def after_penalizers(result: Any, orchestrator: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER BatchedPenalizerOrchestrator.__init__: stock starts a retracted request's counters at zero."""
-    from anchortp_sglang.rank.penalties import restore_counts
-
-    if any(req.output_ids for req in orchestrator.reqs()):
-        restore_counts(orchestrator)

@@ -1,10 +1,11 @@
-"""Restores the penalty counters of resumed requests.
+"""Keeps the penalty counters of requests exact: across a fault, and with the overlap schedule.
 
 A penalizer starts at zero and is then fed each newest token (``cumulate_penalty_output_tokens``,
 managers/schedule_batch.py). A resumed request enters with output tokens that it has not counted.
 
-With the overlap schedule a step is launched before the token of the step before is known: SGLang then counts one step
-late, and begins with the prompt's last token. A resumed request counts as if it had never been interrupted.
+With the overlap schedule SGLang feeds it when the step is prepared, before the host knows that token: it is fed the one
+before, or, depending on what else is scheduled, one token twice. The same request then gives other tokens each time. So
+a step is fed when it is launched, with its own input, which the device has.
 """
 
 from collections.abc import Callable
@@ -16,15 +17,36 @@ from sglang.srt.sampling.penaltylib.min_new_tokens import BatchedMinNewTokensPen
 from sglang.srt.sampling.penaltylib.presence_penalty import BatchedPresencePenalizer
 from sglang.srt.sampling.penaltylib.repetition_penalty import BatchedRepetitionPenalizer
 
+from anchortp_sglang.rank.attachment import current
+
+
+def around_cumulate_penalty_output_tokens(original: Callable[[Any], None], batch: Any) -> None:
+    """AROUND ScheduleBatch.cumulate_penalty_output_tokens: with overlap, wait for the launch of the step."""
+    if current() is None or not batch.enable_overlap:
+        original(batch)
+
+
+def after_resolve_forward_inputs(result: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AFTER overlap_utils.resolve_forward_inputs: with overlap, count the tokens that a decode step begins with."""
+    if current() is not None and batch.enable_overlap and batch.forward_mode.is_decode():
+        orchestrator = batch.sampling_info.penalizer_orchestrator
+        if orchestrator.is_required:
+            orchestrator.cumulate_output_tokens(batch.input_ids)
+    return result
+
+
+def after_penalizers(result: Any, orchestrator: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER BatchedPenalizerOrchestrator.__init__: stock starts a retracted request's counters at zero."""
+    if any(req.output_ids for req in orchestrator.reqs()):
+        restore_counts(orchestrator)
+
 
 def restore_counts(orchestrator: Any) -> None:
     """Give every prepared penalizer of a fresh BatchedPenalizerOrchestrator its requests' output tokens."""
-    overlap = orchestrator.batch.enable_overlap
     for row, req in enumerate(orchestrator.reqs()):
-        if not req.output_ids:
+        tokens = torch.tensor(list(req.output_ids), dtype=torch.int64, device=orchestrator.device)
+        if not tokens.numel():
             continue
-        counted = [req.origin_input_ids[-1], *req.output_ids[:-1]] if overlap else list(req.output_ids)
-        tokens = torch.tensor(counted, dtype=torch.int64, device=orchestrator.device)
         for kind, penalizer in orchestrator.penalizers.items():
             if penalizer.is_prepared():
                 _RESTORE[kind](penalizer, row, tokens)

@@ -9,6 +9,8 @@ from anchortp_sglang.platforms.cuda.platform import CudaPlatform
 from anchortp_sglang.platforms.cuda.probe import ProbeError
 from anchortp_sglang.startup.folders import home_defaults
 
+_OVERLAP_OFF = "disable_overlap_schedule"
+
 
 def tp_size_of(given: Mapping[str, object]) -> int:
     text = given.get("tp_size", 1)
@@ -44,23 +46,22 @@ def prepare(platform: Platform, given: Mapping[str, object], overlap: str = "aut
     ``overlap``: as ``--anchor-overlap`` takes it. Raises ValueError for contradicting settings.
     """
     defaults = platform.defaults(given, os.environ, tp_size_of(given))
-    defaults.flags.update(_overlap_flags(platform, given, overlap))
+    _set_overlap(defaults.flags, given, overlap)
     os.environ.update(defaults.env)
     os.environ.update(home_defaults(os.environ))
     install_stand_ins()
     return defaults
 
 
-def _overlap_flags(platform: Platform, given: Mapping[str, object], overlap: str) -> dict[str, object]:
-    """Return the flag that switches SGLang's overlap schedule off, unless it is to be on or the flag is given."""
-    wanted = platform.overlaps if overlap == "auto" else overlap == "on"
-    if "disable_overlap_schedule" in given:
-        if overlap != "auto" and wanted == (given["disable_overlap_schedule"] is not False):
-            raise ValueError(
-                f"--anchor-overlap {overlap} contradicts --disable-overlap-schedule: leave one of them out"
-            )
-        return {}
-    return {} if wanted else {"disable_overlap_schedule": True}
+def _set_overlap(flags: dict[str, object], given: Mapping[str, object], overlap: str) -> None:
+    """Change the platform's ``flags`` to what ``--anchor-overlap`` says."""
+    off = _OVERLAP_OFF in given and given[_OVERLAP_OFF] is not False
+    if _OVERLAP_OFF in given and overlap == ("on" if off else "off"):
+        raise ValueError(f"--anchor-overlap {overlap} contradicts --disable-overlap-schedule: leave one of them out")
+    if overlap == "on":
+        flags.pop(_OVERLAP_OFF, None)
+    elif overlap == "off" and _OVERLAP_OFF not in given:
+        flags[_OVERLAP_OFF] = True
 
 
 def install_stand_ins() -> None:

@@ -12,9 +12,9 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from anchortp_sglang.hooks.flags import given_flags
 from anchortp_sglang.platforms.cpu import sgl_kernel_stub
 from anchortp_sglang.platforms.cpu.environment import cpu_defaults
-from anchortp_sglang.hooks.flags import given_flags
 from anchortp_sglang.startup.device import as_arguments, tp_size_of
 
 ABSORB_LATENTS = "--absorb-latents"

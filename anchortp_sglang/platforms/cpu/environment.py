@@ -40,6 +40,8 @@ _FLAGS: dict[str, object] = {
     # Stock picks intel_amx and falls back to this one where AMX is missing (overrides.py,
     # _attention_backend_platform_fallbacks); intel_amx calls sgl_kernel.
     "attention_backend": "torch_native",
+    # torch.cpu streams do nothing: with overlap on, every result only comes one step later (--anchor-overlap on).
+    "disable_overlap_schedule": True,
     # Otherwise rank 0 polls its sockets without pause (Scheduler.event_loop_normal) and keeps all ranks busy.
     "sleep_on_idle": True,
     # Constrained output cannot be resumed yet and is refused at admission; each rank would load its backend.

@@ -50,7 +50,6 @@ class CpuPlatform:
     new_memory_is_zero: ClassVar[bool] = True
     moves_kv: ClassVar[bool] = True
     spares_join_early: ClassVar[bool] = True
-    overlaps: ClassVar[bool] = False  # torch.cpu streams do nothing: every result would only come one step later
 
     def defaults(self, given: Mapping[str, object], environ: Mapping[str, str], tp_size: int) -> Defaults:
         """Work out settings for as many cores and as much memory as this process may use."""

@@ -44,7 +44,6 @@ class CudaPlatform:
     new_memory_is_zero: ClassVar[bool] = False
     moves_kv: ClassVar[bool] = False
     spares_join_early: ClassVar[bool] = False
-    overlaps: ClassVar[bool] = True
 
     @classmethod
     def of_this_machine(cls) -> CudaPlatform:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scheduled_kv import PLAIN, new_request, publish
 
+from anchortp_sglang.rank import attachment, penalties
 from anchortp_sglang.rank.main import after_create_generation_req
 from anchortp_sglang.rank.messages import Resume
-from anchortp_sglang.rank.penalties import restore_counts
 
 VOCAB_SIZE = 16
 PROMPT = [3, 4, 9]
@@ -26,9 +26,10 @@ def _published():
 
 
 class Batch:
-    """What a penalizer reads of a ScheduleBatch, which it refers to weakly."""
+    """What penalizers and hooks read of a ScheduleBatch; penalizers refer to it weakly."""
 
     device = "cpu"
+    forward_mode = SimpleNamespace(is_decode=lambda: True)
 
     def __init__(self, req: Any, enable_overlap: bool) -> None:
         self.reqs, self.enable_overlap = [req], enable_overlap
@@ -46,6 +47,7 @@ def penalized(outputs: list[int]) -> Any:
 
 def logits_at_each_step(resumed_after: int, overlap: bool) -> list[list[float]]:
     """Penalized logits of each output token from ``resumed_after`` on, as the scheduler feeds the penalizers."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.sampling import penaltylib
 
     kinds = {
@@ -57,13 +59,15 @@ def logits_at_each_step(resumed_after: int, overlap: bool) -> list[list[float]]:
     req = penalized(OUTPUTS[:resumed_after])
     batch = Batch(req, overlap)
     orchestrator = penaltylib.BatchedPenalizerOrchestrator(VOCAB_SIZE, batch, kinds)
-    restore_counts(orchestrator)
+    penalties.after_penalizers(None, orchestrator)
+    batch.sampling_info = SimpleNamespace(penalizer_orchestrator=orchestrator)
     found = [applied(orchestrator)]  # the prefill samples a token
     for token in OUTPUTS[resumed_after:-1]:
         if not overlap:
             req.output_ids.append(token)
-        last = req.output_ids[-1] if req.output_ids else PROMPT[-1]  # cumulate_penalty_output_tokens
-        orchestrator.cumulate_output_tokens(torch.tensor([last]))
+        penalties.around_cumulate_penalty_output_tokens(ScheduleBatch.cumulate_penalty_output_tokens, batch)
+        batch.input_ids = torch.tensor([token])
+        penalties.after_resolve_forward_inputs(None, batch)
         if overlap:
             req.output_ids.append(token)
         found.append(applied(orchestrator))
@@ -77,11 +81,14 @@ def applied(orchestrator: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
-@pytest.mark.parametrize("delivered", range(1, len(OUTPUTS)))
-def test_penalties_go_on_as_without_a_fault(delivered: int, overlap: bool) -> None:
-    unbroken = logits_at_each_step(0, overlap)
+@pytest.mark.parametrize("delivered", range(len(OUTPUTS)))
+def test_penalties_are_those_of_a_run_without_fault_and_overlap(
+    monkeypatch: pytest.MonkeyPatch, delivered: int, overlap: bool
+) -> None:
+    monkeypatch.setattr(attachment, "_current", SimpleNamespace())
+    unbroken = logits_at_each_step(0, overlap=False)
     assert unbroken[0] != unbroken[-1]
-    assert logits_at_each_step(delivered, overlap)[1:] == unbroken[delivered + 1 :]
+    assert logits_at_each_step(delivered, overlap) == unbroken[delivered:]
 
 
 @pytest.mark.parametrize("delivered", range(len(OUTPUTS) + 1))

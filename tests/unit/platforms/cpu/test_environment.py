@@ -59,14 +59,14 @@ def test_only_what_the_user_left_open_is_set():
     defaults = cpu_defaults(flags, environ, 2, (0, 1))
     assert not flags.keys() & defaults.flags.keys()
     assert not environ.keys() & defaults.env.keys()
-    assert defaults.flags["grammar_backend"] == "none"
+    assert defaults.flags["disable_overlap_schedule"] is True
     assert defaults.env["SGLANG_USE_CPU_ENGINE"] == "1"
 
 
 def test_the_log_line_can_be_typed_as_it_stands():
     line = describe(cpu_defaults({}, {}, 4, (0, 1)))
     assert "\n" not in line
-    for piece in ("SGLANG_CPU_OMP_THREADS_BIND=0|1|0|1", "--device cpu", "--disable-custom-all-reduce"):
+    for piece in ("SGLANG_CPU_OMP_THREADS_BIND=0|1|0|1", "--device cpu", "--disable-overlap-schedule"):
         assert piece in line
     assert "True" not in line
 
