@@ -67,7 +67,7 @@ def patches_folder() -> Path:
     """Return the folder of the manifest: beside the code in a wheel, patches/ in a checkout."""
     package = Path(__file__).resolve().parents[1]
     packaged = package / "_patches"
-    return packaged if packaged.is_dir() else package.parent / "patches"
+    return packaged if (packaged / _NAME).is_file() else package.parent / "patches"
 
 
 def manifest_path() -> Path:
