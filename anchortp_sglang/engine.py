@@ -6,6 +6,7 @@ from typing import Any
 from anchortp_sglang.admission.checks import check_message
 from anchortp_sglang.options import from_kwargs
 from anchortp_sglang.startup import device
+from anchortp_sglang.startup.hub import named_snapshot
 
 MAX_TP_SIZE = 8
 
@@ -54,5 +55,6 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any], overlap: str) -> Any:
+    kwargs = kwargs | named_snapshot(kwargs)
     flags = device.prepare(device.choose_platform(kwargs), kwargs, overlap).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))

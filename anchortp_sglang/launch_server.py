@@ -16,6 +16,7 @@ from anchortp_sglang.platforms.base import Platform, describe
 from anchortp_sglang.recovery import ending
 from anchortp_sglang.recovery.processes.zygote import tile_folder
 from anchortp_sglang.startup import device, preflight
+from anchortp_sglang.startup.hub import named_snapshot
 
 log = logging.getLogger("anchortp_sglang")
 
@@ -27,6 +28,9 @@ def main(argv: Sequence[str]) -> None:
         options, rest = split_argv(argv)
         given = given_flags(rest)
         wants_help = "help" in given
+        if not wants_help and (snapshot := named_snapshot(given)):
+            rest += device.as_arguments(snapshot)
+            given |= snapshot
         flags = {} if wants_help else given
         platform = device.choose_platform(flags, options.experimental_cuda)
         defaults = device.prepare(platform, flags, options.overlap)

@@ -144,11 +144,6 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "the checkpoint must stay: shards of a lost device are read from it",
     ),
     FlagRule(
-        "json_model_override_args",
-        "shares are planned from the checkpoint's config.json",
-        "change a copy of config.json instead",
-    ),
-    FlagRule(
         "model_impl",
         "shares are known for SGLang's own model code only",
         "use --model-impl sglang",

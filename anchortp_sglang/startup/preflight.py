@@ -22,7 +22,8 @@ def check_given(given: Mapping[str, Any], rules: DeviceRules) -> None:
     if refusals:
         raise UnsupportedError(refusals)
     if "model_path" in given:
-        refuse_layout_only(read_model_axes(read_config(Path(given["model_path"]))))
+        overrides = given.get("json_model_override_args")
+        refuse_layout_only(read_model_axes(read_config(Path(given["model_path"]), overrides)))
     port = _value(given.get("port", _DEFAULT_PORT))
     if isinstance(port, int):
         reserve_port(given.get("host", "127.0.0.1"), port).close()
@@ -69,13 +70,41 @@ def reserve_port(host: str, port: int) -> socket.socket:
         raise ValueError(f"--port {port} on {host} cannot be used ({reason}); choose another") from None
 
 
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """Read config.json of a checkpoint folder. Raises ValueError where SGLang would ask the hub, or fail obscurely."""
+def read_config(checkpoint: Path, overrides: str | None = None) -> dict[str, Any]:
+    """Read config.json of a checkpoint folder, and apply ``--json-model-override-args``.
+
+    Raises ValueError where SGLang would ask the hub, or fail obscurely, and for overrides that change what the
+    checkpoint holds.
+    """
+    config = _read_file(checkpoint)
+    changes = _overrides(overrides)
+    changed = config | changes
+    if changes and read_model_axes(changed) != read_model_axes(config):
+        raise ValueError(
+            f"--json-model-override-args {overrides} changes the shapes of parameters, which are the checkpoint's:"
+            " leave these keys out, or use a checkpoint of that shape"
+        )
+    return changed
+
+
+def _overrides(text: str | None) -> dict[str, Any]:
+    try:
+        changes = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"--json-model-override-args is no JSON ({error})") from None
+    if not isinstance(changes, dict):
+        raise ValueError("--json-model-override-args takes a JSON object")
+    if named := sorted({"architectures", "model_type"} & changes.keys()):
+        raise ValueError(f"--json-model-override-args cannot change {named[0]}: the plan is for the checkpoint's model")
+    return changes
+
+
+def _read_file(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "config.json"
     if not path.is_file():
         raise ValueError(
             f"--model-path {checkpoint} is no folder with a Hugging Face checkpoint: there is no {path};"
-            " download the model first and give its folder"
+            " give its folder, or the OWNER/NAME of its repository"
         )
     try:
         config = json.loads(path.read_text())

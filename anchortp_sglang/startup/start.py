@@ -108,7 +108,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     raw = msgspec.structs.asdict(server_args)
     _refuse(server_args, platform)
     checkpoint = Path(server_args.model_path)
-    config = read_config(checkpoint)
+    config = read_config(checkpoint, server_args.json_model_override_args)
     expert_counts = server_args.init_expert_location
     # We deal the experts: SGLang's own tables have the same number on each rank.
     server_args.init_expert_location = raw["init_expert_location"] = NONE
@@ -151,7 +151,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, memory, view.kv_cache_dtype),
+        identity=_identity(checkpoint, model, ownership, memory, view),
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=memory.kv,
@@ -224,10 +224,11 @@ def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> Non
         log.warning("anchortp: the model has no place for %s: not loaded, as in SGLang", ", ".join(foreign[:8]))
 
 
-def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, kv_dtype: str) -> str:
+def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, view: Any) -> str:
     """Identify the memory that anchors hold: servers of the same identity could take over each other's."""
     of_weights = [str(checkpoint.resolve()), model.dtype, ownership.digest()]
-    parts = [*of_weights, str(memory.kv), kv_dtype, *memory.platform.identity]
+    of_kv = [str(memory.kv), view.kv_cache_dtype, view.json_model_override_args]
+    parts = [*of_weights, *of_kv, *memory.platform.identity]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         stat = path.stat()
         parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]

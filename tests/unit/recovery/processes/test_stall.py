@@ -24,6 +24,16 @@ def test_a_rank_that_computes_keeps_the_start_going():
     assert not watch(every(0.1, 100, lambda n: [Usage("S", n // 5), Usage("S", 3)]))
 
 
+def test_a_stopped_rank_stalls_the_start_though_the_others_look_for_it_again_and_again():
+    waiting = lambda n: [Usage("T", 7), Usage("R" if n % 2 else "S", n)]  # noqa: E731
+    assert not watch(every(0.1, 20, waiting))
+    assert watch(every(0.1, 25, waiting))
+
+
+def test_a_rank_that_is_continued_in_time_goes_on():
+    assert not watch(every(0.1, 100, lambda n: [Usage("T" if n % 20 else "S", 7), Usage("S", n)]))
+
+
 def test_runnable_ranks_without_processor_time_and_waits_for_a_disk_are_no_stall():
     for state in "RD":
         assert not watch(every(0.1, 100, lambda n, state=state: [Usage(state, 3), Usage("S", 3)]))
