@@ -1,10 +1,9 @@
 """Servers for chaos: real processes on loopback ports, each with a place of its own for what it leaves behind."""
 
 import contextlib
-import json
 import os
-import shutil
 
+import launch_file
 import pytest
 from histories import Unbroken
 from remains import Place
@@ -45,9 +44,6 @@ def launch(checkpoint, tmp_path_factory):
     return launch
 
 
-REPOSITORY = "owner/tiny"
-CONTEXT_LENGTH = 4096
-OVERRIDES = json.dumps({"max_position_embeddings": CONTEXT_LENGTH})
 SHARED = ("--chunked-prefill-size", "128", "--anchor-hang-timeout", str(HANG_TIMEOUT_S))
 
 
@@ -61,25 +57,11 @@ def shared(launch):
 @pytest.fixture(scope="session")
 def shared_with_overlap(launch, checkpoint, tmp_path_factory):
     """Another one, with SGLang's overlap schedule, for tests marked ``overlap``; started as launch files do it."""
-    cache = repository_cache(tmp_path_factory.mktemp("hub"), REPOSITORY, checkpoint)
+    cache = launch_file.cache(tmp_path_factory.mktemp("hub"), checkpoint)
     env = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    arguments = ("--chunked-prefill-s", "128", "--mem-frac", "0.9", "--json-model-override-args", OVERRIDES)
     flags = ("--anchor-hang-timeout", str(HANG_TIMEOUT_S), "--anchor-overlap", "on")
-    with launch(4, *arguments, *flags, model=REPOSITORY, env=env) as server:
+    with launch(4, *launch_file.ARGUMENTS, *flags, model=launch_file.REPOSITORY, env=env) as server:
         yield server, Unbroken(server)
-
-
-def repository_cache(place, name, checkpoint):
-    """The cache of the Hugging Face hub with one snapshot of ``checkpoint``: links to blobs, as the library does it."""
-    repository, commit = place / f"models--{name.replace('/', '--')}", "a" * 40
-    snapshot = repository / "snapshots" / commit
-    for folder in (repository / "refs", repository / "blobs", snapshot):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    for file in checkpoint.iterdir():
-        shutil.copy(file, repository / "blobs" / file.name)
-        (snapshot / file.name).symlink_to(repository / "blobs" / file.name)
-    return place
 
 
 @pytest.fixture
