@@ -181,10 +181,6 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "a router that follows KV events would not learn what a fault removed",
     ),
     FlagRule(
-        "enable_mixed_chunk",
-        "it is untested whether a mixed batch commits its KV in the order that the slot table needs",
-    ),
-    FlagRule(
         "enable_torch_compile enable_nvidia_megakernel forward_hooks msprobe_dump_config",
         "compiled or hooked code would not notice that modules are bound to new memory after a fault",
     ),

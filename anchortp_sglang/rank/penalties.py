@@ -28,10 +28,17 @@ def around_cumulate_penalty_output_tokens(original: Callable[[Any], None], batch
 
 def after_resolve_forward_inputs(result: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """AFTER overlap_utils.resolve_forward_inputs: with overlap, count the tokens that a decode step begins with."""
-    if current() is not None and batch.enable_overlap and batch.forward_mode.is_decode():
+    if current() is None or not batch.enable_overlap:
+        return result
+    decode, mixed = batch.forward_mode.is_decode(), batch.forward_mode.is_mixed()
+    if (decode or mixed) and batch.sampling_info.penalizer_orchestrator.is_required:
         orchestrator = batch.sampling_info.penalizer_orchestrator
-        if orchestrator.is_required:
+        if decode:
             orchestrator.cumulate_output_tokens(batch.input_ids)
+        else:  # the requests that decode are the last ones, with one token each
+            tokens = batch.input_ids[-len(batch.decoding_reqs) :]
+            for row, token in enumerate(tokens, start=len(batch.reqs) - len(tokens)):
+                _count(orchestrator, row, token[None])
     return result
 
 
@@ -45,11 +52,14 @@ def restore_counts(orchestrator: Any) -> None:
     """Give every prepared penalizer of a fresh BatchedPenalizerOrchestrator its requests' output tokens."""
     for row, req in enumerate(orchestrator.reqs()):
         tokens = torch.tensor(list(req.output_ids), dtype=torch.int64, device=orchestrator.device)
-        if not tokens.numel():
-            continue
-        for kind, penalizer in orchestrator.penalizers.items():
-            if penalizer.is_prepared():
-                _RESTORE[kind](penalizer, row, tokens)
+        if tokens.numel():
+            _count(orchestrator, row, tokens)
+
+
+def _count(orchestrator: Any, row: int, tokens: torch.Tensor) -> None:
+    for kind, penalizer in orchestrator.penalizers.items():
+        if penalizer.is_prepared():
+            _COUNT[kind](penalizer, row, tokens)
 
 
 def _frequency(penalizer: Any, row: int, tokens: torch.Tensor) -> None:
@@ -69,7 +79,7 @@ def _min_new_tokens(penalizer: Any, row: int, tokens: torch.Tensor) -> None:
     penalizer.len_output_tokens[row] += tokens.numel()
 
 
-_RESTORE: dict[type, Callable[[Any, int, torch.Tensor], None]] = {
+_COUNT: dict[type, Callable[[Any, int, torch.Tensor], None]] = {
     BatchedFrequencyPenalizer: _frequency,
     BatchedPresencePenalizer: _presence,
     BatchedRepetitionPenalizer: _repetition,

@@ -8,7 +8,7 @@ CONTEXT_LENGTH = 4096
 MEM_FRACTION = 0.9
 CHUNK = 128
 ARGUMENTS = (
-    *("--chunked-prefill-s", str(CHUNK), "--mem-frac", str(MEM_FRACTION)),
+    *("--chunked-prefill-s", str(CHUNK), "--mem-frac", str(MEM_FRACTION), "--enable-mixed"),
     *("--json-model-override-args", json.dumps({"max_position_embeddings": CONTEXT_LENGTH})),
 )
 

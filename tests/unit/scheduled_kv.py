@@ -47,6 +47,7 @@ class Step:
     prefix_lens: list[int] = field(default_factory=list)
     extend_lens: list[int] = field(default_factory=list)
     out_cache_loc: Any = None
+    decoding_reqs: list[Any] | None = None
     computes: dict[int, Content] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     sampled: dict[str, int] = field(default_factory=dict)
@@ -100,7 +101,7 @@ def _wrapped(hook: table.Hook, original: Any) -> Any:
 class Server:
     """One generation: its memory, its requests, and its prefixes; its slot table is in ``buffer``."""
 
-    def __init__(self, slots: int, page_size: int, core: str, overlap: bool = False) -> None:
+    def __init__(self, slots: int, page_size: int, core: str, overlap: bool = False, mixed: bool = False) -> None:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -109,6 +110,7 @@ class Server:
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
         self.overlap, self.in_flight = overlap, None
+        self.mixed = mixed  # --enable-mixed-chunk
         self.writer: dict[int, Step] = {}
         self.page_size = page_size
         self.rows = slots + page_size
@@ -232,6 +234,8 @@ class Server:
             extend_lens=[req.extend_end - req.prefix_len for req in batch],
         )
         self.chunked = None
+        if self.mixed and (decoding := self._may_decode()):
+            self._decode_in(step, decoding)
         for req in batch:
             self._compute(step, req, req.prefix_len, req.extend_end)
             if req.extend_end < len(req.full_untruncated_fill_ids):
@@ -244,10 +248,21 @@ class Server:
     def decode(self) -> None:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+        batch = self._may_decode()
+        step = Step(ForwardMode.DECODE, []) if batch else None
+        if step is not None:
+            self._decode_in(step, batch)
+        self._run(step)
+
+    def _may_decode(self) -> list[Any]:
+        """Requests that can take a slot each now."""
         batch = [req for req in self.running if not self._ends_with_the_step_in_flight(req)]
-        if not batch or not self._make_room(len(batch) * self.page_size):
-            self._run(None)
-            return
+        return batch if self._make_room(len(batch) * self.page_size) else []
+
+    def _decode_in(self, step: Step, batch: list[Any]) -> None:
+        """Compute one more token of each request of ``batch`` in ``step``, after what is prefilled in it."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
         lens = torch.tensor([len(computed(req)) for req in batch])
         rows = torch.tensor([req.kv.req_pool_idx for req in batch])
         if self.page_size == 1:
@@ -255,12 +270,16 @@ class Server:
         else:
             slots = self.allocator.alloc_decode(lens, lens, self.requests_rows.req_to_token[rows, lens - 2].long())
         self.requests_rows.write((rows, lens - 1), slots.to(torch.int32))
-        step = Step(ForwardMode.DECODE, batch, out_cache_loc=slots)
+        step.out_cache_loc = slots
+        step.reqs = [*step.reqs, *batch]
+        if step.forward_mode.is_extend():
+            step.forward_mode, step.decoding_reqs = ForwardMode.MIXED, batch
+            step.prefix_lens += [length - 1 for length in lens.tolist()]
+            step.extend_lens += [1] * len(batch)
         for req, length in zip(batch, lens.tolist(), strict=True):
             req.kv.kv_allocated_len = req.kv.kv_committed_len = length
             self._compute(step, req, length - 1, length)
             step.sampled[req.rid] = _sample(req)
-        self._run(step)
 
     def _ends_with_the_step_in_flight(self, req: Any) -> bool:
         """Whether the scheduler knows it (``_reqs_finishing_inflight``): it cannot foresee a stop token."""
@@ -291,15 +310,15 @@ class Server:
         )
         going_on = [req for req in step.reqs if req not in ended]
         for req in going_on:
-            known = len(req.origin_input_ids) + len(req.output_ids)
-            self.committed_len[req.rid] = step.ends[req.rid] if step.forward_mode.is_extend() else known
+            self.committed_len[req.rid] = step.ends[req.rid]
         self.promised = self._committed(going_on)
         self.allocator.free_group_begin()
         for req in going_on:
             if req.rid not in step.sampled:
                 continue  # the last chunk is still to come
             req.output_ids.append(step.sampled[req.rid])
-            if not self._end_if_done(req) and step.forward_mode.is_extend():
+            prefilled = step.forward_mode.is_extend() and req not in (step.decoding_reqs or ())
+            if not self._end_if_done(req) and prefilled:
                 checkpoint_kv_cache(req, self.tree)
         self.allocator.free_group_end()
 

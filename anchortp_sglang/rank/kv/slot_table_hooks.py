@@ -15,6 +15,7 @@ step has been launched by then, and three things follow:
   committed with the result of that step, unless it has been freed by then (``Prefixes.commit_later``).
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,11 +123,18 @@ def before_process_batch_result(scheduler: Any, batch: Any, result: Any, *args: 
     else:
         attachment.prefixes.platform.wait_for_forward()
     attachment.prefixes.commit_pending()
-    if batch.forward_mode.is_decode():
-        slots = getattr(result, "anchortp_slots", batch.out_cache_loc).tolist()
-        _commit_decode(table, batch.reqs, slots)
-    elif batch.forward_mode.is_extend():
+    if batch.forward_mode.is_extend():
         _commit_extend(table, batch, scheduler.req_to_token_pool.req_to_token)
+    if decoding := _decoding(batch):
+        slots = getattr(result, "anchortp_slots", batch.out_cache_loc)
+        _commit_decode(table, decoding, slots[-len(decoding) :].tolist())
+
+
+def _decoding(batch: Any) -> Sequence[Any]:
+    """Return the requests of which a step computes the last output token: in a mixed batch the last ones."""
+    if batch.forward_mode.is_decode():
+        return batch.reqs
+    return batch.decoding_reqs or () if batch.forward_mode.is_mixed() else ()
 
 
 def _commit_decode(table: SlotTable, reqs: Sequence[Any], slots: Sequence[int]) -> None:
@@ -143,7 +151,8 @@ def _commit_decode(table: SlotTable, reqs: Sequence[Any], slots: Sequence[int]) 
 
 
 def _commit_extend(table: SlotTable, batch: Any, rows: torch.Tensor) -> None:
-    for req, prefix_len, extend_len in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+    extended = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+    for req, prefix_len, extend_len in itertools.islice(extended, len(batch.reqs) - len(_decoding(batch))):
         if extend_len == 0 or req.finished() or req.is_retracted:
             continue
         row = rows[req.kv.req_pool_idx]

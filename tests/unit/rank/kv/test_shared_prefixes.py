@@ -61,10 +61,11 @@ class SharedPrefixes(RuleBasedStateMachine):
     page_size = 1
     core = "rust"
     overlap = False
+    mixed = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.server = Server(SLOTS, self.page_size, self.core, self.overlap)
+        self.server = Server(SLOTS, self.page_size, self.core, self.overlap, self.mixed)
         self.buffer = bytearray(SlotTable.nbytes(self.server.rows))
         self.server.start_empty(self.buffer)
         self.waiting: list = []
@@ -131,7 +132,7 @@ class SharedPrefixes(RuleBasedStateMachine):
         """The next generation; a ``kill`` may hit it before it is ready."""
         old = self.server
         self.waiting = [again(req) for req in (open_requests or self.open_requests())]
-        self.server = Server(SLOTS, self.page_size, self.core, self.overlap)
+        self.server = Server(SLOTS, self.page_size, self.core, self.overlap, self.mixed)
         kept = self.server.take_over(self.buffer, old.written)
         contents = [old.written[slot] for slot in kept.slots.tolist()]
         ends = [content for content in contents if (len(content) - 1) % self.page_size == 0]
@@ -173,17 +174,29 @@ class SharedPrefixesInPagesWithOverlap(SharedPrefixesInPages):
     overlap = True
 
 
+class SharedPrefixesInMixedBatches(SharedPrefixes):
+    mixed = True
+
+
+class SharedPrefixesInMixedBatchesWithOverlap(SharedPrefixesWithOverlap):
+    mixed = True
+
+
 TestSharedPrefixes = SharedPrefixes.TestCase
 TestSharedPrefixesInPages = SharedPrefixesInPages.TestCase
 TestSharedPrefixesInPython = SharedPrefixesInPython.TestCase
 TestSharedPrefixesWithOverlap = SharedPrefixesWithOverlap.TestCase
 TestSharedPrefixesInPagesWithOverlap = SharedPrefixesInPagesWithOverlap.TestCase
+TestSharedPrefixesInMixedBatches = SharedPrefixesInMixedBatches.TestCase
+TestSharedPrefixesInMixedBatchesWithOverlap = SharedPrefixesInMixedBatchesWithOverlap.TestCase
 for _case in (
     TestSharedPrefixes,
     TestSharedPrefixesInPages,
     TestSharedPrefixesInPython,
     TestSharedPrefixesWithOverlap,
     TestSharedPrefixesInPagesWithOverlap,
+    TestSharedPrefixesInMixedBatches,
+    TestSharedPrefixesInMixedBatchesWithOverlap,
 ):
     _case.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 del _case  # pytest would take it for another test
