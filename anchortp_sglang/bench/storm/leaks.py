@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,9 @@ _SETTLE_S = 20.0
 _POLL_S = 0.5
 
 # Allowed growth: pools fill with use, and the first recovery imports and opens what it needs.
-_FEW = {"files of main": 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
+_OPEN_FILES = "files of main"
+_SOCKET = "socket:[#]"
+_FEW = {_OPEN_FILES: 4, "sockets of main": 2, "threads of main": 8, "memory of main (MiB)": 64}
 _ALLOWED = _FEW | {"memory of all (MiB)": 256}
 _IMPORTED_MIB = 750
 """Memory of one more interpreter that has imported SGLang: a zygote that was spawned in place of a dead one."""
@@ -28,10 +30,14 @@ _SUMS_OF_THE_DEAD = "_0.db"
 
 @dataclass(frozen=True)
 class Holdings:
-    """A server's holdings. ``figures``: by name. ``roles``: (number of processes, the number there should be)."""
+    """A server's holdings. ``figures``: by name. ``roles``: (number of processes, the number there should be).
+
+    ``open_files``: main's, by name, with numbers as ``#``.
+    """
 
     figures: Mapping[str, int]
     roles: Mapping[str, tuple[int, int]]
+    open_files: Counter[str] = field(default_factory=Counter)
 
     def leaked(self, after: "Holdings") -> list[str]:
         """Describe the figures that grew more than allowed, and roles with a wrong number of processes."""
@@ -40,6 +46,8 @@ class Holdings:
             before = self.figures.get(name, 0)
             if count - before > _ALLOWED.get(name, 0):
                 found.append(f"{name}: {before} before, {count} after")
+                if name == _OPEN_FILES:
+                    found[-1] += f" ({dict(after.open_files - self.open_files)})"
         for role, (count, expected) in after.roles.items():
             if count != expected:
                 found.append(f"processes ({role}): {count} instead of {expected}")
@@ -51,11 +59,11 @@ def holdings(tree: Tree) -> Holdings:
     main = psutil.Process(tree.server.pid)
     processes = tree.all()
     roles = tree.roles()
-    descriptors = [link.startswith("socket:") for link in _descriptors(main.pid)]
+    open_files = Counter(re.sub(r"\d+", "#", link) for link in _descriptors(main.pid))
     spawned = len({_interpreter(pid) for pid in (main.pid, *roles["zygote"], *roles["reserve"])}) - 1
     figures = {
-        "files of main": sum(not is_socket for is_socket in descriptors),
-        "sockets of main": sum(descriptors),
+        _OPEN_FILES: open_files.total() - open_files[_SOCKET],
+        "sockets of main": open_files[_SOCKET],
         "threads of main": main.num_threads(),
         "memory of main (MiB)": main.memory_info().rss >> 20,
         "memory of all (MiB)": (total_bytes([process.pid for process in processes]) >> 20) - _IMPORTED_MIB * spawned,
@@ -65,7 +73,8 @@ def holdings(tree: Tree) -> Holdings:
     figures |= {f"files {kind}": count for kind, count in kinds_of_files(tree.folder).items()}
     width = tree.server.status()["tp_size"]
     expected = {"rank": width, "anchor": width, "spare": width}
-    return Holdings(figures, {role: (len(pids), expected.get(role, 1)) for role, pids in roles.items()})
+    by_role = {role: (len(pids), expected.get(role, 1)) for role, pids in roles.items()}
+    return Holdings(figures, by_role, open_files)
 
 
 def _descriptors(pid: int) -> Iterator[str]:
