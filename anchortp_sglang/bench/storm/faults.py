@@ -11,8 +11,10 @@ from typing import Any
 from anchortp_sglang.bench.storm.schedule import Blow
 from anchortp_sglang.testing.process_tree import Tree, is_gone, is_stopped
 
+_ATTEMPTS = 3
 _VICTIM_TIMEOUT_S = 3.0
 _DEATH_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 1.0
 _POLL_S = 0.005
 _SIGNALS = {
     "kill": signal.SIGKILL,
@@ -43,26 +45,39 @@ class Struck:
 
 
 def strike(tree: Tree, blow: Blow) -> Struck:
-    """Send the blow's signals and observe their effect. Waits for a victim if there is none, as between generations."""
+    """Send the blow's signals and observe their effect. Waits for a victim if there is none, as between generations.
+
+    They are sent again if the effect is not seen: a server continues a stopped helper, perhaps before one looks.
+    """
     deadline = time.monotonic() + _VICTIM_TIMEOUT_S
     while not (victims := _victims(tree, blow)) and time.monotonic() < deadline:
         time.sleep(0.01)
     status = tree.server.status()
     struck = Struck(blow, status["generation"], status["state"])
-    number = _SIGNALS[blow.manner]
-    for pid in victims:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
-        struck.pids.append(pid)
-    reached = is_gone if blow.manner in ("kill", "crash") else _is_still
-    struck.effect = bool(struck.pids) and _all_within(struck.pids, reached)
+    dies = blow.manner in ("kill", "crash")
+    reached, limit_s = (is_gone, _DEATH_TIMEOUT_S) if dies else (_is_still, _STOP_TIMEOUT_S)
+    for _ in range(_ATTEMPTS):
+        struck.pids = _signal(victims, _SIGNALS[blow.manner])
+        struck.effect = bool(struck.pids) and _all_within(struck.pids, reached, limit_s)
+        if struck.effect or not struck.pids:
+            break
     if blow.manner == "pause":
         timer = threading.Timer(blow.pause_s, release, [struck.pids])
         timer.daemon = True
         timer.start()
     return struck
+
+
+def _signal(pids: list[int], number: int) -> list[int]:
+    """Send a signal, and return the processes that were there to get it."""
+    there = []
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+        there.append(pid)
+    return there
 
 
 def release(pids: list[int]) -> list[int]:
@@ -90,8 +105,8 @@ def _is_still(pid: int) -> bool:
     return is_stopped(pid) or is_gone(pid)  # a superseded rank may be killed before we look
 
 
-def _all_within(pids: list[int], reached: Callable[[int], bool]) -> bool:
-    deadline = time.monotonic() + _DEATH_TIMEOUT_S
+def _all_within(pids: list[int], reached: Callable[[int], bool], limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
     while not all(reached(pid) for pid in pids):
         if time.monotonic() > deadline:
             return False
