@@ -151,5 +151,7 @@ class Steps:
         self._next.on_generation_ready(generation)
         generation.control = anchors.map_control(generation.number)
         generation.kv_usage = anchors.open_kv_usage(generation)
+        if self.ready is not None:
+            self.ready.kv_usage = None  # its mappings end now, and not when Python looks for garbage
         self.ready = generation
         self.scheduler_info.update(generation.infos[0]["scheduler"])

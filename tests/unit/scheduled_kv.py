@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -46,18 +46,25 @@ class Step:
     reqs: list[Any]
     prefix_lens: list[int] = field(default_factory=list)
     extend_lens: list[int] = field(default_factory=list)
-    out_cache_loc: Any = None
+    out_cache_loc: Any = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     decoding_reqs: list[Any] | None = None
     computes: dict[int, Content] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
     sampled: dict[str, int] = field(default_factory=dict)
+    result: Any = None
+    """What ``Scheduler.run_batch`` returned, as far as ours reads it."""
 
-    def result(self, overlap: bool) -> Any:
-        """What ``Scheduler.run_batch`` returns, as far as ours reads it."""
-        if not overlap:
-            return SimpleNamespace(copy_done=None)
-        copied = {} if self.out_cache_loc is None else {"anchortp_slots": self.out_cache_loc}
-        return SimpleNamespace(copy_done=SimpleNamespace(synchronize=lambda: None), **copied)
+    def launch(self, overlap: bool) -> None:
+        self.result = SimpleNamespace(copy_done=None)
+        if overlap:
+            self.result.copy_done = SimpleNamespace(synchronize=lambda: None)
+            streams = SimpleNamespace(
+                copy_stream=SimpleNamespace(wait_stream=lambda other: None),
+                copy_stream_ctx=nullcontext(),
+                forward_stream=None,
+            )
+            slot_table_hooks.before_copy_result_to_cpu(streams, self.result, self)
+            self.out_cache_loc = None  # the copy alone may be read
 
 
 def publish() -> None:
@@ -233,6 +240,8 @@ class Server:
             prefix_lens=[req.prefix_len for req in batch],
             extend_lens=[req.extend_end - req.prefix_len for req in batch],
         )
+        rows = self.requests_rows.req_to_token
+        step.out_cache_loc = torch.cat([rows[r.kv.req_pool_idx, r.prefix_len : r.extend_end].long() for r in batch])
         self.chunked = None
         if self.mixed and (decoding := self._may_decode()):
             self._decode_in(step, decoding)
@@ -270,12 +279,15 @@ class Server:
         else:
             slots = self.allocator.alloc_decode(lens, lens, self.requests_rows.req_to_token[rows, lens - 2].long())
         self.requests_rows.write((rows, lens - 1), slots.to(torch.int32))
-        step.out_cache_loc = slots
+        step.out_cache_loc = torch.cat([step.out_cache_loc, slots])
         step.reqs = [*step.reqs, *batch]
         if step.forward_mode.is_extend():
             step.forward_mode, step.decoding_reqs = ForwardMode.MIXED, batch
             step.prefix_lens += [length - 1 for length in lens.tolist()]
             step.extend_lens += [1] * len(batch)
+            for req, length in zip(batch, lens.tolist(), strict=True):  # mix_with_running
+                req.refresh_fill_ids()
+                req.extend_end = length
         for req, length in zip(batch, lens.tolist(), strict=True):
             req.kv.kv_allocated_len = req.kv.kv_committed_len = length
             self._compute(step, req, length - 1, length)
@@ -293,6 +305,8 @@ class Server:
 
     def _run(self, launched: Step | None) -> None:
         """Process the result of the step that was launched; with overlap, of the one before."""
+        if launched is not None:
+            launched.launch(self.overlap)
         if self.overlap:
             launched, self.in_flight = self.in_flight, launched
         if launched is not None:
@@ -306,7 +320,7 @@ class Server:
                 self.written[slot] = content
         ended = [req for req in step.reqs if req.finished() or req.is_retracted]
         slot_table_hooks.before_process_batch_result(
-            SimpleNamespace(req_to_token_pool=self.requests_rows), step, step.result(self.overlap)
+            SimpleNamespace(req_to_token_pool=self.requests_rows), step, step.result
         )
         going_on = [req for req in step.reqs if req not in ended]
         for req in going_on:

@@ -82,6 +82,8 @@ def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: in
     table = None if attachment is None else attachment.prefixes.table
     if attachment is None or table is None or not req.kv.holds_kv:
         return original(tree, req, up_to=up_to, **kwargs)
+    # Of a request that the step in flight decodes in a mixed batch, one token is not known yet.
+    up_to = min(up_to, len(req.full_untruncated_fill_ids))
     start = max(req.kv.cache_protected_len - 1, 0)
     row = tree.req_to_token_pool.req_to_token[req.kv.req_pool_idx, start:up_to]
     before = row.cpu().numpy().copy()

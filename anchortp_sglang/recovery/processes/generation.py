@@ -12,7 +12,7 @@ from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.rank.crash import Crash
 from anchortp_sglang.recovery.processes.pidfd import died_within, is_dead, process_state, usage
-from anchortp_sglang.recovery.processes.stall import StallWatch
+from anchortp_sglang.recovery.processes.stall import STOPPED, StallWatch
 from anchortp_sglang.recovery.processes.zygote import Child
 from anchortp_sglang.recovery.report.kv_usage import KVUsage
 
@@ -115,7 +115,7 @@ def _wait_one(generation: Generation, index: int, deadline: float, stall: StallW
         for dead in generation.dead():
             _receive(generation, dead)  # a dead rank's pipe ends, after its last message if it sent one
         if stall is not None and stall.stalled([usage(child.pid) for child in generation.ranks], time.monotonic()):
-            stopped = [rank for rank, child in enumerate(generation.ranks) if process_state(child.pid) == "T"]
+            stopped = [rank for rank, child in enumerate(generation.ranks) if process_state(child.pid) in STOPPED]
             who = f"rank {stopped[0]} is stopped" if stopped else "all of them sleep"
             raise StartFailed(f"the ranks make no progress with their start: {who}")
         if time.monotonic() > deadline:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from anchortp_sglang.recovery.processes.pidfd import Usage
 
-_STOPPED = ("T", "t")
-_ASLEEP = ("S", *_STOPPED)
+STOPPED = ("T", "t")
+_ASLEEP = ("S", *STOPPED)
 _POLLS = 10
 """Fewest looks that must agree: time in which main itself did not run does not count."""
 
@@ -31,7 +31,7 @@ class StallWatch:
         ticks = sum(rank.ticks for rank in living)
         asleep = ticks == self._ticks and all(rank.state in _ASLEEP for rank in living)
         self._ticks = ticks
-        stopped = any(rank.state in _STOPPED for rank in living)
+        stopped = any(rank.state in STOPPED for rank in living)
         return any([self._asleep.holds(asleep, now), self._stopped.holds(stopped, now)])
 
 
@@ -44,7 +44,7 @@ class _Lasting:
         self._polls = 0
 
     def holds(self, now_true: bool, now: float) -> bool:
-        if not now_true:
+        if not now_true or self._polls == 0:
             self._since, self._polls = now, 0
         self._polls += 1
         return self._polls > _POLLS and now - self._since > self._limit_s

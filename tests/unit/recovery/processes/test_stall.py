@@ -3,6 +3,8 @@
 from anchortp_sglang.recovery.processes.pidfd import Usage
 from anchortp_sglang.recovery.processes.stall import StallWatch
 
+STARTED_AT = 1e5
+
 
 def watch(looks, limit_s=2.0):
     """Whether any look found the ranks stalled; ``looks``: (seconds, usage of each rank)."""
@@ -11,7 +13,7 @@ def watch(looks, limit_s=2.0):
 
 
 def every(step_s, count, ranks):
-    return [(n * step_s, ranks(n)) for n in range(count)]
+    return [(STARTED_AT + n * step_s, ranks(n)) for n in range(count)]
 
 
 def test_ranks_that_all_sleep_are_stalled_after_the_limit():
@@ -41,5 +43,5 @@ def test_runnable_ranks_without_processor_time_and_waits_for_a_disk_are_no_stall
 
 def test_time_in_which_main_did_not_run_does_not_count():
     asleep = [Usage("S", 7), Usage("S", 3)]
-    looks = [*every(0.1, 5, lambda n: asleep), (60.0, asleep), (60.1, asleep)]
+    looks = [*every(0.1, 5, lambda n: asleep), (STARTED_AT + 60.0, asleep), (STARTED_AT + 60.1, asleep)]
     assert not watch(looks)
