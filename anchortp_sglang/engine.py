@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import msgspec
+
 from anchortp_sglang.admission.checks import check_message
 from anchortp_sglang.options import from_kwargs
 from anchortp_sglang.startup import device
@@ -33,7 +35,12 @@ class Engine(_StockEngine):
         tp_size = server_args.tp_size if server_args is not None else device.tp_size_of(rest)
         if tp_size > MAX_TP_SIZE:
             raise ValueError(f"tp_size is {tp_size}; an Engine takes at most {MAX_TP_SIZE}")
-        server_args = server_args or _record(rest, options.overlap)
+        if server_args is None:
+            server_args = _record(rest, options.overlap)
+        elif options.overlap != "auto":
+            raise ValueError("anchor_overlap does not go with server_args: set its disable_overlap_schedule instead")
+        for name, value in named_snapshot(msgspec.structs.asdict(server_args)).items():
+            setattr(server_args, name, value)
         self._anchor_runtime: start.Runtime | None = start.start(server_args, options, _PLATFORM, serves_http=False)
         try:
             super().__init__(server_args=server_args)
@@ -55,6 +62,5 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any], overlap: str) -> Any:
-    kwargs = kwargs | named_snapshot(kwargs)
     flags = device.prepare(device.choose_platform(kwargs), kwargs, overlap).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))

@@ -28,15 +28,16 @@ def main(argv: Sequence[str]) -> None:
         options, rest = split_argv(argv)
         given = given_flags(rest)
         wants_help = "help" in given
-        if not wants_help and (snapshot := named_snapshot(given)):
-            rest += device.as_arguments(snapshot)
-            given |= snapshot
         flags = {} if wants_help else given
         platform = device.choose_platform(flags, options.experimental_cuda)
         defaults = device.prepare(platform, flags, options.overlap)
         if not wants_help:
             preflight.check_given(given, platform.rules)
             preflight.check_run_base(options.run_dir)
+            snapshot = named_snapshot(given, lambda folder: preflight.check_model(given | {"model_path": folder}))
+            rest += device.as_arguments(snapshot)
+            given |= snapshot
+            preflight.check_model(given)
             preload.leave_out_other_models(preflight.architectures(given))
     except ValueError as error:
         _refuse(error)

@@ -111,6 +111,9 @@ def _with_config_file(parser: argparse.ArgumentParser, argv: list[str]) -> list[
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
-        return module.ConfigArgumentMerger(parser).merge_config_with_args(argv)
-    except (OSError, module.yaml.YAMLError) as error:
+        merged = list(module.ConfigArgumentMerger(parser).merge_config_with_args(argv))
+    except (OSError, AttributeError, TypeError, module.yaml.YAMLError) as error:
         raise ValueError(f"--config cannot be read: {error}") from None
+    if ours := [token for token in merged if token.replace("_", "-").startswith("--anchor-")]:
+        raise ValueError(f"{ours[0]} cannot be in a --config file: give it on the command line")
+    return merged

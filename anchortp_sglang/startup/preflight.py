@@ -10,7 +10,7 @@ from typing import Any
 from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.anchor.run_base import default_base
-from anchortp_sglang.planning.model.axes import read_model_axes, refuse_layout_only
+from anchortp_sglang.planning.model.axes import UnsupportedModel, read_model_axes, refuse_layout_only
 
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
@@ -21,12 +21,16 @@ def check_given(given: Mapping[str, Any], rules: DeviceRules) -> None:
     refusals = check_server_args(flags, rules)
     if refusals:
         raise UnsupportedError(refusals)
-    if "model_path" in given:
-        overrides = given.get("json_model_override_args")
-        refuse_layout_only(read_model_axes(read_config(Path(given["model_path"]), overrides)))
     port = _value(given.get("port", _DEFAULT_PORT))
     if isinstance(port, int):
         reserve_port(given.get("host", "127.0.0.1"), port).close()
+
+
+def check_model(given: Mapping[str, Any]) -> None:
+    """Check the model in the folder ``model_path``. Raises ValueError for the operator."""
+    if "model_path" in given:
+        overrides = given.get("json_model_override_args")
+        refuse_layout_only(read_model_axes(read_config(Path(given["model_path"]), overrides)))
 
 
 def check_run_base(given: str | None) -> None:
@@ -78,13 +82,20 @@ def read_config(checkpoint: Path, overrides: str | None = None) -> dict[str, Any
     """
     config = _read_file(checkpoint)
     changes = _overrides(overrides)
-    changed = config | changes
-    if changes and read_model_axes(changed) != read_model_axes(config):
+    if changes and _other_shapes(config, config | changes):
         raise ValueError(
             f"--json-model-override-args {overrides} changes the shapes of parameters, which are the checkpoint's:"
             " leave these keys out, or use a checkpoint of that shape"
         )
-    return changed
+    return config | changes
+
+
+def _other_shapes(config: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
+    try:
+        before = read_model_axes(config)
+    except UnsupportedModel:
+        return False  # what made it so may be changed; the changed one is checked later
+    return read_model_axes(changed) != before
 
 
 def _overrides(text: str | None) -> dict[str, Any]:
@@ -94,9 +105,19 @@ def _overrides(text: str | None) -> dict[str, Any]:
         raise ValueError(f"--json-model-override-args is no JSON ({error})") from None
     if not isinstance(changes, dict):
         raise ValueError("--json-model-override-args takes a JSON object")
-    if named := sorted({"architectures", "model_type"} & changes.keys()):
-        raise ValueError(f"--json-model-override-args cannot change {named[0]}: the plan is for the checkpoint's model")
+    for key, way_out in _NOT_OVERRIDDEN.items():
+        if key in changes:
+            raise ValueError(f"--json-model-override-args cannot change {key}: {way_out}")
     return changes
+
+
+_OTHER_MODEL = "use a checkpoint of that model"
+_NOT_OVERRIDDEN = {
+    "architectures": _OTHER_MODEL,
+    "model_type": _OTHER_MODEL,
+    "dtype": "use --dtype",
+    "torch_dtype": "use --dtype",
+}
 
 
 def _read_file(checkpoint: Path) -> dict[str, Any]:

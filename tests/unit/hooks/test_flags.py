@@ -53,8 +53,17 @@ def test_what_sglang_would_not_accept_is_refused(argv, complaint):
         given_flags(argv)
 
 
-def test_a_configuration_file_that_is_no_yaml_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: [1,", "--config cannot be read"),
+        ("1: 2", "--config cannot be read"),
+        ("[1, 2]", "must contain a dictionary"),
+        ("anchor-linger: 3", "--anchor-linger cannot be in a --config file"),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_used_is_refused(tmp_path, text, complaint):
     file = tmp_path / "server.yaml"
-    file.write_text("a: [1,")
-    with pytest.raises(ValueError, match="--config cannot be read"):
+    file.write_text(text)
+    with pytest.raises(ValueError, match=complaint):
         given_flags(["--config", str(file)])

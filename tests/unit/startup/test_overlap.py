@@ -3,6 +3,8 @@
 import pytest
 
 from anchortp_sglang.platforms.cpu.platform import CpuPlatform
+from anchortp_sglang.platforms.cuda.platform import CudaPlatform
+from anchortp_sglang.platforms.cuda.probe import GpuFacts
 from anchortp_sglang.startup import device
 
 OFF = {"disable_overlap_schedule": True}
@@ -33,3 +35,10 @@ def test_the_switch_is_added_where_overlap_is_not_wanted(given, overlap, off):
 def test_a_contradiction_is_refused(given, overlap):
     with pytest.raises(ValueError, match=f"--anchor-overlap {overlap} contradicts --disable-overlap-schedule"):
         device.prepare(CpuPlatform(), given, overlap)
+
+
+def test_on_gpus_it_is_on_unless_switched_off():
+    gpu = GpuFacts(uuid="GPU-0", name="H100", total_bytes=1 << 36, free_bytes=1 << 36, sharing="vmm", peers=["GPU-0"])
+    platform = CudaPlatform(gpus=(gpu,))
+    assert "disable_overlap_schedule" not in device.prepare(platform, {}, "auto").flags
+    assert device.prepare(platform, {}, "off").flags["disable_overlap_schedule"] is True
