@@ -17,13 +17,17 @@ _DEFAULT_PORT = 30000  # ServerArgs.port
 
 def check_given(given: Mapping[str, Any], rules: DeviceRules) -> None:
     """Check the flags of a command line (``hooks.flags.given_flags``). Raises ValueError for the operator."""
-    flags = {name: _value(text) for name, text in given.items()}
-    refusals = check_server_args(flags, rules)
+    refusals = check_server_args(flag_values(given), rules)
     if refusals:
         raise UnsupportedError(refusals)
     port = _value(given.get("port", _DEFAULT_PORT))
     if isinstance(port, int):
         reserve_port(given.get("host", "127.0.0.1"), port).close()
+
+
+def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags with numbers and words for off parsed, as far as refusals depend on them."""
+    return {name: _value(text) for name, text in given.items()}
 
 
 def check_model(given: Mapping[str, Any]) -> None:
