@@ -13,7 +13,7 @@ from histories import Unbroken, assert_identical, outcomes, prompt, request, unt
 from anchortp_sglang.testing.streams import Streams
 
 POISON = Path(__file__).parent / "poison"
-RAISES, DIES, RAISES_SOMEWHERE = ([7, n] for n in range(1, 4))
+RAISES, DIES, RAISES_SOMEWHERE, HANGS = ([7, n] for n in range(1, 5))
 """How prompts begin that poison/anchortp_poison.py makes ranks fail with."""
 GOOD = [request(prompt(2000 + seed, 30), 150) for seed in range(4)]
 
@@ -33,6 +33,9 @@ def unbroken(poisoned):
     return Unbroken(poisoned)
 
 
+only_if_asked = pytest.mark.skipif("ANCHORTP_HANGS" not in os.environ, reason="takes a minute: set ANCHORTP_HANGS=1")
+
+
 def bad(mark, **more):
     return request([*mark, *prompt(2100, 20)], 30) | more
 
@@ -50,8 +53,9 @@ def refusal(server, body):
         (RAISES, "RuntimeError: poisoned", 4),
         (RAISES_SOMEWHERE, "RuntimeError: poisoned somewhere", 4),
         (DIES, "", 9),
+        pytest.param(HANGS, "", 9, marks=only_if_asked),
     ],
-    ids=["raises", "raises without naming a request", "dies by a signal"],
+    ids=["raises", "raises without naming a request", "dies by a signal", "hangs"],
 )
 def test_it_is_ended_and_the_others_go_on(poisoned, unbroken, mark, words, most_generations):
     expected = unbroken(GOOD)

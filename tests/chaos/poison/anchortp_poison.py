@@ -6,10 +6,11 @@ poison; what it does, it does in the forward pass of each rank.
 
 import os
 import signal
+import time
 
 MARK = 7
-RAISE, DIE, RAISE_SOMEWHERE = (MARK, 1), (MARK, 2), (MARK, 3)
-"""Raise; be killed by a signal; raise where the code has no single request."""
+RAISE, DIE, RAISE_SOMEWHERE, HANG = (MARK, 1), (MARK, 2), (MARK, 3), (MARK, 4)
+"""Raise; be killed by a signal; raise where the code has no single request; make no progress any more."""
 
 
 def load() -> None:
@@ -36,6 +37,8 @@ def _act(mark, request) -> None:
         raise RuntimeError("poisoned")
     if mark == DIE:
         os.kill(os.getpid(), signal.SIGSEGV)
+    if mark == HANG:
+        time.sleep(3600.0)
     if mark == RAISE_SOMEWHERE:
         del request
         _fail()
