@@ -1,6 +1,6 @@
 """What our hooks cost of a decode step, timed inside the scheduler of a live server.
 
-    PYTHONPATH=. $(make -s print-python) tools/time_hooks.py [--tp 1] [--streams 8] [--tokens 200]
+    PYTHONPATH=. $(make -s print-python) tools/time_hooks.py [--tp 1] [--streams 8] [--tokens 200] [--overlap]
 
 Prints, for each hook that runs in rank 0's decode loop, the median and the mean over the steps, and their share of
 a step. Timers cost about 0.1 µs each. It starts itself a second time as the server, with a timer around each hook.
@@ -24,10 +24,13 @@ WARM_UP_STEPS = 20
 def serve() -> None:
     """Be the server; rank 0 leaves the times of its steps in the file named by the environment."""
     from anchortp_sglang import launch_server
+    from anchortp_sglang.hooks.flags import given_flags
+    from anchortp_sglang.options import split_argv
     from anchortp_sglang.startup import device
 
-    given = device.given_flags(sys.argv[1:])
-    device.prepare(device.choose_platform(given), given)  # before SGLang is imported
+    options, rest = split_argv(sys.argv[1:])
+    given = given_flags(rest)
+    device.prepare(device.choose_platform(given), given, options.overlap)  # before SGLang is imported
     from anchortp_sglang.hooks import table
     from anchortp_sglang.rank.attachment import current
 
@@ -71,7 +74,7 @@ def serve() -> None:
     launch_server.main(sys.argv[1:])
 
 
-def measure(tp: int, streams: int, tokens: int) -> None:
+def measure(tp: int, streams: int, tokens: int, overlap: bool) -> None:
     from anchortp_sglang.testing.server import Server
     from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
@@ -80,6 +83,7 @@ def measure(tp: int, streams: int, tokens: int) -> None:
         result = folder / "steps.json"
         model = write_checkpoint(folder / "model", "qwen3", num_layers=6)
         flags = ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--anchor-allow-drift"]
+        flags += ["--anchor-overlap", "on" if overlap else "off"]
         env = {RESULT: str(result), "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), "."))}
         server = Server(model, tp, *flags, log=folder / "server.log", module="time_hooks", env=env)
         with server:
@@ -106,8 +110,9 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--overlap", action="store_true", help="use SGLang's overlap schedule")
     asked = parser.parse_args()
-    measure(asked.tp, asked.streams, asked.tokens)
+    measure(asked.tp, asked.streams, asked.tokens, asked.overlap)
 
 
 if __name__ == "__main__":
