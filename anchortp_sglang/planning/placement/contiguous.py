@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 from anchortp_sglang.planning.intervals import Intervals
 from anchortp_sglang.planning.ownership.layer_ownership import Layout
 from anchortp_sglang.planning.placement.even_spread import evenly_spread, is_best
-from anchortp_sglang.planning.placement.most_kept import most_kept
+from anchortp_sglang.planning.placement.largest_overlap import largest_overlap
 from anchortp_sglang.planning.placement.priced_rounding import priced_rounding
 from anchortp_sglang.planning.placement.rotation import Due, due
 from anchortp_sglang.planning.placement.rounding import NEVER, LayerKind, RoundedUp, most_conceivable
@@ -56,7 +56,7 @@ def _largest_overlap(share: Due, extra: int, held: Sequence[Layout], even: Seque
     if len(held) == 1:  # no other layers could make up for it
         return [kinds[0].best()[1]]
     devices = range(len(share.whole))
-    found = most_kept(kinds, [(share.lowest(device), share.highest(device)) for device in devices])
+    found = largest_overlap(kinds, [(share.lowest(device), share.highest(device)) for device in devices])
     if found is None:
         ups = Counter(device for rounded_up in even for device in rounded_up)
         better = priced_rounding([kinds[name] for name in by_layer], [ups[device] for device in devices])

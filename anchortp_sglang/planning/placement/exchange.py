@@ -13,7 +13,7 @@ may move a little more than necessary (measured: 2.3 instead of 1.6% for 63→64
 Edges = dict[tuple[int, int], tuple[int, int]]
 
 
-def keep_most(
+def enlarge_overlap(
     chosen: list[set[int]],
     allowed: Sequence[frozenset[int]],
     preferred: Sequence[frozenset[int]],

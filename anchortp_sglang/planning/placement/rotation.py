@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anchortp_sglang.planning.placement.exchange import keep_most
+from anchortp_sglang.planning.placement.exchange import enlarge_overlap
 
 _STRIDE = 0x9E3779B97F4A7C15
 """2**64 over the golden ratio: multiples of it, modulo 2**64, spread evenly however many are taken."""
@@ -88,7 +88,7 @@ def spread(
     if keeps:
         lowest = [min(count, share.lowest(d)) for d, count in enumerate(used)]
         highest = [max(count, share.highest(d)) for d, count in enumerate(used)]
-        keep_most(chosen, allowed, preferred, used, lowest, highest)
+        enlarge_overlap(chosen, allowed, preferred, used, lowest, highest)
     return chosen
 
 

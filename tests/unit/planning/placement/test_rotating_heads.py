@@ -137,7 +137,7 @@ def test_no_recovery_waits_for_an_integer_program(data: st.DataObject) -> None:
     devices = range(data.draw(st.integers(2, heads[0])))
     rotate = data.draw(st.booleans())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contiguous, "most_kept", None)
+        patch.setattr(contiguous, "largest_overlap", None)
         ownership = rotating_split(axes, devices) if rotate else split(axes, devices)
         while len(ownership.devices) > 1:
             alive = ownership.devices

@@ -5,9 +5,9 @@ from itertools import combinations, combinations_with_replacement, product
 
 import pytest
 
-from anchortp_sglang.planning.placement import most_kept as programs
+from anchortp_sglang.planning.placement import largest_overlap as programs
 from anchortp_sglang.planning.placement.even_spread import is_best
-from anchortp_sglang.planning.placement.most_kept import most_kept
+from anchortp_sglang.planning.placement.largest_overlap import largest_overlap
 from anchortp_sglang.planning.placement.priced_rounding import priced_rounding
 from anchortp_sglang.planning.placement.rounding import NEVER, LayerKind, RoundedUp, most_conceivable
 
@@ -54,7 +54,7 @@ def test_the_program_finds_what_exhaustion_does_within_the_limits(seed: int) -> 
         within = all(low <= n <= high for n, (low, high) in zip(totals(every, devices), limits, strict=True))
         if within:
             best = max(best, sum(k.overlap(one) for k, ones in zip(kinds, chosen, strict=True) for one in ones))
-    found = most_kept(kinds, limits)
+    found = largest_overlap(kinds, limits)
     if best < 0:
         assert found is None
         return
@@ -67,9 +67,9 @@ def test_the_program_finds_what_exhaustion_does_within_the_limits(seed: int) -> 
 
 def test_a_program_that_is_too_large_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [kind(random.Random(1), 4, 2, 3)]
-    assert most_kept(kinds, [(0, 3)] * 4)
+    assert largest_overlap(kinds, [(0, 3)] * 4)
     monkeypatch.setattr(programs, "MOST_STEPS", 5)
-    assert most_kept(kinds, [(0, 3)] * 4) is None
+    assert largest_overlap(kinds, [(0, 3)] * 4) is None
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -33,7 +33,7 @@ class _Step:
     gain: int
 
 
-def most_kept(kinds: Sequence[LayerKind], limits: Sequence[tuple[int, int]]) -> list[list[RoundedUp]] | None:
+def largest_overlap(kinds: Sequence[LayerKind], limits: Sequence[tuple[int, int]]) -> list[list[RoundedUp]] | None:
     """Choose the devices that are rounded up in each layer of each kind, such that most is kept.
 
     ``limits``: in how many layers each device may be rounded up, at least and at most. Returns None if the program is
