@@ -112,8 +112,9 @@ def _with_config_file(parser: argparse.ArgumentParser, argv: list[str]) -> list[
     spec.loader.exec_module(module)
     try:
         merged = list(module.ConfigArgumentMerger(parser).merge_config_with_args(argv))
-    except (OSError, AttributeError, TypeError, module.yaml.YAMLError) as error:
-        raise ValueError(f"--config cannot be read: {error}") from None
+    except (OSError, ValueError, AttributeError, TypeError, module.yaml.YAMLError) as error:
+        given = " ".join(argv[argv.index(_CONFIG) :][:2])
+        raise ValueError(f"{given} cannot be used: {error}") from None
     if ours := [token for token in merged if token.replace("_", "-").startswith("--anchor-")]:
         raise ValueError(f"{ours[0]} cannot be in a --config file: give it on the command line")
     return merged

@@ -48,7 +48,7 @@ def refused(forge, places, argv):
         (["--anchor-min-devices", "0"], ["--anchor-min-devices", "at least 1"]),
         (["--dp-size", "2"], ["--dp-size 2", "router"]),
         (["--device", "cuda"], ["--device cuda", "use --device cpu"]),
-        (["--model-path", "/no/such/folder"], ["/no/such/folder", "download"]),
+        (["--model-path", "/no/such/folder"], ["/no/such/folder", "OWNER/NAME"]),
         (["--tp-size", "many"], ["--tp-size", "'many'"]),
         (["--port", "0"], ["--port 0", "1 to 65535"]),
         (["--anchor-run-dir", "/dev/null/run"], ["/dev/null/run", "choose another"]),
@@ -177,7 +177,7 @@ def second_shard(folder):
 DAMAGE = {
     "another architecture": (configured(architectures=["GemmaForCausalLM"]), ["GemmaForCausalLM", "supported are"]),
     "quantized": (configured(quantization_config={"quant_method": "fp8"}), ["quantization_config", "unquantized"]),
-    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "download"]),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "OWNER/NAME"]),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "copy it again"]),
     "no weights": (
         lambda folder: [path.unlink() for path in folder.glob("*.safetensors*")],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scheduled_kv import PLAIN, new_request, publish
 
-from anchortp_sglang.rank import attachment, penalties
+from anchortp_sglang.rank import penalties
 from anchortp_sglang.rank.main import after_create_generation_req
 from anchortp_sglang.rank.messages import Resume
 
@@ -29,10 +29,19 @@ class Batch:
     """What penalizers and hooks read of a ScheduleBatch; penalizers refer to it weakly."""
 
     device = "cpu"
-    forward_mode = SimpleNamespace(is_decode=lambda: True)
 
-    def __init__(self, req: Any, enable_overlap: bool) -> None:
-        self.reqs, self.enable_overlap = [req], enable_overlap
+    def __init__(self, req: Any, mode: str) -> None:
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        self.enable_overlap = mode != "plain"
+        self.forward_mode = ForwardMode.MIXED if mode == "mixed" else ForwardMode.DECODE
+        # In a mixed batch, what is prefilled comes before what decodes.
+        self.reqs = [penalized([]), req] if mode == "mixed" else [req]
+        self.decoding_reqs = [req] if mode == "mixed" else None
+
+    def launch(self, token: int) -> None:
+        self.input_ids = torch.tensor([*PROMPT, token] if self.decoding_reqs else [token])
+        penalties.after_resolve_forward_inputs(None, self)
 
 
 def penalized(outputs: list[int]) -> Any:
@@ -45,7 +54,7 @@ def penalized(outputs: list[int]) -> Any:
     return req
 
 
-def logits_at_each_step(resumed_after: int, overlap: bool) -> list[list[float]]:
+def logits_at_each_step(resumed_after: int, mode: str) -> list[list[float]]:
     """Penalized logits of each output token from ``resumed_after`` on, as the scheduler feeds the penalizers."""
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.sampling import penaltylib
@@ -57,38 +66,38 @@ def logits_at_each_step(resumed_after: int, overlap: bool) -> list[list[float]]:
         penaltylib.BatchedRepetitionPenalizer,
     }
     req = penalized(OUTPUTS[:resumed_after])
-    batch = Batch(req, overlap)
+    batch = Batch(req, mode)
     orchestrator = penaltylib.BatchedPenalizerOrchestrator(VOCAB_SIZE, batch, kinds)
     penalties.after_penalizers(None, orchestrator)
     batch.sampling_info = SimpleNamespace(penalizer_orchestrator=orchestrator)
     found = [applied(orchestrator)]  # the prefill samples a token
     for token in OUTPUTS[resumed_after:-1]:
-        if not overlap:
+        if mode == "plain":
             req.output_ids.append(token)
         penalties.around_cumulate_penalty_output_tokens(ScheduleBatch.cumulate_penalty_output_tokens, batch)
-        batch.input_ids = torch.tensor([token])
-        penalties.after_resolve_forward_inputs(None, batch)
-        if overlap:
+        batch.launch(token)
+        if mode != "plain":
             req.output_ids.append(token)
         found.append(applied(orchestrator))
     return found
 
 
 def applied(orchestrator: Any) -> list[float]:
-    logits = torch.arange(1, VOCAB_SIZE + 1, dtype=torch.float32)[None]
+    """Of the batch's last request."""
+    logits = torch.arange(1, VOCAB_SIZE + 1, dtype=torch.float32).repeat(len(orchestrator.reqs()), 1)
     orchestrator.apply(logits)
-    return logits[0].tolist()
+    return logits[-1].tolist()
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlap"])
+@pytest.mark.parametrize("mode", ["plain", "overlap", "mixed"])
 @pytest.mark.parametrize("delivered", range(len(OUTPUTS)))
 def test_penalties_are_those_of_a_run_without_fault_and_overlap(
-    monkeypatch: pytest.MonkeyPatch, delivered: int, overlap: bool
+    monkeypatch: pytest.MonkeyPatch, delivered: int, mode: str
 ) -> None:
-    monkeypatch.setattr(attachment, "_current", SimpleNamespace())
-    unbroken = logits_at_each_step(0, overlap=False)
+    monkeypatch.setattr(penalties, "current", SimpleNamespace)  # in a rank
+    unbroken = logits_at_each_step(0, "plain")
     assert unbroken[0] != unbroken[-1]
-    assert logits_at_each_step(delivered, overlap) == unbroken[delivered:]
+    assert logits_at_each_step(delivered, mode) == unbroken[delivered:]
 
 
 @pytest.mark.parametrize("delivered", range(len(OUTPUTS) + 1))
