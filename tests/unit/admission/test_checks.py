@@ -110,7 +110,6 @@ def test_every_refused_environment_variable_request_field_and_key_exists():
         ("--enable-hierarchical-cache", {"enable_hierarchical_cache": True}),
         ("--enable-lmcache", {"enable_lmcache": True}),
         ("--enable-session-radix-cache", {"enable_session_radix_cache": True}),
-        ("--enable-mixed-chunk", {"enable_mixed_chunk": True}),
         ("--enable-torch-compile", {"enable_torch_compile": True}),
         ("--device", {"device": "cuda"}),
         ("--device", {"device": "xpu"}),
