@@ -35,8 +35,21 @@ async def run_in_thread(function: Callable[..., Coroutine[Any, Any, Any]], *args
 
 
 async def around_tokenize_request(original: Callable[..., Any], serving: Any, *requests: Any) -> Any:
-    """AROUND OpenAIServingTokenize and OpenAIServingDetokenize._handle_non_streaming_request: in a thread."""
-    return await run_in_thread(original, serving, *requests)
+    """AROUND OpenAIServingTokenize and OpenAIServingDetokenize._handle_non_streaming_request: in a thread.
+
+    The answer is written there, too: FastAPI would write a list of all tokens on the loop.
+    """
+    return await asyncio.get_running_loop().run_in_executor(_threads, _answer, original, (serving, *requests))
+
+
+def _answer(function: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...]) -> Any:
+    from fastapi import Response
+    from pydantic import BaseModel
+
+    result = _run(function, args)
+    if isinstance(result, BaseModel):
+        return Response(result.model_dump_json(by_alias=True), media_type="application/json")
+    return result
 
 
 def _run(function: Callable[..., Coroutine[Any, Any, Any]], args: tuple[Any, ...]) -> Any:

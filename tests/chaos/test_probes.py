@@ -105,8 +105,7 @@ def test_liveness_and_streams_do_not_wait_for_a_long_text(server, unbroken):
         took_s = time.monotonic() - began
     assert_identical(expected, outcomes(streams.histories))
     assert took_s > 2 * TIMEOUT_S, "the texts were read too soon to tell"
-    # Each of the two texts takes about half of the time; a slow machine needs more than a probe's timeout for a part.
-    assert max(took_s for _, _, took_s in probe.answers) < max(TIMEOUT_S, took_s / 3)
+    assert max(took_s for _, _, took_s in probe.answers) < TIMEOUT_S
 
 
 @pytest.mark.parametrize("path", PROBES)

@@ -35,7 +35,7 @@ Content = tuple[Any, ...]
 """A namespace, then all tokens up to one."""
 
 IN_FLIGHT: Content = ()
-"""What a slot holds while a launched step may be writing it: nobody knows."""
+"""Content of a slot that a launched step may be writing: it is unknown."""
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Step:
     ends: dict[str, int] = field(default_factory=dict)
     sampled: dict[str, int] = field(default_factory=dict)
     result: Any = None
-    """What ``Scheduler.run_batch`` returned, as far as ours reads it."""
+    """Result of ``Scheduler.run_batch``, as far as the hooks read it."""
 
     def launch(self, overlap: bool) -> None:
         self.result = SimpleNamespace(copy_done=None)

@@ -26,7 +26,7 @@ def _published():
 
 
 class Batch:
-    """What penalizers and hooks read of a ScheduleBatch; penalizers refer to it weakly."""
+    """Stands for a ScheduleBatch, with what penalizers and hooks read of it; penalizers refer to it weakly."""
 
     device = "cpu"
 
@@ -83,7 +83,7 @@ def logits_at_each_step(resumed_after: int, mode: str) -> list[list[float]]:
 
 
 def applied(orchestrator: Any) -> list[float]:
-    """Of the batch's last request."""
+    """Return the penalized logits of the batch's last request."""
     logits = torch.arange(1, VOCAB_SIZE + 1, dtype=torch.float32).repeat(len(orchestrator.reqs()), 1)
     orchestrator.apply(logits)
     return logits[-1].tolist()

@@ -1,4 +1,4 @@
-"""What is refused before SGLang is imported: overrides of a model's config."""
+"""Overrides of a model's config are applied, or refused before SGLang is imported."""
 
 import json
 
