@@ -10,6 +10,7 @@ import argparse
 import difflib
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -29,8 +30,15 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
 def _option(default: Any, usage: str, help_text: str, parse: Callable | None = None) -> Any:
-    """Make a dataclass field with its flag. Without ``parse`` the flag is a switch that inverts the default."""
+    """Make a dataclass field with its flag. Without ``parse`` the flag is a switch that inverts the default.
+
+    A value in brackets (``usage`` "flag [VALUE]") may be left out, and is True then.
+    """
     flag, _, metavar = usage.partition(" ")
     metadata = {"flag": FLAG_PREFIX + flag, "help": help_text, "parse": parse, "metavar": metavar}
     return field(default=default, metadata=metadata)
@@ -92,8 +100,11 @@ class AnchorOptions:
     allow_injection: bool = _option(
         False, "allow-injection", "let 'anchortp inject' kill ranks and devices of this server"
     )
-    allow_drift: bool = _option(
-        False, "allow-drift", "start although the installed SGLang differs from the one the hooks are for"
+    allow_drift: bool | tuple[str, ...] = _option(
+        False,
+        "allow-drift [SYMBOL,...]",
+        "start although the installed SGLang differs, in these symbols, or in any, from the one the hooks are for",
+        _names,
     )
     device_gib: float | None = _option(
         None,
@@ -146,6 +157,8 @@ class AnchorOptions:
             object.__setattr__(self, "run_dir", os.path.abspath(os.path.expanduser(self.run_dir)))
         if self.widths is not None:
             object.__setattr__(self, "widths", _as_widths(self.widths))
+        if not isinstance(self.allow_drift, bool):
+            object.__setattr__(self, "allow_drift", _as_symbols(self.allow_drift))
         _check_count("min-devices", self.min_devices)
         _check_seconds("linger", self.linger_s, zero_allowed=True)
         _check_seconds("hang-timeout", self.hang_timeout_s)
@@ -195,6 +208,16 @@ def _as_widths(value: Any) -> tuple[int, ...]:
     return widths
 
 
+def _as_symbols(value: Any) -> tuple[str, ...]:
+    try:
+        symbols = _names(value) if isinstance(value, str) else tuple(value)
+    except TypeError:
+        symbols = ()
+    if not symbols or not all(isinstance(symbol, str) and symbol for symbol in symbols):
+        raise OptionsError(f"--anchor-allow-drift takes symbols of SGLang with commas between them; got {value!r}")
+    return symbols
+
+
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionsError(f"{FLAG_PREFIX}{name} takes a whole number of at least 1; got {value!r}")
@@ -231,12 +254,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if option.metadata["parse"] is None:
             group.add_argument(flag, action="store_false" if option.default else "store_true", **about)
         else:
-            kind, metavar = option.metadata["parse"], option.metadata["metavar"]
-            group.add_argument(flag, type=kind, default=option.default, metavar=metavar, **about)
+            about |= {"type": option.metadata["parse"], "default": option.default}
+            if _takes_no_value_too(option):
+                about |= {"nargs": "?", "const": True}
+            group.add_argument(flag, metavar=option.metadata["metavar"].strip("[]"), **about)
+
+
+def _takes_no_value_too(option: Any) -> bool:
+    return option.metadata["metavar"].startswith("[")
 
 
 def _help(option: Any) -> str:
-    is_complete = option.metadata["parse"] is None or option.default is None or "default" in option.metadata["help"]
+    is_complete = option.metadata["parse"] is None or option.default in (None, False)
+    is_complete = is_complete or "default" in option.metadata["help"]
     return option.metadata["help"] if is_complete else f"{option.metadata['help']} (default: {option.default})"
 
 
@@ -244,8 +274,9 @@ def split_argv(argv: Sequence[str]) -> tuple[AnchorOptions, list[str]]:
     """Split ``argv`` into the ``--anchor-*`` options and SGLang's arguments, in their order."""
     values: dict[str, Any] = {}
     rest: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
+    tokens = deque(argv)
+    while tokens:
+        token = tokens.popleft()
         if not token.startswith(FLAG_PREFIX) and token != FLAG_PREFIX.rstrip("-"):
             rest.append(token)
             continue
@@ -257,8 +288,10 @@ def split_argv(argv: Sequence[str]) -> tuple[AnchorOptions, list[str]]:
             if has_value:
                 raise OptionsError(f"{flag} is a switch and takes no value; got {text!r}")
             values[option.name] = not option.default
+        elif _takes_no_value_too(option) and not has_value and (not tokens or tokens[0].startswith("-")):
+            values[option.name] = True
         else:
-            values[option.name] = _parse(option, text if has_value else next(tokens, None))
+            values[option.name] = _parse(option, text if has_value else tokens.popleft() if tokens else None)
     return AnchorOptions(**values), rest
 
 

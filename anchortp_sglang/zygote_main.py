@@ -17,14 +17,12 @@ def main(control_fd: int, exits_fd: int) -> None:
     from anchortp_sglang.startup.fork_guard import unfit_to_fork
 
     device.install_stand_ins()
-    from anchortp_sglang.hooks import preload, table  # after the stand-ins, which SGLang needs
+    from anchortp_sglang.hooks import install, preload, table  # after the stand-ins, which SGLang needs
     from anchortp_sglang.rank import messages
 
     preload.import_sglang()
-    from sglang.srt.plugins import load_plugins
-
     table.install_all(allow_drift=True)  # main has compared the manifest
-    load_plugins()
+    install.load_plugins()
     messages.register()
     reason = unfit_to_fork()
     if reason is not None:

@@ -121,12 +121,20 @@ def inject(
 @app.command()
 def doctor(
     run_dir: Annotated[str | None, typer.Option("--run-dir", help="The --anchor-run-dir you intend to use.")] = None,
+    sglang: Annotated[
+        Path | None,
+        typer.Option("--sglang", metavar="PATH", help="Judge the source tree of a fork of SGLang instead."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check whether this machine can run the server. Exit code 1 if a check fails."""
-    from anchortp_sglang.cli.doctor import run_checks
+    from anchortp_sglang.cli.doctor import judge_tree, run_checks
 
-    checks = list(run_checks(run_dir))
+    try:
+        checks = list(run_checks(run_dir) if sglang is None else judge_tree(sglang))
+    except ValueError as error:
+        typer.echo(f"anchortp: {error}", err=True)
+        raise typer.Exit(2) from None
     if as_json:
         _print_json([asdict(check) for check in checks])
     else:

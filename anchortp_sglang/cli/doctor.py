@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anchortp_sglang.hooks import manifest
+from anchortp_sglang.hooks import fork, manifest
 from anchortp_sglang.platforms.cpu.cgroups import memory_room
 
 GIB = 1 << 30
@@ -63,6 +63,42 @@ def run_checks(run_dir: str | None = None) -> Iterator[Check]:
             )
 
 
+def judge_tree(path: Path) -> Iterator[Check]:
+    """Judge the source of a fork of SGLang without starting or importing it. Raises ValueError if it is none."""
+    tree = fork.package_in(path)
+    version = fork.version_of(tree)
+    release = manifest.SGLANG_VERSION
+    if version == release:
+        yield Check("version", "PASS", version)
+    else:
+        detail = f"{version or 'no version in its files'}, the hooks are for {release}"
+        yield Check("version", "WARN", detail, f"install it and write a manifest, or {_allow(manifest.VERSION)}")
+    try:
+        drifts = fork.drift_of(tree)
+        lost = fork.lost_imports(tree)
+    except SyntaxError as error:
+        yield Check(
+            "source", "FAIL", f"{error.filename}:{error.lineno}: {error.msg}", "use a tree that Python can read"
+        )
+        return
+    for drift in drifts:
+        if drift.breaks:
+            yield Check(drift.symbol, "FAIL", drift.problem, "adapt the hook (CONTRIBUTING.md), or this symbol")
+        else:
+            way_out = f"compare both sources; if the hook holds, write a manifest, or {_allow(drift.symbol)}"
+            yield Check(drift.symbol, "WARN", drift.problem, way_out)
+    if not drifts:
+        yield Check("hooks", "PASS", f"all hooked symbols are as in {release}")
+    for name in lost:
+        yield Check(name, "FAIL", "anchortp-sglang imports it, and it is not there", "adapt the import")
+    if not lost:
+        yield Check("imports", "PASS", "all that anchortp-sglang imports is there")
+
+
+def _allow(symbol: str) -> str:
+    return f"start with --anchor-allow-drift {symbol}"
+
+
 def check_python() -> Check:
     """Check Python's version, which pip does but a PYTHONPATH does not."""
     version = ".".join(map(str, sys.version_info[:3]))
@@ -73,7 +109,7 @@ def check_python() -> Check:
 
 def check_sglang() -> Check:
     version = manifest.installed_version()
-    if version != manifest.SGLANG_VERSION:
+    if version != manifest.known_version():
         return Check("SGLang", "FAIL", version, f"pip install sglang=={manifest.SGLANG_VERSION}")
     return Check("SGLang", "PASS", version)
 
@@ -83,8 +119,11 @@ def check_hooks() -> Check:
     drifts = manifest.installed_drift()
     if not drifts:
         return Check("hooks", "PASS", f"SGLang's source is the one in {manifest.manifest_path().name}")
-    way_out = f"install sglang=={manifest.SGLANG_VERSION} unchanged, or start with --anchor-allow-drift"
-    return Check("hooks", "FAIL", "; ".join(map(str, drifts)), way_out)
+    symbols = ",".join(dict.fromkeys(drift.symbol for drift in drifts))
+    way_out = (
+        f"install sglang=={manifest.SGLANG_VERSION} unchanged; for a fork, read docs/forks.md, or {_allow(symbols)}"
+    )
+    return Check("hooks", "FAIL", "\n".join(map(str, drifts)), way_out)
 
 
 def check_memfd() -> Check:

@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from anchortp_sglang.hooks.fingerprint import source_file
-from anchortp_sglang.hooks.manifest import SGLANG_VERSION, patches_folder
+from anchortp_sglang.hooks.manifest import SGLANG_VERSION, installed_version, patches_folder
+from anchortp_sglang.hooks.source import source_file
 
-_NAME = f"sglang-{SGLANG_VERSION}-flags.toml"
-_HEADER = f"""\
-# The command-line flags of SGLang {SGLANG_VERSION}: field = its spellings, by what follows a flag.
+_HEADER = """\
+# The command-line flags of SGLang {version}: field = its spellings, by what follows a flag.
 # Generated: `python -m anchortp_sglang.hooks --write`.
 """
 _SWITCH, _TOGGLE, _VALUE = "switch", "toggle", "value"
@@ -53,18 +52,24 @@ def _kind(action: argparse.Action) -> str:
 
 def write_flags() -> Path:
     """Write the table of the installed SGLang; return its path."""
-    text = _HEADER
+    version = installed_version()
+    text = _HEADER.format(version=version)
     for kind, fields in sorted(installed_flags().items()):
         text += f"\n[{json.dumps(kind)}]\n"
         text += "".join(f"{field} = {json.dumps(spellings)}\n" for field, spellings in sorted(fields.items()))
-    path = patches_folder() / _NAME
+    path = _path(version)
     path.write_text(text, encoding="utf-8")
     return path
 
 
+def _path(version: str) -> Path:
+    return patches_folder() / f"sglang-{version}-flags.toml"
+
+
 def known_flags() -> Table:
-    """Return the table of the SGLang that the hooks are for."""
-    return tomllib.loads((patches_folder() / _NAME).read_text(encoding="utf-8"))
+    """Return the table of the installed SGLang if it has been written, else that of the release."""
+    path = _path(installed_version())
+    return tomllib.loads((path if path.is_file() else _path(SGLANG_VERSION)).read_text(encoding="utf-8"))
 
 
 class _Parser(argparse.ArgumentParser):

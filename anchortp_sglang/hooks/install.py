@@ -1,4 +1,4 @@
-"""Installs hooks through SGLang's registry, and verifies each.
+"""Installs hooks through SGLang's registry, or in the seams of a patched fork, and verifies each.
 
 ``HookRegistry`` (srt/plugins/hook_registry.py, 0.5.23) logs and goes on when a hook cannot be applied. A server with
 half of its hooks would silently lose requests, so every hook is looked up afterwards. One that is not in effect stops
@@ -7,6 +7,7 @@ the start with its name.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import pkgutil
 import sys
@@ -15,10 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-from anchortp_sglang.hooks.fingerprint import fingerprint
-
-__all__ = ["Hook", "HookError", "fingerprint", "install", "verify"]
 
 KINDS = ("before", "after", "around", "replace")
 
@@ -60,34 +57,95 @@ class HookError(RuntimeError):
 
 
 def install(hooks: Sequence[Hook]) -> None:
-    """Register and apply ``hooks``, then verify each. A second call with the same table does nothing.
+    """Put every hook into its seam, or register and apply it, then verify each. A second call changes nothing.
 
     Call it while the process has one thread and has not called the targets. Imports their modules. Raises
     :class:`HookError`; SGLang is then half patched and the process must not serve.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
-
     originals = _originals(hooks)
-    source = HookSource(plugin_name="anchortp", dist_name="anchortp-sglang")
-    for hook in hooks:
-        known = [(kind.value, function) for kind, function, _ in HookRegistry._hooks.get(hook.target, ())]
-        if (hook.kind, hook.function) not in known:
-            HookRegistry.register(hook.target, hook.function, HookType(hook.kind), source=source)
-    logging.getLogger(HookRegistry.__module__).setLevel(logging.WARNING)  # else a line for each hook
-    with _mended_together():
-        HookRegistry.apply_hooks()
+    seams = {target for target, original in originals.items() if _is_seam(original)}
+    for target in seams:
+        _fill(originals[target], [hook for hook in hooks if hook.target == target])
+    others = [hook for hook in hooks if hook.target not in seams]
+    if others:
+        _register(others)
     verify(hooks, originals)
 
 
+def load_plugins() -> None:
+    """Load the plugins that the operator has installed for SGLang, if it has a plugin system."""
+    if _registry() is not None:
+        importlib.import_module("sglang.srt.plugins").load_plugins()
+
+
+def _registry() -> Any:
+    """Return SGLang's module of the hook registry, or None in a fork without it."""
+    try:
+        return importlib.import_module("sglang.srt.plugins.hook_registry")
+    except ModuleNotFoundError as error:
+        if not "sglang.srt.plugins.hook_registry".startswith(str(error.name)):
+            raise
+        return None
+
+
+def _register(hooks: Sequence[Hook]) -> None:
+    """Apply hooks through SGLang's registry. Raises :class:`HookError` if it has none."""
+    registry = _registry()
+    if registry is None:
+        problem = "SGLang has neither its plugin system nor a seam here: apply the patch of docs/forks.md to its source"
+        raise HookError({hook.target: problem for hook in hooks})
+    source = registry.HookSource(plugin_name="anchortp", dist_name="anchortp-sglang")
+    for hook in hooks:
+        known = [(kind.value, function) for kind, function, _ in registry.HookRegistry._hooks.get(hook.target, ())]
+        if (hook.kind, hook.function) not in known:
+            registry.HookRegistry.register(hook.target, hook.function, registry.HookType(hook.kind), source=source)
+    logging.getLogger(registry.__name__).setLevel(logging.WARNING)  # else a line for each hook
+    with _mended_together(registry):
+        registry.HookRegistry.apply_hooks()
+
+
+_HOOKED = "anchortp_hooked"
+"""The attribute in which a seam keeps the function that it calls (:mod:`anchortp_sglang.hooks.anchortp_seam`)."""
+
+
+def _is_seam(function: Any) -> bool:
+    return function is not None and getattr(function, "anchortp_seam", None) is function
+
+
+def _fill(seam: Any, hooks: Sequence[Hook]) -> None:
+    function = seam.__wrapped__
+    for hook in hooks:
+        function = _wrapped(function, hook.kind, hook.function)
+    setattr(seam, _HOOKED, function)
+
+
+def _wrapped(original_fn: Callable, kind: str, hook: Callable) -> Callable:
+    """Return what SGLang's registry would call for a hook of this kind."""
+
+    def before(*args: Any, **kwargs: Any) -> Any:
+        changed = hook(*args, **kwargs)
+        if changed is not None:
+            args, kwargs = changed
+        return original_fn(*args, **kwargs)
+
+    def after(*args: Any, **kwargs: Any) -> Any:
+        result = original_fn(*args, **kwargs)
+        changed = hook(result, *args, **kwargs)
+        return result if changed is None else changed
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        return hook(original_fn, *args, **kwargs)
+
+    return {"before": before, "after": after, "around": around, "replace": hook}[kind]
+
+
 @contextmanager
-def _mended_together() -> Iterator[None]:
+def _mended_together(hook_registry: Any) -> Iterator[None]:
     """Replace the names that other modules imported from hooked ones in one walk over all modules.
 
     The registry walks once for each hook (``_propagate_patch``), more than a second in all. ``verify`` checks that no
     module still holds an original.
     """
-    from sglang.srt.plugins import hook_registry
-
     stock = hook_registry._propagate_patch
     replaced: dict[int, tuple[Any, Any, Any]] = {}
 
@@ -112,11 +170,10 @@ def verify(hooks: Sequence[Hook], originals: dict[str, Any]) -> None:
     ``originals``: by target, the objects before patching. No module may still hold one under any name (``from X import
     Y`` before the hook).
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
+    registry = _registry()
     problems: dict[str, str] = {}
     for hook in hooks:
-        if hook.target not in HookRegistry._patched:
+        if not _is_seam(originals[hook.target]) and hook.target not in registry.HookRegistry._patched:
             problems[hook.target] = "SGLang's hook registry could not apply it, see its log above"
         elif not _reaches(_resolve(hook.target), hook.function):
             problems[hook.target] = (
@@ -154,10 +211,13 @@ def _resolve(target: str) -> Any:
 def _reaches(function: Any, wanted: Callable) -> bool:
     """Return whether a call of ``function`` reaches ``wanted``.
 
-    Follows the variables that the registry's ``_wrap_fn`` closes over: ``hook``, and ``original_fn`` unless the wrapper
-    replaces it. So a hook of ours beneath another plugin's replacement is not found, as it is not called.
+    Follows the variables that the registry's ``_wrap_fn`` and ours close over: ``hook``, and ``original_fn`` unless the
+    wrapper replaces it. So a hook of ours beneath another plugin's replacement is not found, as it is not called.
     """
     while function is not wanted:
+        if _is_seam(function):
+            function = getattr(function, _HOOKED)
+            continue
         if not isinstance(function, types.FunctionType):
             return False
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from anchortp_sglang.admission import hooks as admission
 from anchortp_sglang.admission import long_texts
@@ -347,19 +348,17 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 
-def install_all(allow_drift: bool = False) -> None:
+def install_all(allow_drift: bool | Collection[str] = False) -> None:
     """Compare the table with the installed SGLang, install every hook and verify that it took.
 
-    Raises :class:`anchortp_sglang.hooks.manifest.DriftError` unless ``allow_drift``, and
-    :class:`anchortp_sglang.hooks.install.HookError` in any case.
+    ``allow_drift``: the symbols that may differ, True for all. Raises
+    :class:`anchortp_sglang.hooks.manifest.DriftError` for others, ValueError for a name that is no symbol, and
+    :class:`anchortp_sglang.hooks.install.HookError` whatever is allowed.
     """
     # Before patching, so that a missing symbol is reported as drift.
-    drifts = manifest.compare(HOOKS)
-    if drifts and not allow_drift:
-        raise manifest.DriftError(drifts)
-    for drift in drifts:
+    for drift in manifest.allow(manifest.compare(HOOKS), allow_drift):
         logger.warning(
             "SGLang differs from the version of the hooks; going on, as --anchor-allow-drift is set: %s", drift
         )
     install.install(HOOKS)
-    logger.info("%d hooks into SGLang %s installed and verified", len(HOOKS), manifest.SGLANG_VERSION)
+    logger.info("%d hooks into SGLang %s installed and verified", len(HOOKS), manifest.installed_version())

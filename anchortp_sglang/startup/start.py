@@ -101,8 +101,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
 
     Raises subclasses of ValueError with a text for the operator, and leaves nothing behind then.
     """
-    from sglang.srt.plugins import load_plugins
-
+    from anchortp_sglang.hooks.install import load_plugins
     from anchortp_sglang.hooks.table import install_all
 
     raw = msgspec.structs.asdict(server_args)

@@ -40,6 +40,18 @@ def test_anchor_flags_are_taken_out_wherever_they_stand():
     assert options == AnchorOptions(widths=(2, 1, 1), linger_s=1.5, allow_drift=True)
 
 
+def test_a_flag_whose_value_may_be_left_out_takes_no_other_flag_for_it():
+    options, rest = split_argv(["--anchor-allow-drift", "a.b,c.d", "--tp", "2"])
+    assert (options.allow_drift, rest) == (("a.b", "c.d"), ["--tp", "2"])
+    options, rest = split_argv(["--anchor-allow-drift", "--tp", "2"])
+    assert (options.allow_drift, rest) == (True, ["--tp", "2"])
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(["--anchor-allow-drift", "a.b,c.d"]).anchor_allow_drift == ("a.b", "c.d")
+    assert parser.parse_args(["--anchor-allow-drift"]).anchor_allow_drift is True
+    assert from_kwargs({"anchor_allow_drift": ["a.b"]})[0].allow_drift == ("a.b",)
+
+
 def test_every_flag_reaches_its_field():
     line = (
         "--anchor-widths 1,1 --anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
@@ -78,7 +90,9 @@ def test_the_last_of_two_flags_wins_as_in_argparse():
         ("--anchor-widths 2,1.5", "takes N,N,...; got '2,1.5'"),
         ("--anchor-rotate-heads --anchor-widths 2,1,1", "exclude each other"),
         ("--anchor-min-devices 0", "at least 1; got 0"),
-        ("--anchor-allow-drift=yes", "is a switch and takes no value"),
+        ("--anchor-allow-drift=a,", "takes symbols of SGLang with commas between them; got ('a', '')"),
+        ("--anchor-allow-drift=", "needs a value: --anchor-allow-drift [SYMBOL,...]"),
+        ("--anchor-no-spare-ranks=yes", "is a switch and takes no value"),
         ("--anchor-kv-mirror disk", "takes off or host; got 'disk'"),
         ("--anchor-kv-mirror-gib 0", "above 0; got 0"),
         ("--anchor-kv-mirror-gbps inf", "above 0; got inf"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from anchortp_sglang.hooks.install import Hook, HookError, fingerprint, install
+from anchortp_sglang.hooks.install import Hook, HookError, install
+from anchortp_sglang.hooks.source import fingerprint
 
 TOY = '''
 """A module to be changed."""

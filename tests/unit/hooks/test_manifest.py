@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from anchortp_sglang.hooks import manifest
-from anchortp_sglang.hooks.fingerprint import MissingSymbolError, fingerprint
 from anchortp_sglang.hooks.install import Hook
-from anchortp_sglang.hooks.manifest import compare, installed_drift, write_manifest
+from anchortp_sglang.hooks.manifest import DriftError, allow, compare, installed_drift, write_manifest
+from anchortp_sglang.hooks.source import MissingSymbolError, fingerprint, read_symbol
 
 TOY = '''
 """A module to be changed."""
@@ -65,6 +65,10 @@ def toy(tmp_path, monkeypatch):
 
 def around_double(original, value):
     return original(value) + 1
+
+
+def around_double_by_an_engine(original, value):
+    return value.start(original)
 
 
 def before_start(self, port):
@@ -129,6 +133,51 @@ def test_a_symbol_that_is_not_defined_there_has_no_fingerprint(toy, target):
         fingerprint(target)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem", "breaks"),
+    [
+        ("2 * value", "3 * value", "its source has changed", False),
+        ("double(value)", "double(value: int)", "its source has changed", False),
+        ("double(value)", "double(value, times=2)", "its parameters were (value) and are (value, times=2)", True),
+        ("def double", "def twice", "missing: double is not defined in the module", True),
+        ("def start", "def begin", "uses start, which SGLang's hooked files do not define", True),
+    ],
+)
+def test_a_symbol_is_judged_for_itself(toy, tmp_path, old, new, problem, breaks):
+    """A changed body, other parameters, a lost symbol, and a lost name that the hook relies on."""
+    hooks = [Hook("toy.work.double", "around", around_double_by_an_engine, "why")]
+    path = write_manifest(hooks, tmp_path / "m.toml")
+    assert old in TOY
+    toy.write_text(TOY.replace(old, new))
+    (drift,) = compare(hooks, path)
+    assert (drift.symbol, drift.breaks) == ("toy.work.double", breaks)
+    assert problem in drift.problem
+
+
+def test_drift_is_allowed_by_symbol(toy, tmp_path, monkeypatch):
+    path = write_manifest(HOOKS, tmp_path / "m.toml")
+    monkeypatch.setattr(manifest, "manifest_path", lambda: path)
+    toy.write_text(TOY.replace("2 * value", "3 * value").replace("return 1", "return 3"))
+    drifts = compare(HOOKS)
+    assert len(drifts) == 2
+    assert allow(drifts, True) == allow(drifts, ["toy.work.double", "toy.work.Engine.version"]) == drifts
+    with pytest.raises(DriftError, match=r"in 1 place\(s\):\n  toy.work.Engine.version") as refused:
+        allow(drifts, ["toy.work.double", "sglang"])
+    assert "--anchor-allow-drift toy.work.Engine.version" in str(refused.value)
+    with pytest.raises(ValueError, match=r"no hook changes toy\.work\.dubble"):
+        allow(drifts, ["toy.work.dubble"])
+    with pytest.raises(DriftError):
+        allow(drifts, False)
+
+
+def test_a_fork_has_its_own_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "patches_folder", lambda: tmp_path)
+    monkeypatch.setattr(manifest, "installed_version", lambda: "0.5.23+ours")
+    assert manifest.manifest_path().name == "sglang-0.5.23.toml"
+    assert "written for" not in str(compare((), write_manifest(())))
+    assert manifest.manifest_path().name == "sglang-0.5.23+ours.toml"
+
+
 def test_a_fresh_manifest_shows_no_drift(toy, tmp_path):
     path = write_manifest(HOOKS, tmp_path / "m.toml")
     assert compare(HOOKS, path) == []
@@ -137,7 +186,7 @@ def test_a_fresh_manifest_shows_no_drift(toy, tmp_path):
 
 def test_text_survives_the_manifest(toy, tmp_path):
     hook = Hook("toy.work.double", "around", around_double, 'says "no", \\ and\nmore – ü')
-    (entry,), _ = manifest._read(write_manifest([hook], tmp_path / "m.toml"))
+    (entry,) = manifest._read(write_manifest([hook], tmp_path / "m.toml")).entries
     assert entry.why == hook.why
     assert entry.function == f"{__name__}.around_double"
 
@@ -162,8 +211,9 @@ def test_drift_names_hooks_and_entries_without_their_other_half(toy, tmp_path):
 
 def test_another_sglang_version_and_a_missing_manifest_are_drift(tmp_path, monkeypatch):
     assert "is missing" in str(compare((), tmp_path / "none.toml")[0])
+    path = write_manifest((), tmp_path / "m.toml")
     monkeypatch.setattr(manifest, "installed_version", lambda: "0.6.0")
-    (drift,) = compare((), write_manifest((), tmp_path / "m.toml"))
+    (drift,) = compare((), path)
     assert str(drift) == "sglang: written for version 0.5.23, installed is 0.6.0"
 
 
@@ -185,7 +235,8 @@ def test_files_that_are_as_they_were_are_not_parsed(toy, tmp_path, monkeypatch):
     path = write_manifest(hooks, tmp_path / "m.toml")
     assert '"toy/work.py" = ' in path.read_text()
     parsed = []
-    monkeypatch.setattr(manifest, "fingerprint", lambda symbol: parsed.append(symbol) or fingerprint(symbol))
+    read = lambda symbol, tree: parsed.append(symbol) or read_symbol(symbol, tree)  # noqa: E731
+    monkeypatch.setattr(manifest, "read_symbol", read)
     assert compare(hooks, path) == [] and parsed == []
     toy.write_text(TOY + "# a comment more\n")
     assert compare(hooks, path) == [] and parsed == ["toy.work.double"], "another file with the same symbol is parsed"
