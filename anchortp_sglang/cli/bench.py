@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
@@ -101,29 +101,63 @@ def overhead(
     tp_size: Annotated[int, typer.Option("--tp", min=1, help="Ranks of each server.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of stock, ours, ours, stock.")] = 8,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Concurrent streams.")] = 8,
+    rates: Annotated[
+        str, typer.Option("--rates", metavar="R,R,...", help="Run sglang.bench_serving instead, at R requests/s.")
+    ] = "",
+    batches: Annotated[
+        str,
+        typer.Option("--batches", metavar="N,N,...", help="Run sglang.bench_serving instead, N requests at a time."),
+    ] = "",
+    stock_defaults: Annotated[
+        bool, typer.Option("--stock-defaults", help="SGLang's defaults on both sides: the overlap schedule, for one.")
+    ] = False,
     slots: SlotsOption = 16384,
     record: RecordOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare throughput and times to the first and between tokens with stock SGLang while nothing fails."""
     from anchortp_sglang.bench import overhead as bench
+    from anchortp_sglang.bench.serving_load import ServingLoad
 
     _check_files(record)
+    loads: list[bench.ServerLoad] = [
+        *(ServingLoad(rate_per_s=rate) for rate in _numbers("--rates", rates, float)),
+        *(ServingLoad(batch=batch) for batch in _numbers("--batches", batches, int)),
+    ]
     with _measuring(size) as (model, folder, progress):
-        measured = bench.run(model, tp_size, _flags(slots), rounds, clients, VOCAB_SIZE, folder, progress)
-    found = bench.compare(measured)
+        sides = bench.both_sides(model, tp_size, _flags(slots), folder, stock_defaults)
+        loads = loads or [bench.StreamsLoad(clients, VOCAB_SIZE)]
+        measured = bench.by_load(bench.run(model, sides, loads, rounds, progress))
     if record is not None:
-        record.write_text(json.dumps([asdict(each) for each in measured], indent=1) + "\n")
+        rows = [asdict(each) for of_load in measured.values() for each in of_load]
+        record.write_text(json.dumps(rows, indent=1) + "\n")
+    found = {load: bench.compare(of_load) for load, of_load in measured.items()}
     if as_json:
-        return typer.echo(json.dumps({name: asdict(ratio) for name, ratio in found.items()}, indent=2))
-    table = Table(title=f"ours over stock: {size.value} model, TP={tp_size}, {clients} streams, {rounds} rounds")
-    for heading in ("", "ratio", "spread over rounds", "ours", "stock"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    names = {"throughput": "tokens/s", "ttft_s": "time to first token", "itl_s": "time between tokens"}
-    for name, ratio in found.items():
-        values = [_figure(name, [getattr(r, name) for r in measured if r.side == side]) for side in ("ours", "stock")]
-        table.add_row(names[name], f"{ratio.median:.3f}", f"{ratio.low:.3f} – {ratio.high:.3f}", *values)
-    Console().print(table)
+        figures = {load: {name: asdict(r) for name, r in ratios.items()} for load, ratios in found.items()}
+        return typer.echo(json.dumps(figures, indent=2))
+    Console().print(_overhead_table(measured, found, f"{size.value} model, TP={tp_size}, {rounds} rounds"))
+
+
+def _overhead_table(measured: dict[str, Any], found: dict[str, Any], title: str) -> Table:
+    table = Table(title=f"ours over stock: {title}")
+    for heading in ("load", "", "ratio", "spread over rounds", "ours", "stock"):
+        table.add_column(heading, justify="left" if heading in ("load", "") else "right")
+    names = {
+        "throughput": "tokens/s",
+        "ttft_s": "time to first token",
+        "itl_s": "time between tokens",
+        "itl_p99_s": "the same, 99th percentile",
+    }
+    for load, ratios in found.items():
+        for name, ratio in ratios.items():
+            values = [
+                _figure(name, [getattr(r.figures, name) for r in measured[load] if r.side == side])
+                for side in ("ours", "stock")
+            ]
+            spread = f"{ratio.low:.3f} – {ratio.high:.3f}"
+            table.add_row(load if name == "throughput" else "", names[name], f"{ratio.median:.3f}", spread, *values)
+        table.add_section()
+    return table
 
 
 @app.command()
@@ -205,6 +239,17 @@ def decisions(
     for violation in violations[:3]:
         typer.echo(violation, err=True)
     raise typer.Exit(1 if violations else 0)
+
+
+def _numbers(flag: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Return the numbers of an option, separated by commas; end the command if they are not above 0."""
+    try:
+        found = [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        found = [0]
+    if not all(number > 0 for number in found):
+        _fail(f"{flag} takes numbers above 0, separated by commas, not {text!r}")
+    return found
 
 
 def _figure(name: str, values: list[float]) -> str:

@@ -17,7 +17,7 @@ from anchortp_sglang.testing.server import Server
 PROMPT = [(7 * position) % 480 for position in range(33)]
 REQUEST = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}}
 
-WITHOUT_PLUGINS = '''
+WITHOUT_PLUGINS = """
 PLATFORM_PLUGINS_GROUP = "sglang.srt.platforms"
 GENERAL_PLUGINS_GROUP = "sglang.srt.plugins"
 
@@ -28,7 +28,7 @@ def load_plugins_by_group(*args, **kwargs):
 
 def load_plugins():
     pass
-'''
+"""
 
 
 @pytest.fixture
@@ -50,7 +50,11 @@ def fork(tmp_path):
 
 def test_a_patched_fork_without_plugins_serves_and_recovers(fork, forge, checkpoint, places, tmp_path):
     (expected,) = forge.value(
-        "engine_jobs:stock_generate", model=str(checkpoint["qwen3"]), prompts=[PROMPT], max_new_tokens=300, latents=False
+        "engine_jobs:stock_generate",
+        model=str(checkpoint["qwen3"]),
+        prompts=[PROMPT],
+        max_new_tokens=300,
+        latents=False,
     )
     path = os.pathsep.join(filter(None, [str(fork), os.environ.get("PYTHONPATH")]))
     env = {**places, "PYTHONPATH": path}

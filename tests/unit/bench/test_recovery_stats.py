@@ -1,5 +1,6 @@
 """The arithmetic of the recovery benchmark: histories in, figures out."""
 
+import dataclasses
 import io
 import itertools
 import math
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from anchortp_sglang.bench.load import Load
-from anchortp_sglang.bench.overhead import ORDER, Round, compare
+from anchortp_sglang.bench.overhead import ORDER, Figures, Round, by_load, compare
 from anchortp_sglang.bench.recovery import Plan, SideResult, details
 from anchortp_sglang.bench.recovery_stats import (
     Damage,
@@ -254,9 +255,13 @@ def test_every_fault_is_made_with_every_seed(tmp_path):
 
 def test_overhead_is_the_median_of_paired_ratios():
     def quartet(ours, stock):
-        return [Round(side, {"ours": ours, "stock": stock}[side], 0.1, 0.01) for side in ORDER]
+        pace = {"ours": ours, "stock": stock}
+        return [Round(side, "load", Figures(pace[side], 0.1, 0.01, 0.02)) for side in ORDER]
 
     found = compare([*quartet(99, 100), *quartet(198, 200), *quartet(50, 100)])["throughput"]
     assert (found.median, found.low, found.high) == (0.99, 0.5, 0.99)
     with pytest.raises(ValueError, match="quartets"):
         compare(quartet(1, 1)[:3])
+    other = [dataclasses.replace(each, load="other") for each in quartet(3, 3)]
+    mixed = [each for pair in zip(quartet(1, 1), other, strict=True) for each in pair]
+    assert {load: len(rounds) for load, rounds in by_load(mixed).items()} == {"load": 4, "other": 4}
