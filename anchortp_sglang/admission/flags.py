@@ -137,7 +137,7 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "load_format",
         "lost shares are read back as slices of safetensors files",
         "convert the checkpoint to safetensors and use --load-format auto",
-        allowed=("auto", "safetensors"),
+        allowed=("auto", "safetensors", "dummy"),
     ),
     FlagRule(
         "delete_ckpt_after_loading",
@@ -182,7 +182,7 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     ),
     FlagRule(
         "enable_torch_compile enable_nvidia_megakernel forward_hooks msprobe_dump_config",
-        "compiled or hooked code would not notice that modules are bound to new memory after a fault",
+        "every generation of ranks would compile or hook the model again before its first token",
     ),
 )
 

@@ -42,7 +42,7 @@ class Assignment:
     ``weights``: where they are, or shall be. ``previous``: the complete weights that the anchors still hold, None when
     there are none; equal to ``weights`` when nothing is to be moved. ``previous_kv``: the slots of its KV.
     ``restore_prefixes``: whether its KV and slot table may be used. ``running``: chain hashes of the open requests'
-    tokens, as bytes of uint64.
+    tokens, as bytes of uint64. ``random_weights``: made up instead of read (``--load-format dummy``).
     """
 
     generation: int
@@ -60,6 +60,7 @@ class Assignment:
     mirror: MirrorPlan | None
     platform: Platform
     running: bytes = b""
+    random_weights: bool = False
 
     @property
     def ownership(self) -> Ownership:

@@ -30,6 +30,7 @@ from anchortp_sglang.planning.placement.reconfiguration import rotating_split
 from anchortp_sglang.platforms.base import MemoryPlan, Platform
 from anchortp_sglang.rank import messages
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint, CheckpointError
+from anchortp_sglang.rank.weights.random_checkpoint import RandomCheckpoint
 from anchortp_sglang.recovery import ending
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.hooks import install_coordinator
@@ -126,7 +127,10 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     counts = None if expert_counts == NONE else read_expert_counts(expert_counts, model)
     if counts is not None:
         ownership = _spread(model, ownership, counts)
-    _check_plan(model, ownership, checkpoint)
+    random_weights = view.load_format == "dummy"
+    if random_weights and model.quantization is not None:
+        raise ValueError(f"--load-format dummy is not supported for {model.quantization} weights: leave it out")
+    _check_plan(model, ownership, RandomCheckpoint(model) if random_weights else Checkpoint(checkpoint))
     memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
     start_log.step("flags, model and plan are checked")
@@ -164,6 +168,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         platform=memory.platform,
         stale_anchors=run_dir.stale_anchors,
         graph_batch_sizes=memory.platform.graph_batch_sizes(view),
+        random_weights=random_weights,
     )
     keeper = RunDirKeeper(run_dir)
     keeper.note_outside([folder for folder in (metrics_folder, tile_folder()) if folder is not None])
@@ -208,13 +213,13 @@ def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Own
     return spread
 
 
-def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Path) -> None:
+def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Checkpoint | RandomCheckpoint) -> None:
     """Check the plan: every element of every shard has exactly one source, and every tensor is used."""
     validate(model, ownership)
     layouts = [shard_layout(model, ownership, rank) for rank in range(ownership.tp_size)]
     for layout in layouts:
         check_coverage(layout)
-    with Checkpoint(checkpoint) as opened:
+    with checkpoint as opened:
         shapes = opened.shapes()
     unused = check_sources(model, layouts, shapes.keys(), shapes)
     if unused:
@@ -227,7 +232,7 @@ def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: 
     """Identify the memory that anchors hold: servers of the same identity could take over each other's."""
     of_weights = [str(checkpoint.resolve()), model.dtype, ownership.digest()]
     of_kv = [str(memory.kv), view.kv_cache_dtype, view.json_model_override_args]
-    parts = [*of_weights, *of_kv, *memory.platform.identity]
+    parts = [*of_weights, *of_kv, *memory.platform.identity, str(view.load_format == "dummy")]
     for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
         stat = path.stat()
         parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]

@@ -30,6 +30,7 @@ from anchortp_sglang.platforms.mover import Mover, Write
 from anchortp_sglang.rank.attachment import Attachment, current
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint
 from anchortp_sglang.rank.weights.config import building
+from anchortp_sglang.rank.weights.random_checkpoint import RandomCheckpoint
 from anchortp_sglang.rank.weights.skeleton import Skeleton, placeholders
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ class Filler(threading.Thread):
                 device: self._previous(device, stack)
                 for device in {move.device for move in moves if move.device is not None}
             }
-            checkpoint = stack.enter_context(Checkpoint(assignment.checkpoint))
+            checkpoint = stack.enter_context(
+                RandomCheckpoint(assignment.model) if assignment.random_weights else Checkpoint(assignment.checkpoint)
+            )
             mover = stack.enter_context(self._mover(target, shard, stack))  # left first, when all has arrived
             for name, start, length in layout.padding:
                 mover.clear(target.views[name].narrow(target.placed[name].dim, start, length))

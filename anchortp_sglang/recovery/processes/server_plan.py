@@ -25,7 +25,7 @@ class ServerPlan:
     without a limit. ``rotate_heads``: heads and experts that do not divide rotate over the layers. ``expert_counts``:
     counts by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved ServerArgs.
     ``stale_anchors``: devices whose anchors linger in the run directory from a server that died. ``graph_batch_sizes``:
-    for which decode graphs are captured; none if ranks stay eager.
+    for which decode graphs are captured; none if ranks stay eager. ``random_weights``: as in Assignment.
     """
 
     run_dir: Path
@@ -44,6 +44,7 @@ class ServerPlan:
     platform: Platform
     stale_anchors: tuple[int, ...] = ()
     graph_batch_sizes: tuple[int, ...] = ()
+    random_weights: bool = False
 
     def arena(self, device: int) -> ArenaSpec:
         """Return the arena of a device's anchor (HOST_DEVICE: the host anchor)."""

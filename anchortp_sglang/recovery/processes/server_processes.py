@@ -185,6 +185,7 @@ class ServerProcesses:
                     mirror=plan.mirror,
                     platform=plan.platform,
                     running=running,
+                    random_weights=plan.random_weights,
                 )
                 child = spares.pop(0) if spares else self._zygotes.fork()
                 generation.ranks.append(child)

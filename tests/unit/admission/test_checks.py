@@ -100,7 +100,7 @@ def test_every_refused_environment_variable_request_field_and_key_exists():
         ("--enable-lora", {"enable_lora": True}),
         ("--lora-paths", {"lora_paths": ["a=b"]}),
         ("--quantization", {"quantization": "fp8"}),
-        ("--load-format", {"load_format": "dummy"}),
+        ("--load-format", {"load_format": "gguf"}),
         ("--model-loader-extra-config", {"model_loader_extra_config": '{"a": 1}'}),
         ("--custom-weight-loader", {"custom_weight_loader": ["a.b"]}),
         ("--weight-cache-mode", {"weight_cache_mode": "daemon"}),
