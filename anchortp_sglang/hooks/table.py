@@ -183,9 +183,9 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         _SCHEDULER + "_add_request_to_queue",
-        "before",
-        rank_main.before_add_request_to_queue,
-        "input logprobs that a client already has are not computed again",
+        "around",
+        rank_main.around_add_request_to_queue,
+        "input logprobs that a client already has are not computed again; resumed requests fill no queue",
     ),
     Hook(
         _SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",

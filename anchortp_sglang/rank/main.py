@@ -6,6 +6,7 @@ that is the zygote. A rank that fails reports it on its pipe and dies; the coord
 
 import logging
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -136,14 +137,31 @@ def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: 
     return req
 
 
-def before_add_request_to_queue(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE Scheduler._add_request_to_queue: a client that has tokens has the input's logprobs, too.
+def around_add_request_to_queue(
+    original: Callable[..., None], scheduler: Any, req: Any, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND Scheduler._add_request_to_queue: a resumed request has been admitted before, and may have tokens.
 
-    SGLang reuses no KV after the start of the requested logprobs (``Req._compute_max_prefix_len``), so this start is
-    set behind all tokens. handle_generate_request sets it after the request is made, and accepts none after the prompt.
+    A client that has tokens has the input's logprobs, too. SGLang reuses no KV after the start of the requested
+    logprobs (``Req._compute_max_prefix_len``), so this start is set behind all tokens. handle_generate_request sets it
+    after the request is made, and accepts none after the prompt.
+
+    Requests that wait to be resumed do not count for --max-queued-requests: most of them were running.
     """
-    if getattr(req, "anchortp_resumed_at", None) and req.return_logprob and req.output_ids:
+    if _is_resumed(req) and req.return_logprob and req.output_ids:
         req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)
+    limit = scheduler.max_queued_requests
+    if limit is None:
+        return original(scheduler, req, *args, **kwargs)
+    scheduler.max_queued_requests = limit + sum(map(_is_resumed, [*scheduler.waiting_queue, req]))
+    try:
+        return original(scheduler, req, *args, **kwargs)
+    finally:
+        scheduler.max_queued_requests = limit
+
+
+def _is_resumed(req: Any) -> bool:
+    return getattr(req, "anchortp_resumed_at", None) is not None
 
 
 def _seed(scheduler: Any, req: Any, received: Resume) -> None:
