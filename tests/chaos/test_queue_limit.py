@@ -1,4 +1,4 @@
-"""Requests that were accepted stay accepted: a fault makes them wait, but neither a full queue nor a priority ends them."""
+"""Requests that were accepted stay accepted: a fault makes them wait, but a full queue does not end them."""
 
 from contextlib import ExitStack
 
