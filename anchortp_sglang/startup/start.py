@@ -130,7 +130,12 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     random_weights = view.load_format == "dummy"
     if random_weights and model.quantization is not None:
         raise ValueError(f"--load-format dummy is not supported for {model.quantization} weights: leave it out")
-    _check_plan(model, ownership, RandomCheckpoint(model) if random_weights else Checkpoint(checkpoint))
+    if random_weights:
+        shapes = RandomCheckpoint(model).shapes()
+    else:
+        with Checkpoint(checkpoint) as opened:
+            shapes = opened.shapes()
+    _check_plan(model, ownership, shapes)
     memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
     start_log.step("flags, model and plan are checked")
@@ -213,14 +218,12 @@ def _spread(model: ModelAxes, ownership: Ownership, counts: ExpertCounts) -> Own
     return spread
 
 
-def _check_plan(model: ModelAxes, ownership: Ownership, checkpoint: Checkpoint | RandomCheckpoint) -> None:
+def _check_plan(model: ModelAxes, ownership: Ownership, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check the plan: every element of every shard has exactly one source, and every tensor is used."""
     validate(model, ownership)
     layouts = [shard_layout(model, ownership, rank) for rank in range(ownership.tp_size)]
     for layout in layouts:
         check_coverage(layout)
-    with checkpoint as opened:
-        shapes = opened.shapes()
     unused = check_sources(model, layouts, shapes.keys(), shapes)
     if unused:
         log.info("anchortp: %d checkpoint tensors are not needed (%s, …)", len(unused), unused[0])

@@ -101,8 +101,10 @@ class Filler(threading.Thread):
                 device: self._previous(device, stack)
                 for device in {move.device for move in moves if move.device is not None}
             }
-            checkpoint = stack.enter_context(
-                RandomCheckpoint(assignment.model) if assignment.random_weights else Checkpoint(assignment.checkpoint)
+            checkpoint: Checkpoint | RandomCheckpoint = (
+                RandomCheckpoint(assignment.model)
+                if assignment.random_weights
+                else stack.enter_context(Checkpoint(assignment.checkpoint))
             )
             mover = stack.enter_context(self._mover(target, shard, stack))  # left first, when all has arrived
             for name, start, length in layout.padding:

@@ -1,8 +1,6 @@
 """Random weights instead of a checkpoint's (``--load-format dummy``), for trials of a model's size and speed."""
 
 import zlib
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -25,14 +23,6 @@ class RandomCheckpoint:
 
     def __init__(self, model: ModelAxes) -> None:
         self._shapes = {name: source.shape for name, source in sources(model).items()}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
