@@ -42,6 +42,10 @@ def before_free(allocator: Any, slots: Any, *args: Any, **kwargs: Any) -> None:
 
     Only rank 0 writes the table, yet no peer can be ahead of it: the vocabulary-parallel embedding's all-reduce, which
     rank 0 joins after it has freed and allocated, comes before any layer's first KV write.
+
+    On a GPU the copy waits for the schedule stream, on which SGLang frees and allocates. With the overlap schedule this
+    stream waits for the launched step to have read what the scheduler shares with it (``_apply_war_barrier``): by the
+    time that slots are freed the step before has ended, and graphs read first of all.
     """
     attachment = current()
     if attachment is None or attachment.prefixes.table is None:
