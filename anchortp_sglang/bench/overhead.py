@@ -148,12 +148,10 @@ def _round(side: Side, load: ServerLoad, model: Path) -> Round:
         raise ServerFailed(f"{side.name}: {error}") from None
 
 
-def both_sides(
-    model: Path, tp_size: int, flags: Sequence[str], folder: Path, stock_defaults: bool
-) -> tuple[Side, Side]:
-    """Return stock, and ours with the same settings: our defaults for CPUs, or SGLang's (with the overlap schedule)."""
-    ours = (*flags, "--anchor-overlap", "on") if stock_defaults else flags
+def both_sides(model: Path, tp_size: int, flags: Sequence[str], folder: Path, overlap: bool) -> tuple[Side, Side]:
+    """Return stock, and ours with the same settings. ``overlap``: both with the overlap schedule."""
+    ours = (*flags, "--anchor-overlap", "on") if overlap else flags
     return (
-        Stock(model, tp_size, flags, 30.0, folder, stock_defaults),
+        Stock(model, tp_size, flags, 30.0, folder, overlap),
         Ours(model, tp_size, ours, 30.0, folder),
     )

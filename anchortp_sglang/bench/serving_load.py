@@ -24,7 +24,11 @@ class ServingLoad:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.rate_per_s > 0 or (self.batch is not None and self.batch < 1):
+        if (
+            not self.rate_per_s > 0
+            or (self.batch is None and math.isinf(self.rate_per_s))
+            or (self.batch is not None and self.batch < 1)
+        ):
             raise ValueError(f"a load needs a rate above 0 or a batch of at least 1, got {self}")
 
     def __str__(self) -> str:
@@ -54,14 +58,30 @@ class ServingLoad:
         arguments.random_range_ratio = 1.0  # all of these lengths
         arguments.disable_tqdm = True
         arguments.output_file = os.devnull  # else in the current folder
-        with contextlib.redirect_stdout(io.StringIO()):
-            found = run_benchmark(arguments)
-        return _figures(found, self.prompts, server)
+        arguments.tokenize_prompt = True  # ids as they are: as text they would be tokenized to other lengths
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                found = run_benchmark(arguments)
+        except (Exception, SystemExit) as error:
+            raise ServerFailed(f"sglang.bench_serving failed: {error}\n{said.getvalue()[-2000:]}") from error
+        return _figures(found, self.prompts)
 
 
-def _figures(found: dict[str, Any], prompts: int, server: Server) -> Figures:
-    if found.get("completed") != prompts:
-        raise ServerFailed(f"{found.get('completed', 0)} of {prompts} requests completed\n{server.tail()}")
+def _figures(found: dict[str, Any], prompts: int) -> Figures:
+    """Return a result's figures. Raises ServerFailed unless every request got all of its tokens, one by one.
+
+    SGLang's client counts a stream that ends early, or with an error, as completed.
+    """
+    whole = [
+        ttft > 0 and length == NEW_TOKENS and len(itls) == NEW_TOKENS - 1
+        for ttft, length, itls in zip(found["ttfts"], found["output_lens"], found["itls"], strict=True)
+    ]
+    if len(whole) != prompts or not all(whole):
+        errors = [error for error in found["errors"] if error]
+        raise ServerFailed(
+            f"{prompts - sum(whole)} of {prompts} requests did not get all of their tokens: {errors[:1]}"
+        )
     return Figures(
         throughput=found["output_throughput"],
         ttft_s=found["median_ttft_ms"] / 1000,

@@ -108,16 +108,16 @@ class Stock:
         flags: Sequence[str],
         hang_timeout_s: float,
         folder: Path,
-        stock_defaults: bool = False,
+        overlap: bool = False,
     ) -> None:
-        """Make a side. ``stock_defaults``: SGLang's own defaults, except where it would not start on a CPU."""
+        """Make a side. ``overlap``: with the overlap schedule, SGLang's default, which our CPU defaults leave out."""
         defaults = cpu_defaults({}, os.environ, tp_size, sorted(os.sched_getaffinity(0)))
         (folder / "stand-in").mkdir(exist_ok=True)
         # Every process that stock spawns needs the stand-in for sgl_kernel where the real one cannot load.
         (folder / "stand-in" / "sitecustomize.py").write_text(_STAND_IN)
         paths = [str(folder / "stand-in"), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         env = defaults.env | {"PYTHONPATH": ":".join(filter(None, paths)), "TMPDIR": str(folder)}
-        added = {"attention_backend"} if stock_defaults else defaults.flags.keys() - {"device"}
+        added = defaults.flags.keys() - {"device", *(["disable_overlap_schedule"] if overlap else [])}
         arguments = (*flags, *as_arguments({k: v for k, v in defaults.flags.items() if k in added}))
         self.server: Server = Server(model, tp_size, *arguments, log=folder / "stock.log", module=self._module, env=env)
         self._tp_size = tp_size

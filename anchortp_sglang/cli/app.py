@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from anchortp_sglang.cli import bench as bench_command
@@ -139,7 +139,8 @@ def doctor(
         _print_json([asdict(check) for check in checks])
     else:
         colours = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
-        table = Table(box=None, pad_edge=False, show_header=False)
+        table = Table("", Column("", overflow="fold"), Column("", overflow="fold"), box=None, pad_edge=False)
+        table.show_header = False
         for check in checks:
             detail = f"{check.detail}\n-> {check.way_out}" if check.way_out else check.detail
             table.add_row(Text(check.level, style=colours[check.level]), check.name, Text(detail))

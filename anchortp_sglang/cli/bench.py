@@ -108,8 +108,8 @@ def overhead(
         str,
         typer.Option("--batches", metavar="N,N,...", help="Run sglang.bench_serving instead, N requests at a time."),
     ] = "",
-    stock_defaults: Annotated[
-        bool, typer.Option("--stock-defaults", help="SGLang's defaults on both sides: the overlap schedule, for one.")
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Use SGLang's overlap schedule, its default, on both sides.")
     ] = False,
     slots: SlotsOption = 16384,
     record: RecordOption = None,
@@ -125,7 +125,7 @@ def overhead(
         *(ServingLoad(batch=batch) for batch in _numbers("--batches", batches, int)),
     ]
     with _measuring(size) as (model, folder, progress):
-        sides = bench.both_sides(model, tp_size, _flags(slots), folder, stock_defaults)
+        sides = bench.both_sides(model, tp_size, _flags(slots), folder, overlap)
         loads = loads or [bench.StreamsLoad(clients, VOCAB_SIZE)]
         measured = bench.by_load(bench.run(model, sides, loads, rounds, progress))
     if record is not None:
@@ -247,7 +247,7 @@ def _numbers(flag: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         found = [kind(part) for part in text.split(",")] if text else []
     except ValueError:
         found = [0]
-    if not all(number > 0 for number in found):
+    if not all(0 < number < math.inf for number in found):
         _fail(f"{flag} takes numbers above 0, separated by commas, not {text!r}")
     return found
 

@@ -76,10 +76,9 @@ def judge_tree(path: Path) -> Iterator[Check]:
     try:
         drifts = fork.drift_of(tree)
         lost = fork.lost_imports(tree)
-    except SyntaxError as error:
-        yield Check(
-            "source", "FAIL", f"{error.filename}:{error.lineno}: {error.msg}", "use a tree that Python can read"
-        )
+        unseamed = fork.without_seam(tree)
+    except (SyntaxError, OSError) as error:
+        yield Check("source", "FAIL", f"{error} ({error.filename})", "use a tree that Python can read")
         return
     for drift in drifts:
         if drift.breaks:
@@ -89,6 +88,9 @@ def judge_tree(path: Path) -> Iterator[Check]:
             yield Check(drift.symbol, "WARN", drift.problem, way_out)
     if not drifts:
         yield Check("hooks", "PASS", f"all hooked symbols are as in {release}")
+    if unseamed:
+        detail = f"there is no plugin system, and no seam at {len(unseamed)} symbols ({unseamed[0]}, …)"
+        yield Check("plugins", "FAIL", detail, "apply the patch of docs/forks.md")
     for name in lost:
         yield Check(name, "FAIL", "anchortp-sglang imports it, and it is not there", "adapt the import")
     if not lost:

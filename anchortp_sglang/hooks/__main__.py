@@ -6,34 +6,72 @@ For a fork of SGLang, install it first: what is written is named after its versi
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from anchortp_sglang.hooks.flags import write_flags
-from anchortp_sglang.hooks.manifest import compare, write_manifest
-from anchortp_sglang.hooks.seams import write_patch
+from anchortp_sglang.hooks import manifest
+from anchortp_sglang.hooks.flags import flags_path, flags_text
+from anchortp_sglang.hooks.install import Hook
+from anchortp_sglang.hooks.seams import is_patched, patch_text
 from anchortp_sglang.hooks.source import MissingSymbolError
 from anchortp_sglang.platforms.cpu import sgl_kernel_stub
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, or regenerate the manifest. Return the exit status, 1 on drift."""
+    """Compare, or write. Return the exit status: 1 on drift, or if something cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m anchortp_sglang.hooks", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write manifest, flags and patch for the installed SGLang")
-    write = parser.parse_args(argv).write
+    parser.add_argument(
+        "--force", action="store_true", help="write although a hook lacks what it needs, or over others"
+    )
+    arguments = parser.parse_args(argv)
     sgl_kernel_stub.install()  # the hooks' modules import SGLang, also without a GPU
     from anchortp_sglang.hooks.table import HOOKS
 
-    if write:
-        try:
-            print(f"{len(HOOKS)} hooks written to {write_manifest(HOOKS)}, flags to {write_flags()}")
-            print(f"their seams, as a patch of the source, to {write_patch(HOOKS)}")
-        except (MissingSymbolError, OSError) as error:
-            print(f"anchortp: cannot write: {error}", file=sys.stderr)
+    if not arguments.write:
+        drifts = manifest.compare(HOOKS)
+        for drift in drifts:
+            print(drift, file=sys.stderr)
+        return 1 if drifts else 0
+    try:
+        refusal = _accept()
+        if refusal and not arguments.force:
+            print(f"anchortp: nothing is written: {refusal}", file=sys.stderr)
             return 1
-        return 0
-    drifts = compare(HOOKS)
+        texts = _texts(HOOKS)
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+    except (MissingSymbolError, ValueError, OSError) as error:
+        print(f"anchortp: cannot write: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(HOOKS)} hooks: " + ", ".join(map(str, texts)))
+    return 0
+
+
+def _accept() -> str:
+    """Print how the installed SGLang differs from what is written so far; return why it should not be written over."""
+    drifts = manifest.installed_drift()
     for drift in drifts:
-        print(drift, file=sys.stderr)
-    return 1 if drifts else 0
+        print(f"accepted: {drift}", file=sys.stderr)
+    version = manifest.installed_version()
+    if any(drift.breaks for drift in drifts):
+        return "the hooks lack what they need (above): adapt them first, or --force"
+    if drifts and version == manifest.SGLANG_VERSION:
+        return (
+            f"this is another source than SGLang {version}: give it a version of its own ({version}+ours), or --force"
+        )
+    return ""
+
+
+def _texts(hooks: Sequence[Hook]) -> dict[Path, str]:
+    """Return what is to be written, by path. A patched SGLang needs no other patch."""
+    version = manifest.installed_version()
+    texts = {
+        manifest.patches_folder() / f"sglang-{version}.toml": manifest.manifest_text(hooks),
+        flags_path(version): flags_text(),
+    }
+    if not is_patched():
+        texts[manifest.patches_folder() / f"sglang-{version}.patch"] = patch_text(hook.target for hook in hooks)
+    return texts
 
 
 if __name__ == "__main__":

@@ -50,26 +50,24 @@ def _kind(action: argparse.Action) -> str:
     return _VALUE if action.nargs is None else str(action.nargs)
 
 
-def write_flags() -> Path:
-    """Write the table of the installed SGLang; return its path."""
-    version = installed_version()
-    text = _HEADER.format(version=version)
+def flags_text() -> str:
+    """Return the table of the installed SGLang as a file."""
+    text = _HEADER.format(version=installed_version())
     for kind, fields in sorted(installed_flags().items()):
         text += f"\n[{json.dumps(kind)}]\n"
         text += "".join(f"{field} = {json.dumps(spellings)}\n" for field, spellings in sorted(fields.items()))
-    path = _path(version)
-    path.write_text(text, encoding="utf-8")
-    return path
+    return text
 
 
-def _path(version: str) -> Path:
+def flags_path(version: str) -> Path:
+    """Return the path of the table of an SGLang."""
     return patches_folder() / f"sglang-{version}-flags.toml"
 
 
 def known_flags() -> Table:
     """Return the table of the installed SGLang if it has been written, else that of the release."""
-    path = _path(installed_version())
-    return tomllib.loads((path if path.is_file() else _path(SGLANG_VERSION)).read_text(encoding="utf-8"))
+    path = flags_path(installed_version())
+    return tomllib.loads((path if path.is_file() else flags_path(SGLANG_VERSION)).read_text(encoding="utf-8"))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from anchortp_sglang.hooks.manifest import Drift, read_manifest, source_drift
-from anchortp_sglang.hooks.names import bound_names
+from anchortp_sglang.hooks.names import bound_names, package_imports
+from anchortp_sglang.hooks.source import MissingSymbolError, has_seam
 
 _PLACES = ("", "sglang", "python/sglang")
 """Where SGLang's package is below a path that an operator gives: itself, site-packages, the repository."""
@@ -25,30 +25,31 @@ def package_in(path: Path) -> Path:
 def version_of(tree: Path) -> str | None:
     """Return the version in a tree's ``_version.py``, or None: repositories get theirs when they are built."""
     file = tree / "_version.py"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     found = re.search(r"""^__version__ = .*?["']([^"']+)["']""", text, re.MULTILINE)
     return found[1] if found else None
 
 
 def drift_of(tree: Path) -> list[Drift]:
-    """Return how the hooked symbols of a tree differ from the release's. Raises SyntaxError, with the file's name."""
+    """Return how the hooked symbols of a tree differ from the release's. Raises SyntaxError and OSError."""
     return source_drift(read_manifest(), tree)
 
 
 def lost_imports(tree: Path) -> list[str]:
     """Return the modules and names of SGLang that this package imports and the tree does not have."""
-    package = Path(__file__).resolve().parents[1]
-    wanted = {name for file in package.rglob("*.py") for name in _imports(file)}
-    return sorted(".".join(filter(None, name)) for name in wanted if not _has(tree, *name))
+    return sorted(".".join(filter(None, name)) for name in package_imports() if not _has(tree, *name))
 
 
-def _imports(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield module and name of every import from SGLang in a file, "" for the name of a plain import."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] == "sglang")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sglang":
-            yield from ((str(node.module), alias.name) for alias in node.names)
+def without_seam(tree: Path) -> list[str]:
+    """Return the hooked symbols that have no seam, if the tree has no plugin system by which they could be hooked."""
+    if (tree / "srt" / "plugins" / "hook_registry.py").is_file():
+        return []
+    missing = []
+    for entry in read_manifest().entries:
+        with contextlib.suppress(MissingSymbolError):  # reported as drift
+            if not has_seam(entry.symbol, tree):
+                missing.append(entry.symbol)
+    return missing
 
 
 def _has(tree: Path, module: str, name: str) -> bool:

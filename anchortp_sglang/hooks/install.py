@@ -69,6 +69,8 @@ def install(hooks: Sequence[Hook]) -> None:
     others = [hook for hook in hooks if hook.target not in seams]
     if others:
         _register(others)
+    if (registry := _registry()) is not None:
+        registry.HookRegistry._patched |= seams  # as patched by us: a plugin that comes later cannot cover our hook
     verify(hooks, originals)
 
 

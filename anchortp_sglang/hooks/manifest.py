@@ -7,6 +7,7 @@ compare it with the installed SGLang. A difference is called drift.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from anchortp_sglang.hooks.install import Hook
-from anchortp_sglang.hooks.names import defined_names, used_names
+from anchortp_sglang.hooks.names import defined_names, package_imports, package_names, used_names
 from anchortp_sglang.hooks.source import MissingSymbolError, package_folder, read_symbol, source_file
 
 SGLANG_VERSION = "0.5.23"
@@ -27,14 +28,11 @@ VERSION = "sglang"
 
 _HEADER = """\
 # Every symbol of SGLang {version} that anchortp-sglang changes: how, by what, and why.
-# `fingerprint` is of the source that the change was written against (comments and formatting do
-# not count), `parameters` are its own, and `relies_on` are names that the change uses and that
-# SGLang's files below define. A file that is byte for byte the one of [files] need not be parsed.
+# `fingerprint` and `parameters` are of the source that the change was written against (comments
+# and formatting do not count). [files] has the files that are changed or imported from, with the
+# names that they define and anchortp-sglang uses; one that is byte for byte the same is not parsed.
 # Generated: `python -m anchortp_sglang.hooks --write`, after reading what changed.
 """
-
-
-_OF_PYTHON = frozenset(name for kind in (type, str, bytes, list, dict, set) for name in dir(kind))
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,14 @@ class Entry:
     why: str
     fingerprint: str
     parameters: str
-    relies_on: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Drift:
     """One difference between the manifest, the table of hooks and an SGLang.
 
-    ``breaks``: the hook lacks something that it needs; else only the body of the symbol differs.
+    ``symbol`` may also be a file, or ``VERSION``. ``breaks``: something that we need is not there, or is called in
+    another way; else only the body of the symbol differs.
     """
 
     symbol: str
@@ -97,25 +95,45 @@ def manifest_path() -> Path:
     return patches_folder() / f"sglang-{known_version()}.toml"
 
 
-def write_manifest(hooks: Sequence[Hook], path: Path | None = None) -> Path:
-    """Write the manifest of ``hooks`` with what the installed SGLang has; return its path.
+def write_manifest(hooks: Sequence[Hook], path: Path) -> Path:
+    """Write the manifest of ``hooks`` to ``path``; return it. Raises :class:`MissingSymbolError` and OSError."""
+    path.write_text(manifest_text(hooks), encoding="utf-8")
+    return path
 
-    Raises :class:`MissingSymbolError` and OSError.
-    """
+
+def manifest_text(hooks: Sequence[Hook]) -> str:
+    """Return the manifest of ``hooks`` with what the installed SGLang has. Raises :class:`MissingSymbolError`."""
     version = installed_version()
-    path = path or patches_folder() / f"sglang-{version}.toml"
-    files = {_name(hook.target, source_file(hook.target)): source_file(hook.target) for hook in hooks}
-    defined = frozenset[str]().union(*map(defined_names, files.values()))
-    entries = sorted((_entry(hook, defined) for hook in hooks), key=lambda entry: (entry.symbol, entry.function))
-    text = _HEADER.format(version=version) + f"\n[sglang]\nversion = {json.dumps(version)}\n\n[files]\n"
-    text += "".join(f"{json.dumps(name)} = {json.dumps(_digest(file))}\n" for name, file in sorted(files.items()))
-    for entry in entries:
-        # A JSON string is a TOML basic string, a JSON list of them a TOML array.
+    text = _HEADER.format(version=version) + f"\n[sglang]\nversion = {json.dumps(version)}\n"
+    for name, file in sorted(_files(hooks).items()):
+        names = sorted(defined_names(file) & (package_names() | _names_of(hooks)))
+        text += f"\n[files.{json.dumps(name)}]\nsha256 = {json.dumps(_digest(file))}\nnames = {json.dumps(names)}\n"
+    for entry in sorted(map(_entry, hooks), key=lambda entry: (entry.symbol, entry.function)):
+        # A JSON string is a TOML basic string.
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in asdict(entry).items()]
         text += "\n[[hook]]\n" + "\n".join(lines) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+    return text
+
+
+def _files(hooks: Sequence[Hook]) -> dict[str, Path]:
+    """Return the installed files that are hooked or imported from, by their names in the manifest."""
+    found = {}
+    for symbol in [*(hook.target for hook in hooks), *(".".join(each) for each in package_imports() if each[1])]:
+        with contextlib.suppress(MissingSymbolError):
+            file = source_file(symbol)
+            found[_name(symbol, file)] = file
+    return found
+
+
+def _names_of(hooks: Sequence[Hook]) -> frozenset[str]:
+    """Return the names that the hooks' own functions use."""
+    return frozenset[str]().union(*(used_names(_file_of(hook), hook.function.__qualname__) for hook in hooks))
+
+
+def _file_of(hook: Hook) -> Path:
+    file = inspect.getsourcefile(hook.function)
+    assert file is not None, f"{hook.function_name} has no source file"
+    return Path(file)
 
 
 def compare(hooks: Sequence[Hook], path: Path | None = None) -> list[Drift]:
@@ -153,23 +171,34 @@ def allow(drifts: Sequence[Drift], allowed: bool | Collection[str]) -> list[Drif
 
     Raises :class:`DriftError` with the rest, and ValueError for a name that is no hooked symbol.
     """
+    path = manifest_path()
+    if not path.is_file():
+        raise DriftError(drifts)
     if allowed is True:
         return list(drifts)
-    names = set(allowed or ())
-    known = {VERSION} | {entry.symbol for entry in _read(manifest_path()).entries} | {d.symbol for d in drifts}
+    names, manifest = set(allowed or ()), _read(path)
+    known = {VERSION, *manifest.files, *(entry.symbol for entry in manifest.entries), *(d.symbol for d in drifts)}
     if unknown := sorted(names - known):
-        raise ValueError(f"--anchor-allow-drift: no hook changes {', '.join(unknown)}; see {manifest_path()}")
+        raise ValueError(f"--anchor-allow-drift: no hook changes {', '.join(unknown)}; see {path}")
     if refused := [drift for drift in drifts if drift.symbol not in names]:
         raise DriftError(refused)
     return list(drifts)
 
 
 @dataclass(frozen=True)
+class File:
+    """A file that is hooked or imported from: its sha256, and the names that it defines and we use."""
+
+    sha256: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A manifest as read. ``files``: by path below the package's parent, the sha256 of a file that is hooked."""
+    """A manifest as read. ``files``: by path below the package's parent."""
 
     version: str
-    files: Mapping[str, str]
+    files: Mapping[str, File]
     entries: tuple[Entry, ...]
 
 
@@ -180,21 +209,17 @@ def read_manifest() -> Manifest:
 
 def _read(path: Path) -> Manifest:
     found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    entries = tuple(Entry(**{**hook, "relies_on": tuple(hook["relies_on"])}) for hook in found.get("hook", []))
-    return Manifest(found["sglang"]["version"], found.get("files", {}), entries)
+    files = {name: File(file["sha256"], tuple(file["names"])) for name, file in found.get("files", {}).items()}
+    return Manifest(found["sglang"]["version"], files, tuple(Entry(**hook) for hook in found.get("hook", [])))
 
 
 def _missing(path: Path) -> Drift:
     return Drift(VERSION, f"the manifest {path} is missing; reinstall anchortp-sglang")
 
 
-def _entry(hook: Hook, defined: frozenset[str]) -> Entry:
+def _entry(hook: Hook) -> Entry:
     symbol = read_symbol(hook.target)
-    file = inspect.getsourcefile(hook.function)
-    assert file is not None, f"{hook.function_name} has no source file"
-    used = used_names(Path(file), hook.function.__qualname__) - _OF_PYTHON
-    relies_on = tuple(sorted(used & defined))
-    return Entry(hook.target, hook.kind, hook.function_name, hook.why, symbol.fingerprint, symbol.parameters, relies_on)
+    return Entry(hook.target, hook.kind, hook.function_name, hook.why, symbol.fingerprint, symbol.parameters)
 
 
 def _name(symbol: str, file: Path, tree: Path | None = None) -> str:
@@ -208,47 +233,49 @@ def _digest(file: Path) -> str:
 
 
 def source_drift(manifest: Manifest, tree: Path | None = None) -> list[Drift]:
-    """Return how the hooked symbols of an SGLang differ from the manifest. ``tree``: its package, None if installed.
+    """Return how an SGLang differs from the manifest. ``tree``: its package's folder, None if installed.
 
-    Files that are as they were are not parsed, which takes seconds.
+    Files that are as they were are not parsed, which takes seconds. Raises SyntaxError and OSError for others that
+    cannot be.
     """
-    files: dict[str, Path] = {}
-    drifts = []
+    drifts: list[Drift] = []
+    same = {name for name, file in manifest.files.items() if _is_same(_path(name, tree), file)}
     for entry in manifest.entries:
         try:
-            files[entry.symbol] = source_file(entry.symbol, tree)
+            file = source_file(entry.symbol, tree)
+            if _name(entry.symbol, file, tree) not in same:
+                drifts += _symbol_drift(entry, tree)
         except MissingSymbolError as error:
             drifts.append(Drift(entry.symbol, f"missing: {error}"))
-    names = {file: _name(symbol, file, tree) for symbol, file in files.items()}
-    differ = {file for file, name in names.items() if _digest(file) != manifest.files.get(name)}
-    if not differ:
-        return drifts
-    defined = frozenset[str]().union(*map(defined_names, set(files.values())))
-    for entry in manifest.entries:
-        if entry.symbol in files:
-            drifts += _symbol_drift(entry, tree, defined, is_parsed=files[entry.symbol] in differ)
+    for name in manifest.files.keys() - same:
+        drifts += _file_drift(name, manifest.files[name], _path(name, tree))
     return drifts
 
 
-def _symbol_drift(entry: Entry, tree: Path | None, defined: frozenset[str], is_parsed: bool) -> Iterable[Drift]:
-    """Judge one symbol for itself: is it there, are its parameters the same, is what the hook relies on defined?"""
-    if lost := [name for name in entry.relies_on if name not in defined]:
-        yield Drift(entry.symbol, f"{entry.function} uses {', '.join(lost)}, which SGLang's hooked files do not define")
-    if not is_parsed:
-        return
-    try:
-        now = read_symbol(entry.symbol, tree)
-    except MissingSymbolError as error:
-        yield Drift(entry.symbol, f"missing: {error}")
-        return
+def _path(name: str, tree: Path | None) -> Path:
+    """Return the path of a file by its name in the manifest."""
+    package, _, rest = name.partition("/")
+    return (tree or package_folder(package)) / rest
+
+
+def _is_same(path: Path, file: File) -> bool:
+    return path.is_file() and _digest(path) == file.sha256
+
+
+def _symbol_drift(entry: Entry, tree: Path | None) -> Iterable[Drift]:
+    """Judge one symbol for itself. Raises :class:`MissingSymbolError`."""
+    now = read_symbol(entry.symbol, tree)
     if now.parameters != entry.parameters:
         yield Drift(entry.symbol, f"its parameters were {entry.parameters} and are {now.parameters}")
     elif now.fingerprint != entry.fingerprint:
-        yield Drift(
-            entry.symbol,
-            f"its source has changed ({entry.fingerprint} -> {now.fingerprint}), not its parameters",
-            breaks=False,
-        )
+        change = f"its source has changed ({entry.fingerprint} -> {now.fingerprint}), not its parameters"
+        yield Drift(entry.symbol, change, breaks=False)
+
+
+def _file_drift(name: str, file: File, path: Path) -> Iterable[Drift]:
+    lost = sorted(set(file.names) - defined_names(path)) if path.is_file() else file.names
+    if lost:
+        yield Drift(name, f"does not define {', '.join(lost)}, which anchortp-sglang uses")
 
 
 def installed_version() -> str:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import ast
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from anchortp_sglang.hooks import anchortp_seam
-from anchortp_sglang.hooks.install import Hook
-from anchortp_sglang.hooks.manifest import installed_version, patches_folder
 from anchortp_sglang.hooks.source import SEAM, definitions, package_folder, parse, source_file
 
 _REPOSITORY = "python/sglang"
@@ -24,21 +22,22 @@ _REPOSITORY = "python/sglang"
 _MODULE = "srt/anchortp_seam.py"
 
 
-def write_patch(hooks: Sequence[Hook]) -> Path:
-    """Write the patch for the installed SGLang; return its path. Raises MissingSymbolError and OSError."""
-    path = patches_folder() / f"sglang-{installed_version()}.patch"
-    path.write_text(patch_text([hook.target for hook in hooks]), encoding="utf-8")
-    return path
+def is_patched() -> bool:
+    """Return whether the installed SGLang has seams."""
+    return (package_folder("sglang") / _MODULE).is_file()
 
 
 def patch_text(targets: Iterable[str]) -> str:
-    """Return a unified diff that puts seams on ``targets``, functions of the installed SGLang."""
+    """Return a unified diff that puts seams on ``targets``, functions of the installed SGLang, which has none.
+
+    Raises MissingSymbolError, and ValueError for a target that is no function.
+    """
     targets_of: dict[Path, list[str]] = defaultdict(list)
     for target in dict.fromkeys(targets):
         targets_of[source_file(target)].append(target)
     text = _diff(_MODULE, [], Path(anchortp_seam.__file__).read_text(encoding="utf-8").splitlines(keepends=True))
     for file, its_targets in sorted(targets_of.items()):
-        before = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        before = file.read_bytes().decode(encoding="utf-8").splitlines(keepends=True)
         insertions = [_import(file), *(place for target in its_targets for place in _seams(target))]
         after = list(before)
         for line, inserted in sorted(insertions, reverse=True):

@@ -28,7 +28,7 @@ class MissingSymbolError(LookupError):
 
 @dataclass(frozen=True)
 class Symbol:
-    """What the manifest keeps of a symbol's source. ``parameters``: as written, without types, "" if not a function."""
+    """What the manifest keeps of a symbol's source. ``parameters``: "(self, x)" or "async (self, x)", without types."""
 
     fingerprint: str
     parameters: str
@@ -93,15 +93,24 @@ def _locate(target: str, tree: Path | None) -> tuple[Path, list[str]]:
     return here / "__init__.py", rest
 
 
+def has_seam(target: str, tree: Path | None = None) -> bool:
+    """Return whether every definition of ``target`` has the decorator :data:`SEAM`. Raises MissingSymbolError."""
+    return all(any(map(_is_seam, getattr(node, "decorator_list", ()))) for node in definitions(target, tree))
+
+
+def _is_seam(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Name) and decorator.id == SEAM
+
+
 def parse(file: Path) -> ast.Module:
-    """Return a file's syntax tree. Raises SyntaxError and OSError."""
+    """Return a file's syntax tree. Raises SyntaxError (also for bytes that are no text) and OSError."""
     return _parse(file, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
 def _parse(path: Path, mtime_ns: int) -> ast.Module:
     # Many hooks share a file, and scheduler.py alone takes 0.13 s.
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return ast.parse(path.read_bytes(), filename=str(path))  # bytes: a coding line or a BOM counts, as in an import
 
 
 def _definitions(scope: ast.AST, name: str) -> Iterator[ast.AST]:
@@ -130,7 +139,7 @@ def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     for node in ast.walk(arguments):
         if isinstance(node, ast.arg):
             node.annotation = None
-    return f"({ast.unparse(arguments)})"
+    return f"{'async ' if isinstance(function, ast.AsyncFunctionDef) else ''}({ast.unparse(arguments)})"
 
 
 def _canonical(node: object) -> str:
@@ -151,7 +160,7 @@ def _canonical(node: object) -> str:
         elif isinstance(node, ast.JoinedStr):  # Python 3.12.1 adds empty strings to format specs
             value = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
         elif field == "decorator_list":
-            value = [decorator for decorator in value if not (isinstance(decorator, ast.Name) and decorator.id == SEAM)]
+            value = [decorator for decorator in value if not _is_seam(decorator)]
         if value is not None and value != [] and field not in ("ctx", "type_comment"):
             parts.append(f"{field}:{_canonical(value)}")
     return "(" + " ".join(parts) + ")"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _CONFIG = ("config.json",)
-_ALL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+_WEIGHTS = "*.safetensors"
+_ALL = (_WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _DOWNLOAD = (
     "import json, sys; from huggingface_hub import snapshot_download; snapshot_download(**json.loads(sys.argv[1]))"
@@ -26,8 +27,8 @@ def named_snapshot(given: Mapping[str, Any], check: Callable[[Path], None] = lam
     """Return the flags, by field, that replace a ``model_path`` which names a repository; none if it does not.
 
     They are the folder of its snapshot, and the name under which SGLang then serves the model. ``given``: flags by
-    field; ``revision``, ``download_dir`` and ``tokenizer_path`` count. ``check`` gets a folder with the config.json
-    before weights are downloaded. Raises ValueError for the operator.
+    field; ``revision``, ``download_dir``, ``tokenizer_path`` and ``load_format`` count. ``check`` gets a folder with
+    the config.json before weights are downloaded. Raises ValueError for the operator.
     """
     name = given.get("model_path")
     try:
@@ -58,15 +59,15 @@ def _find(name: str, given: Mapping[str, Any], check: Callable[[Path], None]) ->
         "revision": given.get("revision") or None,
         "cache_dir": given.get("download_dir") or None,
     }
-    needs_tokenizer = not given.get("tokenizer_path")
-    if (found := _cached(about)) is not None and _is_complete(found, needs_tokenizer):
+    needs_tokenizer, needs_weights = not given.get("tokenizer_path"), given.get("load_format") != "dummy"
+    if (found := _cached(about)) is not None and _is_complete(found, needs_tokenizer, needs_weights):
         return found
     _download(about, _CONFIG)
     if (found := _cached(about)) is None or not (found / "config.json").exists():
         raise ValueError(f"--model-path {name}: the repository has no config.json")
     check(found)
-    _download(about, _ALL)
-    if (found := _cached(about)) is None or not _is_complete(found, needs_tokenizer):
+    _download(about, _ALL if needs_weights else [pattern for pattern in _ALL if pattern != _WEIGHTS])
+    if (found := _cached(about)) is None or not _is_complete(found, needs_tokenizer, needs_weights):
         raise ValueError(f"--model-path {name}: the repository lacks safetensors or a tokenizer")
     return found
 
@@ -84,12 +85,14 @@ def _cached(about: Mapping[str, Any]) -> Path | None:
         return None
 
 
-def _is_complete(folder: Path, needs_tokenizer: bool) -> bool:
+def _is_complete(folder: Path, needs_tokenizer: bool, needs_weights: bool) -> bool:
     """Return whether a server can start from it: SGLang may have cached a repository's config alone."""
     if not (folder / "config.json").exists():
         return False
     if needs_tokenizer and not any((folder / name).exists() for name in _TOKENIZERS):
         return False
+    if not needs_weights:
+        return True
     index = folder / _INDEX
     if not index.exists():
         return any(folder.glob("*.safetensors"))

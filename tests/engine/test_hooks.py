@@ -46,6 +46,7 @@ def test_no_entry_point_loads_anything_into_stock_sglang():
 
 
 def test_the_manifest_is_the_table(forge, tmp_path):
+    """Renew it with ``python -m anchortp_sglang.hooks --write``."""
     kept, written = forge.value("engine_jobs:manifest_text", path=str(tmp_path / "manifest.toml"))
     assert kept == written
 
@@ -81,7 +82,7 @@ def drifted(tmp_path):
     symbol, fingerprint = re.search(r'^symbol = "(.+)"\n(?:.+\n)*?fingerprint = "(.+)"$', text, re.M).groups()
     path = tmp_path / "drifted.toml"
     text = text.replace(fingerprint, "0" * len(fingerprint))
-    text = re.sub(r'^("sglang/.+" = ").+"$', r'\1of another file"', text, flags=re.M)
+    text = re.sub(r'^(sha256 = ").+"$', r'\1of another file"', text, flags=re.M)
     path.write_text(text, encoding="utf-8")
     return str(path), symbol
 

@@ -1,13 +1,15 @@
 """``anchortp doctor --sglang``: a fork's tree is judged, symbol by symbol, without being imported."""
 
 import json
+import re
 import shutil
+import subprocess
 
 import pytest
 from typer.testing import CliRunner
 
 from anchortp_sglang.cli.app import app
-from anchortp_sglang.hooks.manifest import read_manifest
+from anchortp_sglang.hooks.manifest import patches_folder
 from anchortp_sglang.hooks.source import package_folder, source_file
 
 
@@ -71,22 +73,38 @@ def test_every_change_is_named_with_what_it_means(release, changed):
     assert len(checks) == 5
 
 
-def test_a_name_that_a_hook_relies_on_is_missed(release, changed):
-    """The hooked functions themselves are as they were."""
-    file = source_file("sglang.srt.managers.detokenizer_manager.DetokenizerManager", release)
-    changed(str(file.relative_to(release)), file.read_text(), file.read_text().replace("decode_status", "status_of"))
+def test_names_that_no_hook_names_are_missed_too(release, changed):
+    """The coordinator uses them; the hooked functions are as they were."""
+    file = source_file("sglang.srt.managers.tokenizer_manager.TokenizerManager", release)
+    text = file.read_text()
+    changed(str(file.relative_to(release)), text, re.sub(r"\babort_sent\b", "abort_was_sent", text))
     code, checks = judge(release)
     assert code == 1
-    told = [check["detail"] for check in checks.values() if "uses decode_status, which" in check["detail"]]
-    users = [entry.symbol for entry in read_manifest().entries if "decode_status" in entry.relies_on]
-    assert len(told) == len(users) >= 1
+    found = checks["sglang/srt/managers/tokenizer_manager.py"]
+    assert found["detail"] == "does not define abort_sent, which anchortp-sglang uses"
+
+
+def test_a_tree_without_plugins_needs_seams(release, changed):
+    registry = release / "srt" / "plugins" / "hook_registry.py"
+    moved = registry.rename(registry.with_suffix(".away"))
+    try:
+        code, checks = judge(release)
+        assert code == 1
+        assert "there is no plugin system, and no seam at 56 symbols" in checks["plugins"]["detail"]
+        patch = patches_folder() / "sglang-0.5.23.patch"
+        subprocess.run(["git", "apply", "-p3", str(patch)], cwd=release, check=True)
+        code, checks = judge(release)
+        assert "plugins" not in checks
+        subprocess.run(["git", "apply", "-R", "-p3", str(patch)], cwd=release, check=True)
+    finally:
+        moved.rename(registry)
 
 
 def test_a_tree_that_python_cannot_read_or_that_is_none_is_refused(release, changed, tmp_path):
     changed("srt/managers/scheduler.py", "import faulthandler", "import import")
     code, checks = judge(release)
     assert code == 1
-    assert "scheduler.py:" in checks["source"]["detail"]
+    assert "scheduler.py" in checks["source"]["detail"]
     done = CliRunner().invoke(app, ["doctor", "--sglang", str(tmp_path)])
     assert done.exit_code == 2
     assert "is no source tree of SGLang" in done.output

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from anchortp_sglang.hooks.anchortp_seam import anchortp_seam
 from anchortp_sglang.hooks.install import Hook, HookError, install
 from anchortp_sglang.hooks.source import fingerprint
 
@@ -188,3 +189,12 @@ def test_a_fingerprint_is_of_the_file_and_not_of_the_patched_object(registry, to
     before = fingerprint("toy.work.double")
     install(HOOKS)
     assert fingerprint("toy.work.double") == before
+
+
+def test_a_plugin_that_comes_later_does_not_cover_a_hook_in_a_seam(registry, toy):
+    work = sys.modules["toy.work"]
+    work.double = anchortp_seam(work.double)
+    install(HOOKS[:1])
+    registry.register("toy.work.double", lambda value: -value, kind_of(registry, "replace"))
+    registry.apply_hooks()
+    assert work.double(2) == 5

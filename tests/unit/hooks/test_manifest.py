@@ -7,6 +7,7 @@ import pytest
 from anchortp_sglang.hooks import manifest
 from anchortp_sglang.hooks.install import Hook
 from anchortp_sglang.hooks.manifest import DriftError, allow, compare, installed_drift, write_manifest
+from anchortp_sglang.hooks.names import package_names
 from anchortp_sglang.hooks.source import MissingSymbolError, fingerprint, read_symbol
 
 TOY = '''
@@ -140,18 +141,34 @@ def test_a_symbol_that_is_not_defined_there_has_no_fingerprint(toy, target):
         ("double(value)", "double(value: int)", "its source has changed", False),
         ("double(value)", "double(value, times=2)", "its parameters were (value) and are (value, times=2)", True),
         ("def double", "def twice", "missing: double is not defined in the module", True),
-        ("def start", "def begin", "uses start, which SGLang's hooked files do not define", True),
+        ("def double", "async def double", "its parameters were (value) and are async (value)", True),
     ],
 )
 def test_a_symbol_is_judged_for_itself(toy, tmp_path, old, new, problem, breaks):
-    """A changed body, other parameters, a lost symbol, and a lost name that the hook relies on."""
-    hooks = [Hook("toy.work.double", "around", around_double_by_an_engine, "why")]
+    """A changed body, other parameters, a lost symbol."""
+    hooks = [Hook("toy.work.double", "around", around_double, "why")]
     path = write_manifest(hooks, tmp_path / "m.toml")
     assert old in TOY
     toy.write_text(TOY.replace(old, new))
     (drift,) = compare(hooks, path)
     assert (drift.symbol, drift.breaks) == ("toy.work.double", breaks)
     assert problem in drift.problem
+
+
+def test_names_that_a_hook_uses_are_missed_in_their_file(toy, tmp_path):
+    hooks = [Hook("toy.work.double", "around", around_double_by_an_engine, "why")]
+    path = write_manifest(hooks, tmp_path / "m.toml")
+    toy.write_text(TOY.replace("def start", "def begin"))
+    (drift,) = compare(hooks, path)
+    assert (drift.symbol, drift.breaks) == ("toy/work.py", True)
+    assert drift.problem == "does not define start, which anchortp-sglang uses"
+    assert allow([drift], True) == [drift]
+
+
+def test_names_are_those_that_the_package_uses_and_does_not_define_itself():
+    names = package_names()
+    assert {"rid_to_state", "abort_sent", "tree_cache", "retracted_stain"} <= names
+    assert not {"prefixes", "append", "split", "rank_pid"} & names
 
 
 def test_drift_is_allowed_by_symbol(toy, tmp_path, monkeypatch):
@@ -168,13 +185,18 @@ def test_drift_is_allowed_by_symbol(toy, tmp_path, monkeypatch):
         allow(drifts, ["toy.work.dubble"])
     with pytest.raises(DriftError):
         allow(drifts, False)
+    path.unlink()
+    for allowed in (True, ["sglang"]):
+        with pytest.raises(DriftError, match="is missing"):
+            allow(compare(HOOKS), allowed)
 
 
 def test_a_fork_has_its_own_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "patches_folder", lambda: tmp_path)
     monkeypatch.setattr(manifest, "installed_version", lambda: "0.5.23+ours")
     assert manifest.manifest_path().name == "sglang-0.5.23.toml"
-    assert "written for" not in str(compare((), write_manifest(())))
+    path = write_manifest((), tmp_path / "sglang-0.5.23+ours.toml")
+    assert "written for" not in str(compare((), path))
     assert manifest.manifest_path().name == "sglang-0.5.23+ours.toml"
 
 
@@ -233,7 +255,7 @@ def test_a_wheel_carries_its_manifest(tmp_path, monkeypatch):
 def test_files_that_are_as_they_were_are_not_parsed(toy, tmp_path, monkeypatch):
     hooks = [Hook("toy.work.double", "around", around_double, "why")]
     path = write_manifest(hooks, tmp_path / "m.toml")
-    assert '"toy/work.py" = ' in path.read_text()
+    assert '"toy/work.py"' in path.read_text()
     parsed = []
     read = lambda symbol, tree: parsed.append(symbol) or read_symbol(symbol, tree)  # noqa: E731
     monkeypatch.setattr(manifest, "read_symbol", read)

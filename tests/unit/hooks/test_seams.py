@@ -8,7 +8,7 @@ import pytest
 
 from anchortp_sglang.hooks import seams
 from anchortp_sglang.hooks.install import Hook, HookError, install, load_plugins
-from anchortp_sglang.hooks.manifest import compare, patches_folder, read_manifest, write_manifest
+from anchortp_sglang.hooks.manifest import Drift, compare, patches_folder, read_manifest, write_manifest
 
 TOY = '''"""A fork."""
 
@@ -133,6 +133,35 @@ def test_a_decorator_around_a_seam_is_no_seam(patched):
     work.double = functools.wraps(seam)(lambda value: -value)
     with pytest.raises(HookError, match=r"sglang\.work\.double: SGLang has neither its plugin system nor a seam"):
         install(HOOKS)
+
+
+def test_a_patched_fork_needs_no_other_patch(patched, monkeypatch):
+    from anchortp_sglang.hooks import __main__ as command
+
+    assert seams.is_patched()
+    monkeypatch.setattr(command, "flags_text", lambda: "")
+    assert [path.suffix for path in command._texts(HOOKS)] == [".toml", ".toml"]
+
+
+@pytest.mark.parametrize(
+    ("drifts", "version", "refusal"),
+    [
+        ([], "0.5.23", ""),
+        ([Drift("a", "changed", breaks=False)], "0.5.24", ""),
+        ([Drift("a", "changed", breaks=False)], "0.5.23", "another source than SGLang 0.5.23"),
+        ([Drift("a", "missing")], "0.5.24", "lack what they need"),
+    ],
+)
+def test_what_breaks_a_hook_and_another_source_of_the_same_version_are_not_written(
+    monkeypatch, capsys, drifts, version, refusal
+):
+    from anchortp_sglang.hooks import __main__ as command
+
+    monkeypatch.setattr(command.manifest, "installed_drift", lambda: drifts)
+    monkeypatch.setattr(command.manifest, "installed_version", lambda: version)
+    found = command._accept()
+    assert refusal in found and bool(found) is bool(refusal)
+    assert capsys.readouterr().err.count("accepted: a") == len(drifts)
 
 
 def test_a_fork_with_neither_is_told_of_the_patch(fork):

@@ -134,3 +134,13 @@ def test_the_config_is_checked_before_the_weights_are_downloaded(tmp_path, monke
 def refuse(folder):
     assert (folder / "config.json").exists()
     raise ValueError("not this one")
+
+
+def test_random_weights_need_no_safetensors(tmp_path, monkeypatch):
+    given = {"model_path": NAME, "download_dir": str(cache(tmp_path, SMALL)), "load_format": "dummy"}
+    assert hub.named_snapshot(given)["served_model_name"] == NAME
+    asked = []
+    monkeypatch.setattr(hub, "_download", lambda about, patterns: asked.append(tuple(patterns)))
+    with pytest.raises(ValueError, match="lacks safetensors or a tokenizer"):
+        hub.named_snapshot(given | {"download_dir": str(cache(tmp_path / "b", {"config.json": "{}"}))})
+    assert "*.safetensors" not in asked[-1] and "*.json" in asked[-1]
