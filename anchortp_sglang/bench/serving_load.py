@@ -69,14 +69,12 @@ class ServingLoad:
 
 
 def _figures(found: dict[str, Any], prompts: int) -> Figures:
-    """Return a result's figures. Raises ServerFailed unless every request got all of its tokens, one by one.
+    """Return a result's figures. Raises ServerFailed unless every request got all of its tokens.
 
-    SGLang's client counts a stream that ends early, or with an error, as completed.
+    SGLang's client counts a stream that ends early, or with an error, as completed; with all tokens if none came.
     """
-    whole = [
-        ttft > 0 and length == NEW_TOKENS and len(itls) == NEW_TOKENS - 1
-        for ttft, length, itls in zip(found["ttfts"], found["output_lens"], found["itls"], strict=True)
-    ]
+    lengths = zip(found["ttfts"], found["output_lens"], strict=True)
+    whole = [ttft > 0 and length == NEW_TOKENS for ttft, length in lengths]
     if len(whole) != prompts or not all(whole):
         errors = [error for error in found["errors"] if error]
         raise ServerFailed(

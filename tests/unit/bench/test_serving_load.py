@@ -1,4 +1,4 @@
-"""A result of SGLang's benchmark counts only if every request got all of its tokens, one by one."""
+"""A result of SGLang's benchmark counts only if every request got all of its tokens."""
 
 import math
 
