@@ -82,7 +82,8 @@ def measure(tp: int, streams: int, tokens: int, overlap: bool) -> None:
         folder = Path(name)
         result = folder / "steps.json"
         model = write_checkpoint(folder / "model", "qwen3", num_layers=6)
-        flags = ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--anchor-allow-drift"]
+        slots = max(16384, 2 * streams * (20 + tokens))
+        flags = ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", str(slots), "--anchor-allow-drift"]
         flags += ["--anchor-overlap", "on" if overlap else "off"]
         env = {RESULT: str(result), "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), "."))}
         server = Server(model, tp, *flags, log=folder / "server.log", module="time_hooks", env=env)
