@@ -14,7 +14,7 @@ MAX_TP_SIZE = 8
 
 # SGLang reads its environment when imported, before the number of ranks is known: it is prepared for the most.
 # Thread bindings set by the user are checked later, when the number is known.
-_PLATFORM = device.choose_platform({})
+_PLATFORM = device.choose_platform({"device": "cpu"})
 device.prepare(_PLATFORM, {"tp_size": 1 if "SGLANG_CPU_OMP_THREADS_BIND" in os.environ else MAX_TP_SIZE})
 
 from sglang.srt.entrypoints.engine import Engine as _StockEngine  # noqa: E402
@@ -62,5 +62,5 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any], overlap: str) -> Any:
-    flags = device.prepare(device.choose_platform(kwargs), kwargs, overlap).flags
+    flags = device.prepare(_PLATFORM, kwargs, overlap).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         given = given_flags(rest)
         wants_help = "help" in given
         flags = {} if wants_help else given
-        platform = device.choose_platform(flags, options.experimental_cuda)
+        platform = device.choose_platform({"device": "cpu"} if wants_help else flags)
         defaults = device.prepare(platform, flags, options.overlap)
         if not wants_help:
             preflight.check_given(given, platform.rules)

@@ -140,11 +140,6 @@ class AnchorOptions:
         " where it only delays results",
         str,
     )
-    experimental_cuda: bool = _option(
-        False,
-        "experimental-cuda",
-        "allow --device cuda, where no recovery has come through yet",
-    )
     share_gpus: bool = _option(
         False,
         "share-gpus",

@@ -3,7 +3,7 @@
 #
 #   launch/8xgpu.sh /path/to/model [more flags of sglang or --anchor-...]
 #
-# EXPERIMENTAL: no recovery has come through on a GPU yet (docs/cuda.md). Do not serve
+# No recovery has come through on a GPU yet (docs/cuda.md). Do not serve
 # anybody with it before `make test-gpu` passes on your machine; launch/cpu-tp4.sh runs today.
 set -euo pipefail
 
@@ -15,7 +15,6 @@ flags=(
   --host 0.0.0.0
   --port 30000
   --device cuda
-  --anchor-experimental-cuda
   --tp-size 8
   # Of each GPU's memory, for weights and KV; what survivors take over is planned inside of it, down
   # to --anchor-min-devices. The rest is for contexts, activations and graphs.

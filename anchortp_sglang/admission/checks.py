@@ -136,8 +136,7 @@ def _check_device(view: Any, rules: DeviceRules) -> list[Refusal]:
     if device is None:  # SGLang chooses it; the resolved record is checked again
         return []
     if device != rules.device:
-        why, way_out = dict(rules.others).get(device, (_NO_SUCH_DEVICE, f"use --device {rules.device}"))
-        return [_refusal("device", device, why, way_out)]
+        return [_refusal("device", device, _NO_SUCH_DEVICE, f"use --device {rules.device}")]
     known = rules.attention_backends
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return [

@@ -12,11 +12,9 @@ class DeviceRules:
     """Flags that fit one ``device``, as ServerArgs spells it.
 
     ``attention_backends``: those with kernels for its ranks. ``why_no_fp8_kv``: the reason for refusing a KV cache of
-    8-bit floats, empty if it may have one. ``others``: device -> (why, way out) for those of which more can be said
-    than that they are not supported.
+    8-bit floats, empty if it may have one.
     """
 
     device: str
     attention_backends: tuple[str, ...]
     why_no_fp8_kv: str = ""
-    others: tuple[tuple[str, tuple[str, str]], ...] = ()

@@ -179,7 +179,7 @@ class Defaults:
 
 def describe(defaults: Defaults) -> str:
     """Describe in one line for the log what was set, as a user would have written it."""
-    env = [f"{name}={value}" for name, value in defaults.env.items()]
+    env = [f"{name}={value}" for name, value in defaults.env.items() if not name.startswith("ANCHORTP_")]
     flags = [_as_option(name, value) for name, value in defaults.flags.items()]
     return f"{defaults.title}: " + (" ".join(env + flags) or "nothing, as you have set all of it")
 

@@ -9,6 +9,7 @@ from anchortp_sglang.platforms.cuda.platform import CudaPlatform
 from anchortp_sglang.platforms.cuda.probe import ProbeError
 from anchortp_sglang.startup.folders import home_defaults
 
+_DRIVER = "/dev/nvidiactl"
 _OVERLAP_OFF = "disable_overlap_schedule"
 
 
@@ -20,24 +21,25 @@ def tp_size_of(given: Mapping[str, object]) -> int:
         raise ValueError(f"--tp-size takes a number, not {text!r}") from None
 
 
-def choose_platform(given: Mapping[str, object], experimental_cuda: bool = False) -> Platform:
-    """Choose the server's platform by ``--device``; the only place that tells platforms apart.
+def choose_platform(given: Mapping[str, object]) -> Platform:
+    """Choose the server's platform by ``--device``, or without it as SGLang does: GPUs if there are any.
 
-    Raises ValueError for an unknown platform, one that the operator must ask for (``experimental_cuda``), or one that
-    cannot be reached.
+    The only place that tells platforms apart. Raises ValueError for an unknown platform, or one that cannot be reached.
     """
-    device = given.get("device") or "cpu"
+    device = given.get("device") or ("cuda" if _has_gpus(os.environ) else "cpu")
     if device == "cpu":
         return CpuPlatform()
-    if device == "cuda" and experimental_cuda:
-        try:
-            return CudaPlatform.of_this_machine()
-        except ProbeError as error:
-            raise ValueError(f"--device cuda: {error}") from None
-    raise ValueError(
-        f"--device {device} is not supported; use --device cpu (for cuda, where no recovery has come through "
-        "yet, there is --anchor-experimental-cuda)"
-    )
+    if device != "cuda":
+        raise ValueError(f"--device {device} is not supported; use --device cuda or --device cpu")
+    try:
+        return CudaPlatform.of_this_machine()
+    except ProbeError as error:
+        raise ValueError(f"--device cuda: {error} (or use --device cpu)") from None
+
+
+def _has_gpus(environ: Mapping[str, str]) -> bool:
+    """Return whether NVIDIA's driver is there and no setting hides its GPUs."""
+    return environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and os.path.exists(_DRIVER)
 
 
 def prepare(platform: Platform, given: Mapping[str, object], overlap: str = "auto") -> Defaults:
@@ -65,10 +67,12 @@ def _set_overlap(flags: dict[str, object], given: Mapping[str, object], overlap:
 
 
 def install_stand_ins() -> None:
-    """Install stand-ins for modules that SGLang imports by name and that cannot load on this machine."""
+    """Install stand-ins for modules that cannot load on this machine, and for torch's knowledge of its GPUs."""
     from anchortp_sglang.platforms.cpu import sgl_kernel_stub
+    from anchortp_sglang.platforms.cuda import answers
 
     sgl_kernel_stub.install()
+    answers.install(os.environ)
 
 
 def as_arguments(flags: Mapping[str, object]) -> list[str]:

@@ -55,7 +55,7 @@ def launch(checkpoint, tmp_path_factory):
     @contextlib.contextmanager
     def launch(tp_size, *arguments):
         place = Place(tmp_path_factory.mktemp("server") / "log")
-        ours = ("--anchor-experimental-cuda", "--anchor-share-gpus", "--anchor-allow-injection")
+        ours = ("--anchor-share-gpus", "--anchor-allow-injection")
         ours += ("--anchor-hang-timeout", str(START_TIMEOUT_S))
         server = Server(
             checkpoint,

@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NEVER_RAN = (
-    "no recovery has come through on a GPU yet",
-    "use --device cpu, or try it with --anchor-experimental-cuda",
-)
-
 
 @dataclass(frozen=True)
 class CpuPlatform:
@@ -41,7 +36,6 @@ class CpuPlatform:
         device="cpu",
         attention_backends=("torch_native",),
         why_no_fp8_kv="SGLang has it on CPUs with AMX only, whose kernels are not supported",
-        others=(("cuda", _NEVER_RAN),),
     )
     identity: ClassVar[tuple[str, ...]] = ()
     rank_overrides: ClassVar[Mapping[str, Any]] = {}

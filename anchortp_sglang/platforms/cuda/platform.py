@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from anchortp_sglang.admission.devices import DeviceRules
@@ -17,6 +17,7 @@ from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.base import Defaults, MemoryPlan
 from anchortp_sglang.platforms.cuda import plan
+from anchortp_sglang.platforms.cuda.answers import environment
 from anchortp_sglang.platforms.cuda.environment import cuda_defaults
 from anchortp_sglang.platforms.cuda.probe import GpuFacts, visible_gpus
 from anchortp_sglang.platforms.cuda.shares import share_out
@@ -54,7 +55,9 @@ class CudaPlatform:
         """Work out settings for replaceable ranks. Raises ValueError if no GPU is visible."""
         if not self.gpus:
             raise ValueError("no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
-        return cuda_defaults(given, environ, shared=tp_size > len(self.gpus))
+        defaults = cuda_defaults(given, environ, shared=tp_size > len(self.gpus))
+        answers = {name: value for name, value in environment(self.gpus).items() if name not in environ}
+        return replace(defaults, env=defaults.env | answers)
 
     def plan_memory(
         self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool

@@ -15,7 +15,7 @@ import msgspec
 
 from anchortp_sglang.memory import cuda_vmm
 from anchortp_sglang.memory.arena import ArenaError
-from anchortp_sglang.memory.cuda_driver import UNSUPPORTED, CudaError, call, device_by_uuid
+from anchortp_sglang.memory.cuda_driver import UNSUPPORTED, CudaError, bindings, call, device_by_uuid
 from anchortp_sglang.memory.gpu import Sharing
 
 __all__ = ["GpuFacts", "ProbeError", "touch_all", "visible_gpus"]
@@ -29,7 +29,7 @@ class ProbeError(RuntimeError):
 
 
 class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """A visible GPU. ``peers``: UUIDs of the GPUs whose memory it can map."""
+    """A visible GPU. ``peers``: UUIDs of the GPUs whose memory it can map. ``capability``: (major, minor)."""
 
     uuid: str
     name: str
@@ -37,6 +37,9 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
     free_bytes: int
     sharing: Sharing
     peers: list[str]
+    capability: tuple[int, int] = (0, 0)
+    multiprocessors: int = 0
+    l2_bytes: int = 0
 
 
 def visible_gpus() -> list[GpuFacts]:
@@ -108,9 +111,20 @@ def _inventory() -> list[GpuFacts]:
                 free_bytes=int(memory.free),
                 sharing=_sharing(ordinal),
                 peers=[other for other, peer in ordinals.items() if _reaches(ordinal, peer)],
+                capability=(
+                    _attribute(ordinal, "COMPUTE_CAPABILITY_MAJOR"),
+                    _attribute(ordinal, "COMPUTE_CAPABILITY_MINOR"),
+                ),
+                multiprocessors=_attribute(ordinal, "MULTIPROCESSOR_COUNT"),
+                l2_bytes=_attribute(ordinal, "L2_CACHE_SIZE"),
             )
         )
     return facts
+
+
+def _attribute(device: int, name: str) -> int:
+    attribute = getattr(bindings().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(call("cuDeviceGetAttribute", attribute, device))
 
 
 def _sharing(device: int) -> Sharing:

@@ -132,15 +132,13 @@ def test_a_switch_is_not_mistaken_for_the_size_one(defaults):
     assert asked(defaults, dp_size=1, ep_size=1, page_size=1) == []
 
 
-def test_all_refusals_are_told_at_once_and_cuda_says_when(defaults):
+def test_all_refusals_are_told_at_once(defaults):
     found = asked(defaults, device="cuda", dp_size=2, enable_lora=True)
     text = str(UnsupportedError(found))
     assert len(text.splitlines()) == 4
     assert "--dp-size 2:" in text
     assert "--enable-lora:" in text
-    assert (
-        "no recovery has come through on a GPU yet; use --device cpu, or try it with --anchor-experimental-cuda" in text
-    )
+    assert "--device cuda: anchors hold no memory of such devices; use --device cpu" in text
 
 
 @pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])

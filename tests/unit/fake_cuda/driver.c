@@ -51,6 +51,24 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  READY();
+  REQUIRE(device >= 0 && device < DEVICES, INVALID_DEVICE);
+  switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; return CUDA_SUCCESS;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; return CUDA_SUCCESS;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; return CUDA_SUCCESS;
+    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = 50 << 20; return CUDA_SUCCESS;
+    default: return CUDA_ERROR_INVALID_VALUE;
+  }
+}
+
+/* sgl_kernel is linked against it. */
+CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  READY();
+  return CUDA_ERROR_INVALID_VALUE;
+}
+
 CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) {
   READY();
   memset(uuid->bytes, 0, 16);
@@ -263,7 +281,7 @@ CUresult cuGetProcAddress(const char *symbol, void **function, int version, cuui
       {"cuMemcpyHtoD", cuMemcpyHtoD}, {"cuMemcpyDtoH", cuMemcpyDtoH}, {"cuIpcOpenMemHandle", cuIpcOpenMemHandle},
       {"cuGetProcAddress", cuGetProcAddress},
       ENTRY(cuInit), ENTRY(cuDriverGetVersion), ENTRY(cuDeviceGetCount), ENTRY(cuDeviceGet), ENTRY(cuDeviceCanAccessPeer),
-      ENTRY(cuCtxGetCurrent),
+      ENTRY(cuCtxGetCurrent), ENTRY(cuDeviceGetAttribute),
       ENTRY(cuMemGetAllocationGranularity), ENTRY(cuMemCreate), ENTRY(cuMemRelease),
       ENTRY(cuMemExportToShareableHandle), ENTRY(cuMemImportFromShareableHandle),
       ENTRY(cuMemGetAllocationPropertiesFromHandle), ENTRY(cuMemAddressReserve), ENTRY(cuMemAddressFree),

@@ -6,6 +6,7 @@
 
 typedef struct { unsigned long long total, free, used; } Memory;
 
+int nvmlInit(void) { return 0; }  // torch asks for this one
 int nvmlInit_v2(void) { return 0; }
 int nvmlInitWithFlags(unsigned int flags) { return 0; }
 int nvmlShutdown(void) { return 0; }

@@ -35,6 +35,7 @@ from anchortp_sglang.platforms.cpu.platform import CpuPlatform
 from anchortp_sglang.platforms.cuda.platform import CudaPlatform
 from anchortp_sglang.platforms.cuda.probe import GpuFacts
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
+from anchortp_sglang.startup import device as startup_device
 from anchortp_sglang.startup.device import choose_platform
 
 MODEL = model((12, 4))
@@ -309,12 +310,17 @@ def test_an_anchor_needs_no_implementation() -> None:
     assert run(script) == "[]"
 
 
-@pytest.mark.parametrize("device", ["cuda", "xpu"])
-def test_what_is_not_asked_for_expressly_is_not_chosen(device: str) -> None:
-    with pytest.raises(ValueError, match=f"--device {device} is not supported; use --device cpu"):
-        choose_platform({"device": device})
+def test_without_a_device_gpus_are_chosen_if_there_are_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup_device, "_DRIVER", str(tmp_path / "nvidiactl"))
     assert isinstance(choose_platform({}), CpuPlatform)
-    assert isinstance(choose_platform({"device": None}), CpuPlatform)
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(CudaPlatform, "of_this_machine", classmethod(lambda cls: cls()))
+    assert isinstance(choose_platform({"device": None}), CudaPlatform)
+    assert isinstance(choose_platform({"device": "cpu"}), CpuPlatform)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert isinstance(choose_platform({}), CpuPlatform)
+    with pytest.raises(ValueError, match="--device xpu is not supported; use --device cuda or --device cpu"):
+        choose_platform({"device": "xpu"})
 
 
 def test_a_machine_without_visible_gpus_is_told_where_to_look() -> None:

@@ -89,7 +89,7 @@ def test_the_doctor_says_what_the_gpus_lack(environment: dict[str, str], refused
 def test_the_platform_is_chosen_with_the_gpus_that_are_visible(environment: dict[str, str]) -> None:
     script = code("""
         from anchortp_sglang.startup.device import choose_platform
-        platform = choose_platform({"device": "cuda"}, experimental_cuda=True)
+        platform = choose_platform({"device": "cuda"})
         print(*[gpu.uuid for gpu in platform.gpus], platform.defaults({}, {}, 2).flags["device"])
     """)
     assert run(environment, *script).split() == [*UUIDS, "cuda"]
