@@ -48,8 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _accept() -> str:
-    """Print how the installed SGLang differs from what is written so far; return why it should not be written over."""
-    drifts = manifest.installed_drift()
+    """Print how the installed SGLang differs from the last manifest; return why it should not be written over."""
+    written = [path for path in manifest.patches_folder().glob("sglang-*.toml") if not path.stem.endswith("-flags")]
+    if not written:
+        return ""
+    path = manifest.manifest_path()
+    drifts = manifest.installed_drift(path if path in written else max(written))
     for drift in drifts:
         print(f"accepted: {drift}", file=sys.stderr)
     version = manifest.installed_version()

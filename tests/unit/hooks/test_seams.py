@@ -157,7 +157,7 @@ def test_what_breaks_a_hook_and_another_source_of_the_same_version_are_not_writt
 ):
     from anchortp_sglang.hooks import __main__ as command
 
-    monkeypatch.setattr(command.manifest, "installed_drift", lambda: drifts)
+    monkeypatch.setattr(command.manifest, "installed_drift", lambda path: drifts)
     monkeypatch.setattr(command.manifest, "installed_version", lambda: version)
     found = command._accept()
     assert refusal in found and bool(found) is bool(refusal)
