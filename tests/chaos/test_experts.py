@@ -1,6 +1,7 @@
 """A model with experts loses a rank, then a device: experts, or columns of them, move by the plan; no token is lost."""
 
 import json
+import shutil
 
 import pytest
 from faults import kill_rank, lose_device
@@ -23,12 +24,15 @@ def experts_checkpoint(tmp_path_factory):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param((), id="columns"),
+        pytest.param(("--load-format", "dummy"), id="columns, of random weights without a file"),
         pytest.param(("--ep-size", "3", "--init-expert-location", HOT), id="whole experts, hot ones apart"),
     ],
 )
-def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, experts_checkpoint, flags):
-    with launch(3, *flags, model=experts_checkpoint) as server:
+def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, experts_checkpoint, tmp_path, flags):
+    model = experts_checkpoint
+    if "dummy" in flags:
+        model = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    with launch(3, *flags, model=model) as server:
         expected = Unbroken(server)(REQUESTS)
         before = server.status()["devices"]
         process = survive(server, REQUESTS, expected, lambda: kill_rank(server, 1), "process")
