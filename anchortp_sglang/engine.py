@@ -62,5 +62,9 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any], overlap: str) -> Any:
+    if kwargs.get("device") not in (None, "cpu"):
+        raise ValueError(
+            f"--device {kwargs['device']} is not supported in an Engine; use anchortp_sglang.launch_server"
+        )
     flags = device.prepare(_PLATFORM, kwargs, overlap).flags
     return ServerArgs(**({"log_level": "error"} | flags | kwargs))
