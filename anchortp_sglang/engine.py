@@ -62,7 +62,7 @@ class Engine(_StockEngine):
 
 
 def _record(kwargs: dict[str, Any], overlap: str) -> Any:
-    if kwargs.get("device") not in (None, "cpu"):
+    if kwargs.get("device") not in (None, _PLATFORM.rules.device):
         raise ValueError(
             f"--device {kwargs['device']} is not supported in an Engine; use anchortp_sglang.launch_server"
         )
