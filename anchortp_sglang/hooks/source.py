@@ -28,7 +28,7 @@ class MissingSymbolError(LookupError):
 
 @dataclass(frozen=True)
 class Symbol:
-    """What the manifest keeps of a symbol's source. ``parameters``: "(self, x)" or "async (self, x)", without types."""
+    """A symbol's source, as the manifest keeps it. ``parameters``: "(self, x)" or "async (self, x)", without types."""
 
     fingerprint: str
     parameters: str

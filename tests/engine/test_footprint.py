@@ -12,7 +12,7 @@ from anchortp_sglang.startup.device import as_arguments
 from anchortp_sglang.testing.memory import total_bytes
 from anchortp_sglang.testing.server import Server
 
-TP_SIZE = 2
+TP_SIZE = 4
 FLAGS = ["--dtype", "float32", "--max-total-tokens", "16384"]
 MOST = 1.05
 

@@ -24,7 +24,7 @@ _GPUS = "ANCHORTP_GPUS"
 
 @dataclass(frozen=True)
 class Properties:
-    """What is known of a GPU before CUDA is initialised, under the names of torch's ``_CudaDeviceProperties``."""
+    """A GPU's properties, known before CUDA is initialised, under the names of torch's ``_CudaDeviceProperties``."""
 
     name: str
     major: int

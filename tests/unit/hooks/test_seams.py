@@ -85,7 +85,7 @@ def fork(tmp_path, monkeypatch):
 
 @pytest.fixture
 def patched(fork, tmp_path):
-    """The same fork with seams, patched as docs/forks.md says."""
+    """Patch the fork as docs/forks.md says; return its folder."""
     (tmp_path / "seams.patch").write_text(seams.patch_text(hook.target for hook in HOOKS))
     subprocess.run(["git", "apply", "seams.patch"], cwd=tmp_path, check=True)
     importlib.invalidate_caches()
