@@ -18,6 +18,9 @@ from typing import Any, Literal
 FLAG_PREFIX = "--anchor-"
 KWARG_PREFIX = "anchor_"
 
+StandbyMode = Literal["off", "cold", "warm"]
+"""What waits for the next fault: nothing, spare ranks, or a whole generation."""
+
 # A Unix socket's path has at most 107 bytes (sun_path); the rest is for a run id and the socket's name.
 MAX_RUN_DIR_BYTES = 80
 
@@ -130,8 +133,12 @@ class AnchorOptions:
     kv_mirror_gbps: float = _option(
         4.0, "kv-mirror-gbps GB/S", "bandwidth of copies to the mirror, over all devices, in 10**9 bytes/s", float
     )
-    spare_ranks: bool = _option(
-        True, "no-spare-ranks", "fork no spare ranks before a fault: less memory, longer recoveries"
+    standby: Literal["off", "cold", "warm"] | None = _option(
+        None,
+        "standby off|cold|warm",
+        "what waits for the next fault: nothing; processes that can become ranks; or a whole next generation, which"
+        " goes on where killed ranks stopped (default: warm if there is memory for it, else cold)",
+        str,
     )
     overlap: Literal["auto", "on", "off"] = _option(
         "auto",
@@ -160,6 +167,8 @@ class AnchorOptions:
         _check_seconds("recovery-deadline", self.recovery_deadline_s)
         if self.kv_mirror not in (None, "off", "host"):
             raise OptionsError(f"--anchor-kv-mirror takes off or host; got {self.kv_mirror!r}")
+        if self.standby not in (None, "off", "cold", "warm"):
+            raise OptionsError(f"--anchor-standby takes off, cold or warm; got {self.standby!r}")
         if self.overlap not in ("auto", "on", "off"):
             raise OptionsError(f"--anchor-overlap takes auto, on or off; got {self.overlap!r}")
         for name, gib in (("device-gib", self.device_gib), ("kv-mirror-gib", self.kv_mirror_gib)):

@@ -83,6 +83,7 @@ class Metrics:
         )
         self._suspects = gauge("anchortp_suspect_requests", "Open requests that may be why ranks fail.")
         self._fruitless = gauge("anchortp_fruitless_faults", "Faults since a client last received a token.")
+        self._standby = gauge("anchortp_standby_ready", "1 if a whole generation waits to go on after a kill.")
         self._reported: dict[Any, float] = {}
 
     def observe(self, recovery: Recovery) -> None:
@@ -103,6 +104,7 @@ class Metrics:
             self._raise_to(self._ended.labels(reason), count)
         self._suspects.set(status["suspects"])
         self._fruitless.set(status["fruitless_faults"])
+        self._standby.set(status["standby"] == "ready")
         self._raise_to(self._failed, totals.failed)
         self._raise_to(self._replayed, totals.requests_replayed)
         self._raise_to(self._reused, totals.tokens_reused)

@@ -21,6 +21,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "kv": None if coordinator.kv_usage is None else coordinator.kv_usage.to_json(),
         "kv_capacity": asdict(coordinator.processes.kv_capacity(ownership)),
         "run_dir": _run_dir(coordinator),
+        "standby": coordinator.processes.standbys.state,
         "recoveries": coordinator.recoveries.to_json(),
         "fruitless_faults": coordinator.state.fruitless,
         "suspects": 0 if coordinator.inflight is None else coordinator.inflight.isolation.suspects,

@@ -6,6 +6,7 @@ ancestors in the prefix forest.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,10 @@ from anchortp_sglang.kv.retained_slots import most_urgent
 from anchortp_sglang.kv.slot_table import SlotTable
 
 _BURST_S = 0.25
-_CHOICE_INTERVAL_S = 1.0
-"""Interval at which the content of a too small mirror is chosen: a choice reads the whole prefix forest."""
+_LEAST_INTERVAL_S = 1.0
+_SEARCHING_SHARE = 0.01
+"""Share of a core, and shortest interval, for what reads the whole slot table: rows that can be freed, and a choice of
+what a too small mirror holds. At a million slots a choice takes a third of a second."""
 
 
 class TokenBucket:
@@ -51,9 +54,8 @@ class MirrorSchedule:
         self._is_free: Mask = np.zeros(mirror.shape.rows, np.bool_)
         self._n_free = 0
         """Number of rows in ``_is_free``; rows of slots freed since are not yet among them."""
-        self._chosen: Mask | None = None
-        self._chosen_step = -1
-        self._choose_at = 0.0
+        self._search_at = 0.0
+        """When the whole table may be read again (monotonic)."""
         self._take_over()
 
     def assign(self, now: float) -> int:
@@ -63,17 +65,13 @@ class MirrorSchedule:
         if step == self._done_step or not allowed:
             return 0
         wanted, hashes = self._lacking(np.flatnonzero(self._table.last_use > self._done_step))
-        up_to_date = True
-        if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
-            self._collect_rows()
-            wanted, hashes = self._lacking(np.arange(self._table.slots))
-            if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
-                chosen = self._choose(now)[wanted]
-                wanted, hashes = wanted[chosen], hashes[chosen]
-                up_to_date = self._chosen_step >= step
+        if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free and now >= self._search_at:
+            began = time.monotonic()
+            wanted, hashes = self._search()
+            self._search_at = now + max(_LEAST_INTERVAL_S, (time.monotonic() - began) / _SEARCHING_SHARE)
         newest_first = np.lexsort((wanted, -self._table.last_use[wanted]))
         taken = np.sort(newest_first[: self._most(wanted[newest_first], allowed)])
-        if up_to_date and len(taken) == len(wanted):
+        if len(taken) == len(wanted):
             self._done_step = step
         if len(taken):
             self._give_rows(wanted[taken], hashes[taken])
@@ -132,17 +130,20 @@ class MirrorSchedule:
         self._row_of[:] = -1
         self._row_of[mirror.slots[used]] = np.flatnonzero(used)
 
-    def _choose(self, now: float) -> Mask:
-        """Return bool[slots]: the slots to mirror when there is no room for all. Frees the rows of others."""
-        mirror = self._mirror
-        if self._chosen is None or (now >= self._choose_at and self._table.step > self._chosen_step):
-            self._choose_at = now + _CHOICE_INTERVAL_S
-            entries = self._table.entries()
-            self._chosen = most_urgent(entries, entries.verified(), mirror.shape.rows, 1)
-            self._chosen_step = entries.step
-            mirror.free(np.flatnonzero(~self._chosen[mirror.slots]))
+    def _search(self) -> tuple[Ids, Hashes]:
+        """Free the rows of slots that are not to be mirrored; return the slots that lack one, and their chain hashes.
+
+        If there is no room for all slots, those chosen are to be mirrored.
+        """
+        self._collect_rows()
+        wanted, hashes = self._lacking(np.arange(self._table.slots))
+        if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
+            mirror, entries = self._mirror, self._table.entries()
+            chosen = most_urgent(entries, entries.verified(), mirror.shape.rows, 1)
+            mirror.free(np.flatnonzero(~chosen[mirror.slots]))
             self._collect_rows()
-        return self._chosen
+            wanted, hashes = wanted[chosen[wanted]], hashes[chosen[wanted]]
+        return wanted, hashes
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The arrays may hold anything (a process was killed while it wrote them, or they never were a slot table): an entry is
 valid only if it agrees with its parent, and so on up to a root. Once verified, slot 0 stands for all roots. No function
-loops over slots in Python; ancestors are reached by pointer jumping, in log2(depth) rounds.
+loops over slots in Python.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids, child_hashes
+from anchortp_sglang.kv.paths import ROOT, Mask, Paths, paths_of
 
-Mask = NDArray[np.bool_]
-
-ROOT = 0
+__all__ = ["ROOT", "Chain", "Mask", "best_below", "chains_of", "closed", "paths_of_mask", "verified_slots"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,64 +51,65 @@ def verified_slots(hashes: Hashes, tokens: Ids, parents: Ids, root_hash: int, ro
     above_hashes[above == ROOT] = root_hash
     above_hashes[below_root] = roots[-1 - above[below_root]]
     agrees = (child_hashes(above_hashes, tokens[known]) == hashes[known]) & (above_hashes != UNKNOWN)
-    return _rooted(known[agrees], np.maximum(above[agrees], ROOT), len(hashes))
+    return paths_of(known[agrees], np.maximum(above[agrees], ROOT), len(hashes)).rooted
 
 
 def closed(mask: Mask, parents: Ids) -> Mask:
     """Return bool[slots]: the slots of ``mask``, all verified, whose ancestors up to a root are in it too."""
+    return paths_of_mask(mask, parents).rooted
+
+
+def paths_of_mask(mask: Mask, parents: Ids) -> Paths:
+    """Return the paths of the slots of ``mask``, all verified. ``parents``: int64[slots]."""
     members = np.flatnonzero(mask)
-    return _rooted(members, parents[members], len(mask))
+    return paths_of(members, parents[members], len(mask))
 
 
-def newest_use(members: Ids, parents: Ids, last_use: Ids) -> Ids:
-    """Return int64[slots]: the latest use of a slot or one of its descendants; 0 for slots not in ``members``."""
-    newest = np.zeros(len(parents), np.int64)
-    newest[members] = last_use[members]
-    up = np.zeros(len(parents), np.int64)
-    up[members] = parents[members]
-    # Invariant of round k: `up` is the 2**k-th ancestor, `newest` has seen all descendants closer than 2**k.
-    climbing = members
-    while (climbing := climbing[up[climbing] != ROOT]).size:
-        above = up[climbing]
-        np.maximum.at(newest, above, newest[climbing])
-        up[climbing] = up[above]
-    return newest
+def best_below(paths: Paths, ranks: Ids) -> Ids:
+    """Return int64[slots]: the highest of ``ranks`` (int64[slots], from 0 to their number) of a slot or one below it.
 
-
-def _rooted(members: Ids, above: Ids, slots: int) -> Mask:
-    """Return bool[slots]: the members whose parents lead to the root through members only."""
-    nowhere = slots
-    up = np.full(slots + 1, nowhere, np.int64)
-    up[ROOT] = ROOT
-    up[members] = above
-    climbing = members
-    # 2**rounds > slots: a slot that has not arrived after the last round is in or below a cycle.
-    for _ in range(slots.bit_length()):
-        climbing = climbing[(up[climbing] != ROOT) & (up[climbing] != nowhere)]
-        if not climbing.size:
-            break
-        up[climbing] = up[up[climbing]]
-    rooted: Mask = up[:slots] == ROOT
-    rooted[ROOT] = False
-    return rooted
+    For slots on no path it is 0.
+    """
+    slots = np.flatnonzero(paths.rooted)
+    # In the order of paths, each from its end up to its first slot, the highest so far is the highest below.
+    starts = np.cumsum(paths.lengths) - paths.lengths
+    at = starts[paths.path[slots]] + paths.lengths[paths.path[slots]] - 1 - paths.place[slots]
+    along = np.empty(len(slots), np.int64)
+    along[at] = ranks[slots]
+    many = len(ranks) + 1
+    by_path = np.repeat(np.arange(len(paths.lengths)) * many, paths.lengths)  # none exceeds the next path's
+    along = np.maximum.accumulate(along + by_path) - by_path
+    of_path = paths.most_below(along[starts + paths.lengths - 1])
+    best = np.zeros(len(ranks), np.int64)
+    best[slots] = along[at]
+    hanging = np.zeros(len(paths.lengths), np.int64)
+    np.maximum.at(hanging, paths.parent[paths.parent >= 0], of_path[paths.parent >= 0])
+    best[slots] = np.maximum(best[slots], hanging[paths.path[slots]])
+    return best
 
 
 def chains_of(verified: Mask, tokens: Ids, parents: Ids, last_use: Ids) -> list[Chain]:
     """Return a chain for each leaf of the ``verified`` slots, least recently used first, ties by the leaf's slot."""
-    members = np.flatnonzero(verified)
-    leaves = _leaves(verified, members, parents)
-    leaves = leaves[np.argsort(last_use[leaves], kind="stable")]
-    first_chain, depth = _first_chain_and_depth(members, leaves, parents)
-
+    paths = paths_of_mask(verified, parents)
+    leaves = paths.ends[paths.leaves]
+    order = np.lexsort((leaves, last_use[leaves]))
+    leaves = leaves[order]
     # Each slot is laid out once, in the first chain that has it; later chains copy from there.
-    own = np.bincount(first_chain[members], minlength=len(leaves))
-    shared = depth[leaves] - own
+    first = np.full(len(paths.ends), len(leaves), np.int64)
+    first[paths.leaves[order]] = np.arange(len(leaves))
+    first = paths.least_below(first)
+
+    depth = paths.depths(leaves)
+    own = np.zeros(len(leaves), np.int64)
+    np.add.at(own, first, paths.lengths)
+    shared = depth - own
     ends = np.cumsum(own)
     starts = ends - own
-    owner = first_chain[members]
+    members = np.flatnonzero(verified)
+    owner = first[paths.path[members]]
     own_slots = np.empty(len(members), np.int64)
-    own_slots[starts[owner] + depth[members] - 1 - shared[owner]] = members
-    donors = first_chain[parents[own_slots[starts]]]
+    own_slots[(starts - 1 - shared)[owner] + paths.depths(members)] = members
+    donors = first[paths.parent[paths.path[own_slots[starts]]]]
 
     chains: list[Chain] = []
     own_tokens = tokens[own_slots]
@@ -122,28 +121,3 @@ def chains_of(verified: Mask, tokens: Ids, parents: Ids, last_use: Ids) -> list[
             its_tokens = np.concatenate((chains[donor].tokens[:n_shared], its_tokens))
         chains.append(Chain(slots, its_tokens, n_shared, stamp))
     return chains
-
-
-def _leaves(verified: Mask, members: Ids, parents: Ids) -> Ids:
-    is_leaf = verified.copy()
-    is_leaf[parents[members]] = False
-    return np.flatnonzero(is_leaf)
-
-
-def _first_chain_and_depth(members: Ids, leaves: Ids, parents: Ids) -> tuple[Ids, Ids]:
-    """Return int64[slots] each: the lowest index of a leaf below a slot, and the slot's distance from the root."""
-    first_chain = np.full(len(parents), len(leaves), np.int64)
-    first_chain[leaves] = np.arange(len(leaves))
-    depth = np.zeros(len(parents), np.int64)
-    depth[members] = 1
-    up = np.zeros(len(parents), np.int64)
-    up[members] = parents[members]
-    # Invariant of round k: `up` is the 2**k-th ancestor, `depth` counts the steps to it, and `first_chain`
-    # has seen all descendants closer than 2**k.
-    climbing = members
-    while (climbing := climbing[up[climbing] != ROOT]).size:
-        above = up[climbing]
-        np.minimum.at(first_chain, above, first_chain[climbing])
-        depth[climbing] += depth[above]
-        up[climbing] = up[above]
-    return first_chain, depth

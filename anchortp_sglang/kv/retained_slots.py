@@ -6,7 +6,6 @@ The retained slots are whole pages and include all their ancestors. Entries are 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,9 +13,18 @@ from typing import Literal
 
 import numpy as np
 
-from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
+from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids, mix
 from anchortp_sglang.kv.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed, namespaces_used
-from anchortp_sglang.kv.prefix_forest import ROOT, Chain, Mask, chains_of, closed, newest_use, verified_slots
+from anchortp_sglang.kv.prefix_forest import (
+    ROOT,
+    Chain,
+    Mask,
+    best_below,
+    chains_of,
+    closed,
+    paths_of_mask,
+    verified_slots,
+)
 
 __all__ = ["Entries", "RetainedSlots", "most_urgent", "retain"]
 
@@ -88,12 +96,15 @@ class RetainedSlots:
         return self.entries.chains(mask)
 
     def digest(self) -> str:
-        """Return a hex digest: ranks with equal digests retain the same slots under the same numbers."""
-        digest = hashlib.blake2b(digest_size=16)
-        new = self.entries
-        for column in (self.slots, self.numbers, new.hashes, new.tokens, new.parents, new.last_use):
-            digest.update(column.tobytes())
-        return digest.hexdigest()
+        """Return a hex digest: ranks with equal digests retain the same slots under the same numbers.
+
+        It is meant for ranks that err, not for any that deceive: sums with a pseudorandom weight for each number.
+        Tokens are left out, as chain hashes follow from them.
+        """
+        weights, new = mix(self.numbers), self.entries
+        columns = (self.slots, *(column[self.numbers] for column in (new.hashes, new.parents, new.last_use)))
+        sums = [int((column.view(np.uint64) * weights).sum()) for column in columns]
+        return f"{len(self.slots)}-" + "".join(f"{each:016x}" for each in sums)
 
 
 def retain(
@@ -174,13 +185,13 @@ def most_urgent(old: Entries, mask: Mask, capacity: int, page_size: int, running
     slots = np.flatnonzero(mask)
     if len(slots) <= capacity:
         return mask
-    depth = _depth(slots, old.above)
+    paths = paths_of_mask(mask, old.above)
     # Priorities are unique, and each slot gets the best among its descendants: chains stay together.
     ranks = np.zeros(len(mask), np.int64)
-    ranks[slots[np.lexsort((depth[slots], _urgency(old, running)[slots]))]] = np.arange(1, len(slots) + 1)
-    best = newest_use(slots, old.above, ranks)
+    ranks[slots[np.lexsort((paths.depths(slots), _urgency(old, running)[slots]))]] = np.arange(1, len(slots) + 1)
+    best = best_below(paths, ranks)
     firsts = slots[slots % page_size == 0]
-    order = np.lexsort((depth[firsts], -best[firsts]))
+    order = np.lexsort((paths.depths(firsts), -best[firsts]))
     taken = firsts[order[: capacity // page_size]]
     wanted = np.zeros(len(mask), np.bool_)
     wanted[(taken[:, None] + np.arange(page_size)).ravel()] = True
@@ -197,20 +208,6 @@ def _urgency(old: Entries, running: Hashes | None) -> Ids:
     is_running = running[at] == old.hashes
     urgency[is_running] = old.step + len(running) - at[is_running]
     return urgency
-
-
-def _depth(slots: Ids, parents: Ids) -> Ids:
-    """Return int64[slots]: the number of tokens from the root to each of ``slots``."""
-    depth = np.zeros(len(parents), np.int64)
-    depth[slots] = 1
-    up = np.zeros(len(parents), np.int64)
-    up[slots] = parents[slots]
-    climbing = slots
-    while (climbing := climbing[up[climbing] != ROOT]).size:
-        above = up[climbing]
-        depth[climbing] += depth[above]
-        up[climbing] = up[above]
-    return depth
 
 
 def _dense(slots: Ids, page_size: int) -> Ids:

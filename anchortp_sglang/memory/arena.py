@@ -195,6 +195,16 @@ def map_together(parts: Sequence[Part]) -> mmap.mmap:
     return whole
 
 
+def make_writable(address: int, nbytes: int) -> None:
+    """Allow writes to memory that was mapped read-only from a writable descriptor. ``address``: of its first page.
+
+    Raises OSError.
+    """
+    if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), mmap.PROT_READ | mmap.PROT_WRITE):
+        number = ctypes.get_errno()
+        raise OSError(number, f"a mapping cannot be made writable: {os.strerror(number)}")
+
+
 def seal_read_only(fd: int) -> None:
     """Make all handles of this segment read-only: no write, no writable mapping. Existing mappings stay."""
     if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _READ_ONLY_SEALS:  # a handle of a sealed one may be read-only: EPERM

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.memory.arena import Part
 from anchortp_sglang.memory.arena_kinds import ArenaSpec
-from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.options import AnchorOptions, StandbyMode
 from anchortp_sglang.planning.layout.kv_layout import KVPlan, MirrorPlan
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
@@ -52,7 +52,7 @@ class Platform(Protocol):
     def plan_memory(
         self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
     ) -> MemoryPlan:
-        """Decide what each device is, the number of KV slots, and whether there is a mirror.
+        """Decide what each device is, the number of KV slots, whether there is a mirror, and what stands by.
 
         ``view``: SGLang's resolved arguments. ``spreads_experts``: experts are dealt by counts. Raises ValueError for a
         plan that does not fit or is not supported.
@@ -160,12 +160,15 @@ class MemoryPlan:
     """The result of ``plan_memory``. ``platform``: the same one, which now knows what each device is.
 
     ``kv``: the most slots that any generation has. ``mirror``: None without one; ``mirror_text``: why, or how large.
+    ``standby``: what waits for the next fault; ``standby_text``: the same for the log, and why.
     """
 
     platform: Platform
     kv: KVPlan
     mirror: MirrorPlan | None
     mirror_text: str
+    standby: StandbyMode
+    standby_text: str
 
 
 @dataclass(frozen=True)

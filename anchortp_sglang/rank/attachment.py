@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anchortp_sglang.anchor.client import AnchorClient, HandleGrant
-from anchortp_sglang.memory.arena import Part, map_fd
+from anchortp_sglang.memory.arena import Part, make_writable, map_fd
 from anchortp_sglang.planning.layout.extents import ShardExtents, WeightPlacement
 from anchortp_sglang.planning.layout.kv_layout import KVLayout, KVPlan, MirrorPlan, kv_layout
 from anchortp_sglang.planning.layout.shards import ShardLayout, shard_layout
@@ -95,7 +95,8 @@ def control_segment(generation: int) -> str:
 class Attachment:
     """A rank's open segments, and what else it has only once. Mappings live as long as the process.
 
-    ``rank/main.py`` sets ``counters``, ``filler`` and ``prefixes``, in this order, before SGLang's scheduler is made.
+    ``rank/main.py`` sets ``filler``, ``counters`` and ``prefixes``, in this order, before SGLang's scheduler is made;
+    ``prefixes`` of a rank that stands by only when its generation is to run.
     """
 
     counters: Counters
@@ -103,8 +104,12 @@ class Attachment:
     """Fills this rank's weights."""
     prefixes: Prefixes
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment, standing_by: bool = False) -> None:
         self.assignment = assignment
+        self.standing_by = standing_by
+        """Whether another generation still serves with the KV and slot table that this rank is to take over."""
+        self.cache: Any = None
+        """What kv_cache_builder.build_kv_cache made: SGLang's pools, allocator and prefix tree."""
         self.layout: ShardLayout = shard_layout(assignment.model, assignment.ownership, assignment.rank)
         self.kv_layout: KVLayout = kv_layout(assignment.model, assignment.kv, assignment.ownership, assignment.rank)
         self.fds: dict[tuple[int, str], tuple[int, int]] = {}
@@ -120,13 +125,19 @@ class Attachment:
         """Whether all ranks of the generation are ready, so that requests are taken; set on rank 0 only."""
 
     def kv_tensor(self) -> torch.Tensor:
-        """Map this rank's KV segment, writable, once; return its bytes."""
+        """Map this rank's KV segment, writable unless the rank stands by, once; return its bytes."""
         if self._kv_bytes is None:
             assignment = self.assignment
             fd, nbytes, _ = self._open_recorded(assignment.device, kv_segment(self.kv_layout))
-            parts = [Part(fd, 0, nbytes, writable=True)]
+            parts = [Part(fd, 0, nbytes, writable=not self.standing_by)]
             self._kv_bytes, _ = assignment.platform.byte_tensor(assignment.device, parts)
         return self._kv_bytes
+
+    def stand_by_no_more(self) -> None:
+        """Make the KV writable: the generation that wrote to it is dead. Raises OSError."""
+        kv = self.kv_tensor()
+        make_writable(kv.data_ptr(), kv.numel())
+        self.standing_by = False
 
     def kv_memory(self) -> memoryview:
         """Return this rank's KV segment for host code. Only where the platform has it in host memory."""
@@ -227,12 +238,12 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 _current: Attachment | None = None
 
 
-def attach(assignment: Assignment) -> Attachment:
+def attach(assignment: Assignment, standing_by: bool = False) -> Attachment:
     """Attach this process, once and for good. Raises RuntimeError if it is attached."""
     global _current
     if _current is not None:
         raise RuntimeError("this process is already attached: a new generation needs new processes")
-    _current = Attachment(assignment)
+    _current = Attachment(assignment, standing_by)
     return _current
 
 

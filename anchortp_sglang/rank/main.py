@@ -1,24 +1,30 @@
-"""Runs a rank: its entry point, the gate of its generation, the seeding of resumed requests.
+"""Runs a rank: its entry points, the gate of its generation, the seeding of resumed requests.
 
 Replaces ``run_scheduler_process`` (managers/scheduler.py), which answers an exception with SIGQUIT to its parent: here
 that is the zygote. A rank that fails reports it on its pipe and dies; the coordinator sees its pidfd.
+
+A rank is either run at once, or stands by first (``rank/standby.py``): all of it is built while its predecessor serves,
+and the rest, which reads what that one leaves behind, follows when main says so.
 """
 
 import logging
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from anchortp_sglang.rank import handover, heartbeat
-from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, attach, control_segment, current
+import setproctitle
+
+from anchortp_sglang.rank import handover, heartbeat, standby
+from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, Attachment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
 from anchortp_sglang.rank.kv.prefixes import open_prefixes
 from anchortp_sglang.rank.kv.restore import RestorationFailed
 from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Resume
-from anchortp_sglang.rank.spare import rendezvous
+from anchortp_sglang.rank.spare import await_order, rendezvous
 from anchortp_sglang.rank.stamps import Stamps
+from anchortp_sglang.rank.warmup import warm_up
 from anchortp_sglang.rank.weights import loader
 
 log = logging.getLogger(__name__)
@@ -41,14 +47,57 @@ def run(spec: RankSpec, pipe: Connection) -> None:
     """
     stamps = Stamps()
     try:
-        scheduler, info = _start(spec, stamps)
+        attachment = _attach(spec.assignment, standing_by=False)
+        attachment.prefixes = open_prefixes(attachment)
+        stamps.take("attached")
+        rendezvous(spec.store_port)
+        scheduler = _make_scheduler(spec)
+        info = _complete(attachment, scheduler, stamps)
     except BaseException as error:
-        traceback.print_exc()
-        kind = "unrestored" if isinstance(error, RestorationFailed) else "failed"
-        pipe.send((kind, f"{type(error).__name__}: {error}"))
-        return
-    pipe.send(("ready", info | {"stamps": stamps.taken}))
-    handover.answer_on(pipe, lambda: [fd for fd, _ in info["fds"].values()])
+        return _report(error, pipe)
+    _serve(scheduler, info, pipe)
+
+
+def run_later(spec: RankSpec, pipe: Connection) -> None:
+    """Build one rank and let it stand by, until main gives the order to run it or closes the pipe.
+
+    Sends None when it stands by, or ("failed", text); then like ``run``.
+    """
+    try:
+        with standby.low_priority():
+            warm_up()
+            attachment = _attach(spec.assignment, standing_by=True)
+            rendezvous(spec.store_port)
+            scheduler = _make_scheduler(replace(spec, port_args=standby.apart(spec.port_args)))
+        title = standby.rename(spec.assignment.rank)
+    except BaseException as error:
+        return _report(error, pipe)
+    await_order(pipe)
+    stamps = Stamps()
+    try:
+        attachment.stand_by_no_more()
+        attachment.prefixes = open_prefixes(attachment)
+        stamps.take("attached")
+        attachment.prefixes.build(attachment.cache)
+        standby.connect(scheduler, spec.port_args)
+        setproctitle.setproctitle(title)
+        info = _complete(attachment, scheduler, stamps)
+    except BaseException as error:
+        return _report(error, pipe)
+    _serve(scheduler, info, pipe)
+
+
+def _report(error: BaseException, pipe: Connection) -> None:
+    traceback.print_exception(error)
+    kind = "unrestored" if isinstance(error, RestorationFailed) else "failed"
+    pipe.send((kind, f"{type(error).__name__}: {error}"))
+
+
+def _serve(scheduler: Any, info: dict[str, Any], pipe: Connection) -> None:
+    pipe.send(("ready", info))
+    attachment = current()
+    assert attachment is not None
+    handover.answer_on(pipe, lambda: [fd for fd, _ in attachment.fds.values()])
     try:
         scheduler.run_event_loop()
     except BaseException as error:
@@ -56,36 +105,38 @@ def run(spec: RankSpec, pipe: Connection) -> None:
         raise
 
 
-def _start(spec: RankSpec, stamps: Stamps) -> tuple[Any, dict[str, Any]]:
-    assignment = spec.assignment
-    attachment = attach(assignment)
+def _attach(assignment: Assignment, standing_by: bool) -> Attachment:
+    attachment = attach(assignment, standing_by)
     attachment.filler = loader.start_filling(attachment)
     control = attachment.map(HOST_DEVICE, control_segment(assignment.generation), writable=True)
-    world_size = assignment.ownership.tp_size
     attachment.counters = heartbeat.Counters(control, assignment.rank)
     region = memoryview(control)[heartbeat.BYTES :]
     attachment.collectives = assignment.platform.make_collectives(
-        region, assignment.rank, world_size, attachment.counters.beat
+        region, assignment.rank, assignment.ownership.tp_size, attachment.counters.beat
     )
-    attachment.prefixes = open_prefixes(attachment)
-    stamps.take("attached")
-    rendezvous(spec.store_port)
-    scheduler = _make_scheduler(spec)
+    return attachment
+
+
+def _complete(attachment: Attachment, scheduler: Any, stamps: Stamps) -> dict[str, Any]:
+    """Wait until all that the rank takes over is in place, and describe the rank for main."""
+    assignment = attachment.assignment
     kv_retained_at = attachment.prefixes.finish()
     stamps.take("bound")
     filler, retained = attachment.filler, attachment.prefixes.report
-    stamps.taken |= {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
+    built = {"groups": filler.waited_from, "moved": filler.finished_at, "weights_bound": filler.bound_at}
+    stamps.taken |= {name: at for name, at in built.items() if at >= stamps.began}  # not what was ready before
     if retained:
         stamps.taken["prefixes"] = retained["at"]
     if kv_retained_at:
         stamps.taken["kv_kept"] = kv_retained_at
-    return scheduler, {
+    return {
         "scheduler": scheduler.get_init_info(),  # SGLang's own, which /server_info shows
         "rank": assignment.rank,
         "device": assignment.device,
         "moved_bytes": filler.moved,
         "rebuilt": retained,
         "fds": attachment.fds,
+        "stamps": stamps.taken,
     }
 
 

@@ -41,11 +41,19 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
         log.exception("anchortp: the warm-up of a spare rank failed; it is used without")
     if spec is not None:
         _join(spec)
+    target, argument = await_order(pipe)
+    target(argument, pipe)
+
+
+def await_order(pipe: Connection) -> Any:
+    """Send None, and again each time that main asks whether this process is there; return what else it sends.
+
+    Raises EOFError when main has closed the pipe.
+    """
     pipe.send(None)
     while (order := pipe.recv()) == ARE_YOU_THERE:
         pipe.send(None)
-    target, argument = order
-    target(argument, pipe)
+    return order
 
 
 def _join(spec: SpareSpec) -> None:

@@ -4,9 +4,10 @@ import time
 
 
 class Stamps:
-    """Time stamps of steps. ``taken``: step name -> time.monotonic() when it was done."""
+    """Time stamps of steps. ``taken``: step name -> time.monotonic() when it was done. ``began``: when it was made."""
 
     def __init__(self) -> None:
+        self.began = time.monotonic()
         self.taken: dict[str, float] = {}
 
     def take(self, name: str) -> None:

@@ -55,7 +55,7 @@ class Coordinator:
             self.recoveries, lambda: self._serving() is not None, lambda: not self._idle(), self._spawn
         )
         self._detection = Detection(processes, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
-        self._housekeeping = Housekeeping(processes, policy.spare_ranks, self._serving)
+        self._housekeeping = Housekeeping(processes, policy.standby, self._serving)
         self._devices = processes.plan.platform.watch(self._fault)
         self._graphs = GraphCapture(processes.plan.graph_batch_sizes, self._serving, self._idle, self._send)
         self._steps = Steps(processes, self._next, self._devices)

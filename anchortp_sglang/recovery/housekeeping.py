@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.options import StandbyMode
 from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.threads import in_thread
@@ -18,12 +19,14 @@ _LOOK_EVERY_S = 5.0
 class Housekeeping:
     """Seals weights and checks the helper processes. ``serving`` returns the generation that serves now, or None.
 
-    ``spare_ranks``: whether ranks are forked ahead of the next fault.
+    ``standby``: what is prepared for the next fault.
     """
 
-    def __init__(self, processes: ServerProcesses, spare_ranks: bool, serving: Callable[[], Generation | None]) -> None:
+    def __init__(
+        self, processes: ServerProcesses, standby: StandbyMode, serving: Callable[[], Generation | None]
+    ) -> None:
         self._processes = processes
-        self._spare_ranks = spare_ranks
+        self._standby = standby
         self._serving = serving
 
     async def seal_and_free(self, generation: Generation) -> None:
@@ -39,7 +42,7 @@ class Housekeeping:
         await asyncio.sleep(_FIRST_LOOK_S)
         while self._serving() is generation:
             try:
-                await in_thread(self._processes.prepare_next, generation.ownership.tp_size, self._spare_ranks)
+                await in_thread(self._processes.prepare_next, generation, self._standby)
             except Exception:
                 log.exception(
                     "anchortp: a check of the helper processes failed; the next one is in %g s", _LOOK_EVERY_S

@@ -103,13 +103,21 @@ class NextGeneration:
         return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)
 
     def fork(self, ownership: Ownership, running: bytes) -> Generation:
-        """Allocate segments and fork ranks of the planned generation. ``running``: from ``running_hashes``."""
+        """Start the planned generation: the standby, if one fits, or else ranks forked now.
+
+        ``running``: from ``running_hashes``.
+        """
         assert self.held is not None
         anchors, plan = self._processes.anchors, self._processes.plan
         if not anchors.alive(HOST_DEVICE):
             anchors.start_one(HOST_DEVICE, self.number)
         anchors.fence(self.number, ownership.devices)
         weights = plan.hold(ownership, self.held)
+        if self.kv_valid and weights == self.held:
+            standby = self._processes.run_standby(self.number, weights)
+            if standby is not None:
+                return standby
+        self._processes.standbys.drop()
         anchors.free_unneeded(self.number, self.held, weights, self.kv_valid)
         try:
             anchors.allocate(self.number, weights)

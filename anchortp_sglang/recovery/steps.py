@@ -149,7 +149,8 @@ class Steps:
     def _on_ready(self, generation: Generation) -> None:
         anchors = self._processes.anchors
         self._next.on_generation_ready(generation)
-        generation.control = anchors.map_control(generation.number)
+        if generation.control is None:
+            generation.control = anchors.map_control(generation.number)
         generation.kv_usage = anchors.open_kv_usage(generation)
         if self.ready is not None:
             self.ready.kv_usage = None  # its mappings end now, and not when Python looks for garbage

@@ -19,7 +19,7 @@ from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
-from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.options import AnchorOptions, StandbyMode
 from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources, foreign_sources
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
@@ -138,6 +138,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     _check_plan(model, ownership, shapes)
     memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
+    log.info("anchortp: standby: %s", memory.standby_text)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     load_plugins()  # the operator's plugins, for all processes: SGLang loads them in each, after the fork
@@ -180,7 +181,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     keeper.start()
     processes = ServerProcesses(plan, zygote, reserve, keeper)
     log.info("anchortp: %s", processes.kv_capacity(ownership))
-    coordinator = Coordinator(processes, ownership, _policy(options))
+    coordinator = Coordinator(processes, ownership, _policy(options, memory.standby))
     if view.enable_trace:
         coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
@@ -254,12 +255,12 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
     return spawn_zygote(), None
 
 
-def _policy(options: AnchorOptions) -> Policy:
+def _policy(options: AnchorOptions, standby: StandbyMode) -> Policy:
     return Policy(
         min_devices=options.min_devices,
         hang_timeout_s=options.hang_timeout_s,
         deadline_s=options.recovery_deadline_s,
-        spare_ranks=options.spare_ranks,
+        standby=standby,
     )
 
 

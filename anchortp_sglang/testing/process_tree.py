@@ -41,12 +41,12 @@ class Tree:
         return found
 
     def roles(self) -> dict[str, list[int]]:
-        """Return live pids by role: rank and anchor (by device), host-anchor, detokenizer, zygote, reserve, spare."""
+        """Return live pids by role: rank and anchor (by device), and the helpers by their names."""
         status = self.server.status()["devices"]
         ranks = [device["rank_pid"] for device in status if device["rank_pid"]]
         anchors = [device["anchor_pid"] for device in status if device["anchor_pid"]]
         roles: dict[str, list[int]] = {"rank": ranks, "anchor": anchors, "host-anchor": [], "detokenizer": []}
-        roles |= {"zygote": [], "reserve": [], "spare": []}
+        roles |= {"zygote": [], "reserve": [], "spare": [], "standby": []}
         for process in psutil.Process(self.server.pid).children(recursive=True):
             if (role := self._role(process)) is not None and process.pid not in ranks:
                 roles[role].append(process.pid)
@@ -61,6 +61,8 @@ class Tree:
             return None
         if "sglang::detokenizer" in title:
             return "detokenizer"
+        if "anchortp::standby" in title:
+            return "standby"
         if "anchortp::zygote" in title:  # a spare keeps the title that it was forked with
             return "zygote" if of_main else "spare"
         if "anchortp::reserve" in title or "zygote_main" in title:

@@ -16,6 +16,7 @@ from anchortp_sglang.testing.server import Server
 _TITLES = {
     "sglang::scheduler": "rank",
     "sglang::detokenizer": "detokenizer",
+    "anchortp::standby": "standby",
     "anchortp::": "zygote",
     "anchor.server": "anchor",
 }

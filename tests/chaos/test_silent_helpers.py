@@ -26,15 +26,21 @@ def spares_of(server):
     status = server.status()
     ranks = {device["rank_pid"] for device in status["devices"]}
     children = psutil.Process(child_named(server, "anchortp::zygote", grandchildren=False)).children()
-    return [c.pid for c in children if c.pid not in ranks and "sglang::" not in " ".join(c.cmdline())]
+    return [c.pid for c in children if c.pid not in ranks and "anchortp::zygote" in " ".join(c.cmdline())]
 
 
 def a_spare(server):
-    return until(lambda: len(spares_of(server)) == 4 and spares_of(server)[2], "no spare ranks were forked")
+    return until(lambda: len(spares_of(server)) == 3 and spares_of(server)[2], "no spare ranks were forked")
+
+
+def a_standby(server):
+    until(lambda: server.status()["standby"] == "ready", "no standby was built")
+    return child_named(server, "anchortp::standby_TP2")
 
 
 FIND = {
     "a spare rank": a_spare,
+    "a rank of the standby": a_standby,
     "the zygote": lambda server: child_named(server, "anchortp::zygote", grandchildren=False),
     "the zygote in reserve": lambda server: until(lambda: reserves(server), "no zygote in reserve", 90)[0],
     "the detokenizer": lambda server: child_named(server, "sglang::detokenizer"),

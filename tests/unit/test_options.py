@@ -58,12 +58,12 @@ def test_every_flag_reaches_its_field():
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-max-body-mib 0.5 --anchor-allow-injection"
         " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
         " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
-        " --anchor-no-spare-ranks --anchor-overlap on --anchor-share-gpus"
+        " --anchor-standby cold --anchor-overlap on --anchor-share-gpus"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
     expected = ((1, 1), False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, 6.0, "host", 1.5, 2.0)
-    expected += (False, "on", True)
+    expected += ("cold", "on", True)
     assert dataclasses.astuple(options) == expected
     assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads
 
@@ -92,7 +92,8 @@ def test_the_last_of_two_flags_wins_as_in_argparse():
         ("--anchor-min-devices 0", "at least 1; got 0"),
         ("--anchor-allow-drift=a,", "takes symbols of SGLang with commas between them; got ('a', '')"),
         ("--anchor-allow-drift=", "needs a value: --anchor-allow-drift [SYMBOL,...]"),
-        ("--anchor-no-spare-ranks=yes", "is a switch and takes no value"),
+        ("--anchor-rotate-heads=yes", "is a switch and takes no value"),
+        ("--anchor-standby hot", "takes off, cold or warm"),
         ("--anchor-kv-mirror disk", "takes off or host; got 'disk'"),
         ("--anchor-kv-mirror-gib 0", "above 0; got 0"),
         ("--anchor-kv-mirror-gbps inf", "above 0; got inf"),

@@ -73,5 +73,6 @@ STATUS = {
     "recoveries": [KILL, LOSS, GIVEN_UP],
     "fruitless_faults": 0,
     "suspects": 0,
+    "standby": "ready",
     "requests_ended": {"unservable": 3, "fruitless": 0, "given_up": 0},
 }

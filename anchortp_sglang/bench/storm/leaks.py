@@ -72,7 +72,7 @@ def holdings(tree: Tree) -> Holdings:
     }
     figures |= {f"files {kind}": count for kind, count in kinds_of_files(tree.folder).items()}
     width = tree.server.status()["tp_size"]
-    expected = {"rank": width, "anchor": width, "spare": width}
+    expected = {"rank": width, "anchor": width, "spare": width - 1, "standby": width}
     by_role = {role: (len(pids), expected.get(role, 1)) for role, pids in roles.items()}
     return Holdings(figures, by_role, open_files)
 

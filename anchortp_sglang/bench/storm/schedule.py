@@ -18,6 +18,7 @@ TARGETS = {
     "zygote": (1, _EVERY),
     "reserve": (1, _EVERY),
     "spare": (1, _EVERY),
+    "standby": (1, _EVERY),
 }
 """Targets: (number of cards in the deck for each manner, manners)."""
 
@@ -28,7 +29,7 @@ _THIRD_BLOW = 0.3
 _LONGEST_DELAY_S = 0.5
 """About the time of a recovery, so that a later blow hits any of its stages."""
 _REST_S = (0.0, 0.5, 3.0)
-"""Longest rests: before spares are forked (a second after a recovery), while they warm up, and when they are ready."""
+"""Longest rests: before spares are forked (a second after a recovery), while they warm up, and when all stand by."""
 _PAUSE_S = (0.1, 6.0)
 
 

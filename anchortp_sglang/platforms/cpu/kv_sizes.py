@@ -7,7 +7,7 @@ processes will take (``MemoryRoom.less``, ``process_bytes``).
 from typing import Any
 
 from anchortp_sglang.admission.checks import KV_DTYPE_BYTES
-from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.options import AnchorOptions, StandbyMode
 from anchortp_sglang.planning.layout.kv_layout import KVPlan, MirrorPlan, fit_slots, kv_layout, mirror_moves
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
@@ -22,6 +22,10 @@ _RANK_BYTES = 128 << 20
 """Memory that zygotes, detokenizer and anchors, and each rank with its spare, add to a main that has imported SGLang:
 measured 0.6 GiB with four ranks of a tiny model, 0.2 GiB with one. The rest is for activations, and for a zygote in
 reserve that had to import SGLang anew (0.75 GiB of its own)."""
+
+
+_STANDBY_RANK_BYTES = 128 << 20
+"""Memory of each rank of a standby beside what it shares with others."""
 
 
 def process_bytes(tp_size: int) -> int:
@@ -88,6 +92,27 @@ def plan_mirror(
         )
     plan = MirrorPlan(rows, options.kv_mirror_gbps * 1e9)
     return plan, f"at most {size} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
+
+
+def plan_standby(
+    model: ModelAxes,
+    ownership: Ownership,
+    kv: KVPlan,
+    mirror: MirrorPlan | None,
+    options: AnchorOptions,
+    available: MemoryRoom,
+) -> tuple[StandbyMode, str]:
+    """Choose what waits for the next fault; also return it for the log, with the reason.
+
+    The next generation shares weights and KV with the serving one, but each of its ranks has memory of its own.
+    """
+    if options.standby is not None:
+        return options.standby, f"{options.standby}, as --anchor-standby says"
+    mirrored = 0 if mirror is None else mirror.rows * kv.slot_bytes(model)
+    held = _weight_bytes(model, ownership) + 2 * _kv_bytes(model, ownership, kv) + mirrored
+    free, needed = max(0, available.nbytes - held), ownership.tp_size * _STANDBY_RANK_BYTES
+    sizes = f"it takes {needed >> 20} MiB, {free >> 20} MiB are free"
+    return ("warm", f"warm: {sizes}") if needed <= free else ("cold", f"cold, not warm: {sizes}")
 
 
 def _weight_bytes(model: ModelAxes, ownership: Ownership) -> int:

@@ -53,14 +53,15 @@ class CpuPlatform:
         self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
     ) -> MemoryPlan:
         """Plan slots and mirror within the memory that is available now, beside this server's processes."""
-        from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, process_bytes
+        from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, plan_standby, process_bytes
 
         room = memory_room(psutil.virtual_memory().available)
         log.info("anchortp: %s", room)
         available = room.less(process_bytes(ownership.tp_size))
         kv = plan_kv(model, ownership, view, options.device_bytes, available)
         mirror, mirror_text = plan_mirror(model, ownership, kv, options, available)
-        return MemoryPlan(self, kv, mirror, mirror_text)
+        standby, standby_text = plan_standby(model, ownership, kv, mirror, options, available)
+        return MemoryPlan(self, kv, mirror, mirror_text, standby, standby_text)
 
     def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
         """Return none: there are no graphs on CPU."""

@@ -68,7 +68,13 @@ class CudaPlatform:
         _log_shares(shares)
         kv = plan.plan_gpu_kv(model, ownership, shares, options.min_devices, view)
         mirror_text = "off: KV in a GPU's memory is not mirrored yet, and is lost with its device"
-        return MemoryPlan(CudaPlatform(shares=shares), kv, None, mirror_text)
+        if options.standby == "warm":
+            raise ValueError(
+                "--anchor-standby warm is not supported on GPUs yet: a second generation beside the serving one has"
+                " not been seen to fit and run on one; use cold"
+            )
+        standby = options.standby or "cold"
+        return MemoryPlan(CudaPlatform(shares=shares), kv, None, mirror_text, standby, f"{standby}: spare ranks only")
 
     @property
     def identity(self) -> tuple[str, ...]:

@@ -218,12 +218,14 @@ def _insert(retained: RetainedSlots, result: Any) -> None:
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
     free = allocator.free_pages
     used = torch.from_numpy(retained.numbers[retained.numbers % allocator.page_size == 0] // allocator.page_size)
-    allocator.free_pages = free[~torch.isin(free, used.to(free.device))]
+    is_used = torch.zeros(int(free.max()) + 1, dtype=torch.bool)
+    is_used[used] = True
+    allocator.free_pages = free[~is_used.to(free.device)[free]]
     for chain in retained.chains():
         extra_key, cache_salt = retained.entries.namespace(chain)
         tree.insert(
             InsertParams(
-                key=RadixKey(array.array("q", chain.tokens.tolist()), extra_key, cache_salt=cache_salt),
+                key=RadixKey(array.array("q", chain.tokens.tobytes()), extra_key, cache_salt=cache_salt),
                 value=torch.from_numpy(chain.slots).to(free.device),
                 # Without it the tree frees the slots that it already holds (_insert_overlap_step).
                 prev_prefix_len=chain.shared,

@@ -31,9 +31,15 @@ FEW_REQUESTS = 64
 
 
 def after_build_kv_cache(result: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER kv_cache_builder.build_kv_cache: insert the last generation's prefixes, from verified chains only."""
+    """AFTER kv_cache_builder.build_kv_cache: insert the last generation's prefixes, from verified chains only.
+
+    A rank that stands by does so when its generation is to run (``rank/main.py``).
+    """
     attachment = current()
-    if attachment is not None:
+    if attachment is None:
+        return
+    attachment.cache = result
+    if not attachment.standing_by:
         attachment.prefixes.build(result)
 
 

@@ -158,8 +158,15 @@ class Anchors:
         mirror = plan.mirror_shape()
         if plan.mirror is not None and mirror is not None:
             host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
-        control = heartbeat.BYTES + plan.platform.collectives_bytes(ownership.tp_size)
-        host.allocate(number, control_segment(number), control, lazy=True)
+        self.allocate_control(number, ownership.tp_size)
+
+    def allocate_control(self, number: int, tp_size: int) -> None:
+        """Allocate a generation's control segment, zeroed: one that a standby has used before is freed."""
+        host, name = self.client(HOST_DEVICE), control_segment(number)
+        if any(segment.name == name for segment in host.status().segments):
+            host.release(number, name)
+        nbytes = heartbeat.BYTES + self.plan.platform.collectives_bytes(tp_size)
+        host.allocate(number, name, nbytes, lazy=True)
 
     def free_unneeded(self, number: int, held: WeightPlacement, weights: WeightPlacement, kv_valid: bool) -> None:
         """Free what neither generation ``number`` nor ``held`` needs, such as the segments of an aborted attempt.
@@ -184,6 +191,7 @@ class Anchors:
         """
         failed: AnchorError | None = None
         needed = self.segments_of(generation.number, generation.weights)
+        needed[HOST_DEVICE].add(control_segment(generation.number + 1))  # of its standby
         for device in (HOST_DEVICE, *generation.ownership.devices):
             try:
                 if device != HOST_DEVICE:

@@ -35,9 +35,9 @@ class KVUnusable(StartFailed):
 class Generation:
     """One configuration and its rank processes, in rank order.
 
-    Set once all ranks are ready: ``infos`` (each rank's own), ``control`` (the control segment) and ``kv_usage``, both
-    mapped read-only. ``died``, ``hung``: ranks found so before the others were killed. ``hung_since``: when they last
-    made progress (monotonic), if they hang.
+    Set once all ranks are ready, if not before: ``infos`` (each rank's own), ``control`` (the control segment) and
+    ``kv_usage``, both mapped read-only. ``died``, ``hung``: ranks found so before the others were killed.
+    ``hung_since``: when they last made progress (monotonic), if they hang.
     """
 
     number: int

@@ -5,24 +5,30 @@ Every call blocks, with a timeout; the coordinator makes it in a worker thread.
 
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.keeper import RunDirKeeper
 from anchortp_sglang.anchor.launch import AnchorProcess
 from anchortp_sglang.anchor.outside import remove_files
 from anchortp_sglang.kv.capacity import KVCapacity, kv_capacity
+from anchortp_sglang.options import StandbyMode
 from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.rank.attachment import Assignment
 from anchortp_sglang.rank.main import RankSpec
 from anchortp_sglang.rank.main import run as run_rank
+from anchortp_sglang.rank.main import run_later as run_rank_later
+from anchortp_sglang.rank.standby import APART_ID, ipc_names
 from anchortp_sglang.recovery.processes import detokenizer
 from anchortp_sglang.recovery.processes.anchors import Anchors
 from anchortp_sglang.recovery.processes.generation import Generation, StartFailed, wait_dead
 from anchortp_sglang.recovery.processes.pidfd import died_within
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
-from anchortp_sglang.recovery.processes.spares import Spares
+from anchortp_sglang.recovery.processes.spares import Spares, make_store
+from anchortp_sglang.recovery.processes.standby import RUN, Standby, Standbys
 from anchortp_sglang.recovery.processes.stops import Reaper, resume
 from anchortp_sglang.recovery.processes.zygote import Child, Zygote, ZygoteError
 from anchortp_sglang.recovery.processes.zygotes import Zygotes
@@ -34,7 +40,7 @@ _DEATH_TIMEOUT_S = 5.0
 
 
 class ServerProcesses:
-    """Anchors, zygotes, their spare children and the detokenizer."""
+    """Anchors, zygotes, their children that wait for a fault, and the detokenizer."""
 
     def __init__(
         self, plan: ServerPlan, zygote: Zygote, reserve: Zygote | None = None, keeper: RunDirKeeper | None = None
@@ -47,6 +53,7 @@ class ServerProcesses:
         self.anchors = Anchors(plan)
         self._capacities: dict[Ownership, KVCapacity] = {}
         self._spares = Spares()
+        self.standbys = Standbys()
         self._store: Any = None
         self.port_args: Any = None
         self._outside: list[str] = []
@@ -70,12 +77,12 @@ class ServerProcesses:
         from sglang.srt.managers.load_snapshot import shm_path_for
 
         folder = tempfile.mkdtemp(prefix="anchortp-zmq-")
-        for name in [field for field in vars(port_args) if field.endswith("_ipc_name") and getattr(port_args, field)]:
+        for name in ipc_names(port_args):
             Path(getattr(port_args, name).removeprefix("ipc://")).unlink(missing_ok=True)
             setattr(port_args, name, f"ipc://{folder}/{name.removesuffix('_ipc_name')}")
         self.port_args = port_args
         # ShmLoadSnapshotWriter (managers/load_snapshot.py) makes the file in /dev/shm, and SGLang never removes it.
-        self._outside = [folder, shm_path_for(port_args.instance_id)]
+        self._outside = [folder, *(shm_path_for(port_args.instance_id + of) for of in ("", APART_ID))]
         if self.keeper is not None:
             self.keeper.note_outside(self._outside)
 
@@ -123,7 +130,7 @@ class ServerProcesses:
         found += [(f"anchor {anchor.pid}", self._resume(anchor)) for anchor in list(self.anchors.processes.values())]
         if self.detokenizer is not None:
             found += [("detokenizer", self._resume(self.detokenizer))]
-        found += [("spare ranks", self._spares.resume() > 0)]
+        found += [("spare ranks", self._spares.resume() > 0), ("the standby", self.standbys.resume() > 0)]
         for name, was_stopped in found:
             if was_stopped:
                 log.warning("anchortp: %s was stopped (SIGSTOP) and has been continued", name)
@@ -136,23 +143,60 @@ class ServerProcesses:
 
     # ---- ranks
 
-    def prepare_next(self, tp_size: int, spare_ranks: bool) -> None:
-        """Prepare what the next recovery would wait for: spare children, configurations, a zygote in reserve.
+    def prepare_next(self, generation: Generation, standby: StandbyMode) -> None:
+        """Prepare what the next recovery would wait for: children, configurations, a zygote in reserve.
 
         Call it again and again, as helpers die or stop unnoticed.
         """
+        tp_size = generation.ownership.tp_size
         for size in range(max(1, tp_size - 1), tp_size + 1):
             self.plan.server_args(size)
         self._resumed.clear()
         self.resume_stopped()
         self._reaper.reap()
+        # With a standby, spare ranks are for the loss of a device.
+        spares = {"off": 0, "cold": tp_size, "warm": tp_size - 1}[standby]
         try:
             self._zygotes.renew()
-            if spare_ranks:
-                timeout_s = self.plan.server_args(tp_size).dist_timeout
-                self._spares.prepare(self._zygotes.fork, tp_size, self.plan.platform.spares_join_early, timeout_s)
-        except (ZygoteError, OSError) as error:
-            log.warning("anchortp: spare ranks could not be forked, and are tried again: %s", error)
+            if spares:
+                timeout_s = self.plan.server_args(spares).dist_timeout
+                self._spares.prepare(self._zygotes.fork, spares, self.plan.platform.spares_join_early, timeout_s)
+            if standby == "warm":
+                number, weights = generation.number + 1, generation.weights
+                self.standbys.prepare(number, weights, lambda: self._make_standby(number, weights))
+        except (ZygoteError, AnchorError, OSError) as error:
+            log.warning("anchortp: the next generation could not be prepared, and is tried again: %s", error)
+
+    def _make_standby(self, number: int, weights: WeightPlacement) -> Standby:
+        self.anchors.allocate_control(number, weights.ownership.tp_size)
+        standby = Standby(number, weights, make_store(), self.anchors.map_control(number))
+        try:
+            for spec in self._rank_specs(number, weights, weights, True, standby.store.port):
+                child = self._zygotes.fork()
+                standby.ranks.append(child)
+                child.start(run_rank_later, spec)
+        except BaseException:
+            standby.end()
+            raise
+        return standby
+
+    def run_standby(self, number: int, weights: WeightPlacement) -> Generation | None:
+        """Let a standby of these weights run as generation ``number``; None if there is none of use.
+
+        The old ranks must be dead, and the anchors fenced.
+        """
+        standby = self.standbys.take(number, weights)
+        if standby is None:
+            return None
+        self._store = standby.store
+        generation = Generation(number, weights, standby.ranks, control=standby.control)
+        try:
+            for child in standby.ranks:
+                child.pipe.send(RUN)
+        except OSError:
+            self._abandon(generation)
+            return None
+        return generation
 
     def start_ranks(
         self,
@@ -163,42 +207,57 @@ class ServerProcesses:
         running: bytes = b"",
     ) -> Generation:
         """Fork a generation. Its anchors must be fenced and its segments allocated. ``running``: as in Assignment."""
-        plan, ownership = self.plan, weights.ownership
-        server_args = plan.server_args(ownership.tp_size)
-        spares, self._store = self._spares.take(ownership.tp_size)
+        spares, self._store = self._spares.take(weights.ownership.tp_size)
         generation = Generation(number, weights, [])
         try:
-            for index, device in enumerate(ownership.devices):
-                assignment = Assignment(
-                    generation=number,
-                    rank=index,
-                    device=device,
-                    run_dir=plan.run_dir,
-                    run_id=plan.run_id,
-                    checkpoint=plan.checkpoint,
-                    model=plan.model,
-                    weights=weights,
-                    previous=previous,
-                    kv=plan.kv_of(ownership),
-                    previous_kv=plan.kv_of(ownership if previous is None else previous.ownership),
-                    restore_prefixes=restore_prefixes,
-                    mirror=plan.mirror,
-                    platform=plan.platform,
-                    running=running,
-                    random_weights=plan.random_weights,
-                )
+            for spec in self._rank_specs(number, weights, previous, restore_prefixes, self._store.port, running):
                 child = spares.pop(0) if spares else self._zygotes.fork()
                 generation.ranks.append(child)
-                child.start(run_rank, RankSpec(assignment, server_args, self.port_args, self._store.port))
+                child.start(run_rank, spec)
         except BaseException:
             for child in spares:
                 child.kill()
                 child.close()
-            generation.kill()
-            wait_dead(generation)
-            generation.close()
+            self._abandon(generation)
             raise
         return generation
+
+    def _abandon(self, generation: Generation) -> None:
+        generation.kill()
+        wait_dead(generation)
+        generation.close()
+
+    def _rank_specs(
+        self,
+        number: int,
+        weights: WeightPlacement,
+        previous: WeightPlacement | None,
+        restore_prefixes: bool,
+        store_port: int,
+        running: bytes = b"",
+    ) -> Iterator[RankSpec]:
+        """Yield what each rank of a generation is told, in rank order."""
+        plan, ownership = self.plan, weights.ownership
+        for index, device in enumerate(ownership.devices):
+            assignment = Assignment(
+                generation=number,
+                rank=index,
+                device=device,
+                run_dir=plan.run_dir,
+                run_id=plan.run_id,
+                checkpoint=plan.checkpoint,
+                model=plan.model,
+                weights=weights,
+                previous=previous,
+                kv=plan.kv_of(ownership),
+                previous_kv=plan.kv_of(ownership if previous is None else previous.ownership),
+                restore_prefixes=restore_prefixes,
+                mirror=plan.mirror,
+                platform=plan.platform,
+                running=running,
+                random_weights=plan.random_weights,
+            )
+            yield RankSpec(assignment, plan.server_args(ownership.tp_size), self.port_args, store_port)
 
     # ---- end
 

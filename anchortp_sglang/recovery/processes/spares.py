@@ -47,7 +47,7 @@ class Spares:
         with self._lock:
             if len(self._children) == world_size and not any(is_dead(child.pidfd) for child in self._children):
                 return
-            _end(self._children)
+            end(self._children)
             self._children = []
             self._store = make_store() if joining else None
             for rank in range(world_size):
@@ -64,10 +64,10 @@ class Spares:
         with self._lock:
             children, self._children = self._children, []
             store, self._store = self._store, None
-        ready = _answering([child for child in children if _stands_by(child)])
+        ready = answering([child for child in children if _stands_by(child)])
         if store is None or not len(ready) == len(children) == world_size:
             store = make_store()
-        _end(child for child in children if child not in ready[:world_size])
+        end(child for child in children if child not in ready[:world_size])
         return ready[:world_size], store
 
     def resume(self) -> int:
@@ -80,7 +80,8 @@ class Spares:
             self._lock.release()
 
 
-def _end(children: Iterable[Child]) -> None:
+def end(children: Iterable[Child]) -> None:
+    """Kill children and close their descriptors."""
     for child in children:
         child.kill()
         child.close()
@@ -94,8 +95,8 @@ def _stands_by(child: Child) -> bool:
         return False
 
 
-def _answering(children: Sequence[Child]) -> list[Child]:
-    """Return the children that answer at once. They do nothing else: one that does not answer is stopped or stuck."""
+def answering(children: Sequence[Child]) -> list[Child]:
+    """Return the children that answer at once (``await_order``): the others are stopped or stuck."""
     deadline = time.monotonic() + _ANSWER_TIMEOUT_S
     reached = [child for child in children if _sent(child, ARE_YOU_THERE)]
     return [child for child in reached if _answers(child, deadline - time.monotonic())]

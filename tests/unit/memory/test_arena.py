@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -75,6 +76,27 @@ def test_a_part_of_a_sealed_segment_cannot_be_mapped_to_be_written(fd: int) -> N
 def test_a_read_only_mapping_refuses_writes(fd: int) -> None:
     with arena.map_fd(fd, NBYTES, writable=False) as memory, pytest.raises(TypeError):
         memory[0:1] = b"x"
+
+
+def test_a_read_only_mapping_of_a_writable_handle_can_be_made_writable(fd: int) -> None:
+    with arena.map_together([Part(fd, 0, NBYTES, writable=False)]) as memory, open("/dev/urandom", "rb") as random:
+        with pytest.raises(OSError, match="Bad address"):  # the kernel finds it read-only, where a store would kill us
+            os.readv(random.fileno(), [memory])
+        arena.make_writable(address_of(memory), NBYTES)
+        memory[NBYTES - 1] = 7
+        with arena.map_fd(fd, NBYTES, writable=False) as other:
+            assert other[NBYTES - 1] == 7
+
+
+def test_a_mapping_of_a_sealed_segment_cannot_be_made_writable(fd: int) -> None:
+    arena.seal_read_only(fd)
+    memory = arena.map_together([Part(fd, 0, NBYTES, writable=False)])
+    with pytest.raises(PermissionError, match="cannot be made writable"):
+        arena.make_writable(address_of(memory), NBYTES)
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 @pytest.mark.parametrize("size", [0, NBYTES - 1, NBYTES + 1])

@@ -6,11 +6,11 @@ import pytest
 from planning_cases import model as model_axes
 
 from anchortp_sglang.options import AnchorOptions
-from anchortp_sglang.planning.layout.kv_layout import KVPlan
+from anchortp_sglang.planning.layout.kv_layout import KVPlan, MirrorPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.ownership.ownership import split
 from anchortp_sglang.platforms.cpu.cgroups import MemoryRoom
-from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, process_bytes
+from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, plan_standby, process_bytes
 
 MODEL = model_axes((12, 4))
 OWNERSHIP = split(MODEL, (0, 1))
@@ -35,6 +35,26 @@ def plan(available, device_bytes=None, ownership=OWNERSHIP, **changes):
 
 def mirror(available, ownership=OWNERSHIP, **options):
     return plan_mirror(MODEL, ownership, KV, AnchorOptions(**options), room(available))
+
+
+def standby(available, mirrored=None, **options):
+    return plan_standby(MODEL, OWNERSHIP, KV, mirrored, AnchorOptions(**options), room(available))
+
+
+def test_a_standby_is_warm_where_its_ranks_have_room_beside_all_else():
+    held = WEIGHTS + 2 * (KV.rows * SLOT_BYTES)
+    needed = 2 * (128 << 20)
+    assert standby(held + needed) == ("warm", "warm: it takes 256 MiB, 256 MiB are free")
+    assert standby(held + needed - 1) == ("cold", "cold, not warm: it takes 256 MiB, 255 MiB are free")
+    mirrored = MirrorPlan(10, 1e9)
+    assert standby(held + needed, mirrored)[0] == "cold"
+    assert standby(held + needed + 10 * SLOT_BYTES, mirrored)[0] == "warm"
+    assert standby(0)[1] == "cold, not warm: it takes 256 MiB, 0 MiB are free"
+
+
+@pytest.mark.parametrize("mode", ["off", "cold", "warm"])
+def test_the_operator_decides_what_stands_by(mode):
+    assert standby(0, standby=mode) == (mode, f"{mode}, as --anchor-standby says")
 
 
 def test_slots_are_those_asked_for_or_what_half_of_the_memory_holds():

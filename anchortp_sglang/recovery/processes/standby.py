@@ -1,0 +1,162 @@
+"""Main's end of a standby: a generation that is built while the current one serves, to take its place after a fault.
+
+It is as wide as the serving one and shares its weights and KV (``rank/standby.py`` says how it keeps away from them).
+It is of use if only processes died. Then its ranks read the slot table and go on; otherwise it is ended, and the next
+generation is forked as without one. A standby that dies, hangs or cannot be built costs nothing but that.
+"""
+
+import logging
+import mmap
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from anchortp_sglang.planning.layout.extents import WeightPlacement
+from anchortp_sglang.recovery.processes.pidfd import is_dead
+from anchortp_sglang.recovery.processes.spares import answering, end
+from anchortp_sglang.recovery.processes.stops import resume
+from anchortp_sglang.recovery.processes.zygote import Child
+
+log = logging.getLogger(__name__)
+
+RUN = "run"
+"""The order to a standby's ranks."""
+
+_BUILD_TIMEOUT_S = 60.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
+
+
+@dataclass
+class Standby:
+    """A generation that stands by, or is being built to: its ranks in order, and what main needs of it later.
+
+    ``store``: where the ranks meet. ``control``: its control segment, mapped read-only.
+    """
+
+    number: int
+    weights: WeightPlacement
+    store: Any
+    control: mmap.mmap
+    ranks: list[Child] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    ready_after_s: float | None = None
+    """Seconds until all ranks stood by; None before."""
+    _reported: set[int] = field(default_factory=set)
+
+    def look(self) -> str:
+        """Take the ranks' reports; return why the standby is of no use, or an empty text."""
+        for rank, child in enumerate(self.ranks):
+            if is_dead(child.pidfd):
+                return f"rank {rank} died"
+            if rank in self._reported or not child.pipe.poll():
+                continue
+            try:
+                report = child.pipe.recv()
+            except (EOFError, OSError):
+                return f"rank {rank} died"
+            if report is not None:
+                return f"rank {rank}: {report[1]}"
+            self._reported.add(rank)
+        took = time.monotonic() - self.began
+        if self.ready_after_s is None and len(self._reported) == len(self.ranks):
+            self.ready_after_s = took
+        if self.ready_after_s is None and took > _BUILD_TIMEOUT_S:
+            return f"it was not built within {_BUILD_TIMEOUT_S:g} s"
+        return ""
+
+    def end(self) -> None:
+        """Kill the ranks; the kernel tears them down by itself."""
+        end(self.ranks)
+
+
+class Standbys:
+    """Keeps one standby ready. Its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._standby: Standby | None = None
+        self._pause_s = _FIRST_PAUSE_S
+        self._not_before = 0.0
+        self._failure = ""
+
+    def prepare(self, number: int, weights: WeightPlacement, make: Callable[[], Standby]) -> None:
+        """Begin to build a standby as generation ``number`` with ``weights``, unless it is there.
+
+        One that is of no use is replaced; after failures in a row with growing pauses. Raises what ``make`` raises.
+        """
+        with self._lock:
+            standby = self._standby
+            if standby is not None:
+                failure = standby.look()
+                fits = (standby.number, standby.weights) == (number, weights)
+                if fits and not failure:
+                    if standby.ready_after_s is not None:
+                        self._failure, self._pause_s = "", _FIRST_PAUSE_S
+                    return
+                self._drop()
+                if failure:
+                    self._fail(failure)
+            if time.monotonic() >= self._not_before:
+                try:
+                    self._standby = make()
+                except Exception as error:
+                    self._fail(str(error))
+                    raise
+
+    def take(self, number: int, weights: WeightPlacement) -> Standby | None:
+        """Take the standby for good and let its ranks go on, if it is ready and fits; end it otherwise."""
+        with self._lock:
+            standby, self._standby = self._standby, None
+        if standby is None:
+            return None
+        why = standby.look()
+        if not why and (standby.number, standby.weights) != (number, weights):
+            why = "it has other weights, or attempts have failed since"
+        if not why and standby.ready_after_s is None:
+            why = "it is not ready"
+        if not why and len(answering(standby.ranks)) < len(standby.ranks):
+            why = "a rank of it does not answer"
+        if why:
+            log.info("anchortp: the standby is not used: %s", why)
+            standby.end()
+            return None
+        return standby
+
+    def drop(self) -> None:
+        """End the standby, if there is one."""
+        with self._lock:
+            self._drop()
+
+    def resume(self) -> int:
+        """Resume stopped ranks of the standby (SIGSTOP) and count them; 0 while it is made or taken."""
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            return 0 if self._standby is None else sum(resume(c.pid, c.pidfd) for c in self._standby.ranks)
+        finally:
+            self._lock.release()
+
+    @property
+    def state(self) -> str:
+        """Describe the standby for the status: ready, building, failed or none."""
+        standby = self._standby
+        if standby is None:
+            return "failed" if self._failure else "none"
+        return "building" if standby.ready_after_s is None else "ready"
+
+    def _drop(self) -> None:
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.end()
+
+    def _fail(self, why: str) -> None:
+        log.warning(
+            "anchortp: no standby: %s; the next attempt is in %g s, and a fault until then takes a little longer",
+            why,
+            self._pause_s,
+        )
+        self._failure = why
+        self._not_before = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,129 @@
+"""A standby with real processes: taken once it is ready and if it fits, ended in every other case."""
+
+import interpreter
+import pytest
+
+PRELUDE = """
+    import mmap, os, signal, time
+    from anchortp_sglang.recovery.processes import standby as module
+    from anchortp_sglang.recovery.processes.pidfd import died_within
+    from anchortp_sglang.recovery.processes.standby import RUN, Standby, Standbys
+    from anchortp_sglang.recovery.processes.zygote import fork_zygote
+    from standby_targets import fail, stand_by
+    zygote = fork_zygote()
+    standbys, made = Standbys(), []
+
+    def make(target=stand_by, number=2):
+        standby = Standby(number, "weights", None, mmap.mmap(-1, 8))
+        for rank in range(2):
+            child = zygote.fork()
+            standby.ranks.append(child)
+            child.start(target, rank)
+        made.append(standby)
+        return standby
+
+    def prepare(target=stand_by, number=2):
+        standbys.prepare(number, "weights", lambda: make(target, number))
+
+    def until(found, timeout_s=30):
+        deadline = time.monotonic() + timeout_s
+        while not found() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert found()
+
+    def becomes(state):
+        until(lambda: prepare() or standbys.state == state)
+"""
+
+
+def run(body: str) -> str:
+    return interpreter.run(PRELUDE, body)
+
+
+def test_a_ready_standby_is_taken_once_and_does_what_it_is_told():
+    out = run("""
+        prepare()
+        becomes("ready")
+        assert len(made) == 1, "it was built twice"
+        standby = standbys.take(2, "weights")
+        for child in standby.ranks:
+            child.pipe.send(RUN)
+        print([child.pipe.recv() for child in standby.ranks], standbys.take(2, "weights"), standbys.state)
+    """)
+    assert out == "[('ready', 0), ('ready', 1)] None none\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "take"),
+    [
+        ("", "3, 'weights'"),
+        ("", "2, 'others'"),
+        ("made[0].ranks[1].kill(); died_within(made[0].ranks[1].pidfd, 5)", "2, 'weights'"),
+        ("os.kill(made[0].ranks[1].pid, signal.SIGSTOP)", "2, 'weights'"),
+    ],
+    ids=["attempts failed since", "other weights", "a rank is dead", "a rank is stopped"],
+)
+def test_a_standby_that_is_of_no_use_is_ended_at_once(spoil, take):
+    out = run(f"""
+        prepare()
+        becomes("ready")
+        watched = [os.pidfd_open(child.pid) for child in made[0].ranks]
+        {spoil}
+        began = time.monotonic()
+        print(standbys.take({take}), time.monotonic() - began < 1.5)
+        assert all(died_within(pidfd, 5) for pidfd in watched)
+    """)
+    assert out == "None True\n"
+
+
+def test_a_standby_that_is_being_built_is_not_waited_for():
+    out = run("""
+        prepare()
+        watched = os.pidfd_open(made[0].ranks[0].pid)
+        print(standbys.state, standbys.take(2, "weights"))
+        assert died_within(watched, 5)
+    """)
+    assert out == "building None\n"
+
+
+def test_one_that_cannot_be_built_is_tried_again_with_growing_pauses():
+    out = run("""
+        module._FIRST_PAUSE_S = standbys._pause_s = 0.2
+        at = []
+        began = time.monotonic()
+        while len(made) < 4 and time.monotonic() < began + 60:
+            before = len(made)
+            prepare(fail)
+            if len(made) > before:
+                at.append(time.monotonic())
+            time.sleep(0.005)
+        pauses = [b - a for a, b in zip(at, at[1:])]
+        assert pauses[0] > 0.2 and pauses[1] > 0.4 and pauses[2] > 0.8, pauses
+        until(lambda: prepare() or standbys.state == "ready")
+        print(standbys._failure or "forgotten", standbys._pause_s)
+    """)
+    assert out == "forgotten 0.2\n"
+
+
+def test_a_standby_for_another_generation_replaces_the_one_that_is_there():
+    out = run("""
+        prepare()
+        becomes("ready")
+        watched = os.pidfd_open(made[0].ranks[0].pid)
+        prepare(number=3)
+        assert died_within(watched, 5)
+        print(len(made), made[1].number, standbys.state)
+    """)
+    assert out == "2 3 building\n"
+
+
+def test_stopped_ranks_can_be_let_go_on():
+    out = run("""
+        prepare()
+        becomes("ready")
+        pid = made[0].ranks[1].pid
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "T")
+        print(standbys.resume(), standbys.resume(), standbys.take(2, "weights") is made[0])
+    """)
+    assert out == "1 0 True\n"

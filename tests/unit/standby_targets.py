@@ -1,0 +1,14 @@
+"""What forked children do in test_standby."""
+
+from anchortp_sglang.rank.spare import await_order
+from anchortp_sglang.recovery.processes.standby import RUN
+
+
+def stand_by(rank, pipe):
+    assert await_order(pipe) == RUN
+    pipe.send(("ready", rank))
+    pipe.recv()
+
+
+def fail(rank, pipe):
+    pipe.send(("failed", "no room"))
