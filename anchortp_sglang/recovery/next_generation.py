@@ -117,7 +117,7 @@ class NextGeneration:
             standby = self._processes.run_standby(self.number, weights)
             if standby is not None:
                 return standby
-        self._processes.standbys.drop()
+        self._processes.standbys.put_aside()
         anchors.free_unneeded(self.number, self.held, weights, self.kv_valid)
         try:
             anchors.allocate(self.number, weights)

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 RUN = "run"
 """The order to a standby's ranks."""
 
-_BUILD_TIMEOUT_S = 60.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 600.0
+_BUILD_TIMEOUT_S = 120.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 4.0, 600.0
 
 
 @dataclass
@@ -72,11 +72,16 @@ class Standby:
 
 
 class Standbys:
-    """Keeps one standby ready. Its methods may be called from any thread."""
+    """Keeps one standby ready. Its methods may be called from any thread.
+
+    One that turns out to be of no use in a recovery is not ended at once: the kernel would tear it down on the cores
+    that the recovery needs. It does nothing and is ended by the next ``prepare``.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._standby: Standby | None = None
+        self._useless: list[Standby] = []
         self._pause_s = _FIRST_PAUSE_S
         self._not_before = 0.0
         self._failure = ""
@@ -87,6 +92,8 @@ class Standbys:
         One that is of no use is replaced; after failures in a row with growing pauses. Raises what ``make`` raises.
         """
         with self._lock:
+            while self._useless:
+                self._useless.pop().end()
             standby = self._standby
             if standby is not None:
                 failure = standby.look()
@@ -95,7 +102,8 @@ class Standbys:
                     if standby.ready_after_s is not None:
                         self._failure, self._pause_s = "", _FIRST_PAUSE_S
                     return
-                self._drop()
+                standby.end()
+                self._standby = None
                 if failure:
                     self._fail(failure)
             if time.monotonic() >= self._not_before:
@@ -106,7 +114,7 @@ class Standbys:
                     raise
 
     def take(self, number: int, weights: WeightPlacement) -> Standby | None:
-        """Take the standby for good and let its ranks go on, if it is ready and fits; end it otherwise."""
+        """Take the standby for good if it is ready and fits; put it aside otherwise."""
         with self._lock:
             standby, self._standby = self._standby, None
         if standby is None:
@@ -120,14 +128,16 @@ class Standbys:
             why = "a rank of it does not answer"
         if why:
             log.info("anchortp: the standby is not used: %s", why)
-            standby.end()
+            self._useless.append(standby)
             return None
         return standby
 
-    def drop(self) -> None:
-        """End the standby, if there is one."""
+    def put_aside(self) -> None:
+        """Note that the standby, if there is one, is of no use any more."""
         with self._lock:
-            self._drop()
+            if self._standby is not None:
+                self._useless.append(self._standby)
+                self._standby = None
 
     def resume(self) -> int:
         """Resume stopped ranks of the standby (SIGSTOP) and count them; 0 while it is made or taken."""
@@ -145,11 +155,6 @@ class Standbys:
         if standby is None:
             return "failed" if self._failure else "none"
         return "building" if standby.ready_after_s is None else "ready"
-
-    def _drop(self) -> None:
-        standby, self._standby = self._standby, None
-        if standby is not None:
-            standby.end()
 
     def _fail(self, why: str) -> None:
         log.warning(

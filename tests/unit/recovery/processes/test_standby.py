@@ -63,7 +63,7 @@ def test_a_ready_standby_is_taken_once_and_does_what_it_is_told():
     ],
     ids=["attempts failed since", "other weights", "a rank is dead", "a rank is stopped"],
 )
-def test_a_standby_that_is_of_no_use_is_ended_at_once(spoil, take):
+def test_a_standby_that_is_of_no_use_is_not_taken_but_ended_later(spoil, take):
     out = run(f"""
         prepare()
         becomes("ready")
@@ -71,7 +71,9 @@ def test_a_standby_that_is_of_no_use_is_ended_at_once(spoil, take):
         {spoil}
         began = time.monotonic()
         print(standbys.take({take}), time.monotonic() - began < 1.5)
-        assert all(died_within(pidfd, 5) for pidfd in watched)
+        assert not died_within(watched[0], 0.2), "at once, beside a recovery"
+        prepare()
+        assert all(died_within(pidfd, 5) for pidfd in watched) and standbys.state == "building"
     """)
     assert out == "None True\n"
 
@@ -81,6 +83,7 @@ def test_a_standby_that_is_being_built_is_not_waited_for():
         prepare()
         watched = os.pidfd_open(made[0].ranks[0].pid)
         print(standbys.state, standbys.take(2, "weights"))
+        prepare()
         assert died_within(watched, 5)
     """)
     assert out == "building None\n"
