@@ -40,6 +40,8 @@ _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's block si
 _CGROUP = "/sys/fs/cgroup"
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # missing from mmap in Python 3.11
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_MADV_POPULATE_READ = 22
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (
@@ -193,6 +195,14 @@ def map_together(parts: Sequence[Part]) -> mmap.mmap:
             raise OSError(number, f"a part of a segment cannot be mapped: {os.strerror(number)}")
         address += part.nbytes
     return whole
+
+
+def map_ahead(address: int, nbytes: int) -> None:
+    """Let the kernel map pages that have content now, instead of one after the other when they are first read.
+
+    Best effort: kernels before 5.14 cannot. ``address``: of the first page.
+    """
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_POPULATE_READ)
 
 
 def make_writable(address: int, nbytes: int) -> None:

@@ -23,6 +23,7 @@ from sglang.srt.model_loader.loader import (
 )
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 
+from anchortp_sglang.memory.arena import map_ahead
 from anchortp_sglang.planning.layout.extents import ShardExtents
 from anchortp_sglang.planning.layout.moves import Move, fill_moves, moved_bytes
 from anchortp_sglang.planning.layout.shards import ParamSlot, ShardLayout, shard_layout
@@ -212,7 +213,10 @@ def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
 
     Raises RuntimeError unless the model's parameters are exactly those of the layout, shape by shape.
     """
-    views = _stacked(_views(attachment.weights(), attachment.layout))
+    flat = attachment.weights()
+    if attachment.standing_by and attachment.assignment.platform.lazy_memory:
+        map_ahead(flat.data_ptr(), flat.numel())  # now there is time for it
+    views = _stacked(_views(flat, attachment.layout))
     parameters = dict(model.named_parameters())
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())
