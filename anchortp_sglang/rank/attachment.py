@@ -28,6 +28,7 @@ from anchortp_sglang.rank.heartbeat import Counters
 
 if TYPE_CHECKING:  # these modules import this one
     from anchortp_sglang.rank.kv.prefixes import Prefixes
+    from anchortp_sglang.rank.rehearsal import Rehearsal
     from anchortp_sglang.rank.weights.loader import Filler
 
 HOST_DEVICE = -1
@@ -95,8 +96,8 @@ def control_segment(generation: int) -> str:
 class Attachment:
     """A rank's open segments, and what else it has only once. Mappings live as long as the process.
 
-    ``rank/main.py`` sets ``filler``, ``counters`` and ``prefixes``, in this order, before SGLang's scheduler is made;
-    ``prefixes`` of a rank that stands by only when its generation is to run.
+    ``rank/main.py`` sets ``filler``, ``counters`` and ``prefixes``, in this order, before SGLang's scheduler is made.
+    In a rank that stands by it replaces ``prefixes`` when its generation is to run.
     """
 
     counters: Counters
@@ -123,6 +124,8 @@ class Attachment:
         """The ModelConfig of the model that is being built; None before and after."""
         self.serving = False
         """Whether all ranks of the generation are ready, so that requests are taken; set on rank 0 only."""
+        self.rehearsal: Rehearsal | None = None
+        """Set while this rank, which stands by, serves requests of its own."""
 
     def kv_tensor(self) -> torch.Tensor:
         """Map this rank's KV segment, writable unless the rank stands by, once; return its bytes."""

@@ -19,9 +19,10 @@ import setproctitle
 from anchortp_sglang.rank import handover, heartbeat, standby
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, Attachment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
-from anchortp_sglang.rank.kv.prefixes import open_prefixes
+from anchortp_sglang.rank.kv.prefixes import no_prefixes, open_prefixes
 from anchortp_sglang.rank.kv.restore import RestorationFailed
 from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Resume
+from anchortp_sglang.rank.rehearsal import rehearse
 from anchortp_sglang.rank.spare import await_order, rendezvous
 from anchortp_sglang.rank.stamps import Stamps
 from anchortp_sglang.rank.warmup import warm_up
@@ -68,7 +69,9 @@ def run_later(spec: RankSpec, pipe: Connection) -> None:
             warm_up()
             attachment = _attach(spec.assignment, standing_by=True)
             rendezvous(spec.store_port)
+            attachment.prefixes = no_prefixes(attachment)
             scheduler = _make_scheduler(replace(spec, port_args=standby.apart(spec.port_args)))
+            rehearse(scheduler, attachment)
         title = standby.rename(spec.assignment.rank)
     except BaseException as error:
         return _report(error, pipe)
@@ -166,6 +169,8 @@ def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] 
     if attachment is None:
         return requests
     attachment.counters.beat()
+    if attachment.rehearsal is not None:
+        return attachment.rehearsal.pull(requests)
     if not requests:
         return requests
     accepted = []

@@ -205,6 +205,12 @@ def open_prefixes(attachment: Attachment) -> Prefixes:
     return prefixes
 
 
+def no_prefixes(attachment: Attachment) -> Prefixes:
+    """Return what a rank that stands by has until it opens those of the last generation: it writes no table."""
+    assignment = attachment.assignment
+    return Prefixes(assignment.rank, assignment.kv.rows, attachment.namespace, bytearray(), assignment.platform)
+
+
 def slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
     """Return the slots of allocator pages, in order."""
     return (pages.cpu().numpy()[:, None] * page_size + np.arange(page_size)).ravel()

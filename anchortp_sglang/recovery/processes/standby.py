@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.recovery.processes.pidfd import is_dead
 from anchortp_sglang.recovery.processes.spares import answering, end
 from anchortp_sglang.recovery.processes.stops import resume
-from anchortp_sglang.recovery.processes.zygote import Child
+from anchortp_sglang.recovery.processes.zygote import Child, ZygoteError
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,21 @@ class Standby:
     store: Any
     control: mmap.mmap
     ranks: list[Child] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
-    ready_after_s: float | None = None
-    """Seconds until all ranks stood by; None before."""
+    _began: float = field(default_factory=time.monotonic)
     _reported: set[int] = field(default_factory=set)
+    _failure: str = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks have reported that they stand by."""
+        return len(self._reported) == len(self.ranks)
 
     def look(self) -> str:
         """Take the ranks' reports; return why the standby is of no use, or an empty text."""
+        self._failure = self._failure or self._found()
+        return self._failure
+
+    def _found(self) -> str:
         for rank, child in enumerate(self.ranks):
             if is_dead(child.pidfd):
                 return f"rank {rank} died"
@@ -59,10 +68,7 @@ class Standby:
             if report is not None:
                 return f"rank {rank}: {report[1]}"
             self._reported.add(rank)
-        took = time.monotonic() - self.began
-        if self.ready_after_s is None and len(self._reported) == len(self.ranks):
-            self.ready_after_s = took
-        if self.ready_after_s is None and took > _BUILD_TIMEOUT_S:
+        if not self.ready and time.monotonic() > self._began + _BUILD_TIMEOUT_S:
             return f"it was not built within {_BUILD_TIMEOUT_S:g} s"
         return ""
 
@@ -89,7 +95,7 @@ class Standbys:
     def prepare(self, number: int, weights: WeightPlacement, make: Callable[[], Standby]) -> None:
         """Begin to build a standby as generation ``number`` with ``weights``, unless it is there.
 
-        One that is of no use is replaced; after failures in a row with growing pauses. Raises what ``make`` raises.
+        One that is of no use is replaced; after failures in a row with growing pauses.
         """
         with self._lock:
             while self._useless:
@@ -99,22 +105,25 @@ class Standbys:
                 failure = standby.look()
                 fits = (standby.number, standby.weights) == (number, weights)
                 if fits and not failure:
-                    if standby.ready_after_s is not None:
+                    if standby.ready:
                         self._failure, self._pause_s = "", _FIRST_PAUSE_S
                     return
                 standby.end()
                 self._standby = None
                 if failure:
                     self._fail(failure)
-            if time.monotonic() >= self._not_before:
-                try:
-                    self._standby = make()
-                except Exception as error:
-                    self._fail(str(error))
-                    raise
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            made = make()  # a recovery that begins meanwhile does not wait for it
+        except (ZygoteError, AnchorError, OSError) as error:
+            self._fail(str(error))
+            return
+        with self._lock:
+            self._standby = made
 
     def take(self, number: int, weights: WeightPlacement) -> Standby | None:
-        """Take the standby for good if it is ready and fits; put it aside otherwise."""
+        """Take the standby for good if it is ready and fits; put it aside or end it otherwise."""
         with self._lock:
             standby, self._standby = self._standby, None
         if standby is None:
@@ -122,22 +131,29 @@ class Standbys:
         why = standby.look()
         if not why and (standby.number, standby.weights) != (number, weights):
             why = "it has other weights, or attempts have failed since"
-        if not why and standby.ready_after_s is None:
+        if not why and not standby.ready:
             why = "it is not ready"
         if not why and len(answering(standby.ranks)) < len(standby.ranks):
             why = "a rank of it does not answer"
-        if why:
-            log.info("anchortp: the standby is not used: %s", why)
-            self._useless.append(standby)
-            return None
-        return standby
+        if not why:
+            return standby
+        log.info("anchortp: the standby is not used: %s", why)
+        self._put_aside(standby)
+        return None
 
     def put_aside(self) -> None:
-        """Note that the standby, if there is one, is of no use any more."""
+        """Do without the standby, if there is one."""
         with self._lock:
-            if self._standby is not None:
-                self._useless.append(self._standby)
-                self._standby = None
+            standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.look()
+            self._put_aside(standby)
+
+    def _put_aside(self, standby: Standby) -> None:
+        if standby.ready:
+            self._useless.append(standby)
+        else:
+            standby.end()  # it would go on building
 
     def resume(self) -> int:
         """Resume stopped ranks of the standby (SIGSTOP) and count them; 0 while it is made or taken."""
@@ -150,11 +166,17 @@ class Standbys:
 
     @property
     def state(self) -> str:
-        """Describe the standby for the status: ready, building, failed or none."""
-        standby = self._standby
-        if standby is None:
-            return "failed" if self._failure else "none"
-        return "building" if standby.ready_after_s is None else "ready"
+        """Describe the standby for the status: ready, building, failed or none. Does not block."""
+        if not self._lock.acquire(blocking=False):
+            return "building"  # it is made, looked at or taken
+        try:
+            if self._standby is None:
+                return "failed" if self._failure else "none"
+            if self._standby.look():
+                return "failed"
+            return "ready" if self._standby.ready else "building"
+        finally:
+            self._lock.release()
 
     def _fail(self, why: str) -> None:
         log.warning(
