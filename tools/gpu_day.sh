@@ -28,12 +28,12 @@ part() {
   code=$?
   said=$(grep -E '(passed|failed|skipped|error).* in [0-9.]+s' "$folder/$name.log" | tail -1 | tr -d '=')
   case $code in
-    0) [[ $said == *passed* ]] && code=passed || code=skipped ;;
+    0) [[ $said == *passed* || $name == overhead ]] && code=passed || code=skipped ;;
     124 | 137) code="too long" ;;
     *) code="failed" ;;
   esac
   printf '%-12s %-9s %4d s %s\n' "$name" "$code" "$((SECONDS - began))" "$said" | tee -a "$table"
-  grep -E '^(FAILED|ERROR) |TFS|GB/s|seconds to|tokens/s' "$folder/$name.log" | sed 's/^/    /' | tee -a "$table"
+  grep -E '^(FAILED|ERROR) |TFS|GB/s|seconds to|tokens/s|time between|first token' "$folder/$name.log" | sed 's/^/    /' | tee -a "$table"
 }
 
 pytest=("$python" -m pytest -m gpu -s -rfE)
@@ -43,6 +43,10 @@ part alone 120 "${pytest[@]}" tests/gpu/test_alone.py      # graphs after the st
 part anchors 60 "${pytest[@]}" tests/gpu/test_anchor.py tests/unit/memory/test_arena_contract.py
 part mover 60 "${pytest[@]}" tests/gpu/test_numbers.py tests/unit/platforms/test_mover_contract.py
 part platform 40 "${pytest[@]}" tests/unit/platforms/test_contract.py
+# Beside stock, in turns on one device: tokens per second, times to the first token and between tokens.
+device=cuda
+[ -e /dev/nvidiactl ] || device=cpu
+part overhead 150 "$python" -m anchortp_sglang.cli bench overhead --device "$device" --overlap --rounds 2 --batches 1,32,256
 # NCCL between ranks on one GPU instead of gloo, where a library that can do that is preloaded (NCCL 2.30).
 if [ -n "${NCCL_MULTI_RANK_GPU_ENABLE:-}" ]; then
   ANCHORTP_GPU_FLAGS="${ANCHORTP_GPU_FLAGS:-}" part nccl 120 "${pytest[@]}" tests/gpu/test_serving.py -k two_devices

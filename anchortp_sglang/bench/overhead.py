@@ -148,10 +148,20 @@ def _round(side: Side, load: ServerLoad, model: Path) -> Round:
         raise ServerFailed(f"{side.name}: {error}") from None
 
 
-def both_sides(model: Path, tp_size: int, flags: Sequence[str], folder: Path, overlap: bool) -> tuple[Side, Side]:
-    """Return stock, and ours with the same settings. ``overlap``: both with the overlap schedule."""
+DEVICES: dict[str, tuple[tuple[str, ...], bool]] = {
+    "cpu": (("--device", "cpu", "--dtype", "float32"), True),
+    # Both servers are on the same GPUs.
+    "cuda": (("--device", "cuda", "--dtype", "bfloat16", "--mem-fraction-static", "0.3"), False),
+}
+"""Flags of both sides by the device that they run on, and whether stock needs our launcher's defaults as well."""
+
+
+def both_sides(model: Path, tp_size: int, device: str, slots: int, folder: Path, overlap: bool) -> tuple[Side, Side]:
+    """Return stock, and ours with the same settings. ``overlap``: both with the overlap schedule, as on GPUs anyway."""
+    of_device, our_defaults = DEVICES[device]
+    flags = (*of_device, "--max-total-tokens", str(slots))
     ours = (*flags, "--anchor-overlap", "on") if overlap else flags
     return (
-        Stock(model, tp_size, flags, 30.0, folder, overlap),
+        Stock(model, tp_size, flags, 30.0, folder, overlap, our_defaults),
         Ours(model, tp_size, ours, 30.0, folder),
     )

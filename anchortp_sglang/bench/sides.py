@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import psutil
 
+from anchortp_sglang.platforms.base import Defaults
 from anchortp_sglang.platforms.cpu.environment import cpu_defaults
 from anchortp_sglang.recovery.state_machine import Cause
 from anchortp_sglang.startup.device import as_arguments
@@ -109,9 +110,16 @@ class Stock:
         hang_timeout_s: float,
         folder: Path,
         overlap: bool = False,
+        our_defaults: bool = True,
     ) -> None:
-        """Make a side. ``overlap``: with the overlap schedule, SGLang's default, which our CPU defaults leave out."""
-        defaults = cpu_defaults({}, os.environ, tp_size, sorted(os.sched_getaffinity(0)))
+        """Make a side.
+
+        ``our_defaults``: with what SGLang needs on CPUs, which our launcher sets by itself. ``overlap``: with the
+        overlap schedule, SGLang's default, which our CPU defaults leave out.
+        """
+        defaults = Defaults({}, {}, "")
+        if our_defaults:
+            defaults = cpu_defaults({}, os.environ, tp_size, sorted(os.sched_getaffinity(0)))
         (folder / "stand-in").mkdir(exist_ok=True)
         # Every process that stock spawns needs the stand-in for sgl_kernel where the real one cannot load.
         (folder / "stand-in" / "sitecustomize.py").write_text(_STAND_IN)

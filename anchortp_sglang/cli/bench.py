@@ -111,6 +111,7 @@ def overhead(
     overlap: Annotated[
         bool, typer.Option("--overlap", help="Use SGLang's overlap schedule, its default, on both sides.")
     ] = False,
+    device: Annotated[str, typer.Option("--device", help="cpu, or cuda: both servers share the GPUs.")] = "cpu",
     slots: SlotsOption = 16384,
     record: RecordOption = None,
     as_json: JsonOption = False,
@@ -120,12 +121,14 @@ def overhead(
     from anchortp_sglang.bench.serving_load import ServingLoad
 
     _check_files(record)
+    if device not in bench.DEVICES:
+        _fail(f"--device takes {' or '.join(bench.DEVICES)}, not {device!r}")
     loads: list[bench.ServerLoad] = [
         *(ServingLoad(rate_per_s=rate) for rate in _numbers("--rates", rates, float)),
         *(ServingLoad(batch=batch) for batch in _numbers("--batches", batches, int)),
     ]
     with _measuring(size) as (model, folder, progress):
-        sides = bench.both_sides(model, tp_size, _flags(slots), folder, overlap)
+        sides = bench.both_sides(model, tp_size, device, slots, folder, overlap)
         loads = loads or [bench.StreamsLoad(clients, VOCAB_SIZE)]
         measured = bench.by_load(bench.run(model, sides, loads, rounds, progress))
     if record is not None:
