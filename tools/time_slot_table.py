@@ -39,7 +39,7 @@ def measure(slots: int, chain: int) -> dict[str, float]:
     places = rng.permutation(slots - 1) + 1
     for begin in range(0, len(places), chain):
         own = places[begin : begin + chain]
-        table.commit_run(own, rng.integers(0, 100_000, len(own)), 0)
+        table.commit_run(own, rng.integers(0, 1 << 40, len(own)), 0)
     repeats = 3 if slots > 1 << 20 else 7
     entries = table.entries()
     retained = retain(entries, None, slots, 1)

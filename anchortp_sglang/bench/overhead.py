@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from anchortp_sglang.bench.load import Load
-from anchortp_sglang.bench.sides import Ours, Side, SideName, Stock
+from anchortp_sglang.bench.sides import DEVICES, Ours, Side, SideName, Stock
 from anchortp_sglang.testing.server import Server, ServerFailed
 from anchortp_sglang.testing.streams import History, Streams
 
@@ -146,14 +146,6 @@ def _round(side: Side, load: ServerLoad, model: Path) -> Round:
         return Round(side.name, str(load), load.measure(side.server, model))
     except ServerFailed as error:
         raise ServerFailed(f"{side.name}: {error}") from None
-
-
-DEVICES: dict[str, tuple[tuple[str, ...], bool]] = {
-    "cpu": (("--device", "cpu", "--dtype", "float32"), True),
-    # Both servers are on the same GPUs.
-    "cuda": (("--device", "cuda", "--dtype", "bfloat16", "--mem-fraction-static", "0.3"), False),
-}
-"""Flags of both sides by the device that they run on, and whether stock needs our launcher's defaults as well."""
 
 
 def both_sides(model: Path, tp_size: int, device: str, slots: int, folder: Path, overlap: bool) -> tuple[Side, Side]:

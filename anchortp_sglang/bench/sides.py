@@ -50,6 +50,14 @@ class Side(Protocol):
     def stop(self) -> None: ...
 
 
+DEVICES: dict[str, tuple[tuple[str, ...], bool]] = {
+    "cpu": (("--device", "cpu", "--dtype", "float32"), True),
+    # Both servers are on the same GPUs.
+    "cuda": (("--device", "cuda", "--dtype", "bfloat16", "--mem-fraction-static", "0.3"), False),
+}
+"""Flags of both sides by the device that they run on, and whether stock needs our launcher's defaults as well."""
+
+
 class Ours:
     """A server of this package."""
 

@@ -3,7 +3,7 @@
 A prefix forest is a few long paths: slots branch only where sequences part. So what is asked of each slot (is it below
 a root, how deep, under which leaves) is computed for paths, of which there are few, and then handed to their slots.
 Slots are ranked along their paths as in list ranking: a walk from the first slot of each path would take as many steps
-as the longest has slots, so walks also start at every 64th slot or so, all at once, and their pieces are joined.
+as the longest has slots, so walks also start at every eighth slot or so, all at once, and their pieces are joined.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Mask = NDArray[np.bool_]
 ROOT = 0
 
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
-_START_BITS = 6
+_START_BITS = 3
 
 
 @dataclass(frozen=True, eq=False)

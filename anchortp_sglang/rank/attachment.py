@@ -44,6 +44,7 @@ class Assignment:
     there are none; equal to ``weights`` when nothing is to be moved. ``previous_kv``: the slots of its KV.
     ``restore_prefixes``: whether its KV and slot table may be used. ``running``: chain hashes of the open requests'
     tokens, as bytes of uint64. ``random_weights``: made up instead of read (``--load-format dummy``).
+    ``standby``: the rank is built while another generation serves.
     """
 
     generation: int
@@ -62,6 +63,7 @@ class Assignment:
     platform: Platform
     running: bytes = b""
     random_weights: bool = False
+    standby: bool = False
 
     @property
     def ownership(self) -> Ownership:
@@ -88,9 +90,12 @@ def mirror_segment(plan: MirrorPlan) -> str:
     return f"kv-mirror-{plan.rows}"
 
 
-def control_segment(generation: int) -> str:
-    """Name the shared memory of one generation's counters and collectives."""
-    return f"control-{generation}"
+def control_segment(generation: int, standby: bool = False) -> str:
+    """Name the shared memory of one generation's counters and collectives.
+
+    A standby has its own: ranks that are forked in its stead have the same number.
+    """
+    return f"control-{generation}-standby" if standby else f"control-{generation}"
 
 
 class Attachment:
@@ -105,10 +110,12 @@ class Attachment:
     """Fills this rank's weights."""
     prefixes: Prefixes
 
-    def __init__(self, assignment: Assignment, standing_by: bool = False) -> None:
+    def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
-        self.standing_by = standing_by
+        self.standing_by = assignment.standby
         """Whether another generation still serves with the KV and slot table that this rank is to take over."""
+        self.title = ""
+        """The process title that SGLang chose, while a rank that stands by has another."""
         self.cache: Any = None
         """What kv_cache_builder.build_kv_cache made: SGLang's pools, allocator and prefix tree."""
         self.layout: ShardLayout = shard_layout(assignment.model, assignment.ownership, assignment.rank)
@@ -241,12 +248,12 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 _current: Attachment | None = None
 
 
-def attach(assignment: Assignment, standing_by: bool = False) -> Attachment:
+def attach(assignment: Assignment) -> Attachment:
     """Attach this process, once and for good. Raises RuntimeError if it is attached."""
     global _current
     if _current is not None:
         raise RuntimeError("this process is already attached: a new generation needs new processes")
-    _current = Attachment(assignment, standing_by)
+    _current = Attachment(assignment)
     return _current
 
 

@@ -48,7 +48,7 @@ def run(spec: RankSpec, pipe: Connection) -> None:
     """
     stamps = Stamps()
     try:
-        attachment = _attach(spec.assignment, standing_by=False)
+        attachment = _attach(spec.assignment)
         attachment.prefixes = open_prefixes(attachment)
         stamps.take("attached")
         rendezvous(spec.store_port)
@@ -67,12 +67,11 @@ def run_later(spec: RankSpec, pipe: Connection) -> None:
     try:
         with standby.low_priority():
             warm_up()
-            attachment = _attach(spec.assignment, standing_by=True)
+            attachment = _attach(spec.assignment)
             rendezvous(spec.store_port)
             attachment.prefixes = no_prefixes(attachment)
             scheduler = _make_scheduler(replace(spec, port_args=standby.apart(spec.port_args)))
             rehearse(scheduler, attachment)
-        title = standby.rename(spec.assignment.rank)
     except BaseException as error:
         return _report(error, pipe)
     await_order(pipe)
@@ -83,7 +82,7 @@ def run_later(spec: RankSpec, pipe: Connection) -> None:
         stamps.take("attached")
         attachment.prefixes.build(attachment.cache)
         standby.connect(scheduler, spec.port_args)
-        setproctitle.setproctitle(title)
+        setproctitle.setproctitle(attachment.title)
         info = _complete(attachment, scheduler, stamps)
     except BaseException as error:
         return _report(error, pipe)
@@ -108,10 +107,11 @@ def _serve(scheduler: Any, info: dict[str, Any], pipe: Connection) -> None:
         raise
 
 
-def _attach(assignment: Assignment, standing_by: bool) -> Attachment:
-    attachment = attach(assignment, standing_by)
+def _attach(assignment: Assignment) -> Attachment:
+    attachment = attach(assignment)
     attachment.filler = loader.start_filling(attachment)
-    control = attachment.map(HOST_DEVICE, control_segment(assignment.generation), writable=True)
+    segment = control_segment(assignment.generation, assignment.standby)
+    control = attachment.map(HOST_DEVICE, segment, writable=True)
     attachment.counters = heartbeat.Counters(control, assignment.rank)
     region = memoryview(control)[heartbeat.BYTES :]
     attachment.collectives = assignment.platform.make_collectives(
@@ -156,6 +156,10 @@ def _make_scheduler(spec: RankSpec) -> Any:
         ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=gpu_id),
     )
     configure_scheduler_process(spec.server_args, gpu_id)
+    if spec.assignment.standby:
+        attachment = current()
+        assert attachment is not None
+        attachment.title = standby.rename(rank)
     return Scheduler(spec.server_args, spec.port_args)
 
 

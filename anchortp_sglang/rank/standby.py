@@ -5,7 +5,7 @@ It reaches nobody, by three means:
 - its KV is mapped read-only (``Attachment.kv_tensor``), and so are weights, as in any rank: a write would be a crash of
   its own. The slot table and the mirror are not mapped at all;
 - its sockets are connected to nothing (``apart``), and its load is published to a file of its own;
-- its event loop does not run, so that it takes no request and schedules nothing.
+- its event loop runs only to rehearse (``rank/rehearsal.py``), so that it takes no request.
 """
 
 import copy
@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def low_priority() -> Iterator[None]:
     usual = os.getpriority(os.PRIO_PROCESS, 0)
     lower = min(usual + _NICER, 19)
     if not _can_go_back(usual, lower):
+        log.info("anchortp: a standby is built at the usual priority: lowering it for a while takes CAP_SYS_NICE")
         yield
         return
     os.setpriority(os.PRIO_PROCESS, 0, lower)
@@ -84,7 +85,8 @@ def low_priority() -> Iterator[None]:
         yield
     finally:
         for thread in Path("/proc/self/task").iterdir():  # those that were started meanwhile have it, too
-            os.setpriority(os.PRIO_PROCESS, int(thread.name), usual)
+            with suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), usual)
 
 
 def _can_go_back(usual: int, lower: int) -> bool:

@@ -238,6 +238,7 @@ class Coordinator:
         assert self.inflight is not None
         if self.generation is not None:
             self.generation.kill()
+        self.processes.standbys.end(self._next.number)
         ended = self.inflight.give_up(f"The server cannot recover: {reason}")
         self.culprits.ended["given_up"] += ended
         self._progress.give_up(reason)

@@ -1,4 +1,7 @@
-"""Does a serving generation's background work, which no client waits for; another fault cancels it."""
+"""Does a serving generation's background work, which no client waits for.
+
+A fault ends it before its next step. A step under way in its thread goes on: what it makes is then of no use.
+"""
 
 import asyncio
 import logging

@@ -117,12 +117,13 @@ class NextGeneration:
             standby = self._processes.run_standby(self.number, weights)
             if standby is not None:
                 return standby
-        self._processes.standbys.put_aside()
+        self._processes.standbys.put_aside(self.number)
         anchors.free_unneeded(self.number, self.held, weights, self.kv_valid)
         try:
             anchors.allocate(self.number, weights)
         except AnchorRefused as refusal:
             if refusal.code == "no_memory":
+                self._processes.standbys.end_useless()  # it holds memory that a lost device held
                 time.sleep(_NO_MEMORY_PAUSE_S)  # it is requested again, until the deadline
             raise
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid, running)

@@ -394,8 +394,11 @@ class Server:
         for req in (*self.running, *batch, *([self.chunked] if self.chunked is not None else [])):
             row = self.requests_rows.req_to_token[req.kv.req_pool_idx]
             slots |= set(row[: self.committed_len.get(req.rid, 0)].tolist())
-        contents = (self.written[slot] for slot in slots)
-        return {content for content in contents if content and (len(content) - 1) % self.page_size == 0}
+        whole: set[Content] = set()  # without what is below a token that is still being computed
+        for content in sorted(filter(None, (self.written[slot] for slot in slots)), key=len):
+            if len(content) == 2 or content[:-1] in whole:
+                whole.add(content)
+        return {content for content in whole if (len(content) - 1) % self.page_size == 0}
 
     def check(self) -> None:
         """Allocator, tree and table agree."""
@@ -405,15 +408,23 @@ class Server:
         known = set(np.flatnonzero(entries.hashes).tolist()) - {0}
         free = self._free()
         assert known.isdisjoint(free), "a free slot has an entry"
-        assert known == set(np.flatnonzero(entries.verified()).tolist()), "an entry has lost its parent"
+        lost = known - set(np.flatnonzero(entries.verified()).tolist())
+        assert all(self._awaits(slot, entries) for slot in lost), "an entry has lost its parent"
         cached = {slot for slot in self.tree.all_values_flatten().tolist() if self.written[slot] != IN_FLIGHT}
         assert known >= cached, "what the tree holds is not known"
-        for slot in known:
+        for slot in known - lost:
             above = entries.parents[slot]
             content = self.written[slot]
             assert content != IN_FLIGHT, "a slot that is being written has an entry"
             assert entries.tokens[slot] == content[-1]
             assert above <= 0 or self.written[int(above)] == content[:-1]
+
+    def _awaits(self, slot: int, entries: Any) -> bool:
+        """Whether a slot is, or is below, one that will be moved below the slot of a token that is being computed."""
+        awaiting = dict(self.prefixes._pending_moves)
+        while slot not in awaiting and slot > 0 and entries.hashes[slot]:
+            slot = int(entries.parents[slot])
+        return slot in awaiting and self.written[awaiting[slot]] == IN_FLIGHT
 
 
 def new_request(name: str, tokens: Sequence[int], key: tuple[str | None, str | None], outputs: int) -> Any:

@@ -25,7 +25,9 @@ reserve that had to import SGLang anew (0.75 GiB of its own)."""
 
 
 _STANDBY_RANK_BYTES = 128 << 20
-"""Memory of each rank of a standby beside what it shares with others."""
+_STANDBY_SHARE_OF_WEIGHTS = 256
+"""Memory of each rank of a standby beside what it shares with others: measured 45 MiB with a tiny model. What grows
+with the model is the page tables of its weights, 1/512 of them, and tensors derived from weights (DeepSeek's)."""
 
 
 def process_bytes(tp_size: int) -> int:
@@ -34,21 +36,30 @@ def process_bytes(tp_size: int) -> int:
 
 
 def plan_kv(
-    model: ModelAxes, ownership: Ownership, view: Any, device_bytes: int | None, available: MemoryRoom
+    model: ModelAxes,
+    ownership: Ownership,
+    view: Any,
+    device_bytes: int | None,
+    available: MemoryRoom,
+    standby: bool = True,
 ) -> KVPlan:
     """Plan the most slots of any generation, which the first one has: as the operator says, else as memory allows.
 
     On CPU all virtual devices share the host's memory: unless each has a limit (``device_bytes``), fewer devices hold
     just as many slots. If the operator did not choose the number, there is also room for the second copy of the KV that
-    the loss of a device makes. ``view``: resolved ServerArgs. Raises ValueError if there is too little memory.
+    the loss of a device makes, and for a standby (``standby``: unless the operator wants none) if that costs at most a
+    tenth of the KV. ``view``: resolved ServerArgs. Raises ValueError if there is too little memory.
     """
     page_size = view.page_size or 1
     weights = _weight_bytes(model, ownership)
     dtype_bytes = KV_DTYPE_BYTES.get(view.kv_cache_dtype, model.dtype_bytes)
     slot_bytes = _kv_bytes(model, ownership, KVPlan(1, 0, dtype_bytes))
     free = int(available.nbytes * (view.mem_fraction_static or 0.8)) - weights
-    if ownership.tp_size > 1:
-        free = min(free, (available.nbytes - weights) // 2)
+    reserved = standby_bytes(model, ownership) + 2 * page_size * slot_bytes if standby else 0  # and padding
+    if reserved > free // 10:
+        reserved = 0
+    copies = 2 if ownership.tp_size > 1 else 1
+    free = min(free, (available.nbytes - weights - reserved) // copies)
     slots = view.max_total_tokens or max(0, free) // slot_bytes
     slots = slots // page_size * page_size
     plan = fit_slots(model, KVPlan(slots, page_size, dtype_bytes), ownership, device_bytes)
@@ -94,23 +105,35 @@ def plan_mirror(
     return plan, f"at most {size} of host memory, written at up to {options.kv_mirror_gbps:g} GB/s"
 
 
+def standby_bytes(model: ModelAxes, ownership: Ownership) -> int:
+    """Return the memory that a standby takes beside the weights and KV that it shares with the serving generation."""
+    return ownership.tp_size * _STANDBY_RANK_BYTES + _weight_bytes(model, ownership) // _STANDBY_SHARE_OF_WEIGHTS
+
+
 def plan_standby(
     model: ModelAxes,
     ownership: Ownership,
     kv: KVPlan,
     mirror: MirrorPlan | None,
     options: AnchorOptions,
+    view: Any,
     available: MemoryRoom,
 ) -> tuple[StandbyMode, str]:
     """Choose what waits for the next fault; also return it for the log, with the reason.
 
-    The next generation shares weights and KV with the serving one, but each of its ranks has memory of its own.
+    Raises ValueError for a standby that was asked for but is not possible.
     """
+    if view.enable_forward_pass_metrics and options.standby in (None, "warm"):
+        why = "schedulers bind a socket for --enable-forward-pass-metrics, so two generations cannot be there at once"
+        if options.standby == "warm":
+            raise ValueError(f"--anchor-standby warm is not possible: {why}; use cold")
+        return "cold", f"cold: {why}"
     if options.standby is not None:
         return options.standby, f"{options.standby}, as --anchor-standby says"
     mirrored = 0 if mirror is None else mirror.rows * kv.slot_bytes(model)
-    held = _weight_bytes(model, ownership) + 2 * _kv_bytes(model, ownership, kv) + mirrored
-    free, needed = max(0, available.nbytes - held), ownership.tp_size * _STANDBY_RANK_BYTES
+    copies = 2 if ownership.tp_size > 1 else 1
+    held = _weight_bytes(model, ownership) + copies * _kv_bytes(model, ownership, kv) + mirrored
+    free, needed = max(0, available.nbytes - held), standby_bytes(model, ownership)
     sizes = f"it takes {needed >> 20} MiB, {free >> 20} MiB are free"
     return ("warm", f"warm: {sizes}") if needed <= free else ("cold", f"cold, not warm: {sizes}")
 

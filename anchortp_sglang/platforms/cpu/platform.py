@@ -58,9 +58,9 @@ class CpuPlatform:
         room = memory_room(psutil.virtual_memory().available)
         log.info("anchortp: %s", room)
         available = room.less(process_bytes(ownership.tp_size))
-        kv = plan_kv(model, ownership, view, options.device_bytes, available)
+        kv = plan_kv(model, ownership, view, options.device_bytes, available, options.standby in (None, "warm"))
         mirror, mirror_text = plan_mirror(model, ownership, kv, options, available)
-        standby, standby_text = plan_standby(model, ownership, kv, mirror, options, available)
+        standby, standby_text = plan_standby(model, ownership, kv, mirror, options, view, available)
         return MemoryPlan(self, kv, mirror, mirror_text, standby, standby_text)
 
     def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:

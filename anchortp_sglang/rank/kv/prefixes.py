@@ -71,6 +71,7 @@ class Prefixes:
         self._next: SlotTable | None = None
         self._deferred: list[np.ndarray] | None = None
         self._pending: dict[int, tuple[int, int]] = {}
+        self._pending_moves: list[tuple[int, int]] = []
 
     def restore(self, restoration: Restoration, in_place: SlotTable | None) -> None:
         """Begin to retain the last generation's KV. ``in_place``: its slot table, if this generation uses it too."""
@@ -133,6 +134,7 @@ class Prefixes:
             if self._pending:
                 for slot in slots.tolist():
                     self._pending.pop(slot, None)
+                    self._pending_moves = [move for move in self._pending_moves if slot not in move]
 
     def commit_later(self, slot: int, token: int, parent: int) -> None:
         """Commit ``token`` in ``slot`` below the slot ``parent`` at ``commit_pending``, unless it is forgotten before.
@@ -141,11 +143,27 @@ class Prefixes:
         """
         self._pending[slot] = (token, parent)
 
+    def move_below(self, slots: np.ndarray, parents: np.ndarray) -> None:
+        """Move entries below other slots with equal chains (``SlotTable.move_below``). Only while WRITING.
+
+        Below a slot that is to be committed later they are moved then: until then their chains are not intact, as the
+        KV of one token is still being computed.
+        """
+        assert self.table is not None
+        self.table.move_below(slots, parents)
+        if self._pending:
+            moves = zip(slots.tolist(), parents.tolist(), strict=True)
+            self._pending_moves += [(slot, parent) for slot, parent in moves if parent in self._pending]
+
     def commit_pending(self) -> None:
         """Commit what ``commit_later`` was given: the step that computes it is complete. Only while WRITING."""
         if self._pending and self.table is not None:
             self.table.commit_tokens([(slot, token, parent) for slot, (token, parent) in self._pending.items()])
             self._pending = {}
+            if self._pending_moves:
+                slots, parents = np.array(self._pending_moves, np.int64).T
+                self.table.move_below(slots, parents)
+                self._pending_moves = []
 
     @contextmanager
     def forgetting_later(self) -> Iterator[None]:

@@ -89,8 +89,7 @@ def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: in
     the chain is intact at every instant.
     """
     attachment = current()
-    table = None if attachment is None else attachment.prefixes.table
-    if attachment is None or table is None or not req.kv.holds_kv:
+    if attachment is None or attachment.prefixes.table is None or not req.kv.holds_kv:
         return original(tree, req, up_to=up_to, **kwargs)
     # Of a request that the step in flight decodes in a mixed batch, one token is not known yet.
     up_to = min(up_to, len(req.full_untruncated_fill_ids))
@@ -103,7 +102,7 @@ def around_checkpoint_into_tree(original: Any, tree: Any, req: Any, *, up_to: in
         replaced = before != after
         last = np.flatnonzero(replaced[:-1] & ~replaced[1:])
         if last.size:
-            table.move_below(after[last + 1], after[last])
+            attachment.prefixes.move_below(after[last + 1], after[last])
     if after.size:
         req.anchortp_last_slot = int(after[-1])
     if up_to == req.seqlen and after.size > 1:  # the step that computes the last token is in flight

@@ -15,6 +15,7 @@ from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anch
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.planning.layout.extents import WeightPlacement
+from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.rank.attachment import (
     HOST_DEVICE,
@@ -158,15 +159,18 @@ class Anchors:
         mirror = plan.mirror_shape()
         if plan.mirror is not None and mirror is not None:
             host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
-        self.allocate_control(number, ownership.tp_size)
+        host.allocate(number, control_segment(number), self._control_bytes(ownership), lazy=True)
 
-    def allocate_control(self, number: int, tp_size: int) -> None:
-        """Allocate a generation's control segment, zeroed: one that a standby has used before is freed."""
-        host, name = self.client(HOST_DEVICE), control_segment(number)
+    def make_standby_control(self, number: int, ownership: Ownership) -> mmap.mmap:
+        """Allocate a standby's control segment, zeroed, and map it read-only. That of an earlier one is freed."""
+        host, name = self.client(HOST_DEVICE), control_segment(number, standby=True)
         if any(segment.name == name for segment in host.status().segments):
             host.release(number, name)
-        nbytes = heartbeat.BYTES + self.plan.platform.collectives_bytes(tp_size)
-        host.allocate(number, name, nbytes, lazy=True)
+        host.allocate(number, name, self._control_bytes(ownership), lazy=True)
+        return self._map_host(number, name)
+
+    def _control_bytes(self, ownership: Ownership) -> int:
+        return heartbeat.BYTES + self.plan.platform.collectives_bytes(ownership.tp_size)
 
     def free_unneeded(self, number: int, held: WeightPlacement, weights: WeightPlacement, kv_valid: bool) -> None:
         """Free what neither generation ``number`` nor ``held`` needs, such as the segments of an aborted attempt.
@@ -191,7 +195,7 @@ class Anchors:
         """
         failed: AnchorError | None = None
         needed = self.segments_of(generation.number, generation.weights)
-        needed[HOST_DEVICE].add(control_segment(generation.number + 1))  # of its standby
+        needed[HOST_DEVICE].add(control_segment(generation.number + 1, standby=True))
         for device in (HOST_DEVICE, *generation.ownership.devices):
             try:
                 if device != HOST_DEVICE:
@@ -210,7 +214,8 @@ class Anchors:
             device: {kv_segment(plan.kv_layout(ownership, rank)), *weights.shards[rank].sizes}
             for rank, device in enumerate(ownership.devices)
         }
-        names[HOST_DEVICE] = {slot_table_segment(ownership, plan.kv_of(ownership)), control_segment(number)}
+        names[HOST_DEVICE] = {slot_table_segment(ownership, plan.kv_of(ownership))}
+        names[HOST_DEVICE] |= {control_segment(number, standby) for standby in (False, True)}
         if plan.mirror is not None:
             names[HOST_DEVICE].add(mirror_segment(plan.mirror))
         return names

@@ -168,10 +168,10 @@ class ServerProcesses:
             log.warning("anchortp: the next generation could not be prepared, and is tried again: %s", error)
 
     def _make_standby(self, number: int, weights: WeightPlacement) -> Standby:
-        self.anchors.allocate_control(number, weights.ownership.tp_size)
-        standby = Standby(number, weights, make_store(), self.anchors.map_control(number))
+        control = self.anchors.make_standby_control(number, weights.ownership)
+        standby = Standby(number, weights, make_store(), control)
         try:
-            for spec in self._rank_specs(number, weights, weights, True, standby.store.port):
+            for spec in self._rank_specs(number, weights, weights, True, standby.store.port, standby=True):
                 child = self._zygotes.fork()
                 standby.ranks.append(child)
                 child.start(run_rank_later, spec)
@@ -235,6 +235,7 @@ class ServerProcesses:
         restore_prefixes: bool,
         store_port: int,
         running: bytes = b"",
+        standby: bool = False,
     ) -> Iterator[RankSpec]:
         """Yield what each rank of a generation is told, in rank order."""
         plan, ownership = self.plan, weights.ownership
@@ -256,6 +257,7 @@ class ServerProcesses:
                 platform=plan.platform,
                 running=running,
                 random_weights=plan.random_weights,
+                standby=standby,
             )
             yield RankSpec(assignment, plan.server_args(ownership.tp_size), self.port_args, store_port)
 

@@ -88,6 +88,8 @@ class Standbys:
         self._lock = threading.Lock()
         self._standby: Standby | None = None
         self._useless: list[Standby] = []
+        self._least_number = 0
+        """Lower numbers are those of generations that have been started, by whatever means."""
         self._pause_s = _FIRST_PAUSE_S
         self._not_before = 0.0
         self._failure = ""
@@ -97,9 +99,10 @@ class Standbys:
 
         One that is of no use is replaced; after failures in a row with growing pauses.
         """
+        self.end_useless()
         with self._lock:
-            while self._useless:
-                self._useless.pop().end()
+            if number < self._least_number:
+                return  # a recovery has begun since the caller looked
             standby = self._standby
             if standby is not None:
                 failure = standby.look()
@@ -120,12 +123,14 @@ class Standbys:
             self._fail(str(error))
             return
         with self._lock:
-            self._standby = made
+            if number >= self._least_number:
+                self._standby = made
+                return
+        made.end()
 
     def take(self, number: int, weights: WeightPlacement) -> Standby | None:
         """Take the standby for good if it is ready and fits; put it aside or end it otherwise."""
-        with self._lock:
-            standby, self._standby = self._standby, None
+        standby = self._withdrawn(number)
         if standby is None:
             return None
         why = standby.look()
@@ -141,13 +146,29 @@ class Standbys:
         self._put_aside(standby)
         return None
 
-    def put_aside(self) -> None:
-        """Do without the standby, if there is one."""
-        with self._lock:
-            standby, self._standby = self._standby, None
+    def put_aside(self, number: int) -> None:
+        """Do without the standby, if there is one, as generation ``number`` is started in another way."""
+        standby = self._withdrawn(number)
         if standby is not None:
             standby.look()
             self._put_aside(standby)
+
+    def end(self, number: int) -> None:
+        """End the standby, and those that were put aside, after generation ``number``."""
+        self.put_aside(number)
+        self.end_useless()
+
+    def end_useless(self) -> None:
+        """End what was put aside; its memory is free a moment later."""
+        while self._useless:
+            self._useless.pop().end()
+
+    def _withdrawn(self, number: int) -> Standby | None:
+        """Return the standby, which is there no more; one that is being made for ``number`` will not be used."""
+        with self._lock:
+            self._least_number = number + 1
+            standby, self._standby = self._standby, None
+            return standby
 
     def _put_aside(self, standby: Standby) -> None:
         if standby.ready:

@@ -55,6 +55,7 @@ GPUS = tuple(
 VIEW: dict[str, Any] = {
     "tp_size": len(DEVICES), "page_size": 1, "kv_cache_dtype": "auto", "mem_fraction_static": 0.5,
     "max_total_tokens": 64,
+    "enable_forward_pass_metrics": False,
     "cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend="full", bs=[1, 2])),
 }  # fmt: skip
 

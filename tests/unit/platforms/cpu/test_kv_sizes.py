@@ -10,7 +10,7 @@ from anchortp_sglang.planning.layout.kv_layout import KVPlan, MirrorPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.ownership.ownership import split
 from anchortp_sglang.platforms.cpu.cgroups import MemoryRoom
-from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, plan_standby, process_bytes
+from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, plan_standby, process_bytes, standby_bytes
 
 MODEL = model_axes((12, 4))
 OWNERSHIP = split(MODEL, (0, 1))
@@ -22,6 +22,7 @@ PLENTY = 10 * (WEIGHTS + 2000 * SLOT_BYTES)
 
 def view(**changes):
     values = {"page_size": 1, "kv_cache_dtype": "auto", "mem_fraction_static": 0.5, "max_total_tokens": None}
+    values["enable_forward_pass_metrics"] = False
     return SimpleNamespace(**values | changes)
 
 
@@ -38,18 +39,33 @@ def mirror(available, ownership=OWNERSHIP, **options):
 
 
 def standby(available, mirrored=None, **options):
-    return plan_standby(MODEL, OWNERSHIP, KV, mirrored, AnchorOptions(**options), room(available))
+    return plan_standby(MODEL, OWNERSHIP, KV, mirrored, AnchorOptions(**options), view(), room(available))
 
 
 def test_a_standby_is_warm_where_its_ranks_have_room_beside_all_else():
     held = WEIGHTS + 2 * (KV.rows * SLOT_BYTES)
-    needed = 2 * (128 << 20)
+    needed = standby_bytes(MODEL, OWNERSHIP)
+    assert needed == 2 * (128 << 20) + WEIGHTS // 256
     assert standby(held + needed) == ("warm", "warm: it takes 256 MiB, 256 MiB are free")
-    assert standby(held + needed - 1) == ("cold", "cold, not warm: it takes 256 MiB, 255 MiB are free")
+    assert standby(held + needed - 1)[0] == "cold"
     mirrored = MirrorPlan(10, 1e9)
     assert standby(held + needed, mirrored)[0] == "cold"
     assert standby(held + needed + 10 * SLOT_BYTES, mirrored)[0] == "warm"
+    alone = split(MODEL, (0,))  # there is no second copy
+    needed = standby_bytes(MODEL, alone)
+    held = WEIGHTS + KV.rows * SLOT_BYTES
+    assert plan_standby(MODEL, alone, KV, None, AnchorOptions(), view(), room(held + needed))[0] == "warm"
     assert standby(0)[1] == "cold, not warm: it takes 256 MiB, 0 MiB are free"
+
+
+def test_schedulers_that_bind_a_socket_cannot_stand_by():
+    def plan_with(**given):
+        binding = view(enable_forward_pass_metrics=True)
+        return plan_standby(MODEL, OWNERSHIP, KV, None, AnchorOptions(**given), binding, room(1 << 40))
+
+    assert plan_with()[0] == "cold" and plan_with(standby="off")[0] == "off"
+    with pytest.raises(ValueError, match=r"bind a socket .* use cold"):
+        plan_with(standby="warm")
 
 
 @pytest.mark.parametrize("mode", ["off", "cold", "warm"])
@@ -61,6 +77,22 @@ def test_slots_are_those_asked_for_or_what_half_of_the_memory_holds():
     assert plan(PLENTY, max_total_tokens=500) == KVPlan(500, 1, 4)
     assert plan(2 * (WEIGHTS + 700 * SLOT_BYTES)).slots == 700
     assert plan(PLENTY, max_total_tokens=509, page_size=16).slots == 496
+
+
+def test_slots_that_nobody_chose_leave_room_for_a_standby_if_that_is_little():
+    reserved = standby_bytes(MODEL, OWNERSHIP)
+    slots = 11 * reserved // SLOT_BYTES
+    plenty = WEIGHTS + reserved + 2 * (slots + 1) * SLOT_BYTES
+    found = plan(plenty, mem_fraction_static=0.99)
+    assert found.slots == slots and standby_of(found, plenty) == "warm"
+    unreserved = plan_kv(MODEL, OWNERSHIP, view(mem_fraction_static=0.99), None, room(plenty), standby=False)
+    assert unreserved.slots > slots and standby_of(unreserved, plenty) == "cold"
+    asked_for = plan(plenty, max_total_tokens=unreserved.slots)
+    assert asked_for.slots == unreserved.slots
+
+
+def standby_of(kv, available):
+    return plan_standby(MODEL, OWNERSHIP, kv, None, AnchorOptions(), view(), room(available))[0]
 
 
 def test_slots_that_nobody_chose_leave_room_for_the_second_copy_that_a_lost_device_makes():

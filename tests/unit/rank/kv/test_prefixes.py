@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,3 +74,34 @@ def test_in_a_process_that_is_no_rank_the_hooks_leave_sglang_as_it_is() -> None:
     assert slot_table_hooks.after_flush_cache(True, untouched) is True
     assert slot_table_hooks.after_whole_embedding(torch.ones(1)) == 1
     assert slot_table_hooks.around_checkpoint_into_tree(lambda *about, up_to: up_to, None, None, up_to=3) == 3
+
+
+def test_what_is_moved_below_a_token_that_is_still_computed_is_intact_once_it_is_known() -> None:
+    """Two requests begin alike. One ends with a step in flight, and the other continues in its slots, the last too."""
+    made = written()
+    assert made.table is not None
+    made.table.commit_run([1], [10], 0)
+    made.table.commit_run([3, 4, 5], [10, 20, 30], 0)
+    made.commit_later(2, 20, 1)  # the first one's second token
+    made.move_below(np.array([5]), np.array([2]))
+    made.forget(np.array([3, 4]))
+    assert made.table.retained_slots().tolist() == [1]
+    made.commit_pending()
+    assert made.table.retained_slots().tolist() == [1, 2, 5]
+    [chain] = made.table.entries().intact_chains()
+    assert chain.tokens.tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("freed", [2, 5])
+def test_what_is_freed_meanwhile_is_moved_nowhere(freed) -> None:
+    made = written()
+    assert made.table is not None
+    made.table.commit_run([1], [10], 0)
+    made.table.commit_run([3, 4, 5], [10, 20, 30], 0)
+    made.commit_later(2, 20, 1)
+    made.move_below(np.array([5]), np.array([2]))
+    made.forget(np.array([3, 4, freed]))
+    made.table.commit_run([freed], [77], 0)
+    made.commit_pending()
+    assert freed in made.table.retained_slots().tolist()
+    assert made.table.parents[freed] == 0

@@ -76,7 +76,7 @@ def test_a_standby_that_is_of_no_use_is_not_taken_but_ended_later(spoil, take):
         began = time.monotonic()
         print(standbys.take({take}), time.monotonic() - began < 1.5)
         assert not died_within(watched[0], 0.2), "at once, beside a recovery"
-        prepare()
+        prepare(number=4)
         assert all(died_within(pidfd, 5) for pidfd in watched) and standbys.state == "building"
     """)
     assert out == "None True\n"
@@ -121,6 +121,39 @@ def test_a_standby_for_another_generation_replaces_the_one_that_is_there():
         print(len(made), made[1].number, standbys.state)
     """)
     assert out == "2 3 building\n"
+
+
+@pytest.mark.parametrize("way", ["standbys.take(2, 'weights')", "standbys.put_aside(2)"])
+def test_a_recovery_that_begins_while_a_standby_is_made_or_before_gets_none(way):
+    out = run(f"""
+        watched = []
+
+        def make_and_recover():
+            standby = make()
+            watched.extend(os.pidfd_open(child.pid) for child in standby.ranks)
+            assert {way} is None
+            return standby
+
+        standbys.prepare(2, "weights", make_and_recover)
+        assert all(died_within(pidfd, 5) for pidfd in watched) and standbys.state == "none"
+        prepare()  # late: its caller saw generation 1 serve
+        print(len(made), standbys.state)
+        prepare(number=3)
+        print(len(made), standbys.state)
+    """)
+    assert out == "1 none\n2 building\n"
+
+
+def test_all_are_ended_when_the_server_gives_up():
+    out = run("""
+        prepare()
+        becomes("ready")
+        watched = [os.pidfd_open(child.pid) for child in made[0].ranks]
+        standbys.put_aside(2)
+        standbys.end(2)
+        print(all(died_within(pidfd, 5) for pidfd in watched), standbys.state)
+    """)
+    assert out == "True none\n"
 
 
 def test_stopped_ranks_can_be_let_go_on():
