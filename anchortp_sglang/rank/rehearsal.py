@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from prometheus_client import values
 
 _REQUESTS, _PROMPT, _NEW = 4, 4, 3
 _FIRST, _AGAIN, _LAST = 1, 20, 40
@@ -93,6 +92,8 @@ def _own_buffers(pool: Any, page_size: int) -> Iterator[None]:
 @contextmanager
 def _uncounted() -> Iterator[None]:
     """Let prometheus_client ignore what this process counts meanwhile."""
+    from prometheus_client import values  # here, as its import reads PROMETHEUS_MULTIPROC_DIR
+
     kind = values.ValueClass
     kept = kind.inc, kind.set
     kind.inc = kind.set = lambda *args, **kwargs: None
