@@ -59,6 +59,19 @@ def kill(pid: int) -> None:
         os.close(pidfd)
 
 
+def standing_by(server: Server, rank: int) -> int:
+    """The pid of a rank of the standby, once all of them are ready."""
+    until(lambda: server.status()["standby"] == "ready", "no standby stands by", 60)
+    return child_named(server, f"anchortp::standby_TP{rank}")
+
+
+def kill_standby(server: Server) -> None:
+    """SIGKILL the standby, if there is one now: the next recovery forks its ranks, and so takes longer."""
+    for child in psutil.Process(server.pid).children(recursive=True):
+        if "anchortp::standby" in _title(child):
+            kill(child.pid)
+
+
 def recovered(server: Server, fault: Fault, cause: str, device: int | None = None) -> dict[str, Any]:
     """Wait for the generation after ``fault``; its record. ``device``: to blame, if not the fault's own."""
     status = server.wait_serving(fault.generation + 1)

@@ -13,9 +13,11 @@ from faults import (
     is_gone,
     kill,
     kill_rank,
+    kill_standby,
     lose_device,
     memfds_of,
     recovered,
+    standing_by,
     weights_memory,
 )
 from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
@@ -58,6 +60,7 @@ def rank_first(server, device):
 
 def in_a_recovery(server, device):
     """Another rank dies first; the device, as soon as its new rank has been forked."""
+    kill_standby(server)  # its ranks would serve before the device could be lost
     first = kill_rank(server, 0)
     until(lambda: server.status()["generation"] > first.generation, "no rank was forked", poll_s=0)
     assert server.status()["state"] == "recovering"
@@ -74,11 +77,13 @@ LOSSES = [
 @pytest.mark.parametrize(("device", "lose", "left"), LOSSES)
 def test_a_lost_device_costs_its_bytes_but_no_token(shrinking, unbroken, paged, device, lose, left):
     expected = unbroken(REQUESTS)
+    standing_by(shrinking, 0)
     with Streams(shrinking.url, REQUESTS) as streams:
         streams.wait_tokens(20)
         before = shrinking.status()["devices"][device]
         memory = memfds_of(before["anchor_pid"])
-        assert holders(memory).keys() == {before["anchor_pid"], before["rank_pid"]}, "others hold a device's memory"
+        owners = {before["anchor_pid"], before["rank_pid"], standing_by(shrinking, before["rank"])}
+        assert holders(memory).keys() == owners, "others hold a device's memory"
         fault = lose(shrinking, device)
         record = recovered(shrinking, fault, "device")
     assert_identical(expected, outcomes(streams.histories))

@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from faults import kill_rank, lose_device, memfds_of, recovered
+from faults import kill_rank, kill_standby, lose_device, memfds_of, recovered
 from histories import Unbroken, ask_at_once, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.testing.streams import Streams
@@ -96,6 +96,7 @@ def test_a_device_lost_while_another_fault_is_recovered_takes_no_kv_along(shrink
     expected = unbroken(RUNNING)
 
     def fault(server):
+        kill_standby(server)
         first = kill_rank(server, 1)
         until(lambda: server.status()["generation"] > first.generation, "no rank was forked", poll_s=0)
         assert server.status()["state"] == "recovering"

@@ -7,7 +7,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults import kill_rank, recovered
+from faults import kill_rank, kill_standby, recovered
 from histories import (
     assert_identical,
     flush,
@@ -30,7 +30,8 @@ def is_recovering(server):
 
 
 def outage(server, rank=1):
-    """Kill a rank and wait until the server knows."""
+    """Kill a rank and wait until the server knows. Without a standby the outage is long enough to send requests."""
+    kill_standby(server)
     fault = kill_rank(server, rank)
     until(lambda: is_recovering(server), "no recovery began", poll_s=0)
     return fault

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from faults import kill_rank, recovered
+from faults import kill_rank, kill_standby, recovered
 from histories import assert_identical, outcomes, prompt, request
 
 from anchortp_sglang.testing.streams import Streams
@@ -67,6 +67,7 @@ def test_liveness_is_200_in_time_all_through_a_recovery(server, unbroken):
 def test_readiness_is_503_in_a_recovery_and_the_others_are_not(server):
     with Prober(server, "/ready") as ready, Prober(server, "/ping") as ping, Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(20)
+        kill_standby(server)
         fault = kill_rank(server, 2)
         while server.status()["state"] != "recovering":
             pass

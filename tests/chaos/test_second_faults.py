@@ -5,7 +5,7 @@ import signal
 
 import psutil
 import pytest
-from faults import is_gone, kill, kill_rank
+from faults import is_gone, kill, kill_rank, kill_standby
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.testing.streams import Streams
@@ -25,6 +25,7 @@ def test_a_rank_killed_while_it_starts_is_replaced_again(server, unbroken, rank)
     expected = unbroken(REQUESTS)
     with Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(20)
+        kill_standby(server)
         first = kill_rank(server, 1)
         until(lambda: server.status()["state"] == "recovering", "no recovery began")
         status = until(lambda: recovering_with(server, first.generation), "no rank was forked", poll_s=0)

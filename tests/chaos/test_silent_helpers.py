@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from faults import child_named, is_gone, kill_rank, recovered
+from faults import child_named, is_gone, kill_rank, recovered, standing_by
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.recovery.processes.pidfd import process_state
@@ -34,8 +34,7 @@ def a_spare(server):
 
 
 def a_standby(server):
-    until(lambda: server.status()["standby"] == "ready", "no standby was built")
-    return child_named(server, "anchortp::standby_TP2")
+    return standing_by(server, 2)
 
 
 FIND = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults import child_named, kill, kill_rank, recovered
+from faults import kill, kill_rank, recovered, standing_by
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.testing.streams import Streams
@@ -17,8 +17,7 @@ _MAPPING = re.compile(r"^\S+ (\S{4}) \S+ \S+ \d+ +/memfd:([a-z-]+)")
 
 
 def ready(server):
-    until(lambda: server.status()["standby"] == "ready", "no standby stands by", 60)
-    return [child_named(server, f"anchortp::standby_TP{rank}") for rank in range(4)]
+    return [standing_by(server, rank) for rank in range(4)]
 
 
 def stages(record):

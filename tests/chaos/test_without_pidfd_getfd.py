@@ -2,7 +2,7 @@
 
 import re
 
-from faults import holders, kill, kill_rank, memfds_of, recovered
+from faults import holders, kill, kill_rank, memfds_of, recovered, standing_by
 from histories import assert_exactly_once, assert_identical, outcomes, prompt, request, until
 from no_pidfd_getfd import is_filtered
 from remains import ROOT
@@ -26,10 +26,12 @@ def test_anchors_that_die_alone_get_their_memory_from_their_ranks(launch):
         assert said in server.log.read_text()
         with Streams(server.url, REQUESTS) as streams:
             expected = outcomes(streams.wait())
+        standing_by(server, 0)
         with Streams(server.url, REQUESTS) as streams:
             streams.wait_tokens(10)
             for device, pid in anchors(server).items():
-                memory, keeps = memfds_of(pid), holders(memfds_of(pid)).keys() - {pid}
+                memory = {inode: name for inode, name in memfds_of(pid).items() if "-standby" not in name}
+                keeps = holders(memory).keys() - {pid}
                 kill(pid)
                 until(lambda device=device, pid=pid: anchors(server).get(device, pid) != pid, "no new anchor")
                 until(
