@@ -14,6 +14,7 @@ from anchortp_sglang.hooks.manifest import patches_folder
 from anchortp_sglang.hooks.source import package_folder
 from anchortp_sglang.testing.server import Server
 
+FLAGS = ("--max-total-tokens", "4096", "--dtype", "float32")  # as stock's answers
 PROMPT = [(7 * position) % 480 for position in range(33)]
 REQUEST = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}}
 
@@ -58,7 +59,7 @@ def test_a_patched_fork_without_plugins_serves_and_recovers(fork, forge, checkpo
     )
     path = os.pathsep.join(filter(None, [str(fork), os.environ.get("PYTHONPATH")]))
     env = {**places, "PYTHONPATH": path}
-    with Server(checkpoint["qwen3"], 2, "--max-total-tokens", "4096", log=tmp_path / "log", env=env) as server:
+    with Server(checkpoint["qwen3"], 2, *FLAGS, log=tmp_path / "log", env=env) as server:
         assert re.search(r"\d+ hooks into SGLang 0\.5\.23 installed and verified", server.log.read_text())
         answers = []
         client = threading.Thread(target=lambda: answers.append(server.post("/generate", REQUEST)))
