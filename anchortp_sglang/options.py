@@ -19,7 +19,7 @@ FLAG_PREFIX = "--anchor-"
 KWARG_PREFIX = "anchor_"
 
 StandbyMode = Literal["off", "cold", "warm"]
-"""What waits for the next fault: nothing, spare ranks, or a whole generation."""
+"""Mode of preparation for the next fault: nothing waits for it, spare ranks do, or a whole generation."""
 
 # A Unix socket's path has at most 107 bytes (sun_path); the rest is for a run id and the socket's name.
 MAX_RUN_DIR_BYTES = 80

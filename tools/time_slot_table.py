@@ -1,4 +1,4 @@
-"""What a recovery and the mirror do with the slot table, at the size of real caches. No model is needed.
+"""Times what a recovery and the mirror do with the slot table, at the size of real caches. No model is needed.
 
     PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py [--slots 16384,131072,1048576,4194304] [--chain 2000]
 

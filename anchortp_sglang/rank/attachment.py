@@ -117,7 +117,7 @@ class Attachment:
         self.title = ""
         """The process title that SGLang chose, while a rank that stands by has another."""
         self.cache: Any = None
-        """What kv_cache_builder.build_kv_cache made: SGLang's pools, allocator and prefix tree."""
+        """SGLang's pools, allocator and prefix tree, as kv_cache_builder.build_kv_cache returned them; None before."""
         self.layout: ShardLayout = shard_layout(assignment.model, assignment.ownership, assignment.rank)
         self.kv_layout: KVLayout = kv_layout(assignment.model, assignment.kv, assignment.ownership, assignment.rank)
         self.fds: dict[tuple[int, str], tuple[int, int]] = {}

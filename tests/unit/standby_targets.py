@@ -1,4 +1,4 @@
-"""What forked children do in test_standby."""
+"""Roles of the forked children in test_standby."""
 
 from anchortp_sglang.rank.spare import await_order
 from anchortp_sglang.recovery.processes.standby import RUN
