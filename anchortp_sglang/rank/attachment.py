@@ -44,7 +44,8 @@ class Assignment:
     there are none; equal to ``weights`` when nothing is to be moved. ``previous_kv``: the slots of its KV.
     ``restore_prefixes``: whether its KV and slot table may be used. ``running``: chain hashes of the open requests'
     tokens, as bytes of uint64. ``random_weights``: made up instead of read (``--load-format dummy``).
-    ``standby``: the rank is built while another generation serves.
+    ``standby``: the rank is built while another generation serves. ``leaving``: devices of ``previous`` that this
+    generation does without, although their memory is still there.
     """
 
     generation: int
@@ -64,6 +65,7 @@ class Assignment:
     running: bytes = b""
     random_weights: bool = False
     standby: bool = False
+    leaving: tuple[int, ...] = ()
 
     @property
     def ownership(self) -> Ownership:

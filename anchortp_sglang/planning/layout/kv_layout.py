@@ -91,7 +91,7 @@ class KVLayout:
 class KVMove:
     """``count`` heads that a rank's new segment takes from elsewhere, in ``layers`` layers from ``first_layer`` on.
 
-    ``device``: the survivor whose old segment has them, from position ``source_head`` on. None if no survivor has them:
+    ``device``: the one whose old segment has them, from position ``source_head`` on. None if none that is left has them:
     ``source_head`` is then the head's number in the model, which is its position in the mirror.
     """
 
@@ -146,14 +146,20 @@ def whole_layout(model: ModelAxes, rows: int, unit_bytes: int) -> KVLayout:
     return KVLayout(rows, planes(model), unit_bytes, (KVGroup(0, model.num_layers, ((0, model.num_kv_heads),), 0),))
 
 
-def kv_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership) -> tuple[KVMove, ...]:
-    """Return what fills a rank's new KV segment, from its device's old one, a survivor's, or the mirror."""
-    return _merged([tuple(_layer_moves(model, new, rank, old, layer)) for layer in range(model.num_layers)])
+def kv_moves(
+    model: ModelAxes, new: Ownership, rank: int, old: Ownership, leaving: Sequence[int] = ()
+) -> tuple[KVMove, ...]:
+    """Return what fills a rank's new KV segment, from its device's old one, another's, or the mirror.
+
+    ``leaving``: devices of ``old`` that are not in ``new``, but whose memory is still there.
+    """
+    sources = _in_turn(new, rank, old, leaving)
+    return _merged([tuple(_layer_moves(model, new, rank, old, sources, layer)) for layer in range(model.num_layers)])
 
 
-def lost_heads(model: ModelAxes, new: Ownership, old: Ownership) -> bool:
-    """Return whether some KV heads were held by none of the devices that are left."""
-    return any(move.device is None for rank in range(new.tp_size) for move in kv_moves(model, new, rank, old))
+def lost_heads(model: ModelAxes, new: Ownership, old: Ownership, leaving: Sequence[int] = ()) -> bool:
+    """Return whether some KV heads were held only by devices whose memory is gone. ``leaving``: as in ``kv_moves``."""
+    return any(move.device is None for rank in range(new.tp_size) for move in kv_moves(model, new, rank, old, leaving))
 
 
 def mirrored_heads(model: ModelAxes, ownership: Ownership, rank: int, layer: int) -> Intervals:
@@ -187,10 +193,12 @@ def _merged(by_layer: Sequence[tuple[_Part, ...]]) -> tuple[KVMove, ...]:
     return tuple(moves)
 
 
-def _layer_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership, layer: int) -> Iterator[_Part]:
+def _layer_moves(
+    model: ModelAxes, new: Ownership, rank: int, old: Ownership, sources: Sequence[int], layer: int
+) -> Iterator[_Part]:
     mine = held_heads(model, new, rank, layer)
     missing = mine
-    for device in _in_turn(new, rank, old):
+    for device in sources:
         held = held_heads(model, old, old.devices.index(device), layer)
         for start, stop in intersect(missing, held):
             yield locate(mine, start), stop - start, device, locate(held, start)
@@ -199,7 +207,7 @@ def _layer_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership, la
         yield locate(mine, start), stop - start, None, start
 
 
-def _in_turn(new: Ownership, rank: int, old: Ownership) -> tuple[int, ...]:
-    """Return the survivors in copying order: itself first; each rank starts with another one."""
-    in_turn = new.devices[rank:] + new.devices[:rank]
+def _in_turn(new: Ownership, rank: int, old: Ownership, leaving: Sequence[int]) -> tuple[int, ...]:
+    """Return the devices to copy from, in order: itself first; each rank starts with another one."""
+    in_turn = (*new.devices[rank:], *new.devices[:rank], *leaving)
     return tuple(device for device in in_turn if device in old.devices)

@@ -38,14 +38,16 @@ class Move:
     transposed: bool = False
 
 
-def fill_moves(model: ModelAxes, new: Ownership, rank: int, old: Ownership | None) -> tuple[Move, ...]:
+def fill_moves(
+    model: ModelAxes, new: Ownership, rank: int, old: Ownership | None, leaving: Sequence[int] = ()
+) -> tuple[Move, ...]:
     """Return all moves that fill a rank's new shard, layers in the order of execution.
 
     Elements that the same device (by id) holds in ``old`` are copied from its old shard, elements of other devices of
-    ``new`` from theirs, the rest is reloaded; without ``old`` everything is. Padding rows are not moved: zero them
-    (``ShardLayout.padding``).
+    ``new`` from theirs, then those of ``leaving`` devices (in ``old``, not in ``new``, their memory still there). The
+    rest is reloaded; without ``old`` everything is. Padding rows are not moved: zero them (``ShardLayout.padding``).
     """
-    holders = _holders(new, rank, old)
+    holders = _holders(new, rank, old, leaving)
     moves: list[Move] = []
     known: dict[tuple[object, ...], tuple[ParamSpec, tuple[Move, ...]]] = {}
     for spec in model.params:
@@ -91,14 +93,14 @@ def _renamed(like: ParamSpec, moves: Iterable[Move], spec: ParamSpec) -> Iterato
         )
 
 
-def _holders(new: Ownership, rank: int, old: Ownership | None) -> Holders:
+def _holders(new: Ownership, rank: int, old: Ownership | None, leaving: Sequence[int]) -> Holders:
     """Return the devices to copy from, with their ranks in ``old``: this rank's own first.
 
     Each rank starts with another device, so that ranks do not all copy from the same one.
     """
     if old is None:
         return ()
-    in_turn = new.devices[rank:] + new.devices[:rank]
+    in_turn = (*new.devices[rank:], *new.devices[:rank], *leaving)
     return tuple((device, old.devices.index(device)) for device in in_turn if device in old.devices)
 
 

@@ -32,23 +32,26 @@ def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
         raise InvalidOwnership(str(error)) from error
 
 
-def reconfigure(model: ModelAxes, previous: Ownership, survivors: Sequence[int], rotate: bool = False) -> Ownership:
-    """Return the ownership of ``survivors``, in the order of ``previous``.
+def reconfigure(model: ModelAxes, previous: Ownership, devices: Sequence[int], rotate: bool = False) -> Ownership:
+    """Return the ownership of ``devices``: those of ``previous`` that stay, and any that join.
 
-    They keep all that they have and share out what is lost ("adopt"): nothing moves between them except rows of the
-    vocabulary whose cut shifts, and heads where all devices with some KV head died. Axes that differ by layer, and with
-    ``rotate`` those that may, are shared out layer by layer. Raises InvalidOwnership if a survivor is none of the
-    previous devices, or if there are too few units for all of them.
+    Without newcomers devices keep their order and all that they have, and share out what is missing ("adopt"): nothing
+    moves between them except rows of the vocabulary whose cut shifts, and heads where all devices with some KV head
+    left. With newcomers the order is that of the ids, shares are exactly as due, and every device keeps as much as that
+    allows. Axes that differ by layer, and with ``rotate`` those that may, are shared out layer by layer. Raises
+    InvalidOwnership if no previous device stays, or if there are too few units for all.
     """
-    if not survivors or set(survivors) - set(previous.devices):
-        raise InvalidOwnership(f"survivors {list(survivors)} must be some of {list(previous.devices)}")
-    devices = tuple(device for device in previous.devices if device in set(survivors))
-    if devices == previous.devices:
+    stay = tuple(device for device in previous.devices if device in set(devices))
+    if not stay or min(devices) < 0:
+        raise InvalidOwnership(f"devices {list(devices)} must include some of {list(previous.devices)}")
+    joining = set(devices).difference(stay)
+    order = tuple(sorted({*stay, *joining})) if joining else stay
+    if order == previous.devices:
         return previous
     planned = served_plan_model(model, previous.by_layer.union(ROTATING if rotate else ()))
     held = {group.name: previous.ranks(group.axis, group.layer) for group in planned.sharded}
     try:
-        new = place(planned, layer_ownership(previous.devices, held), devices, "adopt", (1,) * len(devices))
+        new = place(planned, layer_ownership(previous.devices, held), order, "adopt", (1,) * len(order))
     except InfeasiblePlan as error:
         raise InvalidOwnership(str(error)) from error
     return _as_it_runs(model, planned, new)

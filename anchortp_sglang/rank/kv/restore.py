@@ -69,7 +69,9 @@ class Restoration(threading.Thread):
         assert assignment.previous is not None
         entries, mirror, usable = self._table.entries(), None, None
         held = assignment.previous.ownership
-        if held != assignment.ownership and lost_heads(assignment.model, assignment.ownership, held):
+        if held != assignment.ownership and lost_heads(
+            assignment.model, assignment.ownership, held, assignment.leaving
+        ):
             mirror = self._mirror()
             usable = restorable_slots(entries, mirror)
         running = np.frombuffer(assignment.running, np.uint64)
@@ -104,7 +106,7 @@ class Restoration(threading.Thread):
             return
         if self._into is None:
             raise RestorationFailed("this platform cannot move KV between devices")
-        moves = kv_moves(assignment.model, assignment.ownership, assignment.rank, held)
+        moves = kv_moves(assignment.model, assignment.ownership, assignment.rank, held, assignment.leaving)
         self.moved = move_retained(retained, self._into, moves, self._old_segment, mirror)
         if self.moved["restored"]:
             self.restored_slots = len(retained.slots)

@@ -94,7 +94,7 @@ class Filler(threading.Thread):
         assignment, layout = self.attachment.assignment, self.attachment.layout
         before = None if assignment.previous is None else assignment.previous.ownership
         shard = assignment.weights.shards[assignment.rank]
-        moves = fill_moves(assignment.model, assignment.ownership, assignment.rank, before)
+        moves = fill_moves(assignment.model, assignment.ownership, assignment.rank, before, assignment.leaving)
         with ExitStack() as stack:
             memory = self.attachment.shard_briefly(assignment.device, shard, writable=True)
             target = _Shard(stack.enter_context(memory), layout)

@@ -174,10 +174,33 @@ def test_a_kv_head_whose_holders_all_died_is_dealt_anew() -> None:
     assert units(after, "q_head") == [3, 3]
 
 
-@pytest.mark.parametrize("survivors", [[], [0, 7]])
-def test_survivors_must_be_previous_devices(survivors: list[int]) -> None:
-    with pytest.raises(InvalidOwnership, match="survivors"):
-        reconfigure(MODELS[12, 4], split(MODELS[12, 4], range(3)), survivors)
+@pytest.mark.parametrize("devices", [[], [7], [0, -1]])
+def test_some_previous_device_must_stay(devices: list[int]) -> None:
+    with pytest.raises(InvalidOwnership, match="must include some of"):
+        reconfigure(MODELS[12, 4], split(MODELS[12, 4], range(3)), devices)
+
+
+@given(st.sampled_from([(12, 4), (32, 8), (6, 2)]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_chains_of_leaving_and_joining_end_as_balanced_as_they_began(model: tuple[int, int], data: st.DataObject) -> None:
+    axes = MODELS[model]
+    ownership = split(axes, range(4))
+    for _ in range(data.draw(st.integers(1, 5))):
+        devices = data.draw(st.lists(st.integers(0, 3), min_size=1, unique=True))
+        if not set(devices) & set(ownership.devices):
+            continue
+        before, ownership = ownership, reconfigure(axes, ownership, devices)
+        validate(axes, ownership)
+        assert set(ownership.devices) == set(devices)
+        if set(devices) - set(before.devices):
+            for device in set(devices) & set(before.devices):
+                had, has = (one.units("mlp", one.devices.index(device)) for one in (before, ownership))
+                kept = total(overlap(before, ownership, "mlp", device))
+                assert kept == min(had, has)  # nothing moves but what a device has too much or too little of
+    after = reconfigure(axes, ownership, range(4))
+    if after != ownership:
+        assert max(units(after, "mlp")) - min(units(after, "mlp")) <= 1
+        assert sorted(units(after, "q_head")) == sorted(units(split(axes, range(4)), "q_head"))
 
 
 def test_a_device_that_is_gone_keeps_nothing() -> None:
