@@ -1,4 +1,4 @@
-"""The command ``anchortp``: inspect a running server, inject faults, plan for faults, measure, check a machine.
+"""The command ``anchortp``: inspect a running server, change its devices, inject faults, plan, measure, check.
 
 Exit codes: 0 success, 1 a check, comparison or fault failed, 2 no server answers or the command line is wrong.
 """
@@ -18,8 +18,10 @@ from rich.text import Text
 
 from anchortp_sglang.cli import bench as bench_command
 from anchortp_sglang.cli import client as server_client
+from anchortp_sglang.cli import devices as devices_commands
 from anchortp_sglang.cli import parity
 from anchortp_sglang.cli import plan as plan_command
+from anchortp_sglang.cli.arguments import DEFAULT_URL, JsonOption, KeyOption, UrlOption
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,14 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Inspect, test and check an anchortp-sglang server.",
 )
-
-UrlOption = Annotated[str, typer.Option("--url", help="Address of the server.")]
-KeyOption = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="ANCHORTP_API_KEY", help="The server's API key, if it has one."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-DEFAULT_URL = "http://127.0.0.1:30000"
 
 
 class FaultKind(StrEnum):
@@ -148,6 +142,9 @@ def doctor(
     raise typer.Exit(1 if any(check.level == "FAIL" for check in checks) else 0)
 
 
+app.command()(devices_commands.drain)
+app.command()(devices_commands.rejoin)
+app.command()(devices_commands.resize)
 app.command()(plan_command.plan)
 app.command()(parity.parity)
 app.add_typer(bench_command.app, name="bench")

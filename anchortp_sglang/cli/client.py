@@ -1,4 +1,4 @@
-"""HTTP client of a running server: reads its status and injects faults."""
+"""HTTP client of a running server: reads its status, changes its devices, injects faults."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import urllib.request
 from typing import Any
 
 STATUS_TIMEOUT_S = 10.0
+CHANGE_TIMEOUT_S = 1800.0  # the answer comes once the new devices serve
 INJECT_TIMEOUT_S = 60.0  # the answer comes once the fault has taken effect
 
 
@@ -29,6 +30,13 @@ def inject(
 ) -> dict[str, Any]:
     """Inject a fault of ``kind`` at ``device`` by ``POST /anchortp/inject``; return ok, verified, detail."""
     return _exchange(url, "/anchortp/inject", {"device": device, "kind": kind}, api_key, timeout_s)
+
+
+def reconfigure(
+    url: str, change: dict[str, Any], api_key: str | None = None, timeout_s: float = CHANGE_TIMEOUT_S
+) -> dict[str, Any]:
+    """Change the server's devices by ``POST /anchortp/reconfigure``; return what the server answers."""
+    return _exchange(url, "/anchortp/reconfigure", change, api_key, timeout_s)
 
 
 def _exchange(url: str, path: str, body: Any, api_key: str | None, timeout_s: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from anchortp_sglang.recovery.report.record import Recovery, Totals
 from anchortp_sglang.recovery.report.stages import durations
 
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-_CAUSES = ("process", "device", "hang")
+_CAUSES = ("process", "device", "hang", "planned")
 _DEVICE_STATES = ("serving", "idle", "lost")
 _SERVER_STATES = ("starting", "serving", "degraded", "recovering", "down")
 _MOVED = ("reload", "p2p", "copy", "kv_copy", "kv_restore")

@@ -1,9 +1,10 @@
-"""The routes under /anchortp: status, timeline, injection."""
+"""The routes under /anchortp: status, timeline, change of devices, injection."""
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import HTTPException
@@ -12,11 +13,15 @@ from anchortp_sglang.http.body_limit import Receive, limited
 from anchortp_sglang.http.status import status
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.inject import InjectionError, inject
+from anchortp_sglang.recovery.reconfiguration import ChangeRefused
 from anchortp_sglang.views.timeline_page import main_part, page
 
 _READ = ("GET", "HEAD")
 _MAX_BODY_BYTES = 4096
 _JSON = "application/json"
+
+_Body = TypeVar("_Body")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,27 @@ class _Injection(msgspec.Struct):
     kind: str
 
 
+class _Change(msgspec.Struct, forbid_unknown_fields=True):
+    """Devices that are to serve, to leave or to join: one of the three."""
+
+    devices: list[int] | None = None
+    drain: list[int] | None = None
+    rejoin: list[int] | None = None
+    generation: int | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        given = [each for each in (self.devices, self.drain, self.rejoin) if each is not None]
+        if len(given) != 1 or not given[0]:
+            raise ValueError("give one of devices, drain and rejoin: a list of device ids")
+
+    def find(self, serving: frozenset[int]) -> frozenset[int]:
+        """Return the devices that are to serve after those that serve now."""
+        if self.devices is not None:
+            return frozenset(self.devices)
+        return serving.difference(self.drain or ()).union(self.rejoin or ())
+
+
 class OwnRoutes:
     """The handlers of /anchortp/…. HEAD is answered like GET; a trailing slash is ignored."""
 
@@ -47,6 +73,7 @@ class OwnRoutes:
         self._routes: dict[str, tuple[tuple[str, ...], Callable[[Any, Receive], Awaitable[Answer]]]] = {
             "/anchortp/status": (_READ, self._status),
             "/anchortp/timeline": (_READ, self._timeline),
+            "/anchortp/reconfigure": (("POST",), self._reconfigure),
             "/anchortp/inject": (("POST",), self._inject),
         }
 
@@ -66,28 +93,64 @@ class OwnRoutes:
         render = main_part if scope["query_string"] == b"part=main" else page
         return Answer(200, render(status(self._coordinator)).encode(), "text/html; charset=utf-8")
 
+    async def _reconfigure(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
+        change = await _decoded(scope, receive, _Change, '{"drain": [2]}, {"rejoin": [2]} or {"devices": [0, 1, 3]}')
+        if isinstance(change, Answer):
+            return change
+        make = self._coordinator.reconfiguration.change(change.find, change.generation, change.dry_run)
+        try:
+            return Answer.of(200, {"ok": True, **await _unless_gone(make, receive)})
+        except ChangeRefused as error:
+            return _refused(error.code, str(error))
+
     async def _inject(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
         if not self._allow_injection:
-            return _not_injected(403, "injection is off: start the server with --anchor-allow-injection")
-        # Browsers do not send JSON across origins without asking (CORS), so no foreign page can inject faults.
-        if _content_type(scope) != _JSON:
-            return _not_injected(415, f"the Content-Type must be {_JSON}")
-        try:
-            body = await _read(limited(scope, receive, _MAX_BODY_BYTES, "send device and kind only"))
-            fault = msgspec.json.decode(body, type=_Injection)
-        except HTTPException as error:
-            return _not_injected(error.status_code, error.detail)
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            return _not_injected(400, f'the body must be like {{"device": 0, "kind": "process"}}: {error}')
+            return _refused(403, "injection is off: start the server with --anchor-allow-injection")
+        fault = await _decoded(scope, receive, _Injection, '{"device": 0, "kind": "process"}')
+        if isinstance(fault, Answer):
+            return fault
         try:
             detail = await inject(self._coordinator, fault.device, fault.kind)
         except InjectionError as error:
-            return _not_injected(409, str(error))
+            return _refused(409, str(error))
         return Answer.of(200, {"ok": True, "verified": True, "detail": detail})
 
 
-def _not_injected(code: int, detail: str) -> Answer:
+def _refused(code: int, detail: str) -> Answer:
     return Answer.of(code, {"ok": False, "verified": False, "detail": detail})
+
+
+async def _decoded(scope: Mapping[str, Any], receive: Receive, kind: type[_Body], example: str) -> _Body | Answer:
+    """Read a small JSON body of a type; return the answer to one that is none."""
+    # Browsers do not send JSON across origins without asking (CORS), so no foreign page can do harm here.
+    if _content_type(scope) != _JSON:
+        return _refused(415, f"the Content-Type must be {_JSON}")
+    try:
+        body = await _read(limited(scope, receive, _MAX_BODY_BYTES, f"send no more than {example}"))
+        return msgspec.json.decode(body, type=kind)
+    except HTTPException as error:
+        return _refused(error.status_code, error.detail)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        return _refused(400, f"the body must be like {example}: {error}")
+
+
+async def _unless_gone(work: Coroutine[Any, Any, _Result], receive: Receive) -> _Result:
+    """Do what a client waits for; cancel it if the client goes away."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+        return await task
+    except asyncio.CancelledError:
+        raise ChangeRefused(499, "the client has gone away") from None
+    finally:
+        gone.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _content_type(scope: Mapping[str, Any]) -> str:

@@ -53,22 +53,24 @@ def _run_dir(coordinator: Coordinator) -> dict[str, Any]:
 def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
     processes, generation = coordinator.processes, coordinator.generation
     anchor = processes.anchors.processes.get(device)
-    alive = processes.anchors.alive(device)
+    alive, change = processes.anchors.alive(device), coordinator.reconfiguration
     entry: dict[str, Any] = {
         "id": device,
-        "state": "idle" if alive else "lost",
+        "state": "idle" if alive else "drained" if device in change.drained else "lost",
         "rank": None,
         "rank_pid": None,
         "anchor_pid": anchor.pid if anchor is not None and alive else None,
         "weight_bytes": 0,
         "kv_bytes": 0,
     }
+    if device in change.joining:
+        entry["state"] = "joining"
     if generation is None or device not in generation.ownership.devices or not alive:
         return entry
     ownership, plan = generation.ownership, processes.plan
     rank = ownership.devices.index(device)
     return entry | {
-        "state": "serving",
+        "state": "leaving" if device in change.leaving else "serving",
         "rank": rank,
         "rank_pid": generation.ranks[rank].pid,
         "weight_bytes": sum(generation.weights.shards[rank].sizes.values()),

@@ -74,9 +74,10 @@ def run_later(spec: RankSpec, pipe: Connection) -> None:
             rehearse(scheduler, attachment)
     except BaseException as error:
         return _report(error, pipe)
-    await_order(pipe)
+    running = await_order(pipe)
     stamps = Stamps()
     try:
+        attachment.assignment = replace(attachment.assignment, running=running)
         attachment.stand_by_no_more()
         attachment.prefixes = open_prefixes(attachment)
         stamps.take("attached")

@@ -22,7 +22,9 @@ from anchortp_sglang.recovery.next_generation import NextGeneration, Unrecoverab
 from anchortp_sglang.recovery.policy import Policy
 from anchortp_sglang.recovery.processes.generation import Generation, StartFailed, last_words
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
+from anchortp_sglang.recovery.processes.target import Target
 from anchortp_sglang.recovery.processes.zygote import ZygoteError
+from anchortp_sglang.recovery.reconfiguration import Reconfiguration, Seams
 from anchortp_sglang.recovery.report.kv_usage import KVUsage
 from anchortp_sglang.recovery.report.progress import RecoveryProgress
 from anchortp_sglang.recovery.report.record import Recoveries
@@ -59,6 +61,19 @@ class Coordinator:
         self._devices = processes.plan.platform.watch(self._fault)
         self._graphs = GraphCapture(processes.plan.graph_batch_sizes, self._serving, self._idle, self._send)
         self._steps = Steps(processes, self._next, self._devices)
+        self.reconfiguration = Reconfiguration(
+            processes,
+            self._next,
+            ownership.devices,
+            policy.standby == "warm",
+            Seams(
+                self._serving,
+                self._housekeeping.look_now,
+                self._take_over,
+                lambda: self._devices.errors,
+                self._spawn,
+            ),
+        )
         self._tm: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fence_line: FenceLine | None = None
@@ -137,6 +152,14 @@ class Coordinator:
             self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
         self._advance(Event(EventKind.FAULT, reason))
 
+    def _take_over(self, target: Target, reason: str) -> bool:
+        """Let a planned generation take the place of the serving one; return False if none serves."""
+        if self.state.phase is not Phase.SERVING:
+            return False
+        self._next.target = target
+        self._advance(Event(EventKind.CHANGE, reason))
+        return True
+
     # ---- the machine's shell
 
     def _advance(self, event: Event) -> None:
@@ -178,7 +201,7 @@ class Coordinator:
         recovery.reason = reason
         recovery.stage("detected")
         generation.note_deaths()
-        if before.phase is Phase.SERVING:
+        if before.phase is Phase.SERVING and self._next.target is None:
             self._find_culprits(generation, reason)
         generation.kill()
 

@@ -6,6 +6,7 @@ A fault ends it before its next step. A step under way in its thread goes on: wh
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.options import StandbyMode
@@ -31,6 +32,11 @@ class Housekeeping:
         self._processes = processes
         self._standby = standby
         self._serving = serving
+        self._look = asyncio.Event()
+
+    def look_now(self) -> None:
+        """Look after the helpers at once instead of in some seconds."""
+        self._look.set()
 
     async def seal_and_free(self, generation: Generation) -> None:
         """Seal the weights of a new generation, and free those of the old one."""
@@ -50,4 +56,6 @@ class Housekeeping:
                 log.exception(
                     "anchortp: a check of the helper processes failed; the next one is in %g s", _LOOK_EVERY_S
                 )
-            await asyncio.sleep(_LOOK_EVERY_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), _LOOK_EVERY_S)
+            self._look.clear()

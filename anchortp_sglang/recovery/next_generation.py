@@ -19,6 +19,7 @@ from anchortp_sglang.recovery import state_machine
 from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
+from anchortp_sglang.recovery.processes.target import Target, target_of
 
 _NO_MEMORY_PAUSE_S = 0.5
 
@@ -31,13 +32,16 @@ class NextGeneration:
     """Finds and makes the next generation. Its methods block, except for ``judge`` and ``plan``.
 
     ``number``: of the last generation made. ``held``: the complete weights that the anchors hold. ``kv_valid``: whether
-    the KV and the slot table of their ownership can be taken over.
+    the KV and the slot table of their ownership can be taken over. ``target``: where a planned change leads, from the
+    moment that serving ranks are stopped for it until the attempt to start it.
     """
 
     def __init__(self, processes: ServerProcesses, configured: Ownership, min_devices: int) -> None:
         self.number = 0
         self.held: WeightPlacement | None = None
         self.kv_valid = False
+        self.target: Target | None = None
+        self._leaving: tuple[int, ...] = ()
         self._processes = processes
         self._configured = configured
         self._min_devices = min_devices
@@ -70,23 +74,43 @@ class NextGeneration:
             )
             for device in self.held.ownership.devices
         ]
-        return state_machine.judge(evidence, reason)
+        return state_machine.judge(evidence, reason, planned=self.target is not None)
+
+    def target_for(self, devices: Collection[int]) -> Target:
+        """Plan a change to ``devices``. Raises InvalidOwnership, with what is not possible."""
+        assert self.held is not None
+        plan, held = self._processes.plan, self.held
+        if len(devices) < self._min_devices:
+            raise InvalidOwnership(f"{len(devices)} devices are fewer than --anchor-min-devices {self._min_devices}")
+        ownership = _reconfigured(plan, held.ownership, tuple(devices))
+        plan.kv_of(ownership)
+        return target_of(held.ownership, plan.hold(ownership, held))
 
     def plan(self, lost: Collection[int]) -> Ownership:
-        """Plan the next ownership, and increment ``number``. Raises Unrecoverable."""
+        """Plan the next ownership, and increment ``number``. Raises Unrecoverable.
+
+        A planned change is tried once, and not if a device was lost: whatever goes wrong with it, the devices that are
+        left go on as they were.
+        """
         assert self.held is not None
         plan, held = self._processes.plan, self.held.ownership
+        target, self.target, self._leaving = self.target, None, ()
         if not self._processes.anchors.alive(HOST_DEVICE):
             self.kv_valid = False  # the contents of the slots are no longer known
-        if lost and not plan.platform.moves_kv:
-            self.kv_valid = False
         survivors = [device for device in held.devices if device not in lost]
         if len(survivors) < self._min_devices:
             raise Unrecoverable(
                 f"{len(survivors)} of {self._configured.tp_size} devices are left, "
                 f"--anchor-min-devices is {self._min_devices}"
             )
-        ownership = _reconfigured(plan, held, survivors) if lost else held
+        if lost:
+            ownership = _after_loss(plan, held, survivors)
+        elif target is not None:
+            ownership, self._leaving = target.ownership, target.leaving
+        else:
+            ownership = held
+        if ownership != held and not plan.platform.moves_kv:
+            self.kv_valid = False
         self.number += 1
         return ownership
 
@@ -111,10 +135,13 @@ class NextGeneration:
         anchors, plan = self._processes.anchors, self._processes.plan
         if not anchors.alive(HOST_DEVICE):
             anchors.start_one(HOST_DEVICE, self.number)
-        anchors.fence(self.number, ownership.devices)
+        for device in ownership.devices:
+            if not anchors.alive(device):
+                anchors.start_one(device, self.number)  # it joins
+        anchors.fence(self.number, (*ownership.devices, *self._leaving))
         weights = plan.hold(ownership, self.held)
-        if self.kv_valid and weights == self.held:
-            standby = self._processes.run_standby(self.number, weights)
+        if self.kv_valid:
+            standby = self._processes.run_standby(self.number, weights, running)
             if standby is not None:
                 return standby
         self._processes.standbys.put_aside(self.number)
@@ -126,19 +153,26 @@ class NextGeneration:
                 self._processes.standbys.end_useless()  # it holds memory that a lost device held
                 time.sleep(_NO_MEMORY_PAUSE_S)  # it is requested again, until the deadline
             raise
-        return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid, running)
+        return self._processes.start_ranks(
+            self.number, weights, self.held, self.kv_valid, running, leaving=self._leaving
+        )
 
     def on_generation_ready(self, generation: Generation) -> None:
         """Note that all ranks are ready: their weights are complete, their KV and slot table are in use."""
         self.held, self.kv_valid = generation.weights, True
 
 
-def _reconfigured(plan: ServerPlan, held: Ownership, survivors: Sequence[int]) -> Ownership:
+def _after_loss(plan: ServerPlan, held: Ownership, survivors: Sequence[int]) -> Ownership:
     try:
-        ownership = reconfigure(plan.model, held, survivors, plan.rotate_heads)
-        if plan.expert_counts is not None:
-            ownership = spread_hot_experts(plan.model, ownership, plan.expert_counts, held)
+        ownership = _reconfigured(plan, held, survivors)
         plan.kv_of(ownership)
         return ownership
     except InvalidOwnership as error:
         raise Unrecoverable(str(error)) from error
+
+
+def _reconfigured(plan: ServerPlan, held: Ownership, devices: Sequence[int]) -> Ownership:
+    ownership = reconfigure(plan.model, held, devices, plan.rotate_heads)
+    if plan.expert_counts is None or ownership == held:
+        return ownership
+    return spread_hot_experts(plan.model, ownership, plan.expert_counts, held)

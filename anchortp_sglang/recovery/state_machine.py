@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
-Cause = Literal["process", "device", "hang"]
+Cause = Literal["process", "device", "hang", "planned"]
 
 
 class Phase(StrEnum):
@@ -24,6 +24,7 @@ class Phase(StrEnum):
 
 class EventKind(StrEnum):
     FAULT = "fault"
+    CHANGE = "change"  # the generation of other devices, as planned, is to take over
     ABORTED = "aborted"  # a step could not be finished because something else died
     FENCED = "fenced"
     STARTED = "started"
@@ -90,6 +91,7 @@ _RECOVERING = (Phase.FENCING, Phase.STARTING, Phase.REPLAYING)
 
 TRANSITIONS: dict[tuple[Phase, EventKind], tuple[Phase, Action]] = {
     (Phase.SERVING, EventKind.FAULT): (Phase.FENCING, Action.FENCE),
+    (Phase.SERVING, EventKind.CHANGE): (Phase.FENCING, Action.FENCE),
     # While fencing everything is being killed anyway; the verdict is made afterwards, from what is left.
     (Phase.FENCING, EventKind.FAULT): (Phase.FENCING, Action.NOTHING),
     (Phase.FENCING, EventKind.FENCED): (Phase.STARTING, Action.START),
@@ -128,7 +130,7 @@ def step(state: State, event: Event, now: float, deadline_s: float) -> tuple[Sta
     if row is None:
         return state, Action.NOTHING, f"{kind} has no effect while {state.phase}"
     phase, action = row
-    if state.phase is Phase.SERVING and action is Action.FENCE:
+    if state.phase is Phase.SERVING and kind is EventKind.FAULT:
         since = state.fruitless_since if state.fruitless else now
         state = replace(state, fruitless=state.fruitless + 1, fruitless_since=since)
     attempt = state.attempt + (action is Action.FENCE)
@@ -215,16 +217,19 @@ class Verdict:
 NO_DEVICE = -1
 
 
-def judge(evidence: Sequence[DeviceEvidence], reason: str) -> Verdict:
+def judge(evidence: Sequence[DeviceEvidence], reason: str, planned: bool = False) -> Verdict:
     """Judge whether a process or a device failed. A device is lost with its anchor, which held its memory, or its GPU.
 
     The order in which rank and anchor died does not matter. Without a culprit (a dead detokenizer, a batch that
-    contradicts what clients have) it is a process failure with ``reason``.
+    contradicts what clients have) it is a process failure with ``reason``. ``planned``: main stopped the ranks, as
+    devices are to change.
     """
     lost = tuple(e for e in evidence if e.loss)
     if lost:
         devices = tuple(e.device for e in lost)
         return Verdict("device", devices[0], devices, "; ".join(e.loss for e in lost))
+    if planned:
+        return Verdict("planned", NO_DEVICE, (), reason)
     for item in evidence:
         if item.rank_died:
             return Verdict("process", item.device, (), f"the rank on device {item.device} died, its anchor lives")

@@ -91,8 +91,8 @@ class KVLayout:
 class KVMove:
     """``count`` heads that a rank's new segment takes from elsewhere, in ``layers`` layers from ``first_layer`` on.
 
-    ``device``: the one whose old segment has them, from position ``source_head`` on. None if none that is left has them:
-    ``source_head`` is then the head's number in the model, which is its position in the mirror.
+    ``device``: the one whose old segment has them, from position ``source_head`` on. None if they are in none that is
+    left: ``source_head`` is then the head's number in the model, which is its position in the mirror.
     """
 
     first_layer: int

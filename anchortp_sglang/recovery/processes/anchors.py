@@ -8,10 +8,11 @@ import logging
 import mmap
 import os
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from anchortp_sglang.anchor.client import AnchorClient, AnchorError, AnchorTimeout
 from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
+from anchortp_sglang.anchor.messages import SegmentInfo
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.memory.arena import map_fd
 from anchortp_sglang.planning.layout.extents import WeightPlacement
@@ -29,6 +30,7 @@ from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.pidfd import died_within, is_dead
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.stops import end, resume
+from anchortp_sglang.recovery.processes.target import Target
 from anchortp_sglang.recovery.report.kv_usage import KVUsage
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class Anchors:
     def __init__(self, plan: ServerPlan) -> None:
         self.plan = plan
         self.processes: dict[int, AnchorProcess] = {}
+        self.planned: Target | None = None
+        """Where a planned change leads whose memory is there, or is being made, beside the serving generation's."""
         self._clients: dict[tuple[int, float], AnchorClient] = {}
 
     def start(self, devices: Sequence[int]) -> None:
@@ -161,10 +165,34 @@ class Anchors:
             host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
         host.allocate(number, control_segment(number), self._control_bytes(ownership), lazy=True)
 
+    def provide(self, number: int, target: Target) -> None:
+        """Start the anchors of devices that join, and allocate the memory of a planned generation ``number``."""
+        self.planned = target
+        for device in target.joining:
+            if not self.alive(device):
+                self.start_one(device, number - 1)
+        self.allocate(number, target.weights)
+
+    def give_up(self, generation: Generation) -> None:
+        """Free what was made for a planned change that will not take place."""
+        planned, self.planned = self.planned, None
+        if planned is not None:
+            self.end(set(planned.joining).difference(generation.ownership.devices), generation.number)
+            self.seal_and_free(generation)
+
+    def holds_planned(self) -> bool:
+        """Return whether the anchors of a planned generation live and still have its weights' segments."""
+        planned = self.planned
+        return planned is not None and all(
+            self.alive(device)
+            and planned.weights.shard_of(device).sizes.keys() <= {each.name for each in self._segments(device)}
+            for device in planned.ownership.devices
+        )
+
     def make_standby_control(self, number: int, ownership: Ownership) -> mmap.mmap:
         """Allocate a standby's control segment, zeroed, and map it read-only. That of an earlier one is freed."""
         host, name = self.client(HOST_DEVICE), control_segment(number, standby=True)
-        if any(segment.name == name for segment in host.status().segments):
+        if any(segment.name == name for segment in self._segments(HOST_DEVICE)):
             host.release(number, name)
         host.allocate(number, name, self._control_bytes(ownership), lazy=True)
         return self._map_host(number, name)
@@ -181,11 +209,11 @@ class Anchors:
         old, new = self.segments_of(number, held), self.segments_of(number, weights)
         slot_tables = {slot_table_segment(each, self.plan.kv_of(each)) for each in (held.ownership, weights.ownership)}
         for device in (HOST_DEVICE, *weights.ownership.devices):
-            needed = old[device] | new[device]
+            needed = old.get(device, set()) | new[device]
             if not kv_valid:
                 needed -= slot_tables if device == HOST_DEVICE else {name for name in needed if name.startswith("kv-")}
             there = self._release(device, number, needed)
-            if device != HOST_DEVICE and not held.shard_of(device).sizes.keys() <= there:
+            if device in held.ownership.devices and not held.shard_of(device).sizes.keys() <= there:
                 raise AnchorError(f"the anchor of device {device} has lost segments of its weights")
 
     def seal_and_free(self, generation: Generation) -> None:
@@ -196,6 +224,9 @@ class Anchors:
         failed: AnchorError | None = None
         needed = self.segments_of(generation.number, generation.weights)
         needed[HOST_DEVICE].add(control_segment(generation.number + 1, standby=True))
+        if self.planned is not None:
+            for device, names in self.segments_of(generation.number + 1, self.planned.weights).items():
+                needed.setdefault(device, set()).update(names)
         for device in (HOST_DEVICE, *generation.ownership.devices):
             try:
                 if device != HOST_DEVICE:
@@ -243,14 +274,24 @@ class Anchors:
     def _release(self, device: int, number: int, needed: Collection[str]) -> set[str]:
         """Free all segments that are not ``needed``; return the names of those that are left."""
         client = self.client(device)
-        there = {segment.name for segment in client.status().segments}
+        there = {segment.name for segment in self._segments(device)}
         for name in there.difference(needed):
             client.release(number, name)
         return there.intersection(needed)
 
+    def _segments(self, device: int) -> list[SegmentInfo]:
+        return self.client(device).status().segments
+
     def shut_down(self, number: int) -> None:
         """End all anchors and free their memory. Those that do not answer are killed."""
-        for device, anchor in self.processes.items():
+        self.end(self.processes, number)
+
+    def end(self, devices: Iterable[int], number: int) -> None:
+        """End anchors of some devices and free their memory, as of generation ``number``; kill those that hang."""
+        for device in devices:
+            anchor = self.processes.get(device)
+            if anchor is None:
+                continue
             resume(anchor.pid, anchor.pidfd)
             if not is_dead(anchor.pidfd):
                 try:

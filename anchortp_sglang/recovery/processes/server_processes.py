@@ -28,8 +28,9 @@ from anchortp_sglang.recovery.processes.generation import Generation, StartFaile
 from anchortp_sglang.recovery.processes.pidfd import died_within
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.spares import Spares, make_store
-from anchortp_sglang.recovery.processes.standby import RUN, Standby, Standbys
+from anchortp_sglang.recovery.processes.standby import Standby, Standbys
 from anchortp_sglang.recovery.processes.stops import Reaper, resume
+from anchortp_sglang.recovery.processes.target import Target
 from anchortp_sglang.recovery.processes.zygote import Child, Zygote, ZygoteError
 from anchortp_sglang.recovery.processes.zygotes import Zygotes
 
@@ -54,6 +55,8 @@ class ServerProcesses:
         self._capacities: dict[Ownership, KVCapacity] = {}
         self._spares = Spares()
         self.standbys = Standbys()
+        self.target: Target | None = None
+        """Where a planned change of devices leads, while its generation is to be built."""
         self._store: Any = None
         self.port_args: Any = None
         self._outside: list[str] = []
@@ -161,17 +164,30 @@ class ServerProcesses:
             if spares:
                 timeout_s = self.plan.server_args(spares).dist_timeout
                 self._spares.prepare(self._zygotes.fork, spares, self.plan.platform.spares_join_early, timeout_s)
-            if standby == "warm":
-                number, weights = generation.number + 1, generation.weights
-                self.standbys.prepare(number, weights, lambda: self._make_standby(number, weights))
+            self._prepare_standby(generation, standby)
         except (ZygoteError, AnchorError, OSError) as error:
             log.warning("anchortp: the next generation could not be prepared, and is tried again: %s", error)
 
-    def _make_standby(self, number: int, weights: WeightPlacement) -> Standby:
+    def _prepare_standby(self, generation: Generation, standby: StandbyMode) -> None:
+        number, held, target = generation.number + 1, generation.weights, self.target
+        planned = self.anchors.planned
+        if planned is not None and planned is not target:
+            self.standbys.discard()
+            self.anchors.give_up(generation)
+        if target is not None or standby == "warm":
+            weights = held if target is None else target.weights
+            self.standbys.prepare(number, weights, lambda: self._make_standby(number, held, target))
+
+    def _make_standby(self, number: int, held: WeightPlacement, target: Target | None) -> Standby:
+        """Begin to build a generation beside the one that serves with ``held``: as wide, or as ``target`` says."""
+        weights, leaving = (held, ()) if target is None else (target.weights, target.leaving)
+        if target is not None:
+            self.anchors.provide(number, target)
         control = self.anchors.make_standby_control(number, weights.ownership)
         standby = Standby(number, weights, make_store(), control)
         try:
-            for spec in self._rank_specs(number, weights, weights, True, standby.store.port, standby=True):
+            store_port = standby.store.port
+            for spec in self._rank_specs(number, weights, held, True, store_port, leaving=leaving, standby=True):
                 child = self._zygotes.fork()
                 standby.ranks.append(child)
                 child.start(run_rank_later, spec)
@@ -180,10 +196,10 @@ class ServerProcesses:
             raise
         return standby
 
-    def run_standby(self, number: int, weights: WeightPlacement) -> Generation | None:
+    def run_standby(self, number: int, weights: WeightPlacement, running: bytes) -> Generation | None:
         """Let a standby of these weights run as generation ``number``; None if there is none of use.
 
-        The old ranks must be dead, and the anchors fenced.
+        The old ranks must be dead, and the anchors fenced. ``running``: as in Assignment.
         """
         standby = self.standbys.take(number, weights)
         if standby is None:
@@ -192,7 +208,7 @@ class ServerProcesses:
         generation = Generation(number, weights, standby.ranks, control=standby.control)
         try:
             for child in standby.ranks:
-                child.pipe.send(RUN)
+                child.pipe.send(running)
         except OSError:
             self._abandon(generation)
             return None
@@ -205,12 +221,17 @@ class ServerProcesses:
         previous: WeightPlacement | None,
         restore_prefixes: bool,
         running: bytes = b"",
+        leaving: tuple[int, ...] = (),
     ) -> Generation:
-        """Fork a generation. Its anchors must be fenced and its segments allocated. ``running``: as in Assignment."""
+        """Fork a generation. Its anchors must be fenced and its segments allocated.
+
+        ``running``, ``leaving``: as in Assignment.
+        """
         spares, self._store = self._spares.take(weights.ownership.tp_size)
         generation = Generation(number, weights, [])
         try:
-            for spec in self._rank_specs(number, weights, previous, restore_prefixes, self._store.port, running):
+            store_port = self._store.port
+            for spec in self._rank_specs(number, weights, previous, restore_prefixes, store_port, running, leaving):
                 child = spares.pop(0) if spares else self._zygotes.fork()
                 generation.ranks.append(child)
                 child.start(run_rank, spec)
@@ -235,6 +256,7 @@ class ServerProcesses:
         restore_prefixes: bool,
         store_port: int,
         running: bytes = b"",
+        leaving: tuple[int, ...] = (),
         standby: bool = False,
     ) -> Iterator[RankSpec]:
         """Yield what each rank of a generation is told, in rank order."""
@@ -258,6 +280,7 @@ class ServerProcesses:
                 running=running,
                 random_weights=plan.random_weights,
                 standby=standby,
+                leaving=leaving,
             )
             yield RankSpec(assignment, plan.server_args(ownership.tp_size), self.port_args, store_port)
 

@@ -3,6 +3,9 @@
 It is as wide as the serving one and shares its weights and KV (``rank/standby.py`` says how it keeps away from them).
 It is of use if only processes died. Then its ranks read the slot table and go on; otherwise it is ended, and the next
 generation is forked as without one. A standby that dies, hangs or cannot be built costs nothing but that.
+
+While devices are to join or leave, the standby is the generation of those devices instead: its weights are moved while
+it is built, and it takes its place when main stops the serving ranks (``recovery/reconfiguration.py``).
 """
 
 import logging
@@ -21,9 +24,6 @@ from anchortp_sglang.recovery.processes.stops import resume
 from anchortp_sglang.recovery.processes.zygote import Child, ZygoteError
 
 log = logging.getLogger(__name__)
-
-RUN = "run"
-"""The order to a standby's ranks."""
 
 _BUILD_TIMEOUT_S = 120.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 4.0, 600.0
@@ -127,6 +127,30 @@ class Standbys:
                 self._standby = made
                 return
         made.end()
+
+    def progress(self, number: int, weights: WeightPlacement) -> tuple[bool, str]:
+        """Return whether a standby of these is ready, and why the last attempt to build one failed. Does not block."""
+        if not self._lock.acquire(blocking=False):
+            return False, ""
+        try:
+            standby = self._standby
+            if standby is None or (standby.number, standby.weights) != (number, weights):
+                return False, self._failure
+            failure = standby.look()
+            return standby.ready and not failure, failure
+        finally:
+            self._lock.release()
+
+    def forget_failures(self) -> None:
+        """Let the next attempt begin at once, as what is to be built is another standby than before."""
+        self._failure, self._pause_s, self._not_before = "", _FIRST_PAUSE_S, 0.0
+
+    def discard(self) -> None:
+        """End the standby, if there is one: another is to be built in its place."""
+        with self._lock:
+            standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.end()
 
     def take(self, number: int, weights: WeightPlacement) -> Standby | None:
         """Take the standby for good if it is ready and fits; put it aside or end it otherwise."""

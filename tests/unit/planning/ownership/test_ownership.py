@@ -182,8 +182,8 @@ def test_some_previous_device_must_stay(devices: list[int]) -> None:
 
 @given(st.sampled_from([(12, 4), (32, 8), (6, 2)]), st.data())
 @settings(max_examples=60, deadline=None)
-def test_chains_of_leaving_and_joining_end_as_balanced_as_they_began(model: tuple[int, int], data: st.DataObject) -> None:
-    axes = MODELS[model]
+def test_chains_of_leaving_and_joining_end_balanced(heads: tuple[int, int], data: st.DataObject) -> None:
+    axes = MODELS[heads]
     ownership = split(axes, range(4))
     for _ in range(data.draw(st.integers(1, 5))):
         devices = data.draw(st.lists(st.integers(0, 3), min_size=1, unique=True))

@@ -1,0 +1,101 @@
+"""The commands ``anchortp drain``, ``rejoin`` and ``resize``: change the devices of a running server.
+
+Interrupted (Ctrl-C) before the new generation takes over, they change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from anchortp_sglang.cli import client
+from anchortp_sglang.cli.arguments import DEFAULT_URL, JsonOption, KeyOption, UrlOption
+
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only show what would be moved.")]
+GenerationOption = Annotated[
+    int | None, typer.Option("--generation", metavar="N", help="Do it only if this generation serves.")
+]
+DeviceOption = Annotated[
+    list[int], typer.Option("--device", min=0, help="Id of the device, as shown by status; may be repeated.")
+]
+
+
+def drain(
+    device: DeviceOption,
+    dry_run: DryRunOption = False,
+    generation: GenerationOption = None,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take devices out of a running server, without losing a request. Returns once they are out."""
+    _change({"drain": device}, dry_run, generation, url, api_key, as_json)
+
+
+def rejoin(
+    device: DeviceOption,
+    dry_run: DryRunOption = False,
+    generation: GenerationOption = None,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take devices back that were drained, or lost and repaired. Returns once they serve."""
+    _change({"rejoin": device}, dry_run, generation, url, api_key, as_json)
+
+
+def resize(
+    devices: Annotated[str, typer.Option("--devices", metavar="ID,ID,…", help="The devices that are to serve.")],
+    dry_run: DryRunOption = False,
+    generation: GenerationOption = None,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a running server go on with these devices, of those it was started with."""
+    try:
+        ids = [int(each) for each in devices.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"give device ids, such as 0,1,3; not {devices!r}", param_hint="--devices") from None
+    _change({"devices": ids}, dry_run, generation, url, api_key, as_json)
+
+
+def _change(
+    wanted: dict[str, Any], dry_run: bool, generation: int | None, url: str, api_key: str | None, as_json: bool
+) -> None:
+    try:
+        answer = client.reconfigure(url, {**wanted, "dry_run": dry_run, "generation": generation}, api_key)
+    except client.RefusedError as error:
+        typer.echo(f"anchortp: nothing was changed: {error}", err=True)
+        raise typer.Exit(1) from None
+    except client.UnreachableError as error:
+        typer.echo(f"anchortp: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        return typer.echo(json.dumps(answer, indent=2))
+    typer.echo(_describe(answer, dry_run))
+
+
+def _describe(answer: dict[str, Any], dry_run: bool) -> str:
+    serving = f"devices {', '.join(map(str, answer['devices']))} serve, as generation {answer['generation']}"
+    plan = answer.get("plan")
+    if plan is None:
+        return f"nothing to do: {serving}"
+    done = f"nothing was changed: {serving}; it would be:" if dry_run else f"{serving}, after {answer['seconds']:g} s"
+    lines = [done]
+    for each in plan["devices"]:
+        lines.append(
+            f"  device {each['id']}: {_mib(each['weight_bytes'])} of weights; {_mib(each['stay_bytes'])} stay in place,"
+            f" {_mib(each['local_bytes'])} copied within it, {_mib(each['p2p_bytes'])} from others,"
+            f" {_mib(each['reload_bytes'])} from the checkpoint"
+        )
+    before, after = plan["kv_slots"]
+    lines.append(f"  moved: {_mib(plan['moved_bytes'])}; shares of this size need {_mib(plan['least_bytes'])} at least")
+    lines.append(f"  KV slots: {before} before, {after} after")
+    return "\n".join(lines)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"

@@ -1,0 +1,203 @@
+"""Changes a server's devices on purpose: some leave, some join, and no request is lost.
+
+The generation of the new devices is built beside the one that serves, as a standby is; its weights are moved while it
+is built. Then the serving ranks are stopped, and it takes over KV and open requests as after a fault. Until that moment
+nothing has changed: a fault, a failed build or a client that goes away leaves the serving generation as it is.
+
+Without a warm standby (``--anchor-standby``) nothing is built ahead, and requests wait as after the loss of a device.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anchortp_sglang.anchor.client import AnchorError
+from anchortp_sglang.planning.layout.change import change_of
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
+from anchortp_sglang.recovery.next_generation import NextGeneration
+from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
+from anchortp_sglang.recovery.processes.target import Target
+from anchortp_sglang.threads import in_thread
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.02
+
+
+class ChangeRefused(RuntimeError):
+    """A change that is not made. ``code``: the HTTP status; 409 where the same request may be right later."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Seams:
+    """What a change needs of the coordinator; all on the event loop.
+
+    ``serving`` returns the generation that serves, or None; ``build_now`` has the helpers looked after at once;
+    ``take_over`` stops the serving ranks and starts the target's, and returns False if nothing serves;
+    ``device_errors`` returns reasons of devices that are lost although their anchors live; ``spawn`` runs a coroutine
+    as a task.
+    """
+
+    serving: Callable[[], Generation | None]
+    build_now: Callable[[], None]
+    take_over: Callable[[Target, str], bool]
+    device_errors: Callable[[], Mapping[int, str]]
+    spawn: Callable[[Coroutine[Any, Any, None]], None]
+
+
+class Reconfiguration:
+    """Makes one planned change after the other. ``built_ahead``: whether generations are built beside the serving one.
+
+    ``drained``: devices that left on purpose, and have not joined since.
+    """
+
+    def __init__(
+        self,
+        processes: ServerProcesses,
+        next_generation: NextGeneration,
+        configured: Collection[int],
+        built_ahead: bool,
+        seams: Seams,
+    ) -> None:
+        self.drained: set[int] = set()
+        self._processes = processes
+        self._next = next_generation
+        self._configured = frozenset(configured)
+        self._built_ahead = built_ahead
+        self._seams = seams
+        self._target: Target | None = None
+
+    @property
+    def joining(self) -> tuple[int, ...]:
+        """Devices that are to join with the change under way."""
+        return () if self._target is None else self._target.joining
+
+    @property
+    def leaving(self) -> tuple[int, ...]:
+        """Devices that are to leave with the change under way."""
+        return () if self._target is None else self._target.leaving
+
+    async def change(
+        self, find: Callable[[frozenset[int]], frozenset[int]], generation: int | None, dry_run: bool
+    ) -> dict[str, Any]:
+        """Change to the devices that ``find`` returns for the serving ones; answer with what was moved, or would be.
+
+        ``generation``: the one that must serve, or None. Nothing is done if the devices serve already. Cancelled before
+        the new generation takes over, nothing is changed. Raises ChangeRefused.
+        """
+        serving = self._seams.serving()
+        if serving is None:
+            raise ChangeRefused(409, "the server is not serving: wait until it has recovered")
+        if generation is not None and generation != serving.number:
+            raise ChangeRefused(409, f"generation {serving.number} serves, not {generation}: look at the status again")
+        if self._target is not None:
+            raise ChangeRefused(409, "a change of devices is under way")
+        before = frozenset(serving.ownership.devices)
+        wanted = find(before)
+        self._check(wanted, before)
+        if wanted == before:
+            return {"changed": False, "generation": serving.number, "devices": sorted(before)}
+        try:
+            target = await in_thread(self._next.target_for, wanted)
+            answer = await in_thread(change_of, self._processes.plan.model, serving.weights, target.weights)
+        except InvalidOwnership as error:
+            raise ChangeRefused(400, str(error)) from None
+        answer["kv_slots"] = [self._processes.plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
+        if dry_run:
+            return {"changed": False, "generation": serving.number, "devices": sorted(before), "plan": answer}
+        began = time.monotonic()
+        number = await self._make(serving, target)
+        seconds = round(time.monotonic() - began, 3)
+        return {"changed": True, "generation": number, "devices": sorted(wanted), "seconds": seconds, "plan": answer}
+
+    def _check(self, wanted: frozenset[int], before: frozenset[int]) -> None:
+        if strangers := wanted - self._configured:
+            raise ChangeRefused(400, f"devices {sorted(strangers)} are none of {sorted(self._configured)}")
+        errors = self._seams.device_errors()
+        if broken := [f"device {device}: {errors[device]}" for device in wanted - before if device in errors]:
+            raise ChangeRefused(409, "; ".join(broken))
+
+    async def _make(self, serving: Generation, target: Target) -> int:
+        """Make a change; return the number of the generation that serves then. Raises ChangeRefused."""
+        if self._target is not None or self._seams.serving() is not serving:
+            raise ChangeRefused(409, "something else happened meanwhile: look at the status again")
+        self._target, finishing = target, False
+        reason = _reason(target)
+        try:
+            if self._built_ahead:
+                await self._build(serving, target)
+            done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            if not self._seams.take_over(target, reason):
+                raise ChangeRefused(409, "a fault came first; nothing was changed")
+            finishing = True
+            self._seams.spawn(self._finish(serving, target, done))
+            return await asyncio.shield(done)
+        finally:
+            if not finishing:
+                self._end()
+
+    async def _build(self, serving: Generation, target: Target) -> None:
+        """Wait until the target's generation stands by. Raises ChangeRefused."""
+        processes, number = self._processes, serving.number + 1
+        processes.standbys.forget_failures()
+        processes.target = target
+        self._seams.build_now()
+        while True:
+            await asyncio.sleep(_POLL_S)
+            if self._seams.serving() is not serving:
+                raise ChangeRefused(409, "a fault came first; the change was not made")
+            ready, failure = processes.standbys.progress(number, target.weights)
+            if failure:
+                raise ChangeRefused(503, f"the new generation could not be built: {failure}")
+            if ready:
+                break
+        try:
+            complete = await in_thread(processes.anchors.holds_planned)
+        except AnchorError as error:
+            raise ChangeRefused(503, str(error)) from None
+        if not complete:
+            raise ChangeRefused(409, "an anchor died while the new generation was built")
+
+    async def _finish(self, serving: Generation, target: Target, done: "asyncio.Future[int]") -> None:
+        """Wait for what comes of a change, and end the anchors that are of no use then."""
+        new = None
+        while new is None or new is serving:
+            await asyncio.sleep(_POLL_S)
+            new = self._seams.serving()
+        self._end()
+        devices = set(new.ownership.devices)
+        made = devices == set(target.ownership.devices)
+        if made:
+            self.drained = self.drained.difference(target.joining).union(target.leaving)
+            self._processes.anchors.planned = None
+        if not done.cancelled():
+            if made:
+                done.set_result(new.number)
+            else:
+                text = f"a fault came in between: devices {sorted(devices)} serve, as generation {new.number}"
+                done.set_exception(ChangeRefused(409, text))
+                done.exception()  # somebody may wait for it no more
+        unused = {*target.joining, *target.leaving} - devices
+        await in_thread(self._processes.anchors.end, unused, new.number)
+
+    def _end(self) -> None:
+        self._target = self._processes.target = None
+        self._seams.build_now()
+
+
+def _reason(target: Target) -> str:
+    """Say what a change does, for the log and the timeline."""
+    parts = [
+        f"{'devices' if len(devices) > 1 else 'device'} {', '.join(map(str, devices))} {verb}"
+        for devices, verb in ((target.joining, "joining"), (target.leaving, "leaving"))
+        if devices
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,100 @@
+"""What a planned change of devices costs clients: a device is drained and taken back, again and again, under load.
+
+    PYTHONPATH=. $(make -s print-python) tools/time_change.py [--tp 4] [--rounds 5] [--size tiny] [--standby warm]
+
+For each change: seconds from the request to the answer; the clients' longest pause (median over the streams); and the
+tokens per second while the next generation is built, as a share of those before. Tokens are compared with those of the
+same requests when nothing changes.
+"""
+
+import argparse
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from anchortp_sglang.bench.load import Load
+from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize, make_model
+from anchortp_sglang.cli.client import reconfigure
+from anchortp_sglang.testing.server import Server
+from anchortp_sglang.testing.streams import Streams
+
+FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384")
+SETTLE_S = 6.0
+"""Pause before a change: spare ranks and the standby are there again."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="drains, each followed by a rejoin")
+    parser.add_argument("--size", type=ModelSize, default=ModelSize.TINY, choices=list(ModelSize))
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=600, help="of each stream")
+    parser.add_argument("--standby", default="warm", choices=("warm", "cold"))
+    parser.add_argument("--log", help="keep the server's log here")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
+    with tempfile.TemporaryDirectory(prefix="anchortp-time-") as folder:
+        model = make_model(Path(folder) / "model", options.size)
+        log = Path(options.log or Path(folder) / "log")
+        server = Server(model, options.tp, *FLAGS, "--anchor-standby", options.standby, log=log)
+        with server:
+            measure(server, options)
+
+
+def measure(server, options) -> None:
+    requests = Load(1.0, options.streams, VOCAB_SIZE).requests()
+    for request in requests:
+        request["sampling_params"]["max_new_tokens"] = options.tokens
+    with Streams(server.url, requests) as streams:
+        pass
+    expected = [history.output_ids for history in streams.histories]
+    found = {"drain": [], "rejoin": []}
+    for number in range(options.rounds):
+        for kind in found:
+            time.sleep(SETTLE_S)
+            change = {kind: [number % options.tp]}
+            with Streams(server.url, requests) as streams:
+                streams.wait_tokens(60)
+                began = time.monotonic()
+                answer = reconfigure(server.url, change)
+                took = time.monotonic() - began
+            assert all(history.error is None for history in streams.histories), streams.histories
+            assert [history.output_ids for history in streams.histories] == expected, "tokens differ"
+            record = server.status()["recoveries"][-1]
+            pause = statistics.median(history.longest_pause_s() for history in streams.histories)
+            stopped = max(streams.histories, key=lambda history: history.longest_pause_s())
+            share = rate(streams, began, stop_of(stopped)) / rate(streams, began - 1.0, began)
+            found[kind].append((took, pause, share, record["tfs_s"] or 0.0))
+            print(
+                f"{kind} {number % options.tp}: {took:.2f} s, pause {pause:.3f} s, TFS {record['tfs_s']} s, "
+                f"tokens/s while it is built {share:.2f}; kept {record['kv']['kept_bytes'] >> 20} MiB of KV, "
+                f"moved {answer['plan']['moved_bytes'] / 2**20:.2f} MiB, least {answer['plan']['least_bytes'] / 2**20:.2f}",
+                flush=True,
+            )
+    for kind, rows in found.items():
+        took, pause, share, tfs = (statistics.median(column) for column in zip(*rows, strict=True))
+        longest = max(row[1] for row in rows)
+        print(f"{kind}: median {took:.2f} s, pause {pause:.3f} s (longest {longest:.3f}), TFS {tfs:.3f}, share {share:.2f}")
+
+
+def stop_of(history) -> float:
+    """When the longest pause of a stream began."""
+    times = [at for at, _ in history.arrivals]
+    return max(zip(times, times[1:], strict=False), key=lambda pair: pair[1] - pair[0])[0]
+
+
+def rate(streams, begin: float, end: float) -> float:
+    """Tokens per second over all streams."""
+    got = 0
+    for history in streams.histories:
+        counts = [tokens for at, tokens in history.arrivals if begin <= at <= end]
+        got += counts[-1] - counts[0] if counts else 0
+    return got / max(end - begin, 1e-9)
+
+
+if __name__ == "__main__":
+    main()
