@@ -1,0 +1,253 @@
+"""Devices that leave and join on purpose: open streams go on, and until the moment of change nothing has happened."""
+
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+
+import psutil
+import pytest
+from faults import kill, kill_rank, lose_device, recovered
+from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
+
+from anchortp_sglang.testing.process_tree import is_gone
+from anchortp_sglang.testing.streams import Streams
+
+REQUESTS = [request(prompt(4100 + seed, 40), 200) for seed in range(4)]
+CHANGES = int(os.environ.get("ANCHORTP_CHANGES", "4"))
+
+
+@pytest.fixture(scope="module")
+def elastic(launch):
+    with launch(4, "--anchor-min-devices", "2") as server:
+        yield server, Unbroken(server)
+
+
+@pytest.fixture
+def server(elastic):
+    """A server whose four devices serve, before a test and after it."""
+    server, _ = elastic
+    yield server
+    server.wait_serving(0)
+    change(server, devices=[0, 1, 2, 3])
+    assert states(server) == ["serving"] * 4
+
+
+@pytest.fixture
+def unbroken(elastic):
+    return elastic[1]
+
+
+def change(server, **body):
+    return server.post("/anchortp/reconfigure", body)
+
+
+def refusal(server, **body):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        change(server, **body)
+    return refused.value.code, json.load(refused.value)["detail"]
+
+
+def states(server):
+    return [device["state"] for device in server.status()["devices"]]
+
+
+def rank_pids(server):
+    return [device["rank_pid"] for device in server.status()["devices"]]
+
+
+def check(expected, streams):
+    assert_identical(expected, outcomes(streams.histories))
+    for history in streams.histories:
+        assert_exactly_once(history)
+
+
+def in_background(server, **body):
+    """A thread that asks for a change, and the list that its answer, or refusal, will be in."""
+    answers = []
+
+    def ask():
+        try:
+            answers.append(change(server, **body))
+        except urllib.error.HTTPError as error:
+            answers.append((error.code, json.load(error)["detail"]))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread, answers
+
+
+def being_built(server):
+    """The pid of a rank of the generation that is being built."""
+    until(lambda: {"joining", "leaving"} & set(states(server)), "no change is under way")
+    return until(lambda: _standby(server), "nothing is built", 60)
+
+
+def _standby(server):
+    for child in psutil.Process(server.pid).children(recursive=True):
+        try:
+            if "anchortp::standby_TP1" in " ".join(child.cmdline()):
+                return child.pid
+        except psutil.Error:
+            continue
+    return None
+
+
+def test_streams_go_on_when_a_device_is_drained_and_taken_back(server, unbroken):
+    expected = unbroken(REQUESTS)
+    before = server.status()
+    anchor = before["devices"][2]["anchor_pid"]
+    dry = change(server, drain=[2], dry_run=True)
+    assert not dry["changed"] and server.status()["generation"] == before["generation"]
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        drained = change(server, drain=[2], generation=before["generation"])
+        assert (drained["devices"], drained["plan"]) == ([0, 1, 3], dry["plan"])
+        until(lambda: is_gone(anchor), "the anchor of a drained device is still there", 10)
+        status = server.status()
+        assert states(server) == ["serving", "serving", "drained", "serving"]
+        assert status["state"] == "degraded" and status["generation"] == drained["generation"]
+        again = change(server, drain=[2])
+        assert (again["changed"], again["generation"]) == (False, drained["generation"])
+        back = change(server, rejoin=[2])
+        assert states(server) == ["serving"] * 4
+    check(expected, streams)
+    for answer, record in zip((drained, back), server.status()["recoveries"][-2:], strict=True):
+        assert (record["cause"], record["device"], record["lost"]) == ("planned", -1, [])
+        assert record["generation"] == answer["generation"]
+        assert record["kv"]["slots_kept"] and not record["kv"]["slots_dropped"] and not record["kv"]["slots_restored"]
+        assert record["tokens_recomputed"] <= 2 * len(REQUESTS)  # the step in flight, and the last token
+        assert record["reload_bytes"] == 0 and record["p2p_bytes"] > 0
+        assert "weights_bound" not in {stage["name"] for rank in record["ranks"] for stage in rank["stages"]}
+        plan = answer["plan"]
+        assert plan["least_bytes"] <= plan["moved_bytes"] <= 1.3 * plan["least_bytes"]
+
+
+def test_the_prefix_cache_is_as_it_was_after_a_change(server):
+    text = request(prompt(4200, 300), 4)
+    first = server.post("/generate", text)["meta_info"]
+    cached = [server.post("/generate", text)["meta_info"]["cached_tokens"]]
+    for devices in ([0, 1, 3], [0, 3], [0, 1, 2, 3]):
+        change(server, devices=devices)
+        cached.append(server.post("/generate", text)["meta_info"]["cached_tokens"])
+    assert first["cached_tokens"] < cached[0] == min(cached) == max(cached)
+
+
+@pytest.mark.parametrize(
+    "body, code, text",
+    [
+        ({}, 400, "give one of devices, drain and rejoin"),
+        ({"drain": []}, 400, "give one of"),
+        ({"drain": [1], "rejoin": [2]}, 400, "give one of"),
+        ({"drain": ["1"]}, 400, "Expected `int`"),
+        ({"drain": [1], "force": True}, 400, "unknown field"),
+        ({"rejoin": [7]}, 400, r"devices [7] are none of [0, 1, 2, 3]"),
+        ({"devices": [0, -1]}, 400, r"devices [-1] are none of"),
+        ({"devices": [3]}, 400, "1 devices are fewer than --anchor-min-devices 2"),
+        ({"drain": [0, 1, 2, 3]}, 400, "0 devices are fewer"),
+        ({"drain": [0], "generation": 10**6}, 409, "serves, not 1000000"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(server, body, code, text):
+    before = server.status()
+    found = refusal(server, **body)
+    assert found[0] == code and text in found[1], found
+    after = server.status()
+    assert (after["generation"], after["devices"]) == (before["generation"], before["devices"])
+
+
+def test_a_client_that_goes_away_leaves_the_serving_generation_as_it_is(server, unbroken):
+    expected = unbroken(REQUESTS)
+    before = rank_pids(server)
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        body = json.dumps({"drain": [1]})
+        connection.request("POST", "/anchortp/reconfigure", body, {"Content-Type": "application/json"})
+        built = being_built(server)
+        assert refusal(server, drain=[3])[1] == "a change of devices is under way"
+        connection.close()
+        until(lambda: states(server) == ["serving"] * 4, "the change is still under way")
+        until(lambda: is_gone(built), "what was built is still there", 15)
+    check(expected, streams)
+    assert rank_pids(server) == before
+
+
+@pytest.mark.parametrize("victim", ["rank", "built", "device"])
+def test_a_fault_while_the_next_generation_is_built_is_only_that_fault(server, unbroken, victim):
+    expected = unbroken(REQUESTS)
+    before = rank_pids(server)
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        thread, answers = in_background(server, drain=[1])
+        built = being_built(server)
+        if victim == "built":
+            kill(built)
+        elif victim == "rank":
+            recovered(server, kill_rank(server, 0), "process")
+        else:
+            recovered(server, lose_device(server, 3), "device")
+        thread.join(60)
+        code, text = answers[0]
+        assert code in (409, 503) and ("a fault came first" in text or "died" in text), answers
+        assert (rank_pids(server) == before) is (victim == "built")
+    check(expected, streams)
+    assert states(server) == ["serving"] * 3 + ["lost" if victim == "device" else "serving"]
+
+
+def test_ranks_that_die_as_they_take_over_leave_the_old_devices_serving(server, unbroken):
+    expected = unbroken(REQUESTS)
+
+    def is_taking_over():
+        status = server.status()
+        stages = [stage["name"] for stage in (status["recoveries"] or [{"stages": []}])[-1]["stages"]]
+        return status["state"] == "recovering" and "forked" in stages
+
+    for _ in range(5):
+        with Streams(server.url, REQUESTS) as streams:
+            streams.wait_tokens(10)
+            thread, answers = in_background(server, drain=[1])
+            built = being_built(server)
+            until(is_taking_over, "the new generation does not take over", 60, 0.0)
+            kill(built)
+            thread.join(60)
+            server.wait_serving(server.status()["generation"])
+        check(expected, streams)
+        if isinstance(answers[0], tuple):
+            break
+        change(server, rejoin=[1])  # it was ready before it died
+    assert answers[0][0] == 409 and "a fault came in between" in answers[0][1], answers
+    assert states(server) == ["serving"] * 4
+
+
+def test_a_device_that_was_lost_comes_back_with_the_cache(server, unbroken):
+    expected = unbroken(REQUESTS)
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        recovered(server, lose_device(server, 0), "device")
+        assert states(server)[0] == "lost"
+        change(server, rejoin=[0])
+        assert states(server) == ["serving"] * 4
+    check(expected, streams)
+    record = server.status()["recoveries"][-1]
+    assert record["reload_bytes"] == 0 and record["kv"]["slots_dropped"] == 0
+
+
+def test_devices_come_and_go_while_ranks_die(server, unbroken):
+    expected = unbroken(REQUESTS)
+    rng = random.Random(4300)
+    widths = [3, 4, 2, 4]
+    for number in range(CHANGES):
+        with Streams(server.url, REQUESTS) as streams:
+            streams.wait_tokens(10)
+            devices = sorted(rng.sample(range(4), widths[number % len(widths)]))
+            server.wait_serving(0)
+            change(server, devices=devices)
+            time.sleep(rng.random())
+            status = server.status()
+            recovered(server, kill_rank(server, rng.randrange(status["tp_size"])), "process")
+        check(expected, streams)
+        assert [device["id"] for device in server.status()["devices"] if device["rank"] is not None] == devices
