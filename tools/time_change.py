@@ -8,6 +8,7 @@ same requests when nothing changes.
 """
 
 import argparse
+import itertools
 import signal
 import statistics
 import sys
@@ -72,19 +73,24 @@ def measure(server, options) -> None:
             print(
                 f"{kind} {number % options.tp}: {took:.2f} s, pause {pause:.3f} s, TFS {record['tfs_s']} s, "
                 f"tokens/s while it is built {share:.2f}; kept {record['kv']['kept_bytes'] >> 20} MiB of KV, "
-                f"moved {answer['plan']['moved_bytes'] / 2**20:.2f} MiB, least {answer['plan']['least_bytes'] / 2**20:.2f}",
+                f"moved {mib(answer['plan']['moved_bytes'])} MiB, at least {mib(answer['plan']['least_bytes'])}",
                 flush=True,
             )
     for kind, rows in found.items():
         took, pause, share, tfs = (statistics.median(column) for column in zip(*rows, strict=True))
         longest = max(row[1] for row in rows)
-        print(f"{kind}: median {took:.2f} s, pause {pause:.3f} s (longest {longest:.3f}), TFS {tfs:.3f}, share {share:.2f}")
+        pauses = f"pause {pause:.3f} s (longest {longest:.3f})"
+        print(f"{kind}, medians: {took:.2f} s, {pauses}, TFS {tfs:.3f} s, tokens/s while it is built {share:.2f}")
+
+
+def mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.2f}"
 
 
 def stop_of(history) -> float:
     """When the longest pause of a stream began."""
     times = [at for at, _ in history.arrivals]
-    return max(zip(times, times[1:], strict=False), key=lambda pair: pair[1] - pair[0])[0]
+    return max(itertools.pairwise(times), key=lambda pair: pair[1] - pair[0])[0]
 
 
 def rate(streams, begin: float, end: float) -> float:

@@ -133,6 +133,8 @@ class Attachment:
         """The ModelConfig of the model that is being built; None before and after."""
         self.serving = False
         """Whether all ranks of the generation are ready, so that requests are taken; set on rank 0 only."""
+        self.leaving = False
+        """Whether the loop has ended because another generation takes over."""
         self.rehearsal: Rehearsal | None = None
         """Set while this rank, which stands by, serves requests of its own."""
 

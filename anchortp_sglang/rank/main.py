@@ -16,7 +16,7 @@ from typing import Any
 
 import setproctitle
 
-from anchortp_sglang.rank import handover, heartbeat, standby
+from anchortp_sglang.rank import handover, heartbeat, leave, standby
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, Attachment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
 from anchortp_sglang.rank.kv.prefixes import no_prefixes, open_prefixes
@@ -103,6 +103,8 @@ def _serve(scheduler: Any, info: dict[str, Any], pipe: Connection) -> None:
     handover.answer_on(pipe, lambda: [fd for fd, _ in attachment.fds.values()])
     try:
         scheduler.run_event_loop()
+        if attachment.leaving:
+            leave.leave(scheduler, attachment, pipe)
     except BaseException as error:
         pipe.send(("crashed", describe(error)))
         raise
@@ -161,7 +163,9 @@ def _make_scheduler(spec: RankSpec) -> Any:
         attachment = current()
         assert attachment is not None
         attachment.title = standby.rename(rank)
-    return Scheduler(spec.server_args, spec.port_args)
+    scheduler = Scheduler(spec.server_args, spec.port_args)
+    leave.listen(scheduler, current())
+    return scheduler
 
 
 def after_pull_raw_reqs(requests: list[Any] | None, receiver: Any) -> list[Any] | None:

@@ -25,6 +25,10 @@ class CaptureGraphs(BaseReq, kw_only=True):
     batch_sizes: list[int]
 
 
+class Leave(BaseReq, kw_only=True):
+    """main -> all ranks: end after this step, as another generation takes over."""
+
+
 class Fence(BaseReq, kw_only=True):
     """main -> detokenizer -> TokenizerManager: nothing of an older generation comes after this."""
 
@@ -61,4 +65,4 @@ CONTEXT_TOKENS = 5
 
 def register() -> None:
     """Make the types known to SGLang's msgpack codec, in every process that sends or receives them."""
-    hook_custom_types(Resume, GenerationStart, CaptureGraphs, Fence, Ping, Reseed)
+    hook_custom_types(Resume, GenerationStart, CaptureGraphs, Leave, Fence, Ping, Reseed)

@@ -41,6 +41,9 @@ _ANOTHER_FAULT = (StartFailed, AnchorError, AnchorStartError, ZygoteError, OSErr
 """Errors of a recovery step that mean another process died meanwhile: plan again from what is left."""
 
 
+_LEFT_END_AFTER_S = 0.5
+
+
 class Coordinator:
     """Leads a server through its recoveries; there is one per server."""
 
@@ -69,6 +72,7 @@ class Coordinator:
             Seams(
                 self._serving,
                 self._housekeeping.look_now,
+                self._send,
                 self._take_over,
                 lambda: self._devices.errors,
                 self._spawn,
@@ -174,6 +178,7 @@ class Coordinator:
         elif action is Action.RESUME:
             assert self.generation is not None
             self._watch_over(self.generation)
+            self._spawn(self._end_left())
             self._spawn(self._housekeeping.seal_and_free(self.generation))
             self._progress.resumed()
         elif action is Action.GIVE_UP:
@@ -203,7 +208,8 @@ class Coordinator:
         generation.note_deaths()
         if before.phase is Phase.SERVING and self._next.target is None:
             self._find_culprits(generation, reason)
-        generation.kill()
+        if not generation.left:
+            generation.kill()
 
     def _find_culprits(self, generation: Generation, reason: str) -> None:
         """End requests that ranks cannot serve; end all of them if no recovery gets any client a token."""
@@ -272,6 +278,10 @@ class Coordinator:
     async def _retry_later(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         self._advance(Event(EventKind.RETRY, f"trying again after {delay_s:g} s"))
+
+    async def _end_left(self) -> None:
+        await asyncio.sleep(_LEFT_END_AFTER_S)  # clients have their next tokens by then
+        await self._steps.end_left()
 
     # ---- plumbing
 

@@ -1,8 +1,9 @@
 """Changes a server's devices on purpose: some leave, some join, and no request is lost.
 
 The generation of the new devices is built beside the one that serves, as a standby is; its weights are moved while it
-is built. Then the serving ranks are stopped, and it takes over KV and open requests as after a fault. Until that moment
-nothing has changed: a fault, a failed build or a client that goes away leaves the serving generation as it is.
+is built. Then the serving ranks end between two steps, and it takes over KV and open requests as after a fault. Until
+that moment nothing has changed: a fault, a failed build or a client that goes away leaves the serving generation as it
+is.
 
 Without a warm standby (``--anchor-standby``) nothing is built ahead, and requests wait as after the loss of a device.
 """
@@ -17,8 +18,9 @@ from typing import Any
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.planning.layout.change import change_of
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
+from anchortp_sglang.rank.messages import Leave
 from anchortp_sglang.recovery.next_generation import NextGeneration
-from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.generation import Generation, note_left
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.target import Target
 from anchortp_sglang.threads import in_thread
@@ -26,6 +28,8 @@ from anchortp_sglang.threads import in_thread
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_LEAVE_POLL_S = 0.001
+_LEAVE_TIMEOUT_S = 10.0
 
 
 class ChangeRefused(RuntimeError):
@@ -41,13 +45,14 @@ class Seams:
     """What a change needs of the coordinator; all on the event loop.
 
     ``serving`` returns the generation that serves, or None; ``build_now`` has the helpers looked after at once;
-    ``take_over`` stops the serving ranks and starts the target's, and returns False if nothing serves;
-    ``device_errors`` returns reasons of devices that are lost although their anchors live; ``spawn`` runs a coroutine
-    as a task.
+    ``send`` sends a message to the ranks; ``take_over`` starts the target's generation in place of the serving one, and
+    returns False if none serves; ``device_errors`` returns reasons of devices that are lost although their anchors
+    live; ``spawn`` runs a coroutine as a task.
     """
 
     serving: Callable[[], Generation | None]
     build_now: Callable[[], None]
+    send: Callable[[Any], None]
     take_over: Callable[[Target, str], bool]
     device_errors: Callable[[], Mapping[int, str]]
     spawn: Callable[[Coroutine[Any, Any, None]], None]
@@ -130,15 +135,12 @@ class Reconfiguration:
         if self._target is not None or self._seams.serving() is not serving:
             raise ChangeRefused(409, "something else happened meanwhile: look at the status again")
         self._target, finishing = target, False
-        reason = _reason(target)
         try:
             if self._built_ahead:
                 await self._build(serving, target)
             done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            if not self._seams.take_over(target, reason):
-                raise ChangeRefused(409, "a fault came first; nothing was changed")
+            self._seams.spawn(self._carry_out(serving, target, done))
             finishing = True
-            self._seams.spawn(self._finish(serving, target, done))
             return await asyncio.shield(done)
         finally:
             if not finishing:
@@ -166,8 +168,15 @@ class Reconfiguration:
         if not complete:
             raise ChangeRefused(409, "an anchor died while the new generation was built")
 
-    async def _finish(self, serving: Generation, target: Target, done: "asyncio.Future[int]") -> None:
-        """Wait for what comes of a change, and end the anchors that are of no use then."""
+    async def _carry_out(self, serving: Generation, target: Target, done: "asyncio.Future[int]") -> None:
+        """Let the target's generation take over, wait for what comes of it, and end the anchors without use then.
+
+        From here on nothing can be called back, whether a client waits for it or not.
+        """
+        await self._let_leave(serving)
+        if not self._seams.take_over(target, _reason(target)):
+            self._end()
+            return _fail(done, "a fault came first; the change was not made")
         new = None
         while new is None or new is serving:
             await asyncio.sleep(_POLL_S)
@@ -178,19 +187,32 @@ class Reconfiguration:
         if made:
             self.drained = self.drained.difference(target.joining).union(target.leaving)
             self._processes.anchors.planned = None
-        if not done.cancelled():
-            if made:
-                done.set_result(new.number)
-            else:
-                text = f"a fault came in between: devices {sorted(devices)} serve, as generation {new.number}"
-                done.set_exception(ChangeRefused(409, text))
-                done.exception()  # somebody may wait for it no more
+        if made:
+            done.set_result(new.number)
+        else:
+            _fail(done, f"a fault came in between: devices {sorted(devices)} serve, as generation {new.number}")
         unused = {*target.joining, *target.leaving} - devices
         await in_thread(self._processes.anchors.end, unused, new.number)
+
+    async def _let_leave(self, serving: Generation) -> None:
+        """Let the serving ranks end after their step; those that take too long are killed afterwards."""
+        self._seams.send(Leave())
+        reported: set[int] = set()
+        deadline = time.monotonic() + _LEAVE_TIMEOUT_S
+        while self._seams.serving() is serving and not note_left(serving, reported):
+            if time.monotonic() > deadline:
+                log.warning("anchortp: ranks have not ended their step within %g s; they are killed", _LEAVE_TIMEOUT_S)
+                return
+            await asyncio.sleep(_LEAVE_POLL_S)
 
     def _end(self) -> None:
         self._target = self._processes.target = None
         self._seams.build_now()
+
+
+def _fail(done: "asyncio.Future[int]", text: str) -> None:
+    done.set_exception(ChangeRefused(409, text))
+    done.exception()  # somebody may wait for it no more
 
 
 def _reason(target: Target) -> str:

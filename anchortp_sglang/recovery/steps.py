@@ -61,6 +61,7 @@ class Steps:
         self._next = next_generation
         self._devices = devices
         self._forking: asyncio.Future[Generation] | None = None
+        self._left: list[Generation] = []
 
     def start_first(self) -> None:
         """Start anchors and ranks of the configured ownership. Does not wait for the ranks."""
@@ -77,12 +78,14 @@ class Steps:
         return [self.scheduler_info, *(info["scheduler"] for info in generation.infos[1:])]
 
     async def fence(self, recovery: Recovery, line: FenceLine, inflight: InflightRequests) -> str:
-        """Reap the killed ranks, then drain what rank 0 has sent."""
+        """Reap the killed ranks, unless they have left; then drain what rank 0 has sent."""
         if self._forking is not None:
             await asyncio.wait([self._forking])  # of an abandoned attempt: its ranks are killed, too
         generation = self.generation
         assert generation is not None
-        await asyncio.gather(in_thread(wait_dead, generation), self._devices.probe())
+        await self.end_left()
+        dead = asyncio.sleep(0) if generation.left else in_thread(wait_dead, generation)
+        await asyncio.gather(dead, self._devices.probe())
         recovery.stage("reaped")
         await line.drain(generation.number, self._processes, inflight)
         recovery.stage("fenced")
@@ -116,7 +119,10 @@ class Steps:
         """Fork the next generation in place of ``old``, and wait until its ranks are ready."""
         self._forking = asyncio.ensure_future(in_thread(self._next.fork, ownership, running))
         new = await self._forking
-        old.close()
+        if old.left:
+            self._left.append(old)
+        else:
+            old.close()
         self.generation = new
         recovery.stage("forked")
         try:
@@ -135,6 +141,14 @@ class Steps:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             await in_thread(self._processes.resume_stopped)
+
+    async def end_left(self) -> None:
+        """Kill and reap the ranks of generations that have left."""
+        while self._left:
+            old = self._left.pop()
+            old.kill()
+            await in_thread(wait_dead, old)
+            old.close()
 
     async def replay(self, recovery: Recovery, inflight: InflightRequests, attempt: Attempt) -> str:
         """Send the open requests to the new ranks."""

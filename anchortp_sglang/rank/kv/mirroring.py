@@ -32,6 +32,13 @@ class Mirroring(threading.Thread):
     def __init__(self, attachment: Attachment, kv: KVSegment, memory: mmap.mmap, table_memory: mmap.mmap) -> None:
         super().__init__(name="anchortp-mirror", daemon=True)
         self._attachment, self._kv, self._memory, self._table_memory = attachment, kv, memory, table_memory
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """End the thread, and wait until it writes no more."""
+        self._stopping.set()
+        if self.is_alive():
+            self.join()
 
     def run(self) -> None:
         try:
@@ -43,17 +50,19 @@ class Mirroring(threading.Thread):
         assignment = self._attachment.assignment
         assert assignment.mirror is not None
         mirror = self._begin() if assignment.rank == 0 else self._await_begun()
+        if mirror is None:
+            return
         table = SlotTable.attach(self._table_memory, assignment.kv.rows, self._attachment.namespace)
         schedule = MirrorSchedule(table, mirror, assignment.mirror.bytes_per_s) if assignment.rank == 0 else None
         moves = mirror_moves(assignment.model, assignment.ownership, assignment.rank)
         writer = MirrorWriter(assignment.rank, moves, self._kv, table, mirror)
         seen = -1
-        while True:
+        while not self._stopping.is_set():
             if schedule is not None:
                 schedule.assign(time.monotonic())
             assigned = mirror.assignments
             if assigned == seen:
-                time.sleep(_POLL_S)
+                self._stopping.wait(_POLL_S)
             elif not writer.write_some():
                 seen = assigned
 
@@ -63,9 +72,12 @@ class Mirroring(threading.Thread):
         mirror.begin(assignment.generation, assignment.ownership.tp_size)
         return mirror
 
-    def _await_begun(self) -> KVMirror:
-        """Wait until rank 0 of this generation has taken the mirror over: the slot table is being written then."""
-        while True:
+    def _await_begun(self) -> KVMirror | None:
+        """Wait until rank 0 of this generation has taken the mirror over: the slot table is being written then.
+
+        Returns None if the thread is to end before that.
+        """
+        while not self._stopping.is_set():
             try:
                 mirror = KVMirror.attach(self._memory, mirror_shape(self._attachment))
             except MirrorMismatch:
@@ -73,7 +85,8 @@ class Mirroring(threading.Thread):
             else:
                 if mirror.begun(self._attachment.assignment.generation):
                     return mirror
-            time.sleep(_POLL_S)
+            self._stopping.wait(_POLL_S)
+        return None
 
 
 def open_mirroring(attachment: Attachment, kv: KVSegment, table_memory: mmap.mmap) -> Mirroring | None:

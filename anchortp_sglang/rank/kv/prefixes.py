@@ -125,6 +125,12 @@ class Prefixes:
         if self._mirroring is not None:
             self._mirroring.start()
 
+    def stop(self) -> None:
+        """Write no more, neither to the slot table nor to the mirror: another generation takes them over."""
+        self.table = None
+        if self._mirroring is not None:
+            self._mirroring.stop()
+
     def forget(self, slots: np.ndarray) -> None:
         """Invalidate freed slots of the table, now or at the end of ``forgetting_later``. Only while WRITING."""
         if self._deferred is not None:

@@ -11,6 +11,7 @@ from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.rank import heartbeat
 from anchortp_sglang.rank.crash import Crash
+from anchortp_sglang.rank.leave import LEFT
 from anchortp_sglang.recovery.processes.pidfd import died_within, is_dead, process_state, usage
 from anchortp_sglang.recovery.processes.stall import STOPPED, StallWatch
 from anchortp_sglang.recovery.processes.zygote import Child
@@ -49,6 +50,8 @@ class Generation:
     died: set[int] = field(default_factory=set)
     hung: set[int] = field(default_factory=set)
     hung_since: float | None = None
+    left: bool = False
+    """Whether all ranks have reported that they write and send nothing any more, although they live."""
 
     @property
     def ownership(self) -> Ownership:
@@ -87,6 +90,20 @@ class Generation:
         for child in self.ranks:
             child.close()
         self.control = None
+
+
+def note_left(generation: Generation, reported: set[int]) -> bool:
+    """Add the ranks that have reported since that they have left; return whether all have. Does not block."""
+    for index, child in enumerate(generation.ranks):
+        if index not in reported and child.pipe.poll():
+            try:
+                status, _ = child.pipe.recv()
+            except (EOFError, OSError):
+                continue  # it died, which is noticed elsewhere
+            if status == LEFT:
+                reported.add(index)
+    generation.left = len(reported) == len(generation.ranks)
+    return generation.left
 
 
 def wait_dead(generation: Generation) -> None:
