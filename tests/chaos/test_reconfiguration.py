@@ -65,35 +65,38 @@ def check(expected, streams):
         assert_exactly_once(history)
 
 
-def in_background(server, **body):
-    """A thread that asks for a change, and the list that its answer, or refusal, will be in."""
-    answers = []
-
-    def ask():
-        try:
-            answers.append(change(server, **body))
-        except urllib.error.HTTPError as error:
-            answers.append((error.code, json.load(error)["detail"]))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    return thread, answers
-
-
-def being_built(server):
-    """The pid of a rank of the generation that is being built."""
-    until(lambda: {"joining", "leaving"} & set(states(server)), "no change is under way")
-    return until(lambda: _standby(server), "nothing is built", 60)
-
-
-def _standby(server):
+def standbys(server):
+    """The pids of rank 1 of what stands by, or is built to."""
+    found = set()
     for child in psutil.Process(server.pid).children(recursive=True):
         try:
             if "anchortp::standby_TP1" in " ".join(child.cmdline()):
-                return child.pid
+                found.add(child.pid)
         except psutil.Error:
             continue
-    return None
+    return found
+
+
+class Change:
+    """A change that another thread asks for. ``built``: the pid of a rank of its generation, while that is built."""
+
+    def __init__(self, server, **body):
+        before = standbys(server)
+        self._answers = []
+        self._thread = threading.Thread(target=self._ask, args=(server, body))
+        self._thread.start()
+        self.built = until(lambda: next(iter(standbys(server) - before), None), "nothing is built", 60)
+
+    def _ask(self, server, body):
+        try:
+            self._answers.append(change(server, **body))
+        except urllib.error.HTTPError as error:
+            self._answers.append((error.code, json.load(error)["detail"]))
+
+    def answer(self):
+        """The answer, or the code and the text of the refusal."""
+        self._thread.join(60)
+        return self._answers[0]
 
 
 def test_streams_go_on_when_a_device_is_drained_and_taken_back(server, unbroken):
@@ -164,10 +167,11 @@ def test_a_client_that_goes_away_leaves_the_serving_generation_as_it_is(server, 
     before = rank_pids(server)
     with Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(10)
+        others = standbys(server)
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         body = json.dumps({"drain": [1]})
         connection.request("POST", "/anchortp/reconfigure", body, {"Content-Type": "application/json"})
-        built = being_built(server)
+        built = until(lambda: next(iter(standbys(server) - others), None), "nothing is built", 60)
         assert refusal(server, drain=[3])[1] == "a change of devices is under way"
         connection.close()
         until(lambda: states(server) == ["serving"] * 4, "the change is still under way")
@@ -182,17 +186,15 @@ def test_a_fault_while_the_next_generation_is_built_is_only_that_fault(server, u
     before = rank_pids(server)
     with Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(10)
-        thread, answers = in_background(server, drain=[1])
-        built = being_built(server)
+        drain = Change(server, drain=[1])
         if victim == "built":
-            kill(built)
+            kill(drain.built)
         elif victim == "rank":
             recovered(server, kill_rank(server, 0), "process")
         else:
             recovered(server, lose_device(server, 3), "device")
-        thread.join(60)
-        code, text = answers[0]
-        assert code in (409, 503) and ("a fault came first" in text or "died" in text), answers
+        code, text = drain.answer()
+        assert code in (409, 503) and ("a fault came first" in text or "died" in text), text
         assert (rank_pids(server) == before) is (victim == "built")
     check(expected, streams)
     assert states(server) == ["serving"] * 3 + ["lost" if victim == "device" else "serving"]
@@ -209,17 +211,16 @@ def test_ranks_that_die_as_they_take_over_leave_the_old_devices_serving(server, 
     for _ in range(5):
         with Streams(server.url, REQUESTS) as streams:
             streams.wait_tokens(10)
-            thread, answers = in_background(server, drain=[1])
-            built = being_built(server)
+            drain = Change(server, drain=[1])
             until(is_taking_over, "the new generation does not take over", 60, 0.0)
-            kill(built)
-            thread.join(60)
+            kill(drain.built)
+            answer = drain.answer()
             server.wait_serving(server.status()["generation"])
         check(expected, streams)
-        if isinstance(answers[0], tuple):
+        if isinstance(answer, tuple):
             break
         change(server, rejoin=[1])  # it was ready before it died
-    assert answers[0][0] == 409 and "a fault came in between" in answers[0][1], answers
+    assert answer[0] == 409 and "a fault came in between" in answer[1], answer
     assert states(server) == ["serving"] * 4
 
 
