@@ -19,6 +19,7 @@ FLAG_PREFIX = "--anchor-"
 KWARG_PREFIX = "anchor_"
 
 StandbyMode = Literal["off", "cold", "warm"]
+RejoinMode = Literal["manual", "auto"]
 """Mode of preparation for the next fault: nothing waits for it, spare ranks do, or a whole generation."""
 
 # A Unix socket's path has at most 107 bytes (sun_path); the rest is for a run id and the socket's name.
@@ -133,11 +134,18 @@ class AnchorOptions:
     kv_mirror_gbps: float = _option(
         4.0, "kv-mirror-gbps GB/S", "bandwidth of copies to the mirror, over all devices, in 10**9 bytes/s", float
     )
-    standby: Literal["off", "cold", "warm"] | None = _option(
+    standby: StandbyMode | None = _option(
         None,
         "standby off|cold|warm",
         "what waits for the next fault: nothing; processes that can become ranks; or a whole next generation, which"
         " goes on where killed ranks stopped (default: warm if there is memory for it, else cold)",
+        str,
+    )
+    rejoin: RejoinMode = _option(
+        "manual",
+        "rejoin manual|auto",
+        "how a lost device comes back: by 'anchortp rejoin', or by itself, after a pause that doubles each time that it"
+        " is lost again",
         str,
     )
     overlap: Literal["auto", "on", "off"] = _option(
@@ -169,6 +177,8 @@ class AnchorOptions:
             raise OptionsError(f"--anchor-kv-mirror takes off or host; got {self.kv_mirror!r}")
         if self.standby not in (None, "off", "cold", "warm"):
             raise OptionsError(f"--anchor-standby takes off, cold or warm; got {self.standby!r}")
+        if self.rejoin not in ("manual", "auto"):
+            raise OptionsError(f"--anchor-rejoin takes manual or auto; got {self.rejoin!r}")
         if self.overlap not in ("auto", "on", "off"):
             raise OptionsError(f"--anchor-overlap takes auto, on or off; got {self.overlap!r}")
         for name, gib in (("device-gib", self.device_gib), ("kv-mirror-gib", self.kv_mirror_gib)):

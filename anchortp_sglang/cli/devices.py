@@ -47,19 +47,31 @@ def rejoin(
 
 
 def resize(
-    devices: Annotated[str, typer.Option("--devices", metavar="ID,ID,…", help="The devices that are to serve.")],
+    devices: Annotated[
+        str | None, typer.Option("--devices", metavar="ID,ID,…", help="The devices that are to serve, if they change.")
+    ] = None,
+    widths: Annotated[
+        str | None, typer.Option("--widths", metavar="N,N,…", help="KV heads of each device; columns follow them.")
+    ] = None,
     dry_run: DryRunOption = False,
     generation: GenerationOption = None,
     url: UrlOption = DEFAULT_URL,
     api_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a running server go on with these devices, of those it was started with."""
+    """Let a running server go on with these devices, of those it was started with, or with other shares."""
+    given = {"devices": devices, "widths": widths}
+    wanted = {name: _numbers(name, text) for name, text in given.items() if text is not None}
+    if not wanted:
+        raise typer.BadParameter("give --devices, --widths or both")
+    _change(wanted, dry_run, generation, url, api_key, as_json)
+
+
+def _numbers(name: str, text: str) -> list[int]:
     try:
-        ids = [int(each) for each in devices.split(",")]
+        return [int(each) for each in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"give device ids, such as 0,1,3; not {devices!r}", param_hint="--devices") from None
-    _change({"devices": ids}, dry_run, generation, url, api_key, as_json)
+        raise typer.BadParameter(f"give whole numbers, such as 0,1,3; not {text!r}", param_hint=f"--{name}") from None
 
 
 def _change(

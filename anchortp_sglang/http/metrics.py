@@ -20,7 +20,7 @@ from anchortp_sglang.recovery.report.stages import durations
 
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _CAUSES = ("process", "device", "hang", "planned")
-_DEVICE_STATES = ("serving", "idle", "lost")
+_DEVICE_STATES = ("serving", "leaving", "joining", "idle", "drained", "lost")
 _SERVER_STATES = ("starting", "serving", "degraded", "recovering", "down")
 _MOVED = ("reload", "p2p", "copy", "kv_copy", "kv_restore")
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -50,7 +50,11 @@ class Metrics:
         def gauge(name: str, about: str, *labels: str) -> Any:
             return Gauge(name, about, labels, multiprocess_mode="mostrecent")
 
-        self._recoveries = Counter("anchortp_recoveries", "Recoveries that are over, by cause of the fault.", ["cause"])
+        self._recoveries = Counter(
+            "anchortp_recoveries",
+            "Recoveries that are over, by cause; planned: a change of devices.",
+            ["cause"],
+        )
         self._failed = Counter("anchortp_recoveries_failed", "Recoveries that were given up.")
         self._moved = Counter(
             "anchortp_bytes_moved",

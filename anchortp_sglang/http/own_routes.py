@@ -44,18 +44,19 @@ class _Injection(msgspec.Struct):
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
-    """Devices that are to serve, to leave or to join: one of the three."""
+    """Devices that are to serve, to leave or to join: one of the three. Or only widths, for those that serve."""
 
     devices: list[int] | None = None
     drain: list[int] | None = None
     rejoin: list[int] | None = None
+    widths: list[int] | None = None
     generation: int | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         given = [each for each in (self.devices, self.drain, self.rejoin) if each is not None]
-        if len(given) != 1 or not given[0]:
-            raise ValueError("give one of devices, drain and rejoin: a list of device ids")
+        if len(given) > 1 or not (given[0] if given else self.widths):
+            raise ValueError("give one of devices, drain and rejoin, a list of device ids, or widths")
 
     def find(self, serving: frozenset[int]) -> frozenset[int]:
         """Return the devices that are to serve after those that serve now."""
@@ -94,10 +95,12 @@ class OwnRoutes:
         return Answer(200, render(status(self._coordinator)).encode(), "text/html; charset=utf-8")
 
     async def _reconfigure(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
-        change = await _decoded(scope, receive, _Change, '{"drain": [2]}, {"rejoin": [2]} or {"devices": [0, 1, 3]}')
+        change = await _decoded(
+            scope, receive, _Change, '{"drain": [2]}, {"rejoin": [2]} or {"devices": [0, 1, 3], "widths": [2, 1, 1]}'
+        )
         if isinstance(change, Answer):
             return change
-        make = self._coordinator.reconfiguration.change(change.find, change.generation, change.dry_run)
+        make = self._coordinator.reconfiguration.change(change.find, change.generation, change.dry_run, change.widths)
         try:
             return Answer.of(200, {"ok": True, **await _unless_gone(make, receive)})
         except ChangeRefused as error:

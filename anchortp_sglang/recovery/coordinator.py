@@ -25,6 +25,7 @@ from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.target import Target
 from anchortp_sglang.recovery.processes.zygote import ZygoteError
 from anchortp_sglang.recovery.reconfiguration import Reconfiguration, Seams
+from anchortp_sglang.recovery.rejoin import take_back_lost
 from anchortp_sglang.recovery.report.kv_usage import KVUsage
 from anchortp_sglang.recovery.report.progress import RecoveryProgress
 from anchortp_sglang.recovery.report.record import Recoveries
@@ -55,7 +56,8 @@ class Coordinator:
         self.recoveries = Recoveries()
         self.culprits = Culprits(policy.deadline_s)
         self.inflight: InflightRequests | None = None
-        self._next = NextGeneration(processes, ownership, policy.min_devices)
+        widths = None if policy.widths is None else dict(zip(ownership.devices, policy.widths, strict=True))
+        self._next = NextGeneration(processes, ownership, policy.min_devices, widths)
         self._progress = RecoveryProgress(
             self.recoveries, lambda: self._serving() is not None, lambda: not self._idle(), self._spawn
         )
@@ -115,6 +117,8 @@ class Coordinator:
         self._detection.begin(tokenizer_manager.event_loop)
         self._spawn(self._fence_line.watch(self.processes, lambda: self._serving() is not None))
         self._spawn(self._devices.watch())
+        if self.policy.rejoin == "auto":
+            self._spawn(take_back_lost(self.reconfiguration))
         self._watch_over(self.generation)
 
     def on_tokens(self, tokens: int) -> None:

@@ -32,11 +32,17 @@ class NextGeneration:
     """Finds and makes the next generation. Its methods block, except for ``judge`` and ``plan``.
 
     ``number``: of the last generation made. ``held``: the complete weights that the anchors hold. ``kv_valid``: whether
-    the KV and the slot table of their ownership can be taken over. ``target``: where a planned change leads, from the
+    the KV and the slot table of their ownership can be taken over. ``widths``: of ``--anchor-widths``. ``target``: where a planned change leads, from the
     moment that serving ranks are stopped for it until the attempt to start it.
     """
 
-    def __init__(self, processes: ServerProcesses, configured: Ownership, min_devices: int) -> None:
+    def __init__(
+        self,
+        processes: ServerProcesses,
+        configured: Ownership,
+        min_devices: int,
+        widths: Mapping[int, int] | None = None,
+    ) -> None:
         self.number = 0
         self.held: WeightPlacement | None = None
         self.kv_valid = False
@@ -45,6 +51,7 @@ class NextGeneration:
         self._processes = processes
         self._configured = configured
         self._min_devices = min_devices
+        self._widths = widths
 
     def first(self) -> Generation:
         """Start anchors and ranks of the configured ownership. Does not wait for the ranks."""
@@ -76,13 +83,21 @@ class NextGeneration:
         ]
         return state_machine.judge(evidence, reason, planned=self.target is not None)
 
-    def target_for(self, devices: Collection[int]) -> Target:
-        """Plan a change to ``devices``. Raises InvalidOwnership, with what is not possible."""
+    def target_for(self, devices: Collection[int], widths: Mapping[int, int] | None = None) -> Target:
+        """Plan a change to ``devices``. Raises InvalidOwnership, with what is not possible.
+
+        ``widths``: KV heads of each device; without them shares are as equal as possible, or, where devices join, as
+        ``--anchor-widths`` says.
+        """
         assert self.held is not None
         plan, held = self._processes.plan, self.held
+        if widths is not None:
+            _check_widths(plan, devices, widths)
+        elif self._widths is not None and set(devices) - set(held.ownership.devices):
+            widths = self._widths
         if len(devices) < self._min_devices:
             raise InvalidOwnership(f"{len(devices)} devices are fewer than --anchor-min-devices {self._min_devices}")
-        ownership = _reconfigured(plan, held.ownership, tuple(devices))
+        ownership = _reconfigured(plan, held.ownership, tuple(devices), widths)
         plan.kv_of(ownership)
         return target_of(held.ownership, plan.hold(ownership, held))
 
@@ -171,8 +186,18 @@ def _after_loss(plan: ServerPlan, held: Ownership, survivors: Sequence[int]) -> 
         raise Unrecoverable(str(error)) from error
 
 
-def _reconfigured(plan: ServerPlan, held: Ownership, devices: Sequence[int]) -> Ownership:
-    ownership = reconfigure(plan.model, held, devices, plan.rotate_heads)
+def _check_widths(plan: ServerPlan, devices: Collection[int], widths: Mapping[int, int]) -> None:
+    heads, given = plan.model.num_kv_heads, ",".join(str(widths[device]) for device in sorted(devices))
+    if plan.rotate_heads:
+        raise InvalidOwnership("widths are not possible with --anchor-rotate-heads")
+    if sum(widths[device] for device in devices) != heads:
+        raise InvalidOwnership(f"widths {given} do not add up to the {heads} KV heads of the model")
+
+
+def _reconfigured(
+    plan: ServerPlan, held: Ownership, devices: Sequence[int], widths: Mapping[int, int] | None = None
+) -> Ownership:
+    ownership = reconfigure(plan.model, held, devices, plan.rotate_heads, widths)
     if plan.expert_counts is None or ownership == held:
         return ownership
     return spread_hot_experts(plan.model, ownership, plan.expert_counts, held)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from anchortp_sglang.options import StandbyMode
+from anchortp_sglang.options import RejoinMode, StandbyMode
 
 
 @dataclass(frozen=True)
@@ -10,10 +10,13 @@ class Policy:
     """How recoveries are decided.
 
     ``min_devices``: with fewer the server gives up. ``hang_timeout_s``: ranks without progress for this long hang.
-    ``deadline_s``: of one recovery, from its fault on. ``standby``: what is prepared for the next fault.
+    ``deadline_s``: of one recovery, from its fault on. ``standby``: what is prepared for the next fault. ``rejoin``:
+    whether lost devices are taken back without being asked for. ``widths``: KV heads of each device, if they were given.
     """
 
     min_devices: int
     hang_timeout_s: float
     deadline_s: float
     standby: StandbyMode
+    rejoin: RejoinMode = "manual"
+    widths: tuple[int, ...] | None = None

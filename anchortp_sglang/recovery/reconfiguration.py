@@ -11,7 +11,7 @@ Without a warm standby (``--anchor-standby``) nothing is built ahead, and reques
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,26 @@ class Reconfiguration:
         """Devices that are to leave with the change under way."""
         return () if self._target is None else self._target.leaving
 
+    def devices(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Return the devices that serve, and those that are lost; none of either while nothing serves."""
+        serving = self._seams.serving()
+        if serving is None:
+            return frozenset(), frozenset()
+        devices = frozenset(serving.ownership.devices)
+        return devices, self._configured - devices - self.drained
+
     async def change(
-        self, find: Callable[[frozenset[int]], frozenset[int]], generation: int | None, dry_run: bool
+        self,
+        find: Callable[[frozenset[int]], frozenset[int]],
+        generation: int | None = None,
+        dry_run: bool = False,
+        widths: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Change to the devices that ``find`` returns for the serving ones; answer with what was moved, or would be.
 
-        ``generation``: the one that must serve, or None. Nothing is done if the devices serve already. Cancelled before
-        the new generation takes over, nothing is changed. Raises ChangeRefused.
+        ``generation``: the one that must serve, or None. ``widths``: KV heads of each device, in the order of ids.
+        Nothing is done if it is so already. Cancelled before the new generation takes over, nothing is changed. Raises
+        ChangeRefused.
         """
         serving = self._seams.serving()
         if serving is None:
@@ -108,16 +121,19 @@ class Reconfiguration:
         before = frozenset(serving.ownership.devices)
         wanted = find(before)
         self._check(wanted, before)
-        if wanted == before:
-            return {"changed": False, "generation": serving.number, "devices": sorted(before)}
+        same = {"changed": False, "generation": serving.number, "devices": sorted(before)}
+        if wanted == before and widths is None:
+            return same
         try:
-            target = await in_thread(self._next.target_for, wanted)
+            target = await in_thread(self._next.target_for, wanted, _by_device(wanted, widths))
+            if target.ownership == serving.ownership:
+                return same
             answer = await in_thread(change_of, self._processes.plan.model, serving.weights, target.weights)
         except InvalidOwnership as error:
             raise ChangeRefused(400, str(error)) from None
         answer["kv_slots"] = [self._processes.plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
         if dry_run:
-            return {"changed": False, "generation": serving.number, "devices": sorted(before), "plan": answer}
+            return same | {"plan": answer}
         began = time.monotonic()
         number = await self._make(serving, target)
         seconds = round(time.monotonic() - began, 3)
@@ -210,6 +226,14 @@ class Reconfiguration:
         self._seams.build_now()
 
 
+def _by_device(devices: Collection[int], widths: Sequence[int] | None) -> dict[int, int] | None:
+    if widths is None:
+        return None
+    if len(widths) != len(devices) or min(widths) < 1:
+        raise ChangeRefused(400, f"give a width of at least 1 to each of {len(devices)} devices, not {list(widths)}")
+    return dict(zip(sorted(devices), widths, strict=True))
+
+
 def _fail(done: "asyncio.Future[int]", text: str) -> None:
     done.set_exception(ChangeRefused(409, text))
     done.exception()  # somebody may wait for it no more
@@ -222,4 +246,4 @@ def _reason(target: Target) -> str:
         for devices, verb in ((target.joining, "joining"), (target.leaving, "leaving"))
         if devices
     ]
-    return ", ".join(parts)
+    return ", ".join(parts) or "shares changing"

@@ -261,6 +261,8 @@ def _policy(options: AnchorOptions, standby: StandbyMode) -> Policy:
         hang_timeout_s=options.hang_timeout_s,
         deadline_s=options.recovery_deadline_s,
         standby=standby,
+        rejoin=options.rejoin,
+        widths=options.widths,
     )
 
 

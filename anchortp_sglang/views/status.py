@@ -18,6 +18,9 @@ _COLOURS = {
     "degraded": "yellow",
     "recovering": "yellow",
     "idle": "yellow",
+    "drained": "yellow",
+    "leaving": "cyan",
+    "joining": "cyan",
     "down": "bold red",
     "lost": "red",
 }

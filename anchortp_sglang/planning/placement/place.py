@@ -39,9 +39,17 @@ def _held_by_nobody(model: PlanModel, devices: Sequence[int]) -> dict[str, Layou
 
 
 def place(
-    model: PlanModel, old: LayerOwnership, devices: Sequence[int], strategy: Strategy, weights: Sequence[int]
+    model: PlanModel,
+    old: LayerOwnership,
+    devices: Sequence[int],
+    strategy: Strategy,
+    weights: Sequence[int],
+    give_back: bool = False,
 ) -> LayerOwnership:
-    """Make the new ownership over ``devices``, in this order. Raises InfeasiblePlan."""
+    """Make the new ownership over ``devices``, in this order. Raises InfeasiblePlan.
+
+    ``give_back``: devices that hold more than they are due give up the difference, as always when others join.
+    """
     devices = tuple(devices)
     ranks = [old.ranks.get(device) for device in devices]
     known: dict[int, Layout] = {}
@@ -51,7 +59,7 @@ def place(
         return known.setdefault(index, tuple(() if rank is None else layout[rank] for rank in ranks))
 
     before = {name: held(index) for name, index in old.shares}
-    cut = _contiguous if strategy == "contiguous" else _adopting(give_back=None in ranks)
+    cut = _contiguous if strategy == "contiguous" else _adopting(give_back=give_back or None in ranks)
     return _place(model, devices, tuple(weights), before, cut)
 
 

@@ -6,7 +6,7 @@ each.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from anchortp_sglang.planning.model.axes import ModelAxes, equal_vocab_cut
 from anchortp_sglang.planning.model.plan_model import PlanModel, served_plan_model
@@ -32,13 +32,19 @@ def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
         raise InvalidOwnership(str(error)) from error
 
 
-def reconfigure(model: ModelAxes, previous: Ownership, devices: Sequence[int], rotate: bool = False) -> Ownership:
+def reconfigure(
+    model: ModelAxes,
+    previous: Ownership,
+    devices: Sequence[int],
+    rotate: bool = False,
+    weights: Mapping[int, int] | None = None,
+) -> Ownership:
     """Return the ownership of ``devices``: those of ``previous`` that stay, and any that join.
 
     Without newcomers devices keep their order and all that they have, and share out what is missing ("adopt"): nothing
     moves between them except rows of the vocabulary whose cut shifts, and heads where all devices with some KV head
-    left. With newcomers the order is that of the ids, shares are exactly as due, and every device keeps as much as that
-    allows. Axes that differ by layer, and with ``rotate`` those that may, are shared out layer by layer. Raises
+    left. With newcomers, or with ``weights`` (by device, relative), shares are exactly as due, and every device keeps as
+    much as that allows; newcomers stand in the order of ids. Axes that differ by layer, and with ``rotate`` those that may, are shared out layer by layer. Raises
     InvalidOwnership if no previous device stays, or if there are too few units for all.
     """
     stay = tuple(device for device in previous.devices if device in set(devices))
@@ -46,12 +52,14 @@ def reconfigure(model: ModelAxes, previous: Ownership, devices: Sequence[int], r
         raise InvalidOwnership(f"devices {list(devices)} must include some of {list(previous.devices)}")
     joining = set(devices).difference(stay)
     order = tuple(sorted({*stay, *joining})) if joining else stay
-    if order == previous.devices:
+    if order == previous.devices and weights is None:
         return previous
+    due = tuple(1 if weights is None else weights[device] for device in order)
     planned = served_plan_model(model, previous.by_layer.union(ROTATING if rotate else ()))
     held = {group.name: previous.ranks(group.axis, group.layer) for group in planned.sharded}
     try:
-        new = place(planned, layer_ownership(previous.devices, held), order, "adopt", (1,) * len(order))
+        old = layer_ownership(previous.devices, held)
+        new = place(planned, old, order, "adopt", due, give_back=weights is not None)
     except InfeasiblePlan as error:
         raise InvalidOwnership(str(error)) from error
     return _as_it_runs(model, planned, new)
