@@ -134,14 +134,14 @@ class AnchorOptions:
     kv_mirror_gbps: float = _option(
         4.0, "kv-mirror-gbps GB/S", "bandwidth of copies to the mirror, over all devices, in 10**9 bytes/s", float
     )
-    standby: StandbyMode | None = _option(
+    standby: Literal["off", "cold", "warm"] | None = _option(
         None,
         "standby off|cold|warm",
         "what waits for the next fault: nothing; processes that can become ranks; or a whole next generation, which"
         " goes on where killed ranks stopped (default: warm if there is memory for it, else cold)",
         str,
     )
-    rejoin: RejoinMode = _option(
+    rejoin: Literal["manual", "auto"] = _option(
         "manual",
         "rejoin manual|auto",
         "how a lost device comes back: by 'anchortp rejoin', or by itself, after a pause that doubles each time that it"

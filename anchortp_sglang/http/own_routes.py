@@ -19,6 +19,7 @@ from anchortp_sglang.views.timeline_page import main_part, page
 _READ = ("GET", "HEAD")
 _MAX_BODY_BYTES = 4096
 _JSON = "application/json"
+_CHANGES = '{"drain": [2]}, {"rejoin": [2]} or {"devices": [0, 1, 3], "widths": [2, 1, 1]}'
 
 _Body = TypeVar("_Body")
 _Result = TypeVar("_Result")
@@ -95,9 +96,7 @@ class OwnRoutes:
         return Answer(200, render(status(self._coordinator)).encode(), "text/html; charset=utf-8")
 
     async def _reconfigure(self, scope: Mapping[str, Any], receive: Receive) -> Answer:
-        change = await _decoded(
-            scope, receive, _Change, '{"drain": [2]}, {"rejoin": [2]} or {"devices": [0, 1, 3], "widths": [2, 1, 1]}'
-        )
+        change = await _decoded(scope, receive, _Change, _CHANGES)
         if isinstance(change, Answer):
             return change
         make = self._coordinator.reconfiguration.change(change.find, change.generation, change.dry_run, change.widths)

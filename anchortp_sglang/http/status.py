@@ -54,9 +54,11 @@ def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
     processes, generation = coordinator.processes, coordinator.generation
     anchor = processes.anchors.processes.get(device)
     alive, change = processes.anchors.alive(device), coordinator.reconfiguration
+    state = "drained" if device in change.drained else "idle" if alive else "lost"
     entry: dict[str, Any] = {
         "id": device,
-        "state": "idle" if alive else "drained" if device in change.drained else "lost",
+        "state": state,
+        "reason": "taken out on request" if state == "drained" else coordinator.recoveries.loss_of(device),
         "rank": None,
         "rank_pid": None,
         "anchor_pid": anchor.pid if anchor is not None and alive else None,
@@ -64,13 +66,14 @@ def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
         "kv_bytes": 0,
     }
     if device in change.joining:
-        entry["state"] = "joining"
+        entry |= {"state": "joining", "reason": "a generation with it is being built"}
     if generation is None or device not in generation.ownership.devices or not alive:
         return entry
     ownership, plan = generation.ownership, processes.plan
     rank = ownership.devices.index(device)
     return entry | {
         "state": "leaving" if device in change.leaving else "serving",
+        "reason": "a generation without it is being built" if device in change.leaving else "",
         "rank": rank,
         "rank_pid": generation.ranks[rank].pid,
         "weight_bytes": sum(generation.weights.shards[rank].sizes.values()),

@@ -32,8 +32,9 @@ class NextGeneration:
     """Finds and makes the next generation. Its methods block, except for ``judge`` and ``plan``.
 
     ``number``: of the last generation made. ``held``: the complete weights that the anchors hold. ``kv_valid``: whether
-    the KV and the slot table of their ownership can be taken over. ``widths``: of ``--anchor-widths``. ``target``: where a planned change leads, from the
-    moment that serving ranks are stopped for it until the attempt to start it.
+    the KV and the slot table of their ownership can be taken over. ``widths``: of ``--anchor-widths``, by device.
+    ``target``: where a planned change leads, from the moment that serving ranks are stopped for it until the attempt to
+    start it.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ class Policy:
 
     ``min_devices``: with fewer the server gives up. ``hang_timeout_s``: ranks without progress for this long hang.
     ``deadline_s``: of one recovery, from its fault on. ``standby``: what is prepared for the next fault. ``rejoin``:
-    whether lost devices are taken back without being asked for. ``widths``: KV heads of each device, if they were given.
+    whether lost devices are taken back unasked. ``widths``: KV heads of each device, if they were given.
     """
 
     min_devices: int

@@ -109,12 +109,16 @@ def _devices(devices: list[Mapping[str, Any]]) -> Table:
     table = Table(title="devices", title_justify="left")
     for heading in ("device", "state", "rank", "rank pid", "anchor pid", "weights", "KV"):
         table.add_column(heading, justify="left" if heading == "state" else "right")
+    reasons = any(device.get("reason") for device in devices)
+    if reasons:
+        table.add_column("why")
     for device in devices:
         state = str(device.get("state", "?"))
         table.add_row(
             *(_cell(device.get("id")), Text(state, style=_COLOURS.get(state, ""))),
             *(_cell(device.get(key)) for key in ("rank", "rank_pid", "anchor_pid")),
             *(byte_size(device.get(key)) for key in ("weight_bytes", "kv_bytes")),
+            *([str(device.get("reason", ""))] if reasons else []),
         )
     return table
 

@@ -1,7 +1,8 @@
 """Roles of the forked children in test_standby."""
 
 from anchortp_sglang.rank.spare import await_order
-from anchortp_sglang.recovery.processes.standby import RUN
+
+RUN = b"hashes of the open requests' tokens"
 
 
 def stand_by(rank, pipe):

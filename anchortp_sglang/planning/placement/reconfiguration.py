@@ -43,9 +43,10 @@ def reconfigure(
 
     Without newcomers devices keep their order and all that they have, and share out what is missing ("adopt"): nothing
     moves between them except rows of the vocabulary whose cut shifts, and heads where all devices with some KV head
-    left. With newcomers, or with ``weights`` (by device, relative), shares are exactly as due, and every device keeps as
-    much as that allows; newcomers stand in the order of ids. Axes that differ by layer, and with ``rotate`` those that may, are shared out layer by layer. Raises
-    InvalidOwnership if no previous device stays, or if there are too few units for all.
+    left. With newcomers, or with ``weights`` (by device, relative), shares are exactly as due, and every device keeps
+    as much as that allows; newcomers stand in the order of ids. Axes that differ by layer, and with ``rotate`` those
+    that may, are shared out layer by layer. Raises InvalidOwnership if no previous device stays, or if there are too
+    few units for all.
     """
     stay = tuple(device for device in previous.devices if device in set(devices))
     if not stay or min(devices) < 0:

@@ -187,6 +187,10 @@ class Recoveries:
     def last(self) -> Recovery | None:
         return self._ring[-1] if self._ring else None
 
+    def loss_of(self, device: int) -> str:
+        """Return why a device was lost, as the newest recovery that lost it says; empty if none that is listed did."""
+        return next((each.reason for each in reversed(self._ring) if device in each.lost), "")
+
     def totals(self) -> Totals:
         """Sum over all recoveries, also over those that are no longer listed."""
         totals = copy.deepcopy(self._forgotten)

@@ -58,6 +58,8 @@ class SlowNextGeneration:
         self.spans: list[tuple[float, float]] = []
         self.made: list[Generation] = []
 
+    target = None
+
     def judge(self, *evidence: object) -> Verdict:
         return Verdict("process", 0, (), "a test")
 

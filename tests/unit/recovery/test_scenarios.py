@@ -5,7 +5,7 @@ A line at the margin is what happens, the indented line below it is what must fo
     0.0 fault: the process of rank 1 died       seconds, event (``recovery/state_machine.py``), reason
         serving -> fencing, fence (attempt 1)   phases, action, and what else of the state is new
     judge: device 1 rank died; device 2 whole   what is found once all ranks are dead
-        process, device 1: ...                  verdict and its reason
+        process, device 1: ...                  verdict and its reason ("judge planned": a change of devices)
 
 Options of an event stand before its colon: ``attempt 1`` (the attempt that reports; by default the current one),
 ``own failure`` (its reason is what a rank said it failed of), ``final``. Recoveries have ``DEADLINE_S``. A line that
@@ -48,8 +48,9 @@ FOUND = {
 
 def outcome(state: State, line: str) -> tuple[State, str]:
     """What follows from a line of a scenario."""
-    if line.startswith("judge: "):
-        return state, verdict(line.removeprefix("judge: "))
+    how, _, found = line.partition(": ")
+    if how in ("judge", "judge planned"):
+        return state, verdict(found, planned=how == "judge planned")
     parts = EVENT.fullmatch(line)
     assert parts, f"not a line of a scenario: {line!r}"
     kind, now, reason = EventKind(parts["kind"]), float(parts["now"]), parts["reason"] or ""
@@ -84,12 +85,12 @@ def waits(state: State, action: Action, now: float) -> list[str]:
     return ["open requests end"] if budget_is_spent(state, now, DEADLINE_S) and action is Action.FENCE else []
 
 
-def verdict(text: str) -> str:
+def verdict(text: str, planned: bool) -> str:
     devices, _, reason = text.partition(" | ")
     found = [DEVICE.fullmatch(device) for device in devices.split("; ")]
     whole = {"anchor_alive": True, "rank_died": False}
     evidence = [DeviceEvidence(int(one[1]), **whole | FOUND[one[2]]) for one in found]
-    made = judge(evidence, reason)
+    made = judge(evidence, reason, planned)
     who = "no device" if made.device < 0 else f"device {made.device}"
     lost = f", lost {' '.join(map(str, made.lost))}" if made.lost else ""
     return f"{made.cause}, {who}{lost}: {made.reason}"
