@@ -141,6 +141,13 @@ class AnchorOptions:
         " goes on where killed ranks stopped (default: warm if there is memory for it, else cold)",
         str,
     )
+    start_devices: tuple[int, ...] | None = _option(
+        None,
+        "start-devices ID,ID,...",
+        "start with these devices only, of those that --tp-size numbers from 0; 'anchortp rejoin' adds others"
+        " (default: all)",
+        _integers,
+    )
     rejoin: Literal["manual", "auto"] = _option(
         "manual",
         "rejoin manual|auto",
@@ -167,6 +174,8 @@ class AnchorOptions:
             object.__setattr__(self, "run_dir", os.path.abspath(os.path.expanduser(self.run_dir)))
         if self.widths is not None:
             object.__setattr__(self, "widths", _as_widths(self.widths))
+        if self.start_devices is not None:
+            object.__setattr__(self, "start_devices", _as_devices(self.start_devices))
         if not isinstance(self.allow_drift, bool):
             object.__setattr__(self, "allow_drift", _as_symbols(self.allow_drift))
         _check_count("min-devices", self.min_devices)
@@ -205,6 +214,16 @@ class AnchorOptions:
                 f"--anchor-widths gives widths to {len(self.widths)} devices, but --tp-size is {tp_size}:"
                 f" give one width per device, or --tp-size {len(self.widths)}"
             )
+        started = tp_size if self.start_devices is None else len(self.start_devices)
+        if self.start_devices is not None and max(self.start_devices) >= tp_size:
+            raise OptionsError(
+                f"--anchor-start-devices names device {max(self.start_devices)}; --tp-size {tp_size} numbers devices"
+                f" from 0 to {tp_size - 1}"
+            )
+        if started < self.min_devices <= tp_size:
+            raise OptionsError(
+                f"--anchor-start-devices names {started} devices, --anchor-min-devices is {self.min_devices}: name more"
+            )
         if self.min_devices > tp_size:
             raise OptionsError(
                 f"--anchor-min-devices {self.min_devices} is more than the {tp_size} devices of --tp-size:"
@@ -220,6 +239,17 @@ def _as_widths(value: Any) -> tuple[int, ...]:
     if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
         raise OptionsError(f"--anchor-widths takes whole numbers above 0, for instance 2,1,1; got {value!r}")
     return widths
+
+
+def _as_devices(value: Any) -> tuple[int, ...]:
+    try:
+        devices = tuple(sorted(_integers(value) if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        devices = ()
+    valid = all(isinstance(device, int) and not isinstance(device, bool) and device >= 0 for device in devices)
+    if not devices or not valid or len(set(devices)) < len(devices):
+        raise OptionsError(f"--anchor-start-devices takes different device ids, for instance 0,1,3; got {value!r}")
+    return devices
 
 
 def _as_symbols(value: Any) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "id": device,
         "state": state,
-        "reason": "taken out on request" if state == "drained" else coordinator.recoveries.loss_of(device),
+        "reason": "not in use on request" if state == "drained" else coordinator.recoveries.loss_of(device),
         "rank": None,
         "rank_pid": None,
         "anchor_pid": anchor.pid if anchor is not None and alive else None,

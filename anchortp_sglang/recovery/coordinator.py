@@ -98,8 +98,11 @@ class Coordinator:
     # ---- the first generation (no event loop yet)
 
     def start_first(self) -> None:
-        """Start anchors, segments and ranks of the configured ownership. Does not wait for the ranks."""
-        self._steps.start_first()
+        """Start anchors, segments and ranks of the first devices. Does not wait for the ranks."""
+        devices = self.policy.start_devices
+        if devices is not None:
+            self.reconfiguration.drained = set(self.configured.devices).difference(devices)
+        self._steps.start_first(devices)
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
         """Wait for the first generation; return the schedulers' info. Raises StartFailed."""

@@ -11,9 +11,9 @@ from anchortp_sglang.anchor.client import AnchorRefused
 from anchortp_sglang.kv.chain_hash import RunHasher, root_hash
 from anchortp_sglang.kv.namespaces import Key, namespace_seed
 from anchortp_sglang.planning.layout.extents import WeightPlacement
-from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership
+from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, split
 from anchortp_sglang.planning.placement.expert_load import spread_hot_experts
-from anchortp_sglang.planning.placement.reconfiguration import reconfigure
+from anchortp_sglang.planning.placement.reconfiguration import reconfigure, rotating_split
 from anchortp_sglang.rank.attachment import HOST_DEVICE
 from anchortp_sglang.recovery import state_machine
 from anchortp_sglang.recovery.processes.generation import Generation
@@ -54,10 +54,15 @@ class NextGeneration:
         self._min_devices = min_devices
         self._widths = widths
 
-    def first(self) -> Generation:
-        """Start anchors and ranks of the configured ownership. Does not wait for the ranks."""
-        anchors, devices = self._processes.anchors, self._configured.devices
-        weights = self._processes.plan.hold(self._configured, None)
+    def first(self, devices: Sequence[int] | None = None) -> Generation:
+        """Start anchors and ranks of the configured ownership, or of some of its devices. Does not wait for the ranks.
+
+        Raises InvalidOwnership.
+        """
+        anchors, plan, ownership = self._processes.anchors, self._processes.plan, self._configured
+        if devices is not None and tuple(devices) != ownership.devices:
+            ownership = rotating_split(plan.model, devices) if plan.rotate_heads else split(plan.model, devices)
+        devices, weights = ownership.devices, plan.hold(ownership, None)
         taken = anchors.take_over(weights)
         if taken is not None:
             self.number, self.held, self.kv_valid = taken + 1, weights, True

@@ -61,7 +61,7 @@ class Seams:
 class Reconfiguration:
     """Makes one planned change after the other. ``built_ahead``: whether generations are built beside the serving one.
 
-    ``drained``: devices that left on purpose, and have not joined since.
+    ``drained``: devices that left on purpose, or were not started, and have not joined since.
     """
 
     def __init__(

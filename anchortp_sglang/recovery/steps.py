@@ -6,7 +6,7 @@ Each step returns why the state machine can go on, and raises the error that cut
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,9 @@ class Steps:
         self._forking: asyncio.Future[Generation] | None = None
         self._left: list[Generation] = []
 
-    def start_first(self) -> None:
-        """Start anchors and ranks of the configured ownership. Does not wait for the ranks."""
-        self.generation = self._next.first()
+    def start_first(self, devices: Sequence[int] | None) -> None:
+        """Start anchors and ranks of the configured ownership, or of some devices. Does not wait for the ranks."""
+        self.generation = self._next.first(devices)
 
     def wait_first(self, timeout_s: float) -> list[dict[str, Any]]:
         """Wait for the first generation; return the schedulers' info. Raises StartFailed."""

@@ -263,6 +263,7 @@ def _policy(options: AnchorOptions, standby: StandbyMode) -> Policy:
         standby=standby,
         rejoin=options.rejoin,
         widths=options.widths,
+        start_devices=options.start_devices,
     )
 
 

@@ -22,7 +22,7 @@ CHANGES = int(os.environ.get("ANCHORTP_CHANGES", "4"))
 
 @pytest.fixture(scope="module")
 def elastic(launch):
-    with launch(4, "--anchor-min-devices", "2") as server:
+    with launch(4, "--anchor-min-devices", "2", "--anchor-start-devices", "1,0,3") as server:
         yield server, Unbroken(server)
 
 
@@ -99,6 +99,16 @@ class Change:
         return self._answers[0]
 
 
+def test_a_server_that_was_started_with_fewer_devices_grows(elastic):
+    server, unbroken = elastic
+    assert states(server) == ["serving", "serving", "drained", "serving"]
+    expected = unbroken(REQUESTS)
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        assert change(server, rejoin=[2])["devices"] == [0, 1, 2, 3]
+    check(expected, streams)
+
+
 def test_streams_go_on_when_a_device_is_drained_and_taken_back(server, unbroken):
     expected = unbroken(REQUESTS)
     before = server.status()
@@ -143,6 +153,8 @@ def test_the_prefix_cache_is_as_it_was_after_a_change(server):
     "body, code, text",
     [
         ({}, 400, "give one of devices, drain and rejoin"),
+        ({"widths": [2, 1, 1]}, 400, "give a width of at least 1 to each of 4 devices"),
+        ({"devices": [0, 1, 2], "widths": [2, 2, 1]}, 400, "widths 2,2,1 do not add up to the 4 KV heads"),
         ({"drain": []}, 400, "give one of"),
         ({"drain": [1], "rejoin": [2]}, 400, "give one of"),
         ({"drain": ["1"]}, 400, "Expected `int`"),
@@ -160,6 +172,23 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(server, body, code, 
     assert found[0] == code and text in found[1], found
     after = server.status()
     assert (after["generation"], after["devices"]) == (before["generation"], before["devices"])
+
+
+def test_shares_follow_new_widths_and_become_equal_again_when_a_device_joins(server, unbroken):
+    expected = unbroken(REQUESTS)
+    heads = [device["kv_bytes"] for device in server.status()["devices"]]
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        change(server, devices=[0, 1, 2], widths=[1, 2, 1])
+        now = [device["kv_bytes"] for device in server.status()["devices"]]
+        assert now == [heads[0], 2 * heads[1], heads[2], 0]
+        change(server, widths=[2, 1, 1])
+        now = [device["kv_bytes"] for device in server.status()["devices"]]
+        assert now == [2 * heads[0], heads[1], heads[2], 0]
+        assert not change(server, widths=[2, 1, 1])["changed"]
+        change(server, rejoin=[3])
+    check(expected, streams)
+    assert [device["kv_bytes"] for device in server.status()["devices"]] == heads
 
 
 def test_a_client_that_goes_away_leaves_the_serving_generation_as_it_is(server, unbroken):

@@ -58,12 +58,12 @@ def test_every_flag_reaches_its_field():
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-max-body-mib 0.5 --anchor-allow-injection"
         " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
         " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
-        " --anchor-standby cold --anchor-rejoin auto --anchor-overlap on --anchor-share-gpus"
+        " --anchor-standby cold --anchor-start-devices 3,0 --anchor-rejoin auto --anchor-overlap on --anchor-share-gpus"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
     expected = ((1, 1), False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, 6.0, "host", 1.5, 2.0)
-    expected += ("cold", "auto", "on", True)
+    expected += ("cold", (0, 3), "auto", "on", True)
     assert dataclasses.astuple(options) == expected
     assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads
 
