@@ -82,6 +82,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
 
     from anchortp_sglang.admission.hooks import NotAdmitted, answer_not_admitted
     from anchortp_sglang.http.middleware import AnchorMiddleware
+    from anchortp_sglang.http.own_routes import guard
 
     def start_loop() -> None:
         start_log.step("HTTP is about to listen")
@@ -99,6 +100,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         max_body_bytes=int(options.max_body_mib * 2**20),
         metrics=_metrics(server_args, runtime),
     )
+    guard(http_server.app)
     http_server.app.add_exception_handler(NotAdmitted, answer_not_admitted)
     http_server.launch_server(server_args)
 

@@ -118,6 +118,19 @@ class OwnRoutes:
         return Answer.of(200, {"ok": True, "verified": True, "detail": detail})
 
 
+def guard(app: Any) -> None:
+    """Have SGLang guard POST to our routes on its FastAPI app as it guards its own admin routes (``--admin-api-key``).
+
+    SGLang looks for the level at a path's handler. These handlers are never called, as our middleware answers first.
+    """
+    from sglang.srt.utils.auth import AuthLevel, auth_level
+
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def answered_before() -> None: ...
+
+    app.add_api_route("/anchortp/{route:path}", answered_before, methods=["POST"], include_in_schema=False)
+
+
 def _refused(code: int, detail: str) -> Answer:
     return Answer.of(code, {"ok": False, "verified": False, "detail": detail})
 

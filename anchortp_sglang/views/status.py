@@ -44,10 +44,10 @@ def status_view(status: Mapping[str, Any]) -> RenderableType:
 def timeline_view(recovery: Mapping[str, Any], width: int = 80) -> RenderableType:
     """Draw a recovery as a Gantt chart of ``width`` columns: each stage of the server and of each device."""
     drawn = rows(recovery)
-    title = (
-        f"generation {_cell(recovery.get('generation'))}, device {_cell(recovery.get('device'))}, "
-        f"{_cell(recovery.get('cause'))} fault: {_cell(recovery.get('reason'))}"
-    )
+    what = f"device {_cell(recovery.get('device'))}, {_cell(recovery.get('cause'))} fault"
+    if recovery.get("cause") == "planned":
+        what = "change of devices"
+    title = f"generation {_cell(recovery.get('generation'))}, {what}: {_cell(recovery.get('reason'))}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("stage", ""):
         table.add_column(heading, no_wrap=True)

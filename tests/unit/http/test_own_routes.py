@@ -5,8 +5,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI
+from sglang.srt.utils.auth import add_api_key_middleware
 
-from anchortp_sglang.http.own_routes import OwnRoutes
+from anchortp_sglang.http.own_routes import OwnRoutes, guard
 
 JSON = ((b"content-type", b"application/json"),)
 NOT_SERVING = SimpleNamespace(generation=None)
@@ -104,3 +106,46 @@ def test_a_type_with_parameters_in_any_case_is_json():
 def test_without_the_flag_nothing_is_read():
     code, detail = said(ask("POST", "/anchortp/inject", b"no JSON", (), allow_injection=False))
     assert code == 403 and "--anchor-allow-injection" in detail
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key", "allowed"),
+    [
+        ("POST", "/anchortp/reconfigure", "", False),
+        ("POST", "/anchortp/reconfigure/", "user", False),
+        ("POST", "/anchortp/inject", "user", False),
+        ("POST", "/anchortp/reconfigure", "admin", True),
+        ("GET", "/anchortp/status", "user", True),
+        ("GET", "/anchortp/status", "", False),
+    ],
+)
+def test_sglang_lets_only_the_admin_key_post(method, path, key, allowed):
+    app, answered = FastAPI(), []
+    guard(app)
+
+    class Ours:
+        def __init__(self, app):
+            pass
+
+        async def __call__(self, scope, receive, send):
+            answered.append(scope["path"])
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    app.add_middleware(Ours)
+    add_api_key_middleware(app, api_key="user", admin_api_key="admin")
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    scope = {
+        **{"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""},
+        **{"server": ("localhost", 1), "scheme": "http", "http_version": "1.1", "root_path": ""},
+        "headers": [(b"authorization", f"Bearer {key}".encode())] if key else [],
+    }
+    asyncio.run(app(scope, receive, send))
+    assert (sent[0]["status"] == 200, bool(answered)) == (allowed, allowed)
