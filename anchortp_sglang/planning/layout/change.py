@@ -6,6 +6,7 @@ from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.planning.layout.moves import fill_moves, moved_bytes
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import Ownership
 
 
 def change_of(model: ModelAxes, before: WeightPlacement, after: WeightPlacement) -> dict[str, Any]:
@@ -21,8 +22,8 @@ def change_of(model: ModelAxes, before: WeightPlacement, after: WeightPlacement)
     for rank, device in enumerate(new.devices):
         moved = moved_bytes(fill_moves(model, new, rank, old, leaving))
         stay, size = after.shards[rank].reused_bytes, shard_layout(model, new, rank).total_bytes
-        had = shard_layout(model, old, old.devices.index(device)).total_bytes if device in old.devices else 0
-        least += max(0, size - had)
+        had = _bytes_held(model, old, old.devices.index(device)) if device in old.devices else 0
+        least += max(0, sum(moved.values()) - had)
         devices.append(
             {
                 "id": device,
@@ -35,3 +36,8 @@ def change_of(model: ModelAxes, before: WeightPlacement, after: WeightPlacement)
         )
     moved_total = sum(each["p2p_bytes"] + each["reload_bytes"] for each in devices)
     return {"moved_bytes": moved_total, "least_bytes": least, "devices": devices}
+
+
+def _bytes_held(model: ModelAxes, ownership: Ownership, rank: int) -> int:
+    """Return the bytes of a rank's shard, without padding."""
+    return sum(moved_bytes(fill_moves(model, ownership, rank, None)).values())

@@ -111,6 +111,7 @@ def headline(recovery: Mapping[str, Any]) -> str:
         "device": f"device{'s' * (len(lost) > 1)} {', '.join(map(str, lost))} lost",
         "process": f"rank on device {device} died" if device >= 0 else "fault outside of the devices",
         "hang": f"rank on device {device} hung",
+        "planned": str(recovery.get("reason")),
     }.get(str(recovery.get("cause")), "fault")
     return f"{what}{width}"
 

@@ -143,8 +143,15 @@ def test_sglang_lets_only_the_admin_key_post(method, path, key, allowed):
         return {"type": "http.request", "body": b""}
 
     scope = {
-        **{"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b""},
-        **{"server": ("localhost", 1), "scheme": "http", "http_version": "1.1", "root_path": ""},
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "server": ("localhost", 1),
+        "scheme": "http",
+        "http_version": "1.1",
+        "root_path": "",
         "headers": [(b"authorization", f"Bearer {key}".encode())] if key else [],
     }
     asyncio.run(app(scope, receive, send))

@@ -261,37 +261,43 @@ class KVLife(RuleBasedStateMachine):
             self.restore(ownership, self.plan(ownership.tp_size), cut_off=True)
         self.recover(ownership, self.plan(ownership.tp_size))
 
-    @precondition(lambda self: self.at.ownership.tp_size < len(DEVICES))
-    @rule()
-    def devices_come_back(self) -> None:
-        self.recover(split(MODEL, DEVICES), self.plan(len(DEVICES)))
+    @rule(seed=seeds)
+    def devices_are_changed(self, seed: int) -> None:
+        """Some leave, whose KV is still there; some join, with none."""
+        rng = random.Random(seed)
+        devices = set(rng.sample(DEVICES, rng.randint(1, len(DEVICES))))
+        devices.add(rng.choice(self.at.ownership.devices))
+        ownership = reconfigure(MODEL, self.at.ownership, sorted(devices))
+        leaving = tuple(device for device in self.at.ownership.devices if device not in devices)
+        self.recover(ownership, self.plan(ownership.tp_size), leaving)
 
     def restore(
-        self, ownership: Ownership, plan: KVPlan, cut_off: bool = False
+        self, ownership: Ownership, plan: KVPlan, cut_off: bool = False, leaving: tuple[int, ...] = ()
     ) -> tuple[RetainedSlots, list[KVSegment]]:
         """What the new ranks do, each by itself, before any of them is ready."""
         old = self.at
         found, segments = set(), []
         for rank in range(ownership.tp_size):
             entries, mirror, usable = old.table.entries(), None, None
-            if lost_heads(MODEL, ownership, old.ownership):
+            if lost_heads(MODEL, ownership, old.ownership, leaving):
                 mirror = self.mirror
                 usable = restorable_slots(entries, mirror)
             retained = retain(entries, usable, plan.rows, plan.page_size)
             found.add(retained.digest())
             segment = self.new_segment(plan, ownership, rank)
-            moves = kv_moves(MODEL, ownership, rank, old.ownership)
+            moves = kv_moves(MODEL, ownership, rank, old.ownership, leaving)
             moves = moves[: len(moves) // 2] if cut_off else moves
             move_retained(retained, segment, moves, lambda device: old.kv[old.ownership.devices.index(device)], mirror)
             segments.append(segment)
         assert len(found) == 1, "ranks keep different slots"
         return retained, segments
 
-    def recover(self, ownership: Ownership, plan: KVPlan) -> None:
+    def recover(self, ownership: Ownership, plan: KVPlan, leaving: tuple[int, ...] = ()) -> None:
         old = self.at
-        lost = lost_heads(MODEL, ownership, old.ownership)
+        lost = lost_heads(MODEL, ownership, old.ownership, leaving)
+        assert not (lost and leaving), "all that a change needs is on some device"
         expected = self.expected_retained(lost)
-        retained, kv = self.restore(ownership, plan)
+        retained, kv = self.restore(ownership, plan, leaving=leaving)
         assert set(retained.slots.tolist()) <= expected
         wanted, found = self.chains_that_end_pages(expected), self.chains_that_end_pages(retained.slots.tolist())
         assert len(retained.slots) == len(found) * self.page_size
