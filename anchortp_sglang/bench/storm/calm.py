@@ -16,8 +16,13 @@ _POLL_S = 0.05
 
 
 def is_calm(tree: Tree, clients: Clients, struck_all: Sequence[Struck], moment: float) -> bool:
-    """Return whether pauses are over, all ranks run, and a client got a token after ``moment`` (time.monotonic())."""
+    """Return whether pauses and changes are over, all ranks run, and a client got a token since.
+
+    ``moment``: the end of the blows (time.monotonic()).
+    """
     if any(is_stopped(pid) for struck in struck_all if struck.blow.manner == "pause" for pid in struck.pids):
+        return False
+    if any(struck.under_way for struck in struck_all):
         return False
     status = tree.server.status()
     if status["state"] not in ("serving", "degraded"):

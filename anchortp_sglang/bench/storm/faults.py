@@ -1,11 +1,14 @@
 """A storm's faults: real signals to the processes of a live server, and proof that each took effect."""
 
 import os
+import random
 import signal
 import threading
 import time
+import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any
 
 from anchortp_sglang.bench.storm.schedule import Blow
@@ -15,6 +18,7 @@ _ATTEMPTS = 3
 _VICTIM_TIMEOUT_S = 3.0
 _DEATH_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 1.0
+_CHANGE_TIMEOUT_S = 60.0
 _POLL_S = 0.005
 _SIGNALS = {
     "kill": signal.SIGKILL,
@@ -26,13 +30,23 @@ _SIGNALS = {
 
 @dataclass
 class Struck:
-    """Effect of a blow. ``pids``: the processes struck, if any. ``effect``: each of them was seen dead or stopped."""
+    """Effect of a blow. ``pids``: the processes struck, if any. ``effect``: each of them was seen dead or stopped.
+
+    Of a change of devices: it was made, or refused with a reason. ``under_way``: not yet answered; ``answer``: in short.
+    """
 
     blow: Blow
     generation: int
     state: str
     pids: list[int] = field(default_factory=list)
     effect: bool = False
+    under_way: bool = False
+    answer: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the blow had a victim, but not its effect."""
+        return not self.effect and (bool(self.pids) or self.blow.manner == "change")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -41,14 +55,18 @@ class Struck:
             "effect": self.effect,
             "generation": self.generation,
             "state": self.state,
+            "answer": self.answer,
         }
 
 
 def strike(tree: Tree, blow: Blow) -> Struck:
     """Send the blow's signals and observe their effect. Waits for a victim if there is none, as between generations.
 
-    They are sent again if the effect is not seen: a server continues a stopped helper, perhaps before one looks.
+    They are sent again if the effect is not seen: a server continues a stopped helper, perhaps before one looks. A
+    change of devices is only begun.
     """
+    if blow.manner == "change":
+        return _begin_change(tree, blow)
     deadline = time.monotonic() + _VICTIM_TIMEOUT_S
     while not (victims := _victims(tree, blow)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -65,6 +83,28 @@ def strike(tree: Tree, blow: Blow) -> Struck:
         timer = threading.Timer(blow.pause_s, release, [struck.pids])
         timer.daemon = True
         timer.start()
+    return struck
+
+
+def _begin_change(tree: Tree, blow: Blow) -> Struck:
+    """Ask for two or more of the server's devices; another thread waits for the answer."""
+    status = tree.server.status()
+    ids, rng = [device["id"] for device in status["devices"]], random.Random(blow.draw)
+    devices = rng.sample(ids, rng.randint(min(2, len(ids)), len(ids)))
+    struck = Struck(blow, status["generation"], status["state"], under_way=True)
+
+    def ask() -> None:
+        try:
+            answer = tree.server.post("/anchortp/reconfigure", {"devices": devices}, _CHANGE_TIMEOUT_S)
+            struck.effect, struck.answer = True, f"devices {answer['devices']}, changed: {answer['changed']}"
+        except urllib.error.HTTPError as error:
+            struck.effect, struck.answer = error.code in (409, 503), error.read().decode(errors="replace")
+        except (OSError, HTTPException, ValueError) as error:
+            struck.answer = repr(error)
+        finally:
+            struck.under_way = False
+
+    threading.Thread(target=ask, name="storm-change", daemon=True).start()
     return struck
 
 

@@ -62,8 +62,12 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        effects = all(struck.effect for struck in self.struck if struck.pids)
-        return effects and not self.leaks and not self.problems and all(v == RIGHT for _, v in self.judged)
+        return (
+            not any(struck.failed for struck in self.struck)
+            and not self.leaks
+            and not self.problems
+            and all(v == RIGHT for _, v in self.judged)
+        )
 
 
 class Storm:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# kill: SIGKILL; crash: SIGSEGV; stop: SIGSTOP for good; pause: SIGSTOP, and SIGCONT after a while.
+# kill: SIGKILL; crash: SIGSEGV; stop: SIGSTOP for good; pause: SIGSTOP, and SIGCONT after a while; change: no fault, but
+# a request for other devices, in whose middle the next blow may come.
 _EVERY = ("kill", "crash", "stop", "pause")
 TARGETS = {
     "rank": (6, _EVERY),
@@ -19,6 +20,7 @@ TARGETS = {
     "reserve": (1, _EVERY),
     "spare": (1, _EVERY),
     "standby": (1, _EVERY),
+    "devices": (4, ("change",)),
 }
 """Targets: (number of cards in the deck for each manner, manners)."""
 

@@ -46,7 +46,7 @@ def _faults(report: Report) -> dict[str, dict[str, int]]:
     """Count faults by kind and outcome: effect, no effect, no victim."""
     kinds: dict[str, Counter[str]] = {}
     for struck in report.struck:
-        outcome = "effect" if struck.effect else "no effect" if struck.pids else "no victim"
+        outcome = "effect" if struck.effect else "no effect" if struck.failed else "no victim"
         kinds.setdefault(struck.blow.kind, Counter())[outcome] += 1
     return {kind: dict(counts) for kind, counts in sorted(kinds.items())}
 
