@@ -32,7 +32,7 @@ _SIGNALS = {
 class Struck:
     """Effect of a blow. ``pids``: the processes struck, if any. ``effect``: each of them was seen dead or stopped.
 
-    Of a change of devices: it was made, or refused with a reason. ``under_way``: not yet answered; ``answer``: in short.
+    Of a change of devices: it was made, or refused with a reason. ``under_way``: not answered yet.
     """
 
     blow: Blow

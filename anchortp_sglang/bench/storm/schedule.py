@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# kill: SIGKILL; crash: SIGSEGV; stop: SIGSTOP for good; pause: SIGSTOP, and SIGCONT after a while; change: no fault, but
-# a request for other devices, in whose middle the next blow may come.
+# kill: SIGKILL; crash: SIGSEGV; stop: SIGSTOP for good; pause: SIGSTOP, and SIGCONT after a while.
 _EVERY = ("kill", "crash", "stop", "pause")
 TARGETS = {
     "rank": (6, _EVERY),
@@ -20,7 +19,7 @@ TARGETS = {
     "reserve": (1, _EVERY),
     "spare": (1, _EVERY),
     "standby": (1, _EVERY),
-    "devices": (4, ("change",)),
+    "devices": (4, ("change",)),  # no fault, but a request for other devices; the next blow may come in its middle
 }
 """Targets: (number of cards in the deck for each manner, manners)."""
 
