@@ -13,7 +13,7 @@ from anchortp_sglang.http.body_limit import Receive, limited
 from anchortp_sglang.http.status import status
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.inject import InjectionError, inject
-from anchortp_sglang.recovery.reconfiguration import ChangeRefused
+from anchortp_sglang.recovery.reconfiguration import ChangeRefused, Wish
 from anchortp_sglang.views.timeline_page import main_part, page
 
 _READ = ("GET", "HEAD")
@@ -59,11 +59,10 @@ class _Change(msgspec.Struct, forbid_unknown_fields=True):
         if len(given) > 1 or not (given[0] if given else self.widths):
             raise ValueError("give one of devices, drain and rejoin, a list of device ids, or widths")
 
-    def find(self, serving: frozenset[int]) -> frozenset[int]:
-        """Return the devices that are to serve after those that serve now."""
-        if self.devices is not None:
-            return frozenset(self.devices)
-        return serving.difference(self.drain or ()).union(self.rejoin or ())
+    def wish(self) -> Wish:
+        devices = None if self.devices is None else frozenset(self.devices)
+        widths = None if self.widths is None else tuple(self.widths)
+        return Wish(devices, frozenset(self.drain or ()), frozenset(self.rejoin or ()), widths)
 
 
 class OwnRoutes:
@@ -99,7 +98,7 @@ class OwnRoutes:
         change = await _decoded(scope, receive, _Change, _CHANGES)
         if isinstance(change, Answer):
             return change
-        make = self._coordinator.reconfiguration.change(change.find, change.generation, change.dry_run, change.widths)
+        make = self._coordinator.reconfiguration.change(change.wish(), change.generation, change.dry_run)
         try:
             return Answer.of(200, {"ok": True, **await _unless_gone(make, receive)})
         except ChangeRefused as error:

@@ -73,6 +73,7 @@ class Coordinator:
             policy.standby == "warm",
             Seams(
                 self._serving,
+                lambda: self.state.phase in (Phase.DOWN, Phase.STOPPED),
                 self._housekeeping.look_now,
                 self._send,
                 self._take_over,

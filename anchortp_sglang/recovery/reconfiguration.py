@@ -41,16 +41,38 @@ class ChangeRefused(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Wish:
+    """The devices that somebody wants to serve: ``devices``, or if that is None the serving ones with some changes.
+
+    ``widths``: KV heads of each device, in the order of ids; None to leave that open.
+    """
+
+    devices: frozenset[int] | None = None
+    drain: frozenset[int] = frozenset()
+    rejoin: frozenset[int] = frozenset()
+    widths: tuple[int, ...] | None = None
+
+    def after(self, serving: frozenset[int]) -> frozenset[int]:
+        """Return the devices that are to serve after those that serve now."""
+        return (serving - self.drain) | self.rejoin if self.devices is None else self.devices
+
+    def away(self, configured: frozenset[int]) -> frozenset[int]:
+        """Return the devices that are to stay away, even if they do not serve now."""
+        return self.drain if self.devices is None else configured - self.devices
+
+
+@dataclass(frozen=True)
 class Seams:
     """What a change needs of the coordinator; all on the event loop.
 
-    ``serving`` returns the generation that serves, or None; ``build_now`` has the helpers looked after at once;
-    ``send`` sends a message to the ranks; ``take_over`` starts the target's generation in place of the serving one, and
-    returns False if none serves; ``device_errors`` returns reasons of devices that are lost although their anchors
-    live; ``spawn`` runs a coroutine as a task.
+    ``serving`` returns the generation that serves, or None; ``is_down``, whether the server has given up; ``build_now``
+    has the helpers looked after at once; ``send`` sends a message to the ranks; ``take_over`` starts the target's
+    generation in place of the serving one, and returns False if none serves; ``device_errors`` returns reasons of
+    devices that are lost although their anchors live; ``spawn`` runs a coroutine as a task.
     """
 
     serving: Callable[[], Generation | None]
+    is_down: Callable[[], bool]
     build_now: Callable[[], None]
     send: Callable[[Any], None]
     take_over: Callable[[Target, str], bool]
@@ -98,18 +120,11 @@ class Reconfiguration:
         devices = frozenset(serving.ownership.devices)
         return devices, self._configured - devices - self.drained
 
-    async def change(
-        self,
-        find: Callable[[frozenset[int]], frozenset[int]],
-        generation: int | None = None,
-        dry_run: bool = False,
-        widths: Sequence[int] | None = None,
-    ) -> dict[str, Any]:
-        """Change to the devices that ``find`` returns for the serving ones; answer with what was moved, or would be.
+    async def change(self, wish: Wish, generation: int | None = None, dry_run: bool = False) -> dict[str, Any]:
+        """Make a wish come true; answer with what was moved, or would be.
 
-        ``generation``: the one that must serve, or None. ``widths``: KV heads of each device, in the order of ids.
-        Nothing is done if it is so already. Cancelled before the new generation takes over, nothing is changed. Raises
-        ChangeRefused.
+        ``generation``: the one that must serve, or None. Nothing is done if it is so already. Cancelled before the new
+        generation takes over, nothing is changed. Raises ChangeRefused.
         """
         serving = self._seams.serving()
         if serving is None:
@@ -119,13 +134,15 @@ class Reconfiguration:
         if self._target is not None:
             raise ChangeRefused(409, "a change of devices is under way")
         before = frozenset(serving.ownership.devices)
-        wanted = find(before)
-        self._check(wanted, before)
+        wanted = wish.after(before)
+        self._check(wanted, wish.away(self._configured), before)
         same = {"changed": False, "generation": serving.number, "devices": sorted(before)}
-        if wanted == before and widths is None:
+        if not dry_run:
+            self.drained |= wish.away(self._configured) - before
+        if wanted == before and wish.widths is None:
             return same
         try:
-            target = await in_thread(self._next.target_for, wanted, _by_device(wanted, widths))
+            target = await in_thread(self._next.target_for, wanted, _by_device(wanted, wish.widths))
             if target.ownership == serving.ownership:
                 return same
             answer = await in_thread(change_of, self._processes.plan.model, serving.weights, target.weights)
@@ -139,8 +156,8 @@ class Reconfiguration:
         seconds = round(time.monotonic() - began, 3)
         return {"changed": True, "generation": number, "devices": sorted(wanted), "seconds": seconds, "plan": answer}
 
-    def _check(self, wanted: frozenset[int], before: frozenset[int]) -> None:
-        if strangers := wanted - self._configured:
+    def _check(self, wanted: frozenset[int], away: frozenset[int], before: frozenset[int]) -> None:
+        if strangers := (wanted | away) - self._configured:
             raise ChangeRefused(400, f"devices {sorted(strangers)} are none of {sorted(self._configured)}")
         errors = self._seams.device_errors()
         if broken := [f"device {device}: {errors[device]}" for device in wanted - before if device in errors]:
@@ -197,18 +214,19 @@ class Reconfiguration:
         while new is None or new is serving:
             await asyncio.sleep(_POLL_S)
             new = self._seams.serving()
-        self._end()
-        devices = set(new.ownership.devices)
-        made = devices == set(target.ownership.devices)
-        if made:
+            if self._seams.is_down():
+                self._end()
+                return _fail(done, "the server is down: look at its status", 503)
+        if new.weights == target.weights:
             self.drained = self.drained.difference(target.joining).union(target.leaving)
             self._processes.anchors.planned = None
-        if made:
+        devices = new.ownership.devices
+        await in_thread(self._processes.anchors.end, {*target.joining, *target.leaving}.difference(devices), new.number)
+        self._end()
+        if new.weights == target.weights:
             done.set_result(new.number)
         else:
             _fail(done, f"a fault came in between: devices {sorted(devices)} serve, as generation {new.number}")
-        unused = {*target.joining, *target.leaving} - devices
-        await in_thread(self._processes.anchors.end, unused, new.number)
 
     async def _let_leave(self, serving: Generation) -> None:
         """Let the serving ranks end after their step; those that take too long are killed afterwards."""
@@ -234,8 +252,8 @@ def _by_device(devices: Collection[int], widths: Sequence[int] | None) -> dict[i
     return dict(zip(sorted(devices), widths, strict=True))
 
 
-def _fail(done: "asyncio.Future[int]", text: str) -> None:
-    done.set_exception(ChangeRefused(409, text))
+def _fail(done: "asyncio.Future[int]", text: str, code: int = 409) -> None:
+    done.set_exception(ChangeRefused(code, text))
     done.exception()  # somebody may wait for it no more
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from anchortp_sglang.recovery.reconfiguration import ChangeRefused, Reconfiguration
+from anchortp_sglang.recovery.reconfiguration import ChangeRefused, Reconfiguration, Wish
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ async def take_back_lost(reconfiguration: Reconfiguration) -> None:
         device = due[0]
         log.info("anchortp: device %d was lost; it is tried again", device)
         try:
-            await reconfiguration.change(lambda devices, device=device: devices | {device})  # type: ignore[misc]
+            await reconfiguration.change(Wish(rejoin=frozenset({device})))
         except ChangeRefused as refusal:
             log.warning("anchortp: device %d was not taken back: %s", device, refusal)
             hold_offs.failed(device, time.monotonic())

@@ -1,7 +1,8 @@
 """``anchortp bench storm``: a mixed load and seeded faults of every kind, until the schedule is done.
 
 Each client's answer is compared with the answer before the first fault, and what the quiet server holds at the end with
-what it held before. A server that is too narrow for another loss, or no longer serves, is replaced by a new one.
+what it held before. A server that is too narrow for another loss takes its devices back; one that no longer serves is
+replaced by a new one.
 """
 
 import json
@@ -62,12 +63,9 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return (
-            not any(struck.failed for struck in self.struck)
-            and not self.leaks
-            and not self.problems
-            and all(v == RIGHT for _, v in self.judged)
-        )
+        if self.leaks or self.problems or any(struck.failed for struck in self.struck):
+            return False
+        return all(verdict == RIGHT for _, verdict in self.judged)
 
 
 class Storm:
@@ -172,7 +170,17 @@ class Storm:
         calm = partial(is_calm, tree, clients, dealt, moment)
         if not within(_CALM_TIMEOUT_S, calm):
             return self._problem(f"{kinds}: not serving {_CALM_TIMEOUT_S:g} s later: {state_of(tree.server)}")
-        return int(tree.server.status()["tp_size"]) > _MIN_WIDTH
+        return int(tree.server.status()["tp_size"]) > _MIN_WIDTH or self._grows(tree.server)
+
+    def _grows(self, server: Server) -> bool:
+        """Have a narrow server take all its devices back; return whether it did."""
+        devices = [device["id"] for device in server.status()["devices"]]
+        self._progress(f"server {self.report.servers}: all devices are taken back")
+        try:
+            server.post("/anchortp/reconfigure", {"devices": devices}, _CALM_TIMEOUT_S)
+        except UNANSWERED as error:
+            return self._problem(f"lost devices were not taken back: {error}")
+        return True
 
     def _blows(self, tree: Tree, burst: Burst) -> Any:
         for blow in burst.blows:

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _DETOKENIZER_TIMEOUT_S = 10.0
 _DEATH_TIMEOUT_S = 5.0
+_MOVE_TIMEOUT_S = 1200.0  # of a planned generation, whose weights are moved at low priority
 
 
 class ServerProcesses:
@@ -185,6 +186,8 @@ class ServerProcesses:
             self.anchors.provide(number, target)
         control = self.anchors.make_standby_control(number, weights.ownership)
         standby = Standby(number, weights, make_store(), control)
+        if target is not None:
+            standby.build_timeout_s = _MOVE_TIMEOUT_S
         try:
             store_port = standby.store.port
             for spec in self._rank_specs(number, weights, held, True, store_port, leaving=leaving, standby=True):

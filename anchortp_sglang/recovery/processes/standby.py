@@ -25,7 +25,6 @@ from anchortp_sglang.recovery.processes.zygote import Child, ZygoteError
 
 log = logging.getLogger(__name__)
 
-_BUILD_TIMEOUT_S = 120.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 4.0, 600.0
 
 
@@ -41,6 +40,7 @@ class Standby:
     store: Any
     control: mmap.mmap
     ranks: list[Child] = field(default_factory=list)
+    build_timeout_s: float = 120.0
     _began: float = field(default_factory=time.monotonic)
     _reported: set[int] = field(default_factory=set)
     _failure: str = ""
@@ -68,8 +68,8 @@ class Standby:
             if report is not None:
                 return f"rank {rank}: {report[1]}"
             self._reported.add(rank)
-        if not self.ready and time.monotonic() > self._began + _BUILD_TIMEOUT_S:
-            return f"it was not built within {_BUILD_TIMEOUT_S:g} s"
+        if not self.ready and time.monotonic() > self._began + self.build_timeout_s:
+            return f"it was not built within {self.build_timeout_s:g} s"
         return ""
 
     def end(self) -> None:
