@@ -10,6 +10,8 @@ import os
 import signal
 from collections.abc import Collection, Iterable, Sequence
 
+import zmq
+
 from anchortp_sglang.anchor.client import AnchorClient, AnchorError, AnchorTimeout
 from anchortp_sglang.anchor.launch import AnchorProcess, find_anchor, start_anchor
 from anchortp_sglang.anchor.messages import SegmentInfo
@@ -120,7 +122,8 @@ class Anchors:
         """Return the client of a device's anchor. ``timeout_s``: of each call."""
         key = device, timeout_s
         if key not in self._clients:
-            self._clients[key] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, timeout_s)
+            plan, context = self.plan, zmq.Context.instance()
+            self._clients[key] = AnchorClient(plan.run_dir, plan.run_id, device, timeout_s, context)
         return self._clients[key]
 
     def alive(self, device: int) -> bool:
