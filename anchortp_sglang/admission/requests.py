@@ -37,10 +37,6 @@ REQUEST_FIELDS = {
 
 # Keys of sampling_params that cannot be resumed; beam_width is judged by its value.
 SAMPLING_KEYS = {
-    "json_schema": "output constrained by a grammar (json_schema)",
-    "regex": "output constrained by a grammar (regex)",
-    "ebnf": "output constrained by a grammar (ebnf)",
-    "structural_tag": "output constrained by a grammar (structural_tag)",
     "watermark": "a watermark",
 }
 

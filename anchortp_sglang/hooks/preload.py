@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anchortp_sglang.hooks import grammar_backend
+
 log = logging.getLogger(__name__)
 
 _NEEDED = (
@@ -40,6 +42,7 @@ _LATE = (
     "anchortp_sglang.platforms.cpu.mover",
     "anchortp_sglang.platforms.cuda.device_memory",
     "anchortp_sglang.platforms.cuda.mover",
+    "anchortp_sglang.rank.grammars",
     "anchortp_sglang.rank.penalties",
     "anchortp_sglang.rank.warmup",
 )
@@ -88,9 +91,9 @@ def _try_import(name: str) -> None:
 
 
 def preload(view: Any) -> None:
-    """Load SGLang's modules and the tokenizer."""
+    """Load SGLang's modules and the tokenizer, and what grammars need of it."""
     import_sglang()
-    _tokenizer(view)
+    grammar_backend.prepare(view, _tokenizer(view))
 
 
 @functools.lru_cache(maxsize=4)
@@ -106,10 +109,10 @@ def around_get_tokenizer(original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
 
-def _tokenizer(view: Any) -> None:
+def _tokenizer(view: Any) -> Any:
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-    get_tokenizer(
+    return get_tokenizer(
         view.tokenizer_path or view.model_path,
         tokenizer_mode=view.tokenizer_mode,
         trust_remote_code=view.trust_remote_code,

@@ -16,7 +16,7 @@ from typing import Any
 
 import setproctitle
 
-from anchortp_sglang.rank import handover, heartbeat, leave, standby
+from anchortp_sglang.rank import grammars, handover, heartbeat, leave, standby
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, Attachment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
 from anchortp_sglang.rank.kv.prefixes import no_prefixes, open_prefixes
@@ -207,12 +207,15 @@ def around_add_request_to_queue(
 ) -> None:
     """AROUND Scheduler._add_request_to_queue: a resumed request has been admitted before, and may have tokens.
 
+    Its grammar is ready now, and follows them.
+
     A client that has tokens has the input's logprobs, too. SGLang reuses no KV after the start of the requested
     logprobs (``Req._compute_max_prefix_len``), so this start is set behind all tokens. handle_generate_request sets it
     after the request is made, and accepts none after the prompt.
 
     Requests that wait to be resumed do not count for --max-queued-requests: most of them were running.
     """
+    grammars.restore(req, scheduler.batch_result_processor)
     if _is_resumed(req) and req.return_logprob and req.output_ids:
         req.logprob_start_len = len(req.origin_input_ids) + len(req.output_ids)
     limit = scheduler.max_queued_requests
@@ -232,6 +235,7 @@ def _is_resumed(req: Any) -> bool:
 def _seed(scheduler: Any, req: Any, received: Resume) -> None:
     delivered = len(received.delivered)
     req.output_ids.extend(received.delivered)
+    grammars.expect(req)
     req.send_token_offset = delivered
     req.send_decode_id_offset = min(CONTEXT_TOKENS, len(req.origin_input_ids_unpadded)) + delivered
     # As after a retraction: origin + output are prefilled again (refresh_fill_ids). The stain freezes cached_tokens,

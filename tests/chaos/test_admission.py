@@ -18,15 +18,15 @@ COMPLETION = {"model": "default", "prompt": "hello", "max_tokens": 4}
 GENERATE = {"text": "hello", "sampling_params": {"max_new_tokens": 4}}
 REFUSED = {
     "/generate": [
-        GENERATE | {"sampling_params": {"max_new_tokens": 4, "regex": "a+"}},
+        GENERATE | {"sampling_params": {"max_new_tokens": 4, "beam_width": 2}},
         GENERATE | {"return_hidden_states": True},
-        {"text": ["hello", "there"], "sampling_params": [{}, {"json_schema": "{}"}]},
+        {"text": ["hello", "there"], "sampling_params": [{}, {"beam_width": 2}]},
     ],
     "/v1/chat/completions": [
-        CHAT | {"response_format": {"type": "json_object"}},
-        CHAT | {"regex": "a+"},
+        CHAT | {"return_hidden_states": True},
+        CHAT | {"lora_path": "adapter"},
     ],
-    "/v1/completions": [COMPLETION | {"regex": "a+"}, COMPLETION | {"json_schema": "{}"}],
+    "/v1/completions": [COMPLETION | {"return_hidden_states": True}, COMPLETION | {"lora_path": "adapter"}],
 }
 
 

@@ -1,5 +1,6 @@
 """The requests of a storm: every kind that the server accepts, and some that it must refuse. Pure."""
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,13 @@ class Request:
 def make_requests(seed: int, vocab_size: int) -> list[Request]:
     """Return requests of all kinds, each in one to three sizes."""
     rng = random.Random(seed)
-    return [*_generate(rng, vocab_size), *_openai(rng), *_leaving(rng, vocab_size), *_refused(vocab_size)]
+    return [
+        *_generate(rng, vocab_size),
+        *_grammars(rng, vocab_size),
+        *_openai(rng),
+        *_leaving(rng, vocab_size),
+        *_refused(vocab_size),
+    ]
 
 
 def _generate(rng: random.Random, vocab_size: int) -> Iterator[Request]:
@@ -62,6 +69,28 @@ def _generate(rng: random.Random, vocab_size: int) -> Iterator[Request]:
     logprobs = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2}
     yield _request("logprobs", {"input_ids": ids(150)} | logprobs, 32, stream=True)
     yield _request("logprobs", {"input_ids": ids(20), "return_logprob": True}, 48)
+
+
+def _grammars(rng: random.Random, vocab_size: int) -> Iterator[Request]:
+    def ask(name: str, grammar: str) -> Request:
+        prompt = {"input_ids": _ids(rng, vocab_size, 20)}
+        return _request(name, prompt, 96, stream=True, ignore_eos=False, **{name: grammar})
+
+    words = "(yes|no|perhaps)"
+    number = {"type": "integer", "minimum": 10, "maximum": 9999}
+    yield ask("regex", f"{words}( {words}){{20,40}}")
+    yield ask("ebnf", 'root ::= "[" number ("," number){20,40} "]"\nnumber ::= [1-9][0-9]{1,5}')
+    yield ask("json_schema", json.dumps({"type": "array", "items": number, "minItems": 10, "maxItems": 20}))
+    tag = {
+        "type": "tag",
+        "begin": "<call>",
+        "content": {"type": "json_schema", "json_schema": number},
+        "end": "</call>",
+    }
+    yield ask("structural_tag", json.dumps({"type": "structural_tag", "format": tag}))
+    response_format = {"type": "json_schema", "json_schema": {"name": "number", "schema": number}}
+    chat = {"messages": [{"role": "user", "content": rng.choice(_TEXTS)}], "max_tokens": 48}
+    yield Request("response_format", "/v1/chat/completions", _OPENAI | chat | {"response_format": response_format})
 
 
 def _openai(rng: random.Random) -> Iterator[Request]:
@@ -93,8 +122,8 @@ def _refused(vocab_size: int) -> Iterator[Request]:
         {"temperature": -1},
         {"top_p": 2},
         {"min_new_tokens": 9, "max_new_tokens": 8},
-        {"regex": "a+"},
-        {"json_schema": "{}"},
+        {"regex": "("},
+        {"json_schema": "no JSON"},
         {"stop_regex": "("},
         {"logit_bias": {str(10 * vocab_size): 1.0}},
     ):
@@ -110,7 +139,7 @@ def _refused(vocab_size: int) -> Iterator[Request]:
     for body in bad:
         yield Request("bad input", "/generate", body | {"sampling_params": {"max_new_tokens": 4}}, "refused")
     yield Request("bad OpenAI", "/v1/completions", _OPENAI | {"prompt": "hello", "max_tokens": -5}, "refused")
-    yield Request("bad OpenAI", "/v1/chat/completions", chat | {"response_format": {"type": "json_object"}}, "refused")
+    yield Request("bad OpenAI", "/v1/chat/completions", chat | {"return_hidden_states": True}, "refused")
     yield Request("bad OpenAI", "/v1/chat/completions", chat | {"messages": []}, "refused")
 
 

@@ -44,8 +44,6 @@ _FLAGS: dict[str, object] = {
     "disable_overlap_schedule": True,
     # Otherwise rank 0 polls its sockets without pause (Scheduler.event_loop_normal) and keeps all ranks busy.
     "sleep_on_idle": True,
-    # Constrained output cannot be resumed yet and is refused at admission; each rank would load its backend.
-    "grammar_backend": "none",
     # Otherwise GroupCoordinator.__init__ tries it and logs a warning for each group (dispatch_custom_allreduce).
     "disable_custom_all_reduce": True,
 }

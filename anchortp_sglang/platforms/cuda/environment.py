@@ -21,8 +21,6 @@ def cuda_defaults(flags: Mapping[str, object], environ: Mapping[str, str], share
 
 _FLAGS: dict[str, object] = {
     "device": "cuda",
-    # As on the CPU (platforms/cpu/environment.py).
-    "grammar_backend": "none",
 }
 
 _SHARED_FLAGS: dict[str, object] = {

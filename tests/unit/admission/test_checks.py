@@ -179,7 +179,7 @@ def request(**fields):
     [
         {},
         {"sampling_params": None},
-        {"sampling_params": [{"n": 4, "regex": None}, {"json_schema": "", "beam_width": 1}]},
+        {"sampling_params": [{"n": 4, "regex": "a+"}, {"json_schema": "{}", "beam_width": 1}]},
         {"image_data": [None, None], "lora_path": [None], "custom_logit_processor": [None, None]},
         {"return_hidden_states": [False, False], "bootstrap_room": [None], "return_logprob": [False]},
         {"stream": True, "priority": 3, "extra_key": "k", "cache_salt": "s"},
@@ -204,9 +204,7 @@ def test_plain_requests_and_batches_of_nothing_special_are_admitted(fields):
         ("return_sampling_mask", {"return_sampling_mask": [False, True]}),
         ("custom_logit_processor", {"custom_logit_processor": "{}"}),
         ("bootstrap_room", {"bootstrap_room": 0}),
-        ("regex", {"sampling_params": [{}, {"regex": "a+"}]}),
-        ("json_schema", {"sampling_params": {"json_schema": "{}"}}),
-        ("structural_tag", {"sampling_params": {"structural_tag": "t"}}),
+        ("watermark", {"sampling_params": [{}, {"watermark": {"key": "k"}}]}),
         ("beam_width", {"sampling_params": {"beam_width": 2}}),
     ],
 )

@@ -143,7 +143,7 @@ class TestGraphs:
 
 class TestSettings:
     def test_what_was_given_stays(self) -> None:
-        defaults = cuda_defaults({"device": "cuda", "grammar_backend": "x"}, {"OPENBLAS_NUM_THREADS": "4"}, False)
+        defaults = cuda_defaults({"device": "cuda"}, {"OPENBLAS_NUM_THREADS": "4"}, False)
         assert defaults.flags == {}
         assert "OPENBLAS_NUM_THREADS" not in defaults.env
         assert defaults.env["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
