@@ -185,8 +185,8 @@ HOOKS: tuple[Hook, ...] = (
         _SCHEDULER + "_add_request_to_queue",
         "around",
         rank_main.around_add_request_to_queue,
-        "a resumed request's grammar follows its tokens; input logprobs that a client already has are not computed again; "
-        "resumed requests fill no queue",
+        "a resumed request's grammar follows its tokens; input logprobs that its client has are not computed again; it "
+        "fills no queue",
     ),
     Hook(
         _SRT + "sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__",

@@ -74,7 +74,8 @@ def _generate(rng: random.Random, vocab_size: int) -> Iterator[Request]:
 def _grammars(rng: random.Random, vocab_size: int) -> Iterator[Request]:
     def ask(name: str, grammar: str) -> Request:
         prompt = {"input_ids": _ids(rng, vocab_size, 20)}
-        return _request(name, prompt, 96, stream=True, ignore_eos=False, **{name: grammar})
+        params: dict[str, Any] = {"ignore_eos": False, name: grammar}
+        return _request(name, prompt, 96, stream=True, **params)
 
     words = "(yes|no|perhaps)"
     number = {"type": "integer", "minimum": 10, "maximum": 9999}
