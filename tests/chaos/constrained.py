@@ -132,7 +132,8 @@ def nested(depth: int, title: str) -> str:
 
 TOOL = {"type": "function", "function": {"name": "book", "parameters": SCHEMA, "strict": True}}
 NAMED = {"type": "function", "function": {"name": "book"}}
-CHAT_TOKENS = 130
+CHAT_TOKENS = 80
+TOOL_TOKENS = 180
 
 
 def calls(bias: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -142,8 +143,8 @@ def calls(bias: dict[str, float]) -> dict[str, dict[str, Any]]:
     asked: dict[str, dict[str, Any]] = {
         "response_format json_schema": {"response_format": schema},
         "response_format json_object": {"response_format": {"type": "json_object"}},
-        "tool_choice required": tools | {"tool_choice": "required"},
-        "tool_choice named": tools | {"tool_choice": NAMED},
+        "tool_choice required": tools | {"tool_choice": "required", "max_tokens": TOOL_TOKENS},
+        "tool_choice named": tools | {"tool_choice": NAMED, "max_tokens": TOOL_TOKENS},
         "tool_choice auto": tools | {"tool_choice": "auto"},
         "n=2": {"response_format": schema, "n": 2},
         "regex": {"extra_body": {"regex": WORDS}},

@@ -28,7 +28,7 @@ from anchortp_sglang.testing.streams import Streams
 
 FLAGS = ("--chunked-prefill-size", "128", "--enable-mixed-chunk", "--constrained-json-disable-any-whitespace")
 PARSERS = ("--tool-call-parser", "qwen25", "--reasoning-parser", "deepseek-r1")
-RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "30"}
+RETRACTING = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "100"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def plain(launch, model):
 
 @pytest.fixture(scope="module")
 def with_overlap(launch, model):
-    """With SGLang's overlap schedule; every 30th step retracts requests."""
+    """With SGLang's overlap schedule; every 100th step retracts requests."""
     with launch(2, *FLAGS, *PARSERS, "--anchor-overlap", "on", model=model, env=RETRACTING) as server:
         yield server, Unbroken(server)
 
@@ -159,7 +159,7 @@ def test_chats_with_formats_tools_and_reasoning_go_on_as_unbroken(served, chats)
     server, _ = served
     bodies, expected = chats
     with Chats(server, bodies) as broken, Streams(server.url, CLOCK) as clock:
-        clock.wait_tokens(40)
+        clock.wait_tokens(12)
         assert not broken.given, "an answer was complete before the kill"
         recovered(server, kill_rank(server, 1), "process")
     assert clock.histories[0].error is None
