@@ -288,6 +288,7 @@ def test_kills_in_a_row_at_random_moments_cost_no_token(request, asked, seeds, s
         check(expected, streams.histories)
         for history, is_right in zip(streams.histories, checks, strict=True):
             is_right(history.text)
+    assert schedule == "plain" or "Testing retraction" in server.log.read_text(errors="replace")
 
 
 def most(streams):
