@@ -122,8 +122,8 @@ class Anchors:
         """Return the client of a device's anchor. ``timeout_s``: of each call."""
         key = device, timeout_s
         if key not in self._clients:
-            plan, context = self.plan, zmq.Context.instance()
-            self._clients[key] = AnchorClient(plan.run_dir, plan.run_id, device, timeout_s, context)
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+            self._clients[key] = AnchorClient(self.plan.run_dir, self.plan.run_id, device, timeout_s, context)
         return self._clients[key]
 
     def alive(self, device: int) -> bool:
