@@ -21,12 +21,12 @@ Hashes = NDArray[np.uint64]
 
 UNKNOWN = 0
 
-_MULTIPLIER = 6364136223846793005  # odd, hence invertible mod 2**64; = 5 mod 8, hence of full order (Knuth, MMIX)
-_INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
+MULTIPLIER = 6364136223846793005  # odd, hence invertible mod 2**64; = 5 mod 8, hence of full order (Knuth, MMIX)
+_INVERSE = pow(MULTIPLIER, -1, 1 << 64)
 
 
-_SALT_INT = 0x9E3779B97F4A7C15
-_MIX_1_INT, _MIX_2_INT = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+SALT = 0x9E3779B97F4A7C15
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 
 
@@ -35,9 +35,9 @@ def _constant(value: int) -> Hashes:
     return np.array(value, dtype=np.uint64)
 
 
-_A = _constant(_MULTIPLIER)
+_A = _constant(MULTIPLIER)
 _ONE = _constant(1)
-_SALT, _MIX_1, _MIX_2 = _constant(_SALT_INT), _constant(_MIX_1_INT), _constant(_MIX_2_INT)
+_SALT, _MIX_1, _MIX_2 = _constant(SALT), _constant(MIX_1), _constant(MIX_2)
 _27, _30, _31 = _constant(27), _constant(30), _constant(31)
 
 
@@ -67,14 +67,14 @@ def child_hashes(parent_hashes: Hashes, tokens: Ids) -> Hashes:
 
 def child_hash(parent_hash: int, token: int) -> int:
     """Hash one token below its parent, in plain integers."""
-    return (parent_hash * _MULTIPLIER + _mix_one(token)) & _MASK or 1
+    return (parent_hash * MULTIPLIER + _mix_one(token)) & _MASK or 1
 
 
 @lru_cache(maxsize=1 << 15)
 def _mix_one(token: int) -> int:
-    x = token & _MASK ^ _SALT_INT
-    x = (x ^ x >> 30) * _MIX_1_INT & _MASK
-    x = (x ^ x >> 27) * _MIX_2_INT & _MASK
+    x = token & _MASK ^ SALT
+    x = (x ^ x >> 30) * MIX_1 & _MASK
+    x = (x ^ x >> 27) * MIX_2 & _MASK
     return x ^ x >> 31
 
 
@@ -107,5 +107,5 @@ class RunHasher:
     def _reserve(self, n: int) -> None:
         if n > len(self._powers):
             size = max(n, 2 * len(self._powers), 1024)
-            self._powers = np.cumprod(np.full(size, _MULTIPLIER, np.uint64), dtype=np.uint64)
+            self._powers = np.cumprod(np.full(size, MULTIPLIER, np.uint64), dtype=np.uint64)
             self._inverses = np.cumprod(np.full(size, _INVERSE, np.uint64), dtype=np.uint64)

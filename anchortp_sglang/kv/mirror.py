@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
 from anchortp_sglang.kv.copy import KVSegment
+from anchortp_sglang.kv.equal_hashes import places_of
 from anchortp_sglang.planning.layout.kv_layout import KVLayout
 
 __all__ = ["KVMirror", "MirrorMismatch", "MirrorShape"]
@@ -117,17 +118,8 @@ class KVMirror:
 
     def rows_of(self, hashes: Hashes) -> Ids:
         """Return int64[n]: a complete row for each chain hash (uint64[n]), or -1."""
-        rows = np.flatnonzero(self.complete())
-        found = np.full(len(hashes), -1, np.int64)
-        if not rows.size or not hashes.size:
-            return found
-        held = self.hashes[rows]
-        order = np.argsort(held, kind="stable")
-        at = np.searchsorted(held, hashes, sorter=order)
-        candidates = order[np.minimum(at, len(order) - 1)]
-        same = held[candidates] == hashes
-        found[same] = rows[candidates[same]]
-        return found
+        rows = np.append(np.flatnonzero(self.complete()), -1)
+        return rows[places_of(self.hashes[rows[:-1]], hashes)]
 
     # ---- rank 0
 

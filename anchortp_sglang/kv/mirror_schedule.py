@@ -140,7 +140,7 @@ class MirrorSchedule:
         wanted, hashes = self._lacking(np.arange(self._table.slots))
         if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
             mirror, entries = self._mirror, self._table.entries()
-            chosen = most_urgent(entries, entries.verified(), mirror.shape.rows, 1)
+            chosen = most_urgent(entries.forest(), entries, mirror.shape.rows, 1).mask()
             mirror.free(np.flatnonzero(~chosen[mirror.slots]))
             self._collect_rows()
             wanted, hashes = wanted[chosen[wanted]], hashes[chosen[wanted]]

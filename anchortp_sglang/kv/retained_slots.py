@@ -1,30 +1,22 @@
 """The slots that the next generation retains, and their new numbers: pure functions over a slot table's entries.
 
 Every rank computes them from the same shared memory and must get the same result, so nothing here depends on the rank.
-The retained slots are whole pages and include all their ancestors. Entries are copied before they are read.
+The retained slots are whole pages and include all their ancestors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids, mix
-from anchortp_sglang.kv.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed, namespaces_used
-from anchortp_sglang.kv.prefix_forest import (
-    ROOT,
-    Chain,
-    Mask,
-    best_below,
-    chains_of,
-    closed,
-    paths_of_mask,
-    verified_slots,
-)
+from anchortp_sglang.kv import choice_loops as loops
+from anchortp_sglang.kv.chain_hash import UNKNOWN, Hashes, Ids
+from anchortp_sglang.kv.equal_hashes import first_places, places_of
+from anchortp_sglang.kv.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed
+from anchortp_sglang.kv.prefix_forest import ROOT, Chain, Forest, Mask, verified_forest
 
 __all__ = ["Entries", "RetainedSlots", "most_urgent", "retain"]
 
@@ -48,28 +40,20 @@ class Entries:
     last_use: Ids
     namespaces: Mapping[int, Key]
 
-    @cached_property
-    def above(self) -> Ids:
-        """int64[slots]: the parents, with slot 0 for all roots."""
-        return np.maximum(self.parents, ROOT)
-
-    def verified(self) -> Mask:
-        """Return bool[slots]: the slots whose chain up to a root is intact."""
+    def forest(self) -> Forest:
+        """Return the slots whose chain up to a root is intact."""
         roots = np.zeros(MOST_NAMESPACES, np.uint64)
         for place, key in self.namespaces.items():
             roots[place] = namespace_seed(self.seed, key)
-        return verified_slots(self.hashes, self.tokens, self.parents, self.seed, roots)
+        return verified_forest(self.hashes, self.tokens, self.parents, self.seed, roots)
+
+    def verified(self) -> Mask:
+        """Return bool[slots]: the slots whose chain up to a root is intact."""
+        return self.forest().mask()
 
     def intact_chains(self) -> list[Chain]:
-        """Return all intact chains, one for each leaf, oldest first. Equal arrays give equal lists.
-
-        Chains may have equal tokens in different slots.
-        """
-        return self.chains(self.verified())
-
-    def chains(self, mask: Mask) -> list[Chain]:
-        """Return the chains of ``mask`` (verified, closed under ancestors), least recently used first."""
-        return chains_of(mask, self.tokens, self.above, self.last_use)
+        """Return all intact chains, one for each leaf, oldest first."""
+        return self.forest().chains(self.tokens, self.last_use)
 
     def namespace(self, chain: Chain) -> Key:
         """Return the namespace of a chain."""
@@ -81,19 +65,19 @@ class Entries:
 class RetainedSlots:
     """The retained slots: ``slots`` (int64[n], ascending) of the old generation, ``numbers`` (int64[n]) in the new one.
 
-    ``entries``: those of the new slot table. ``dropped``: numbers of the other slots with an entry, by reason.
+    ``entries``: those of the new slot table, ``forest``: theirs. Entries without a hash have no other meaning either.
+    ``dropped``: numbers of the other slots with an entry, by reason.
     """
 
     slots: Ids
     numbers: Ids
     entries: Entries
+    forest: Forest
     dropped: dict[Reason, int]
 
     def chains(self) -> list[Chain]:
         """Return all retained chains in their new slots, least recently used first."""
-        mask = np.zeros(len(self.entries.hashes), np.bool_)
-        mask[self.numbers] = True
-        return self.entries.chains(mask)
+        return self.forest.chains(self.entries.tokens, self.entries.last_use)
 
     def digest(self) -> str:
         """Return a hex digest: ranks with equal digests retain the same slots under the same numbers.
@@ -101,10 +85,9 @@ class RetainedSlots:
         It is meant for ranks that err, not for any that deceive: sums with a pseudorandom weight for each number.
         Tokens are left out, as chain hashes follow from them.
         """
-        weights, new = mix(self.numbers), self.entries
-        columns = (self.slots, *(column[self.numbers] for column in (new.hashes, new.parents, new.last_use)))
-        sums = [int((column.view(np.uint64) * weights).sum()) for column in columns]
-        return f"{len(self.slots)}-" + "".join(f"{each:016x}" for each in sums)
+        new, sums = self.entries, np.zeros(4, np.uint64)
+        loops.add_up(self.slots, self.numbers, new.hashes, new.parents, new.last_use, sums)
+        return f"{len(self.slots)}-" + "".join(f"{each:016x}" for each in sums.tolist())
 
 
 def retain(
@@ -116,112 +99,119 @@ def retain(
     room for all, running requests come first, in the order of ``running`` (chain hashes of their tokens), then the
     slots used last; chains are cut at their ends. With fewer rows the slots get new numbers without gaps, in their old
     order; otherwise they keep their numbers.
+
+    ``old`` may be views of a table that is no longer written to; the result then has some too.
     """
     dropped: dict[Reason, int] = {}
+    known = before = int(np.count_nonzero(old.hashes)) - int(old.hashes[ROOT] != UNKNOWN)
 
-    def drop(before: Mask, after: Mask, reason: Reason) -> Mask:
-        dropped[reason] = int(np.count_nonzero(before)) - int(np.count_nonzero(after))
-        return after
+    def drop(forest: Forest, reason: Reason) -> Forest:
+        nonlocal before
+        dropped[reason], before = before - len(forest), len(forest)
+        return forest
 
-    known = old.hashes != UNKNOWN
-    known[ROOT] = False
-    mask = drop(known, old.verified(), "broken_chain")
-    mask = drop(mask, mask if usable is None else closed(mask & usable, old.above), "lost_with_device")
-    mask = drop(mask, mask if page_size == 1 else _whole_pages(mask, old.above, page_size), "incomplete_page")
-    mask, old = _without_copies(mask, old, page_size)
-    before = len(old.hashes)
-    fits = rows >= before
-    mask = drop(mask, mask if fits else most_urgent(old, mask, rows - page_size, page_size, running), "no_room")
-    slots = np.flatnonzero(mask)
-    numbers = slots if fits else _dense(slots, page_size)
-    return RetainedSlots(slots, numbers, _renumbered(old, slots, numbers, rows), dropped)
+    forest = drop(old.forest(), "broken_chain")
+    forest = drop(forest if usable is None else forest.closed(usable[forest.slots]), "lost_with_device")
+    forest = drop(forest if page_size == 1 else _whole_pages(forest, page_size), "incomplete_page")
+    joined = _without_copies(forest, old, page_size)
+    before = len(joined)
+    fits = rows >= len(old.hashes)
+    kept = drop(joined if fits else most_urgent(joined, old, rows - page_size, page_size, running), "no_room")
+    slots = numbers = kept.ascending
+    if rows == len(old.hashes):
+        new = _in_place(old, kept, whole=len(kept) == known, joined=joined is not forest)
+    else:
+        if not fits:
+            numbers = page_size + np.arange(len(slots))
+        new, kept = _renumbered(old, kept, numbers, rows)
+    return RetainedSlots(slots, numbers, new, kept, dropped)
 
 
-def _without_copies(mask: Mask, old: Entries, page_size: int) -> tuple[Mask, Entries]:
-    """Return ``mask`` with one page of all that hold equal chains, and entries with its slots as parents.
+def _whole_pages(forest: Forest, page_size: int) -> Forest:
+    """Return the nodes of full pages with consecutive tokens, as the prefix tree needs them."""
+    follow, whole = np.zeros(forest.table_slots // page_size + 1, np.int32), np.empty(len(forest), np.bool_)
+    loops.find_whole_pages(forest.slots, forest.above, page_size, follow, whole)
+    return forest.closed(whole)
+
+
+def _without_copies(forest: Forest, old: Entries, page_size: int) -> Forest:
+    """Return ``forest``, in whole pages, with one page of all that hold equal chains, and all their children below it.
 
     Requests that compute the same prefix at the same time have separate slots until the prefix tree frees them.
     """
-    pages = np.flatnonzero(mask[page_size - 1 :: page_size])
-    ends = old.hashes[page_size - 1 :: page_size][pages]
-    in_order = np.sort(ends)
-    if not (in_order[1:] == in_order[:-1]).any():
-        return mask, old
-    pages = pages[np.argsort(ends, kind="stable")]
-    is_first = np.append(True, in_order[1:] != in_order[:-1])
-    first_page = np.arange(len(mask) // page_size)
-    first_page[pages] = pages[is_first][np.cumsum(is_first) - 1]
-    slots = np.arange(len(mask))
-    first_slot = first_page[slots // page_size] * page_size + slots % page_size
-    below = np.flatnonzero(mask & (old.parents > ROOT))
-    parents = old.parents.copy()
-    parents[below] = first_slot[parents[below]]
-    merged = replace(old, parents=parents)
-    alone = mask & (first_slot == slots)
-    # Equal hashes suggest equal chains; equal tokens below equal parents, from the roots down, prove it.
-    proven = (old.tokens == old.tokens[first_slot]) & (parents == parents[first_slot])
-    if proven[mask].all():
-        return alone, merged
-    return closed(alone & closed(mask & proven, old.above), merged.above), merged
+    ends = forest.ascending if page_size == 1 else forest.ascending[page_size - 1 :: page_size]
+    first, copies = first_places(old.hashes[ends])
+    if not copies:
+        return forest
+    first_page = np.arange(forest.table_slots // page_size)
+    first_page[ends // page_size] = ends[first] // page_size
+    node = np.empty(forest.table_slots, np.int32)
+    node[forest.slots] = np.arange(len(forest))
+    its_first = node[first_page[forest.slots // page_size] * page_size + forest.slots % page_size]
+    above, only = np.empty(len(forest), np.int32), np.empty(len(forest), np.bool_)
+    loops.join_copies(forest.slots, forest.above, its_first, old.tokens, old.parents, above, only)
+    return replace(forest, above=above).closed(only)
 
 
-def _whole_pages(mask: Mask, parents: Ids, page_size: int) -> Mask:
-    """Return bool[slots]: the slots of full pages with consecutive tokens, as the prefix tree needs them."""
-    pages = mask.reshape(-1, page_size)
-    slots = np.arange(len(mask)).reshape(pages.shape)
-    above = parents.reshape(pages.shape)
-    follows = (above == slots - 1)[:, 1:].all(1)
-    begins = (above[:, 0] == ROOT) | ((above[:, 0] + 1) % page_size == 0)
-    whole = np.repeat(pages.all(1) & follows & begins, page_size)
-    return closed(whole, parents)
+def most_urgent(forest: Forest, old: Entries, capacity: int, page_size: int, running: Hashes | None = None) -> Forest:
+    """Return the most urgent nodes of ``forest``, in whole pages, at most ``capacity``. ``running``: as in ``retain``.
 
-
-def most_urgent(old: Entries, mask: Mask, capacity: int, page_size: int, running: Hashes | None = None) -> Mask:
-    """Return bool[slots]: the most urgent slots of ``mask``, at most ``capacity``. ``running``: as in ``retain``.
-
-    ``mask`` is closed under ancestors, and so is the result: a slot's ancestors are at least as urgent. One chain is
-    taken whole before the next, instead of a part of each.
+    A slot's ancestors are at least as urgent as it is. One chain is taken whole before the next, instead of a part of
+    each. ``old`` may be views of a table that is being written to.
     """
-    slots = np.flatnonzero(mask)
-    if len(slots) <= capacity:
-        return mask
-    paths = paths_of_mask(mask, old.above)
-    # Priorities are unique, and each slot gets the best among its descendants: chains stay together.
-    ranks = np.zeros(len(mask), np.int64)
-    ranks[slots[np.lexsort((paths.depths(slots), _urgency(old, running)[slots]))]] = np.arange(1, len(slots) + 1)
-    best = best_below(paths, ranks)
-    firsts = slots[slots % page_size == 0]
-    order = np.lexsort((paths.depths(firsts), -best[firsts]))
-    taken = firsts[order[: capacity // page_size]]
-    wanted = np.zeros(len(mask), np.bool_)
-    wanted[(taken[:, None] + np.arange(page_size)).ravel()] = True
-    return closed(wanted, old.above)
+    if len(forest) <= capacity:
+        return forest
+    of_slots = old.last_use
+    if running is not None:
+        place = places_of(running, old.hashes).astype(np.int64)
+        of_slots = np.where(place < 0, of_slots, old.step + len(running) - place)
+    urgency = np.empty(len(forest), np.int64)
+    depth, best, summits = np.empty((3, len(forest)), np.int32)
+    count = loops.find_best_below(forest.slots, forest.above, of_slots, urgency, depth, best, summits)
+    turns = summits[:count]
+    turns = turns[np.lexsort((forest.slots[turns], depth[turns], urgency[turns]))[::-1]]
+    room, taken = np.zeros(len(forest), np.int32), np.empty(len(forest), np.bool_)
+    pages = np.zeros(forest.table_slots // page_size + 1, np.bool_)
+    loops.take_in_turn(forest.slots, best, turns, page_size, max(0, capacity) // page_size, room, pages, taken)
+    return forest.closed(taken)
 
 
-def _urgency(old: Entries, running: Hashes | None) -> Ids:
-    """Return int64[slots]: the step of the last use, or more than any step for running requests, most for the first."""
-    urgency = old.last_use.copy()
-    if running is None or not running.size:
-        return urgency
-    order = np.argsort(running, kind="stable")
-    at = order[np.minimum(np.searchsorted(running, old.hashes, sorter=order), len(running) - 1)]
-    is_running = running[at] == old.hashes
-    urgency[is_running] = old.step + len(running) - at[is_running]
-    return urgency
+def _in_place(old: Entries, kept: Forest, whole: bool, joined: bool) -> Entries:
+    """Return the entries of ``kept`` under their old numbers, as far as possible without copies.
+
+    ``whole``: whether all entries are kept. ``joined``: whether some are below another slot than before.
+    """
+    hashes, parents = old.hashes, old.parents
+    if not whole:
+        hashes = np.where(kept.mask(), hashes, np.uint64(UNKNOWN))
+    if joined:
+        parents = parents.copy()
+        _hang(kept, parents)
+    return replace(old, hashes=hashes, parents=parents, namespaces=_namespaces(old, kept))
 
 
-def _dense(slots: Ids, page_size: int) -> Ids:
-    """Return new numbers without gaps, from the first page after the padding on."""
-    return page_size + np.arange(len(slots), dtype=np.int64)
-
-
-def _renumbered(old: Entries, slots: Ids, numbers: Ids, rows: int) -> Entries:
-    new_number = np.full(len(old.hashes), ROOT, np.int64)
-    new_number[slots] = numbers
+def _renumbered(old: Entries, kept: Forest, numbers: Ids, rows: int) -> tuple[Entries, Forest]:
+    """Return the entries and the forest of ``kept`` in ``rows`` rows, its ascending slots under ``numbers``."""
+    slots = kept.ascending
+    number = np.empty(kept.table_slots, np.int32)
+    number[slots] = numbers
+    forest = Forest(number[kept.slots], kept.above, rows)
     hashes, (tokens, parents, last_use) = np.full(rows, UNKNOWN, np.uint64), np.zeros((3, rows), np.int64)
     hashes[numbers], tokens[numbers], last_use[numbers] = old.hashes[slots], old.tokens[slots], old.last_use[slots]
-    parents[numbers] = np.where(old.parents[slots] < 0, old.parents[slots], new_number[old.above[slots]])
+    parents[numbers] = old.parents[slots]
+    _hang(forest, parents)
     hashes[ROOT] = old.seed
-    used = namespaces_used(parents, hashes)
-    namespaces = {place: key for place, key in old.namespaces.items() if used[place]}
-    return Entries(old.seed, old.step, hashes, tokens, parents, last_use, namespaces)
+    return Entries(old.seed, old.step, hashes, tokens, parents, last_use, _namespaces(old, kept)), forest
+
+
+def _hang(forest: Forest, parents: Ids) -> None:
+    """Set the parents of all slots that are not below a root."""
+    below = np.flatnonzero(forest.above >= 0)
+    parents[forest.slots[below]] = forest.slots[forest.above[below]]
+
+
+def _namespaces(old: Entries, kept: Forest) -> dict[int, Key]:
+    if not old.namespaces:
+        return {}
+    used = set((-1 - old.parents[kept.slots[kept.above < 0]]).tolist())
+    return {place: key for place, key in old.namespaces.items() if place in used}

@@ -138,10 +138,9 @@ class SlotTable:
         return self._last_use
 
     def entries(self) -> Entries:
-        """Return a copy of all entries."""
-        tokens, parents, last_use = (column.copy() for column in (self._token, self._parent, self._last_use))
-        namespaces = self._namespaces.all()
-        return Entries(self._seed, self.step, self._hash.copy(), tokens, parents, last_use, namespaces)
+        """Return all entries: the table's own arrays, no copies. They change as long as a rank writes to the table."""
+        columns = self._hash, self._token, self._parent, self._last_use
+        return Entries(self._seed, self.step, *columns, self._namespaces.all())
 
     def write_entries(self, entries: Entries) -> None:
         """Fill a new, empty table. ``entries`` must have the same number of slots."""
@@ -253,7 +252,7 @@ class SlotTable:
 
     def retained_slots(self) -> Ids:
         """Return int64[n], ascending: the slots of all intact chains."""
-        return np.flatnonzero(self.entries().verified())
+        return self.entries().forest().ascending
 
     def _create_stores(self) -> list[Store]:
         # The magic is cleared first and set last, so that attach refuses a table that a kill left unfinished.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchortp_sglang.kv.chain_hash import _MULTIPLIER, child_hashes, mix
+from anchortp_sglang.kv.chain_hash import MULTIPLIER, child_hashes, mix
 from anchortp_sglang.kv.slot_table import SlotTable
 
 NAMESPACE = b"model-a"
@@ -57,13 +57,13 @@ def test_a_spoiled_field_drops_the_slot_and_its_descendants_only(field: str, wro
 def test_a_cycle_whose_hashes_agree_is_dropped() -> None:
     table = new_table(10)
     # h1 = h2 * A + m1 and h2 = h1 * A + m2 can be solved if A * m2 + m1 has the powers of 2 in 1 - A * A.
-    even, odd = 8, (1 - _MULTIPLIER**2) // 8
+    even, odd = 8, (1 - MULTIPLIER**2) // 8
     assert odd % 2 == 1
     mixed = mix(np.arange(100)).tolist()
-    token_1 = next(t for t in range(100) if (_MULTIPLIER * mixed[0] + mixed[t]) % even == 0)
-    sum_1 = (_MULTIPLIER * mixed[0] + mixed[token_1]) % (1 << 64)
+    token_1 = next(t for t in range(100) if (MULTIPLIER * mixed[0] + mixed[t]) % even == 0)
+    sum_1 = (MULTIPLIER * mixed[0] + mixed[token_1]) % (1 << 64)
     hash_1 = sum_1 // even * pow(odd, -1, 1 << 64) % (1 << 64)
-    hash_2 = (hash_1 * _MULTIPLIER + mixed[0]) % (1 << 64)
+    hash_2 = (hash_1 * MULTIPLIER + mixed[0]) % (1 << 64)
     table._hash[1:3], table._token[1:3], table._parent[1:3] = (hash_1, hash_2), (token_1, 0), (2, 1)
     assert child_hashes(table._hash[[2, 1]], table._token[[1, 2]]).tolist() == [hash_1, hash_2]
     table.commit_step([3], [7], [2])
