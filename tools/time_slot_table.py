@@ -1,57 +1,73 @@
-"""Times what a recovery and the mirror do with the slot table, at the size of real caches. No model is needed.
+"""Times what the slot table costs at the size of real caches, without a server.
 
-    PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py [--slots 16384,131072,1048576,4194304] [--chain 2000]
+    PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py
+    PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py --chain 4000 --insert --slots 1048576
 
-The table is full of chains of random tokens, in random slots. Each figure is the least of some repetitions, in ms:
+Chains of random tokens, in slots in random order; least of the repetitions, in ms:
 
-- ``read``: copy the entries; ``retain``: verify them and choose what the next generation retains, here all of it;
-  ``chains``: order the slots of each; ``agree``: the digest that ranks compare. A recovery needs these, on every rank.
-- ``shrink``: retain half of the slots; ``choose``: choose what a mirror with half as many rows holds.
+- ``verify``: find the intact chains; ``retain``: that, and choose what the next generation retains, here all of it;
+  ``chains``: order the slots of each; ``agree``: the digest that ranks compare; ``insert``: what else it takes to have
+  SGLang's prefix tree hold them. A recovery needs ``retain`` and what follows, ``all``, on every rank.
+- ``shrink``: retain half of the slots; ``choose``: choose what a mirror with half as many rows holds, and ``search``:
+  that with all that is done to the mirror's rows then.
 - ``step``: commit a decode step of 32 requests; ``prompt``: commit a prompt of 4,000 tokens.
 """
 
 import argparse
+import mmap
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from anchortp_sglang.kv.retained_slots import most_urgent, retain
+from anchortp_sglang.kv.chain_hash import root_hash
+from anchortp_sglang.kv.mirror import KVMirror, MirrorShape
+from anchortp_sglang.kv.mirror_schedule import MirrorSchedule
+from anchortp_sglang.kv.retained_slots import RetainedSlots, most_urgent, retain
 from anchortp_sglang.kv.slot_table import SlotTable
 
-COLUMNS = ("read", "retain", "chains", "agree", "shrink", "choose", "step", "prompt")
+COLUMNS = ("verify", "retain", "chains", "agree", "insert", "all", "shrink", "choose", "search", "step", "prompt")
+MODEL = b"time"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slots", default="16384,131072,1048576,4194304")
-    parser.add_argument("--chain", type=int, default=2000, help="tokens of each chain")
+    parser.add_argument("--chain", type=int, default=4000, help="tokens of each chain")
+    parser.add_argument("--insert", action="store_true", help="insert them in SGLang's tree too (imports SGLang)")
+    parser.add_argument("--repeat", type=int, default=10)
     options = parser.parse_args()
+    if options.insert:
+        publish_settings()
     print("     slots" + "".join(f"{name:>10}" for name in COLUMNS))
     for slots in map(int, options.slots.split(",")):
-        found = measure(slots, options.chain)
-        print(f"{slots:10}" + "".join(f"{1e3 * found[name]:10.3f}" for name in COLUMNS), flush=True)
+        found = measure(slots, options.chain, options.repeat, options.insert)
+        print(f"{slots:10}" + "".join(f"{1e3 * found.get(name, 0):10.3f}" for name in COLUMNS), flush=True)
 
 
-def measure(slots: int, chain: int) -> dict[str, float]:
-    table = SlotTable.create(bytearray(SlotTable.nbytes(slots)), slots, b"time")
+def measure(slots: int, chain: int, repeat: int, insert: bool) -> dict[str, float]:
+    table = SlotTable.create(bytearray(SlotTable.nbytes(slots)), slots, MODEL)
     rng = np.random.default_rng(0)
     places = rng.permutation(slots - 1) + 1
     for begin in range(0, len(places), chain):
         own = places[begin : begin + chain]
         table.commit_run(own, rng.integers(0, 1 << 40, len(own)), 0)
-    repeats = 3 if slots > 1 << 20 else 7
     entries = table.entries()
     retained = retain(entries, None, slots, 1)
     assert len(retained.slots) == slots - 1
     took = {
-        "read": least(repeats, table.entries),
-        "retain": least(repeats, lambda: retain(entries, None, slots, 1)),
-        "chains": least(repeats, retained.chains),
-        "agree": least(repeats, retained.digest),
-        "shrink": least(repeats, lambda: retain(entries, None, slots // 2, 1)),
-        "choose": least(repeats, lambda: most_urgent(entries, entries.verified(), slots // 2, 1)),
+        "verify": least(repeat, entries.forest),
+        "retain": least(repeat, lambda: retain(table.entries(), None, slots, 1)),
+        "chains": least(repeat, retained.chains),
+        "agree": least(repeat, retained.digest),
+        "shrink": least(repeat, lambda: retain(entries, None, slots // 2, 1)),
+        "choose": least(repeat, lambda: most_urgent(entries.forest(), entries, slots // 2, 1)),
+        "search": search(table, repeat),
     }
+    took["insert"] = insertion(retained, slots, repeat) - took["chains"] if insert else 0.0
+    took["all"] = sum(took[name] for name in ("retain", "chains", "agree", "insert"))
     last, fresh = places[:32].tolist(), iter(places[32:].tolist())
 
     def step() -> None:
@@ -67,9 +83,67 @@ def measure(slots: int, chain: int) -> dict[str, float]:
     return took
 
 
-def least(repeats: int, work: Callable[[], object]) -> float:
+def search(table: SlotTable, repeat: int) -> float:
+    """Time a search of rank 0 for what a mirror with half as many rows holds, once that is chosen."""
+    layout: Any = SimpleNamespace(rows=table.slots // 2, total_bytes=0)
+    shape = MirrorShape(layout, root_hash(MODEL))
+    mirror = KVMirror.__new__(KVMirror)
+    memory = np.frombuffer(mmap.mmap(-1, 16 * shape.rows), np.int64).reshape(2, shape.rows)
+    mirror.shape, mirror._header = shape, np.zeros(8, np.uint64)
+    mirror.hashes, mirror.slots = memory[0].view(np.uint64), memory[1]
+    mirror._tags = mirror.hashes[None]
+    schedule = MirrorSchedule(table, mirror, 1e18)
+    schedule._bucket = SimpleNamespace(allowance=lambda now: table.slots, spend=lambda rows: None)  # type: ignore
+    schedule.assign(0.0)
+    return least(repeat, schedule._search)
+
+
+def publish_settings() -> None:
+    """Publish the settings that SGLang's memory reads."""
+    from anchortp_sglang.startup import device
+
+    device.install_stand_ins()
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    ranks = runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
+    runtime_context.publish(ServerArgs(model_path="none", device="cpu"), role="scheduler", ranks=ranks)
+
+
+def insertion(retained: RetainedSlots, slots: int, repeat: int) -> float:
+    """Time the insertion of all chains in a new prefix tree, ordering included."""
+    import torch
+
+    from anchortp_sglang.rank.kv.prefixes import insert
+
+    torch.set_num_threads(1)
+    made = [new_tree(slots) for _ in range(repeat)]
+    return least(repeat, lambda: insert(retained, made.pop()))
+
+
+def new_tree(slots: int) -> Any:
+    """Return what SGLang's kv_cache_builder.build_kv_cache returns, as far as it is read."""
+    import torch
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+    from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    allocator = TokenToKVPoolAllocator(slots - 1, torch.float32, "cpu", None, False)  # type: ignore[arg-type]
+    params = CacheInitParams(
+        disable=False,
+        req_to_token_pool=ReqToTokenPool(1, 1, "cpu", False),
+        token_to_kv_pool_allocator=allocator,
+        page_size=1,
+        tree_components=(ComponentType.FULL,),
+    )
+    return SimpleNamespace(token_to_kv_pool_allocator=allocator, tree_cache=UnifiedRadixCache(params))
+
+
+def least(repeat: int, work: Callable[[], object]) -> float:
     found = []
-    for _ in range(repeats):
+    for _ in range(repeat):
         began = time.perf_counter()
         work()
         found.append(time.perf_counter() - began)

@@ -7,6 +7,8 @@ import importlib.util
 import logging
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,11 @@ _LATE = (
 )
 
 
+_COMPILED = ("choice_loops", "equal_hashes", "forest_loops")
+"""Modules of kv/ that are compiled when they are imported."""
+_COMPILE = "; ".join(f"import anchortp_sglang.kv.{name}" for name in _COMPILED)
+_COMPILE_TIMEOUT_S = 60.0
+
 _LEFT_OUT = "SGLANG_DISABLED_MODEL_ARCHS"
 
 
@@ -68,7 +75,8 @@ def leave_out_other_models(architectures: Sequence[str]) -> None:
 
 
 def import_sglang() -> None:
-    """Import all that a rank imports when it starts."""
+    """Import all that a rank imports when it starts, and compile what a recovery will run."""
+    compiling = _compile_beside()
     # It warns of each model whose libraries are not installed; an unsupported model is refused by name.
     logging.getLogger("sglang.srt.models.registry").setLevel(logging.ERROR)
     gc.disable()  # with it on, importing SGLang takes twice as long
@@ -77,9 +85,38 @@ def import_sglang() -> None:
             importlib.import_module(name)
         for name in _LATE:
             _try_import(name)
+        _await_end(compiling)
+        for name in _COMPILED:
+            importlib.import_module(f"anchortp_sglang.kv.{name}")
     finally:
         gc.freeze()  # each later collection would spend a second on these millions of objects
         gc.enable()
+
+
+def _compile_beside() -> subprocess.Popen[bytes] | None:
+    """Compile in another process if it has not been done here before: it takes 3 s, and the import of SGLang longer.
+
+    numba keeps the result where this process will find it, mostly in ``kv/__pycache__``.
+    """
+    folder = Path(__file__).parents[1] / "kv"
+
+    def is_done(name: str) -> bool:
+        source = folder / f"{name}.py"
+        indexes = (folder / "__pycache__").glob(f"{name}.*.nbi")
+        return source.exists() and any(index.stat().st_mtime > source.stat().st_mtime for index in indexes)
+
+    if all(map(is_done, _COMPILED)):
+        return None
+    return subprocess.Popen([sys.executable, "-c", _COMPILE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _await_end(compiling: subprocess.Popen[bytes] | None) -> None:
+    if compiling is not None:
+        try:
+            compiling.wait(_COMPILE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            compiling.kill()
+            compiling.wait()
 
 
 def _try_import(name: str) -> None:

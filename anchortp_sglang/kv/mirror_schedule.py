@@ -19,10 +19,10 @@ from anchortp_sglang.kv.slot_table import SlotTable
 
 _BURST_S = 0.25
 _LEAST_INTERVAL_S = 1.0
-_SEARCHING_SHARE = 0.05
+_SEARCHING_SHARE = 0.01
 """Shortest interval, and share of a core, for what reads the whole slot table: rows that can be freed, and a choice of
-what a too small mirror holds. Between two searches only free rows are given out. At a million slots a choice takes two
-thirds of a second."""
+what a too small mirror holds. Between two searches only free rows are given out. Most of a choice does not hold the GIL
+(``compiled.py``): the decode loop goes on beside it."""
 
 
 class TokenBucket:
@@ -137,14 +137,17 @@ class MirrorSchedule:
         If there is no room for all slots, those chosen are to be mirrored.
         """
         self._collect_rows()
-        wanted, hashes = self._lacking(np.arange(self._table.slots))
-        if np.count_nonzero(self._row_of[wanted] < 0) > self._n_free:
+        wanted = np.flatnonzero((self._row_of < 0) & (self._table.hashes != UNKNOWN))
+        if len(wanted) > self._n_free + 1:  # slot 0 has no entry, but a hash
             mirror, entries = self._mirror, self._table.entries()
             chosen = most_urgent(entries.forest(), entries, mirror.shape.rows, 1).mask()
-            mirror.free(np.flatnonzero(~chosen[mirror.slots]))
-            self._collect_rows()
-            wanted, hashes = wanted[chosen[wanted]], hashes[chosen[wanted]]
-        return wanted, hashes
+            freed = np.flatnonzero(~(chosen[mirror.slots] | self._is_free))
+            mirror.free(freed)
+            self._is_free[freed] = True
+            self._n_free += len(freed)
+            self._row_of[mirror.slots[freed]] = -1
+            wanted = wanted[chosen[wanted]]
+        return self._lacking(wanted)
 
 
 @dataclass(frozen=True)

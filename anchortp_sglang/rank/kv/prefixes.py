@@ -90,7 +90,7 @@ class Prefixes:
         retained = None if self._restoration is None else self._restoration.retained()
         reusable = not result.disable_radix_cache
         if retained is not None and reusable:
-            _insert(retained, result)
+            insert(retained, result)
         if self._rank == 0 and self._next is None:
             self._next = SlotTable.create(self._memory, self._rows, self._namespace)
             if retained is not None:
@@ -240,23 +240,24 @@ def slots_of_pages(pages: Any, page_size: int) -> np.ndarray:
     return (pages.cpu().numpy()[:, None] * page_size + np.arange(page_size)).ravel()
 
 
-def _insert(retained: RetainedSlots, result: Any) -> None:
+def insert(retained: RetainedSlots, result: Any) -> None:
     """Mark the retained slots used and insert their chains, oldest first; equal on all ranks, as ``retained`` is."""
     from sglang.srt.mem_cache.base_prefix_cache import InsertParams
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
-    free = allocator.free_pages
-    used = torch.from_numpy(retained.numbers[retained.numbers % allocator.page_size == 0] // allocator.page_size)
-    is_used = torch.zeros(int(free.max()) + 1, dtype=torch.bool)
-    is_used[used] = True
-    allocator.free_pages = free[~is_used.to(free.device)[free]]
+    device, free = allocator.free_pages.device, allocator.free_pages.cpu().numpy()
+    is_used = np.zeros(int(free.max()) + 1, np.bool_)
+    is_used[retained.numbers[:: allocator.page_size] // allocator.page_size] = True
+    allocator.free_pages = torch.from_numpy(free[~is_used[free]]).to(device)
     for chain in retained.chains():
         extra_key, cache_salt = retained.entries.namespace(chain)
+        tokens = array.array("q")
+        tokens.frombytes(chain.tokens.view(np.uint8))
         tree.insert(
             InsertParams(
-                key=RadixKey(array.array("q", chain.tokens.tobytes()), extra_key, cache_salt=cache_salt),
-                value=torch.from_numpy(chain.slots).to(free.device),
+                key=RadixKey(tokens, extra_key, cache_salt=cache_salt),
+                value=torch.from_numpy(chain.slots).to(device),
                 # Without it the tree frees the slots that it already holds (_insert_overlap_step).
                 prev_prefix_len=chain.shared,
             )
