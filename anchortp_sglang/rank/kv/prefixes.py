@@ -253,7 +253,7 @@ def insert(retained: RetainedSlots, result: Any) -> None:
     for chain in retained.chains():
         extra_key, cache_salt = retained.entries.namespace(chain)
         tokens = array.array("q")
-        tokens.frombytes(chain.tokens.view(np.uint8))
+        tokens.frombytes(chain.tokens.data.cast("B"))
         tree.insert(
             InsertParams(
                 key=RadixKey(tokens, extra_key, cache_salt=cache_salt),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from planning_cases import model as model_axes
 
-from anchortp_sglang.kv.chain_hash import UNKNOWN, root_hash
+from anchortp_sglang.kv.chain_hash import UNKNOWN, child_hash, root_hash
 from anchortp_sglang.kv.copy import KVSegment, copy_slots, runs
 from anchortp_sglang.kv.mirror import KVMirror, MirrorMismatch, MirrorShape
 from anchortp_sglang.kv.mirror_schedule import MirrorSchedule, TokenBucket, mirror_facts
@@ -192,7 +192,7 @@ def test_a_buffer_that_holds_another_mirror_is_not_read():
 def test_copies_beside_a_server_that_reuses_its_slots_never_count_if_torn():
     """A thread writes, commits and frees as fast as it can; another one mirrors meanwhile."""
     rig = Rig(rows=9, mirror_rows=9)
-    values = {}
+    values, root = {}, int(rig.table.hashes[0])
     stop = threading.Event()
 
     def serve() -> None:
@@ -203,8 +203,8 @@ def test_copies_beside_a_server_that_reuses_its_slots_never_count_if_torn():
             token = value % 250
             rig.table.invalidate([slot])
             rig.write(slot, token)
+            values[child_hash(root, token)] = token  # before the mirror can see it
             rig.table.commit_tokens([(slot, token, 0)])
-            values[int(rig.table.hashes[slot])] = token
 
     server = threading.Thread(target=serve)
     server.start()
