@@ -196,6 +196,11 @@ class AnchorOptions:
         _check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
         _check_amount("max-body-mib", self.max_body_mib)
         _check_run_dir(self.run_dir)
+        if self.start_devices is not None and self.widths is not None:
+            raise OptionsError(
+                "--anchor-start-devices and --anchor-widths exclude each other: widths are for all devices; start with"
+                " all, or give widths later: 'anchortp resize --widths'"
+            )
         if self.rotate_heads and self.widths is not None:
             raise OptionsError(
                 "--anchor-rotate-heads and --anchor-widths exclude each other: widths are the KV heads of a device in"

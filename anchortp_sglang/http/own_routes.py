@@ -120,14 +120,15 @@ class OwnRoutes:
 def guard(app: Any) -> None:
     """Have SGLang guard POST to our routes on its FastAPI app as it guards its own admin routes (``--admin-api-key``).
 
-    SGLang looks for the level at a path's handler. These handlers are never called, as our middleware answers first.
+    SGLang looks for the level at a path's handler. Our middleware answers first; what comes here is no route of ours.
     """
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def answered_before() -> None: ...
+    async def unknown() -> None:
+        raise HTTPException(404)
 
-    app.add_api_route("/anchortp/{route:path}", answered_before, methods=["POST"], include_in_schema=False)
+    app.add_api_route("/anchortp/{route:path}", unknown, methods=["POST"], include_in_schema=False)
 
 
 def _refused(code: int, detail: str) -> Answer:
@@ -160,6 +161,7 @@ async def _unless_gone(work: Coroutine[Any, Any, _Result], receive: Receive) -> 
         raise ChangeRefused(499, "the client has gone away") from None
     finally:
         gone.cancel()
+        task.cancel()
 
 
 async def _gone(receive: Receive) -> None:

@@ -205,7 +205,10 @@ class Coordinator:
         generation = self.generation
         assert self.inflight is not None and generation is not None
         self.inflight.outage = True
-        self._graphs.on_fault(generation)
+        planned = before.phase is Phase.SERVING and self._next.target is not None
+        if not planned:
+            self._graphs.on_fault(generation)
+            generation.left = False  # it may not have left in full, or its successor needs its memory
         if before.phase in (Phase.SERVING, Phase.DOWN):
             self._progress.begin()
             self._spawn(self._expire(self.state.deadline_at or 0.0))
@@ -214,7 +217,7 @@ class Coordinator:
         recovery.reason = reason
         recovery.stage("detected")
         generation.note_deaths()
-        if before.phase is Phase.SERVING and self._next.target is None:
+        if before.phase is Phase.SERVING and not planned:
             self._find_culprits(generation, reason)
         if not generation.left:
             generation.kill()
@@ -276,6 +279,7 @@ class Coordinator:
         if self.generation is not None:
             self.generation.kill()
         self.processes.standbys.end(self._next.number)
+        self._next.target = None
         ended = self.inflight.give_up(f"The server cannot recover: {reason}")
         self.culprits.ended["given_up"] += ended
         self._progress.give_up(reason)

@@ -16,7 +16,7 @@ from anchortp_sglang.planning.placement.expert_load import spread_hot_experts
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure, rotating_split
 from anchortp_sglang.rank.attachment import HOST_DEVICE
 from anchortp_sglang.recovery import state_machine
-from anchortp_sglang.recovery.processes.generation import Generation
+from anchortp_sglang.recovery.processes.generation import Generation, wait_dead
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.target import Target, target_of
@@ -49,6 +49,8 @@ class NextGeneration:
         self.kv_valid = False
         self.target: Target | None = None
         self._leaving: tuple[int, ...] = ()
+        self._joining: tuple[int, ...] = ()
+        self._planned: WeightPlacement | None = None
         self._processes = processes
         self._configured = configured
         self._min_devices = min_devices
@@ -115,7 +117,7 @@ class NextGeneration:
         """
         assert self.held is not None
         plan, held = self._processes.plan, self.held.ownership
-        target, self.target, self._leaving = self.target, None, ()
+        target, self.target, self._leaving, self._joining, self._planned = self.target, None, (), (), None
         if not self._processes.anchors.alive(HOST_DEVICE):
             self.kv_valid = False  # the contents of the slots are no longer known
         survivors = [device for device in held.devices if device not in lost]
@@ -127,7 +129,9 @@ class NextGeneration:
         if lost:
             ownership = _after_loss(plan, held, survivors)
         elif target is not None:
-            ownership, self._leaving = target.ownership, target.leaving
+            ownership, self._leaving, self._planned = target.ownership, target.leaving, target.weights
+            if self._processes.anchors.planned is not target:  # nothing was built ahead
+                self._joining = target.joining
         else:
             ownership = held
         if ownership != held and not plan.platform.moves_kv:
@@ -147,24 +151,28 @@ class NextGeneration:
         hasher, root = RunHasher(), root_hash(plan.namespace)
         return b"".join(hasher.run_hashes(namespace_seed(root, key), tokens).tobytes() for key, tokens in open_tokens)
 
-    def fork(self, ownership: Ownership, running: bytes) -> Generation:
+    def fork(self, ownership: Ownership, running: bytes, old: Generation) -> Generation:
         """Start the planned generation: the standby, if one fits, or else ranks forked now.
 
-        ``running``: from ``running_hashes``.
+        ``running``: from ``running_hashes``. ``old``: the last generation, whose ranks are dead or have left.
         """
         assert self.held is not None
         anchors, plan = self._processes.anchors, self._processes.plan
         if not anchors.alive(HOST_DEVICE):
             anchors.start_one(HOST_DEVICE, self.number)
-        for device in ownership.devices:
+        for device in self._joining:
             if not anchors.alive(device):
-                anchors.start_one(device, self.number)  # it joins
+                anchors.start_one(device, self.number)
         anchors.fence(self.number, (*ownership.devices, *self._leaving))
-        weights = plan.hold(ownership, self.held)
+        weights = self._planned or plan.hold(ownership, self.held)
         if self.kv_valid:
-            standby = self._processes.run_standby(self.number, weights, running)
+            standby = self._processes.run_standby(self.number, weights, self._leaving, running)
             if standby is not None:
                 return standby
+        if old.left:  # what is forked now needs the memory and the processors
+            old.left = False
+            old.kill()
+            wait_dead(old)
         self._processes.standbys.put_aside(self.number)
         anchors.free_unneeded(self.number, self.held, weights, self.kv_valid)
         try:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.02
 _LEAVE_POLL_S = 0.001
 _LEAVE_TIMEOUT_S = 10.0
+_BUILD_TIMEOUT_S = 1500.0
 
 
 class ChangeRefused(RuntimeError):
@@ -101,6 +102,7 @@ class Reconfiguration:
         self._built_ahead = built_ahead
         self._seams = seams
         self._target: Target | None = None
+        self._busy = False
 
     @property
     def joining(self) -> tuple[int, ...]:
@@ -128,33 +130,40 @@ class Reconfiguration:
         """
         serving = self._seams.serving()
         if serving is None:
-            raise ChangeRefused(409, "the server is not serving: wait until it has recovered")
+            when = (
+                "is down: its status says why"
+                if self._seams.is_down()
+                else "is not serving: wait until it has recovered"
+            )
+            raise ChangeRefused(409, f"the server {when}")
         if generation is not None and generation != serving.number:
             raise ChangeRefused(409, f"generation {serving.number} serves, not {generation}: look at the status again")
-        if self._target is not None:
-            raise ChangeRefused(409, "a change of devices is under way")
+        if self._busy:
+            raise ChangeRefused(409, "a change of devices is under way, or being planned")
         before = frozenset(serving.ownership.devices)
-        wanted = wish.after(before)
-        self._check(wanted, wish.away(self._configured), before)
-        same = {"changed": False, "generation": serving.number, "devices": sorted(before)}
-        if not dry_run:
-            self.drained |= wish.away(self._configured) - before
-        if wanted == before and wish.widths is None:
-            return same
+        wanted, away = wish.after(before), wish.away(self._configured)
+        self._check(wanted, away, before)
+        answer: dict[str, Any] = {"changed": False, "generation": serving.number, "devices": sorted(before)}
+        self._busy, carried_on = True, False
         try:
-            target = await in_thread(self._next.target_for, wanted, _by_device(wanted, wish.widths))
-            if target.ownership == serving.ownership:
-                return same
-            answer = await in_thread(change_of, self._processes.plan.model, serving.weights, target.weights)
-        except InvalidOwnership as error:
-            raise ChangeRefused(400, str(error)) from None
-        answer["kv_slots"] = [self._processes.plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
-        if dry_run:
-            return same | {"plan": answer}
-        began = time.monotonic()
-        number = await self._make(serving, target)
+            target = None
+            if wanted != before or wish.widths is not None:
+                target, answer["plan"] = await self._plan(serving, wanted, wish.widths)
+            if dry_run:
+                return answer
+            if target is None or target.ownership == serving.ownership:
+                answer.pop("plan", None)
+                self.drained |= away - before
+                return answer
+            began, done = time.monotonic(), await self._prepare(serving, target)
+            carried_on = True  # it ends the change, whether a client waits for it or not
+            number = await asyncio.shield(done)
+        finally:
+            if not carried_on:
+                self._end()
+        self.drained |= away - before
         seconds = round(time.monotonic() - began, 3)
-        return {"changed": True, "generation": number, "devices": sorted(wanted), "seconds": seconds, "plan": answer}
+        return answer | {"changed": True, "generation": number, "devices": sorted(wanted), "seconds": seconds}
 
     def _check(self, wanted: frozenset[int], away: frozenset[int], before: frozenset[int]) -> None:
         if strangers := (wanted | away) - self._configured:
@@ -163,21 +172,37 @@ class Reconfiguration:
         if broken := [f"device {device}: {errors[device]}" for device in wanted - before if device in errors]:
             raise ChangeRefused(409, "; ".join(broken))
 
-    async def _make(self, serving: Generation, target: Target) -> int:
-        """Make a change; return the number of the generation that serves then. Raises ChangeRefused."""
-        if self._target is not None or self._seams.serving() is not serving:
-            raise ChangeRefused(409, "something else happened meanwhile: look at the status again")
-        self._target, finishing = target, False
+    async def _plan(
+        self, serving: Generation, wanted: frozenset[int], widths: tuple[int, ...] | None
+    ) -> tuple[Target, dict[str, Any]]:
+        """Plan a change, and sum up what it moves. Raises ChangeRefused."""
+        plan = self._processes.plan
+
+        def work() -> tuple[Target, dict[str, Any]]:
+            target = self._next.target_for(wanted, _by_device(wanted, widths))
+            summary = change_of(plan.model, serving.weights, target.weights)
+            return target, summary | {
+                "kv_slots": [plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
+            }
+
         try:
-            if self._built_ahead:
-                await self._build(serving, target)
-            done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            self._seams.spawn(self._carry_out(serving, target, done))
-            finishing = True
-            return await asyncio.shield(done)
-        finally:
-            if not finishing:
-                self._end()
+            return await in_thread(work)
+        except InvalidOwnership as error:
+            raise ChangeRefused(400, str(error)) from None
+
+    async def _prepare(self, serving: Generation, target: Target) -> "asyncio.Future[int]":
+        """Build what can be built ahead, and begin to carry the change out; return what becomes of it.
+
+        Raises ChangeRefused.
+        """
+        if self._seams.serving() is not serving:
+            raise ChangeRefused(409, "a fault came first; the change was not made")
+        self._target = target
+        if self._built_ahead:
+            await self._build(serving, target)
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._seams.spawn(self._carry_out(serving, target, done))
+        return done
 
     async def _build(self, serving: Generation, target: Target) -> None:
         """Wait until the target's generation stands by. Raises ChangeRefused."""
@@ -185,6 +210,7 @@ class Reconfiguration:
         processes.standbys.forget_failures()
         processes.target = target
         self._seams.build_now()
+        deadline = time.monotonic() + _BUILD_TIMEOUT_S
         while True:
             await asyncio.sleep(_POLL_S)
             if self._seams.serving() is not serving:
@@ -194,8 +220,10 @@ class Reconfiguration:
                 raise ChangeRefused(503, f"the new generation could not be built: {failure}")
             if ready:
                 break
+            if time.monotonic() > deadline:
+                raise ChangeRefused(503, f"the new generation was not built within {_BUILD_TIMEOUT_S:g} s")
         try:
-            complete = await in_thread(processes.anchors.holds_planned)
+            complete = await in_thread(processes.anchors.holds_planned, number)
         except AnchorError as error:
             raise ChangeRefused(503, str(error)) from None
         if not complete:
@@ -206,27 +234,36 @@ class Reconfiguration:
 
         From here on nothing can be called back, whether a client waits for it or not.
         """
-        await self._let_leave(serving)
-        if not self._seams.take_over(target, _reason(target)):
+        try:
+            if self._built_ahead:
+                await self._let_leave(serving)
+            if not self._seams.take_over(target, _reason(target)):
+                return _fail(done, "a fault came first; the change was not made")
+            new = await self._next_serving(serving, done)
+            self._processes.target = None
+            if new.weights == target.weights:
+                self._processes.anchors.planned = None
+            devices = set(new.ownership.devices)
+            self.drained = (self.drained | set(target.leaving)) - devices
+            unused = {*target.joining, *target.leaving} - devices
+            await in_thread(self._processes.anchors.end, unused, new.number)
+            if new.weights == target.weights and not done.done():
+                done.set_result(new.number)
+            else:
+                _fail(done, f"a fault came in between: devices {sorted(devices)} serve, as generation {new.number}")
+        finally:
             self._end()
-            return _fail(done, "a fault came first; the change was not made")
-        new = None
-        while new is None or new is serving:
+            _fail(done, "the change has failed: the server's log says why", 503)
+
+    async def _next_serving(self, serving: Generation, done: "asyncio.Future[int]") -> Generation:
+        """Wait for the generation after ``serving``; if the server gives up first, whoever waits for it is told."""
+        while True:
             await asyncio.sleep(_POLL_S)
             new = self._seams.serving()
+            if new is not None and new is not serving:
+                return new
             if self._seams.is_down():
-                self._end()
-                return _fail(done, "the server is down: look at its status", 503)
-        if new.weights == target.weights:
-            self.drained = self.drained.difference(target.joining).union(target.leaving)
-            self._processes.anchors.planned = None
-        devices = new.ownership.devices
-        await in_thread(self._processes.anchors.end, {*target.joining, *target.leaving}.difference(devices), new.number)
-        self._end()
-        if new.weights == target.weights:
-            done.set_result(new.number)
-        else:
-            _fail(done, f"a fault came in between: devices {sorted(devices)} serve, as generation {new.number}")
+                _fail(done, "the server is down: its status says why", 503)
 
     async def _let_leave(self, serving: Generation) -> None:
         """Let the serving ranks end after their step; those that take too long are killed afterwards."""
@@ -240,21 +277,23 @@ class Reconfiguration:
             await asyncio.sleep(_LEAVE_POLL_S)
 
     def _end(self) -> None:
-        self._target = self._processes.target = None
+        self._busy, self._target, self._processes.target = False, None, None
         self._seams.build_now()
 
 
 def _by_device(devices: Collection[int], widths: Sequence[int] | None) -> dict[int, int] | None:
     if widths is None:
         return None
-    if len(widths) != len(devices) or min(widths) < 1:
+    if len(widths) != len(devices) or any(width < 1 for width in widths):
         raise ChangeRefused(400, f"give a width of at least 1 to each of {len(devices)} devices, not {list(widths)}")
     return dict(zip(sorted(devices), widths, strict=True))
 
 
 def _fail(done: "asyncio.Future[int]", text: str, code: int = 409) -> None:
-    done.set_exception(ChangeRefused(code, text))
-    done.exception()  # somebody may wait for it no more
+    """Make a change fail, unless it is known already what became of it."""
+    if not done.done():
+        done.set_exception(ChangeRefused(code, text))
+        done.exception()  # somebody may wait for it no more
 
 
 def _reason(target: Target) -> str:

@@ -57,6 +57,10 @@ class HoldOffs:
         """Note that an attempt to take a device back has failed."""
         self._wait(self._records.setdefault(device, _Record()), now)
 
+    def not_now(self, device: int, now: float) -> None:
+        """Note that an attempt was not possible, for a reason that has passed by the next one."""
+        self._records.setdefault(device, _Record()).due_at = now + FIRST_PAUSE_S
+
     def _wait(self, record: _Record, now: float) -> None:
         record.due_at = now + record.pause_s
         record.pause_s = min(2 * record.pause_s, LONGEST_PAUSE_S)
@@ -79,7 +83,8 @@ async def take_back_lost(reconfiguration: Reconfiguration) -> None:
             await reconfiguration.change(Wish(rejoin=frozenset({device})))
         except ChangeRefused as refusal:
             log.warning("anchortp: device %d was not taken back: %s", device, refusal)
-            hold_offs.failed(device, time.monotonic())
+            note = hold_offs.not_now if refusal.code == 409 else hold_offs.failed
+            note(device, time.monotonic())
         except Exception:
             log.exception("anchortp: device %d was not taken back", device)
             hold_offs.failed(device, time.monotonic())

@@ -117,7 +117,7 @@ class Steps:
         self, old: Generation, ownership: Ownership, running: bytes, recovery: Recovery, attempt: Attempt
     ) -> Generation:
         """Fork the next generation in place of ``old``, and wait until its ranks are ready."""
-        self._forking = asyncio.ensure_future(in_thread(self._next.fork, ownership, running))
+        self._forking = asyncio.ensure_future(in_thread(self._next.fork, ownership, running, old))
         new = await self._forking
         if old.left:
             self._left.append(old)

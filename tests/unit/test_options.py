@@ -54,7 +54,7 @@ def test_a_flag_whose_value_may_be_left_out_takes_no_other_flag_for_it():
 
 def test_every_flag_reaches_its_field():
     line = (
-        "--anchor-widths 1,1 --anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
+        "--anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-max-body-mib 0.5 --anchor-allow-injection"
         " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
         " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
@@ -62,7 +62,7 @@ def test_every_flag_reaches_its_field():
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
-    expected = ((1, 1), False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, 6.0, "host", 1.5, 2.0)
+    expected = (None, False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, 6.0, "host", 1.5, 2.0)
     expected += ("cold", (0, 3), "auto", "on", True)
     assert dataclasses.astuple(options) == expected
     assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads

@@ -90,7 +90,8 @@ def _begin_change(tree: Tree, blow: Blow) -> Struck:
     """Ask for two or more of the server's devices; another thread waits for the answer."""
     status = tree.server.status()
     ids, rng = [device["id"] for device in status["devices"]], random.Random(blow.draw)
-    devices = rng.sample(ids, rng.randint(min(2, len(ids)), len(ids)))
+    serving = [device["id"] for device in status["devices"] if device["rank"] is not None] or ids
+    devices = sorted({rng.choice(serving), *rng.sample(ids, rng.randint(min(2, len(ids)), len(ids)))})
     struck = Struck(blow, status["generation"], status["state"], under_way=True)
 
     def ask() -> None:

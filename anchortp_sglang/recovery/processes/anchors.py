@@ -8,7 +8,8 @@ import logging
 import mmap
 import os
 import signal
-from collections.abc import Collection, Iterable, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import zmq
 
@@ -50,6 +51,8 @@ class Anchors:
         self.processes: dict[int, AnchorProcess] = {}
         self.planned: Target | None = None
         """Where a planned change leads whose memory is there, or is being made, beside the serving generation's."""
+        self._changing = threading.RLock()
+        """Held while the memory of a planned change is made or freed, beside what is served with."""
         self._clients: dict[tuple[int, float], AnchorClient] = {}
 
     def start(self, devices: Sequence[int]) -> None:
@@ -155,6 +158,12 @@ class Anchors:
 
     def allocate(self, number: int, weights: WeightPlacement) -> None:
         """Allocate the segments of a generation; those that exist already stay as they are."""
+        self._allocate_memory(number, weights)
+        control = control_segment(number)
+        self.client(HOST_DEVICE).allocate(number, control, self._control_bytes(weights.ownership), lazy=True)
+
+    def _allocate_memory(self, number: int, weights: WeightPlacement) -> None:
+        """Allocate all but the control segment."""
         plan, ownership = self.plan, weights.ownership
         for index, (device, shard) in enumerate(zip(ownership.devices, weights.shards, strict=True)):
             kv, client = plan.kv_layout(ownership, index), self.client(device)
@@ -166,30 +175,39 @@ class Anchors:
         mirror = plan.mirror_shape()
         if plan.mirror is not None and mirror is not None:
             host.allocate(number, mirror_segment(plan.mirror), mirror.nbytes, lazy=True)
-        host.allocate(number, control_segment(number), self._control_bytes(ownership), lazy=True)
 
-    def provide(self, number: int, target: Target) -> None:
-        """Start the anchors of devices that join, and allocate the memory of a planned generation ``number``."""
-        self.planned = target
-        for device in target.joining:
-            if not self.alive(device):
-                self.start_one(device, number - 1)
-        self.allocate(number, target.weights)
+    def provide(self, number: int, target: Target, wanted: Callable[[], bool]) -> None:
+        """Start the anchors of devices that join, and allocate the memory of a planned generation ``number``.
+
+        Raises AnchorError if it is not ``wanted`` any more, or there is no memory; AnchorStartError.
+        """
+        with self._changing:
+            if not wanted():
+                raise AnchorError("the change of devices was called off")
+            self.planned = target
+            for device in target.joining:
+                if not self.alive(device):
+                    self.start_one(device, number - 1)
+            self._allocate_memory(number, target.weights)
 
     def give_up(self, generation: Generation) -> None:
         """Free what was made for a planned change that will not take place."""
-        planned, self.planned = self.planned, None
-        if planned is not None:
-            self.end(set(planned.joining).difference(generation.ownership.devices), generation.number)
-            self.seal_and_free(generation)
+        with self._changing:
+            planned, self.planned = self.planned, None
+            if planned is not None:
+                self.end(set(planned.joining).difference(generation.ownership.devices), generation.number)
+                self.seal_and_free(generation)
 
-    def holds_planned(self) -> bool:
-        """Return whether the anchors of a planned generation live and still have its weights' segments."""
+    def holds_planned(self, number: int) -> bool:
+        """Return whether the anchors of a planned generation ``number`` live and still have its segments."""
         planned = self.planned
-        return planned is not None and all(
-            self.alive(device)
-            and planned.weights.shard_of(device).sizes.keys() <= {each.name for each in self._segments(device)}
-            for device in planned.ownership.devices
+        if planned is None:
+            return False
+        needed = self.segments_of(number, planned.weights)
+        needed[HOST_DEVICE].discard(control_segment(number))  # it runs with that of a standby
+        return all(
+            self.alive(device) and names <= {each.name for each in self._segments(device)}
+            for device, names in needed.items()
         )
 
     def make_standby_control(self, number: int, ownership: Ownership) -> mmap.mmap:
@@ -224,6 +242,10 @@ class Anchors:
 
         Raises AnchorError after the last device, if one of them failed.
         """
+        with self._changing:
+            self._seal_and_free(generation)
+
+    def _seal_and_free(self, generation: Generation) -> None:
         failed: AnchorError | None = None
         needed = self.segments_of(generation.number, generation.weights)
         needed[HOST_DEVICE].add(control_segment(generation.number + 1, standby=True))
@@ -287,7 +309,7 @@ class Anchors:
 
     def shut_down(self, number: int) -> None:
         """End all anchors and free their memory. Those that do not answer are killed."""
-        self.end(self.processes, number)
+        self.end(list(self.processes), number)
 
     def end(self, devices: Iterable[int], number: int) -> None:
         """End anchors of some devices and free their memory, as of generation ``number``; kill those that hang."""

@@ -50,6 +50,8 @@ class Generation:
     died: set[int] = field(default_factory=set)
     hung: set[int] = field(default_factory=set)
     hung_since: float | None = None
+    crashes: dict[int, Crash] = field(default_factory=dict)
+    """Reports of ranks that failed, as far as they were read before it was known that they died."""
     left: bool = False
     """Whether all ranks have reported that they write and send nothing any more, although they live."""
 
@@ -97,11 +99,13 @@ def note_left(generation: Generation, reported: set[int]) -> bool:
     for index, child in enumerate(generation.ranks):
         if index not in reported and child.pipe.poll():
             try:
-                status, _ = child.pipe.recv()
+                status, payload = child.pipe.recv()
             except (EOFError, OSError):
                 continue  # it died, which is noticed elsewhere
             if status == LEFT:
                 reported.add(index)
+            elif status == "crashed":
+                generation.crashes[index] = payload
     generation.left = len(reported) == len(generation.ranks)
     return generation.left
 
@@ -155,7 +159,8 @@ def _receive(generation: Generation, index: int) -> dict[str, Any]:
 
 def last_words(generation: Generation) -> list[Crash | None]:
     """Read the Crash of each rank that died, None if it reported none. Can be read once."""
-    return [_crash(generation.ranks[rank].pipe) for rank in sorted(generation.died)]
+    heard = generation.crashes
+    return [heard.get(rank) or _crash(generation.ranks[rank].pipe) for rank in sorted(generation.died)]
 
 
 def _crash(pipe: Connection) -> Crash | None:

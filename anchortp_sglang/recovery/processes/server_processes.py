@@ -165,16 +165,19 @@ class ServerProcesses:
             if spares:
                 timeout_s = self.plan.server_args(spares).dist_timeout
                 self._spares.prepare(self._zygotes.fork, spares, self.plan.platform.spares_join_early, timeout_s)
-            self._prepare_standby(generation, standby)
         except (ZygoteError, AnchorError, OSError) as error:
             log.warning("anchortp: the next generation could not be prepared, and is tried again: %s", error)
+        self._prepare_standby(generation, standby)
 
     def _prepare_standby(self, generation: Generation, standby: StandbyMode) -> None:
         number, held, target = generation.number + 1, generation.weights, self.target
         planned = self.anchors.planned
         if planned is not None and planned is not target:
             self.standbys.discard()
-            self.anchors.give_up(generation)
+            try:
+                self.anchors.give_up(generation)
+            except AnchorError as error:
+                log.info("anchortp: what was made for a change of devices is not freed yet: %s", error)
         if target is not None or standby == "warm":
             weights = held if target is None else target.weights
             self.standbys.prepare(number, weights, lambda: self._make_standby(number, held, target))
@@ -183,9 +186,9 @@ class ServerProcesses:
         """Begin to build a generation beside the one that serves with ``held``: as wide, or as ``target`` says."""
         weights, leaving = (held, ()) if target is None else (target.weights, target.leaving)
         if target is not None:
-            self.anchors.provide(number, target)
+            self.anchors.provide(number, target, lambda: self.target is target)
         control = self.anchors.make_standby_control(number, weights.ownership)
-        standby = Standby(number, weights, make_store(), control)
+        standby = Standby(number, weights, make_store(), control, leaving=leaving)
         if target is not None:
             standby.build_timeout_s = _MOVE_TIMEOUT_S
         try:
@@ -199,12 +202,14 @@ class ServerProcesses:
             raise
         return standby
 
-    def run_standby(self, number: int, weights: WeightPlacement, running: bytes) -> Generation | None:
+    def run_standby(
+        self, number: int, weights: WeightPlacement, leaving: tuple[int, ...], running: bytes
+    ) -> Generation | None:
         """Let a standby of these weights run as generation ``number``; None if there is none of use.
 
-        The old ranks must be dead, and the anchors fenced. ``running``: as in Assignment.
+        The old ranks must be dead or have left, and the anchors fenced. ``leaving``, ``running``: as in Assignment.
         """
-        standby = self.standbys.take(number, weights)
+        standby = self.standbys.take(number, weights, leaving)
         if standby is None:
             return None
         self._store = standby.store

@@ -16,12 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.recovery.processes.pidfd import is_dead
 from anchortp_sglang.recovery.processes.spares import answering, end
 from anchortp_sglang.recovery.processes.stops import resume
-from anchortp_sglang.recovery.processes.zygote import Child, ZygoteError
+from anchortp_sglang.recovery.processes.zygote import Child
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 4.0, 600.0
 class Standby:
     """A generation that stands by, or is being built to: its ranks in order, and what main needs of it later.
 
-    ``store``: where the ranks meet. ``control``: its control segment, mapped read-only.
+    ``store``: where the ranks meet. ``control``: its control segment, mapped read-only. ``leaving``: devices besides
+    its own whose KV it takes over.
     """
 
     number: int
@@ -40,6 +40,7 @@ class Standby:
     store: Any
     control: mmap.mmap
     ranks: list[Child] = field(default_factory=list)
+    leaving: tuple[int, ...] = ()
     build_timeout_s: float = 120.0
     _began: float = field(default_factory=time.monotonic)
     _reported: set[int] = field(default_factory=set)
@@ -113,14 +114,14 @@ class Standbys:
                     return
                 standby.end()
                 self._standby = None
-                if failure:
+                if failure and fits:
                     self._fail(failure)
         if time.monotonic() < self._not_before:
             return
         try:
             made = make()  # a recovery that begins meanwhile does not wait for it
-        except (ZygoteError, AnchorError, OSError) as error:
-            self._fail(str(error))
+        except Exception as error:  # of whatever kind, it is no reason to serve no more
+            self._fail(f"{type(error).__name__}: {error}")
             return
         with self._lock:
             if number >= self._least_number:
@@ -152,13 +153,16 @@ class Standbys:
         if standby is not None:
             standby.end()
 
-    def take(self, number: int, weights: WeightPlacement) -> Standby | None:
-        """Take the standby for good if it is ready and fits; put it aside or end it otherwise."""
+    def take(self, number: int, weights: WeightPlacement, leaving: tuple[int, ...] = ()) -> Standby | None:
+        """Take the standby for good if it is ready and fits; put it aside or end it otherwise.
+
+        ``leaving``: devices whose memory is still there, although they are not in ``weights``.
+        """
         standby = self._withdrawn(number)
         if standby is None:
             return None
         why = standby.look()
-        if not why and (standby.number, standby.weights) != (number, weights):
+        if not why and (standby.number, standby.weights, standby.leaving) != (number, weights, leaving):
             why = "it has other weights, or attempts have failed since"
         if not why and not standby.ready:
             why = "it is not ready"

@@ -70,7 +70,7 @@ class SlowNextGeneration:
     def running_hashes(self, *tokens: object) -> bytes:
         return b""
 
-    def fork(self, ownership: object, running: bytes) -> Generation:
+    def fork(self, ownership: object, running: bytes, old: Generation) -> Generation:
         began, number = time.monotonic(), self.number
         self.begun.release()
         assert self.go.wait(10)
