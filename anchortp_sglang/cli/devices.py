@@ -80,7 +80,7 @@ def _change(
     try:
         answer = client.reconfigure(url, {**wanted, "dry_run": dry_run, "generation": generation}, api_key)
     except client.RefusedError as error:
-        typer.echo(f"anchortp: nothing was changed: {error}", err=True)
+        typer.echo(f"anchortp: {error}", err=True)
         raise typer.Exit(1) from None
     except client.UnreachableError as error:
         typer.echo(f"anchortp: {error}", err=True)

@@ -148,7 +148,7 @@ class Attachment:
         return self._kv_bytes
 
     def stand_by_no_more(self) -> None:
-        """Make the KV writable: the generation that wrote to it is dead. Raises OSError."""
+        """Make the KV writable: the generation that wrote to it is dead or has left. Raises OSError."""
         kv = self.kv_tensor()
         make_writable(kv.data_ptr(), kv.numel())
         self.standing_by = False

@@ -130,12 +130,9 @@ class Reconfiguration:
         """
         serving = self._seams.serving()
         if serving is None:
-            when = (
-                "is down: its status says why"
-                if self._seams.is_down()
-                else "is not serving: wait until it has recovered"
-            )
-            raise ChangeRefused(409, f"the server {when}")
+            down = self._seams.is_down()
+            text = "is down: its status says why" if down else "does not serve: wait until it has recovered"
+            raise ChangeRefused(409, f"the server {text}")
         if generation is not None and generation != serving.number:
             raise ChangeRefused(409, f"generation {serving.number} serves, not {generation}: look at the status again")
         if self._busy:
@@ -181,9 +178,8 @@ class Reconfiguration:
         def work() -> tuple[Target, dict[str, Any]]:
             target = self._next.target_for(wanted, _by_device(wanted, widths))
             summary = change_of(plan.model, serving.weights, target.weights)
-            return target, summary | {
-                "kv_slots": [plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
-            }
+            slots = [plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
+            return target, summary | {"kv_slots": slots}
 
         try:
             return await in_thread(work)

@@ -89,7 +89,7 @@ class Steps:
         recovery.stage("reaped")
         await line.drain(generation.number, self._processes, inflight)
         recovery.stage("fenced")
-        return "the old generation is dead and drained"
+        return f"the old generation {'has left' if generation.left else 'is dead'}, and is drained"
 
     async def start(self, recovery: Recovery, inflight: InflightRequests, attempt: Attempt) -> str:
         """Make the verdict and the plan, fork, and wait until the new ranks are ready."""

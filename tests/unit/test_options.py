@@ -66,6 +66,7 @@ def test_every_flag_reaches_its_field():
     expected += ("cold", (0, 3), "auto", "on", True)
     assert dataclasses.astuple(options) == expected
     assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads
+    assert split_argv(["--anchor-widths", "1,1"])[0].widths == (1, 1)
 
 
 def test_the_last_of_two_flags_wins_as_in_argparse():
