@@ -1,8 +1,9 @@
 """The slot table: the content of each KV slot, in shared memory, readable after all ranks were killed at any instant.
 
 It has four arrays over the slots (chain hash, token, parent slot, step of last use) behind a small header. Only rank 0
-writes; the next generation reads once all old ranks are dead or have left. There is no journal: an entry is valid if its hash
-follows from its token and its parent's hash, and so on up to a root; others are dropped. Three rules make this safe:
+writes; the next generation reads once all old ranks are dead or have left. There is no journal: an entry is valid if
+its hash follows from its token and its parent's hash, and so on up to a root; others are dropped. Three rules make this
+safe:
 
 - a slot is invalidated when it is freed, hence before any rank can write other KV to it;
 - a slot is committed once its KV is complete, while its request still owns it; within a commit any older hash is
