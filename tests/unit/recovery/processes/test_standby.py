@@ -162,6 +162,17 @@ def test_the_progress_of_one_is_that_of_the_one_asked_for():
     assert out == "(False, '')\nFalse (False, '')\n(True, '') (False, '')\nTrue none\n"
 
 
+def test_whatever_keeps_one_from_being_built_is_said():
+    out = run("""
+        def no_anchor():
+            raise RuntimeError("no anchor")
+
+        standbys.prepare(2, "weights", no_anchor)
+        print(standbys.progress(2, "weights"), standbys.state)
+    """)
+    assert out == "(False, 'RuntimeError: no anchor') failed\n"
+
+
 def test_all_are_ended_when_the_server_gives_up():
     out = run("""
         prepare()
