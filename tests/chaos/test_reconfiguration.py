@@ -30,6 +30,7 @@ def elastic(launch):
 def server(elastic):
     """A server whose four devices serve, before a test and after it."""
     server, _ = elastic
+    change(server, devices=[0, 1, 2, 3])
     yield server
     server.wait_serving(0)
     change(server, devices=[0, 1, 2, 3])
