@@ -8,7 +8,6 @@ same requests when nothing changes.
 """
 
 import argparse
-import itertools
 import signal
 import statistics
 import sys
@@ -67,8 +66,8 @@ def measure(server, options) -> None:
             assert [history.output_ids for history in streams.histories] == expected, "tokens differ"
             record = server.status()["recoveries"][-1]
             pause = statistics.median(history.longest_pause_s() for history in streams.histories)
-            stopped = max(streams.histories, key=lambda history: history.longest_pause_s())
-            share = rate(streams, began, stop_of(stopped)) / rate(streams, began - 1.0, began)
+            built_at = began + took - (record["tfs_s"] or 0.0)
+            share = rate(streams, began, built_at) / rate(streams, began - 1.0, began)
             found[kind].append((took, pause, share, record["tfs_s"] or 0.0))
             print(
                 f"{kind} {number % options.tp}: {took:.2f} s, pause {pause:.3f} s, TFS {record['tfs_s']} s, "
@@ -85,12 +84,6 @@ def measure(server, options) -> None:
 
 def mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:.2f}"
-
-
-def stop_of(history) -> float:
-    """When the longest pause of a stream began."""
-    times = [at for at, _ in history.arrivals]
-    return max(itertools.pairwise(times), key=lambda pair: pair[1] - pair[0])[0]
 
 
 def rate(streams, begin: float, end: float) -> float:
