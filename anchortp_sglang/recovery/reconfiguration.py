@@ -64,7 +64,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Seams:
-    """What a change needs of the coordinator; all on the event loop.
+    """The coordinator's functions that a change calls; all on the event loop.
 
     ``serving`` returns the generation that serves, or None; ``is_down``, whether the server has given up; ``build_now``
     has the helpers looked after at once; ``send`` sends a message to the ranks; ``take_over`` starts the target's

@@ -85,6 +85,6 @@ async def take_back_lost(reconfiguration: Reconfiguration) -> None:
             log.warning("anchortp: device %d was not taken back: %s", device, refusal)
             note = hold_offs.not_now if refusal.code == 409 else hold_offs.failed
             note(device, time.monotonic())
-        except Exception:
+        except Exception:  # the others that are lost are still to be taken back
             log.exception("anchortp: device %d was not taken back", device)
             hold_offs.failed(device, time.monotonic())

@@ -157,7 +157,7 @@ def calls(bias: dict[str, float]) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class Said:
-    """What a choice has said so far. ``tools``: [name, arguments] of each call."""
+    """A choice's answer so far. ``tools``: [name, arguments] of each call."""
 
     reasoning: str = ""
     content: str = ""

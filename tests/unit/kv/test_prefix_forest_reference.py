@@ -128,7 +128,7 @@ def token_of(mixed):
 
 
 class Reference:
-    """What is retained of ``entries``, by definition."""
+    """Return what is retained of ``entries``, by definition."""
 
     def __init__(self, entries):
         self.hashes, self.tokens, self.parents, self.last_use = (
