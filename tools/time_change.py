@@ -1,4 +1,4 @@
-"""Times what a planned change of devices costs clients: a device is drained and taken back, again and again, under load.
+"""Times what a planned change of devices costs clients: one is drained and taken back, again and again, under load.
 
     PYTHONPATH=. $(make -s print-python) tools/time_change.py [--tp 4] [--rounds 5] [--size tiny] [--standby warm]
 
