@@ -125,10 +125,15 @@ def guard(app: Any) -> None:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def unknown() -> None:
+    async def guarded() -> None:
         raise HTTPException(404)
 
-    app.add_api_route("/anchortp/{route:path}", unknown, methods=["POST"], include_in_schema=False)
+    async def unguarded() -> None:
+        raise HTTPException(404)
+
+    path = "/anchortp/{route:path}"
+    app.add_api_route(path, guarded, methods=["POST"], include_in_schema=False)
+    app.add_api_route(path, unguarded, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"], include_in_schema=False)
 
 
 def _refused(code: int, detail: str) -> Answer:

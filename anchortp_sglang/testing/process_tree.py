@@ -12,6 +12,11 @@ def is_gone(pid: int) -> bool:
     return _status(pid) in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
+def is_zombie(pid: int) -> bool:
+    """Return whether the process is dead, but not reaped."""
+    return _status(pid) == psutil.STATUS_ZOMBIE
+
+
 def is_stopped(pid: int) -> bool:
     """Return whether a signal has stopped the process."""
     return _status(pid) in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)

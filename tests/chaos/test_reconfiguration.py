@@ -78,11 +78,17 @@ def standbys(server):
     return found
 
 
+def standing_by(server):
+    """The same, once the usual standby is complete: what appears afterwards is built for a change of devices."""
+    until(lambda: server.status()["standby"] == "ready", "no standby stands by", 60)
+    return standbys(server)
+
+
 class Change:
     """A change that another thread asks for. ``built``: the pid of a rank of its generation, while that is built."""
 
     def __init__(self, server, **body):
-        before = standbys(server)
+        before = standing_by(server)
         self._answers = []
         self._thread = threading.Thread(target=self._ask, args=(server, body))
         self._thread.start()
@@ -197,7 +203,7 @@ def test_a_client_that_goes_away_leaves_the_serving_generation_as_it_is(server, 
     before = rank_pids(server)
     with Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(10)
-        others = standbys(server)
+        others = standing_by(server)
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         body = json.dumps({"drain": [1]})
         connection.request("POST", "/anchortp/reconfigure", body, {"Content-Type": "application/json"})

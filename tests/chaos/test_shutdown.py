@@ -13,6 +13,7 @@ from histories import prompt, request, until
 from remains import Place, Remains, shm
 
 from anchortp_sglang.anchor.rundir import prepare_run_dir, remove_run_dir
+from anchortp_sglang.testing.process_tree import is_zombie
 from anchortp_sglang.testing.server import Server
 from anchortp_sglang.testing.streams import Streams
 
@@ -98,7 +99,7 @@ def test_as_pid_1_it_reaps_orphans_drains_on_sigterm_and_ends_on_the_second(laun
 
 
 def zombies(process):
-    return [child for child in process.children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
+    return [child for child in process.children(recursive=True) if is_zombie(child.pid)]
 
 
 def test_sigkill_of_the_server_ends_its_processes_and_the_next_one_removes_its_files(launch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from anchortp_sglang.testing.memory import total_bytes
-from anchortp_sglang.testing.process_tree import Tree
+from anchortp_sglang.testing.process_tree import Tree, is_zombie
 
 _SETTLE_S = 20.0
 _POLL_S = 0.5
@@ -67,7 +67,7 @@ def holdings(tree: Tree) -> Holdings:
         "threads of main": main.num_threads(),
         "memory of main (MiB)": main.memory_info().rss >> 20,
         "memory of all (MiB)": (total_bytes([process.pid for process in processes]) >> 20) - _IMPORTED_MIB * spawned,
-        "zombies": sum(_is_zombie(process) for process in processes),
+        "zombies": sum(is_zombie(process.pid) for process in processes),
         "files in /dev/shm": len(os.listdir("/dev/shm")),
     }
     figures |= {f"files {kind}": count for kind, count in kinds_of_files(tree.folder).items()}
@@ -108,10 +108,3 @@ def settled(tree: Tree, before: Holdings | None = None, timeout_s: float = _SETT
         if not (before or found).leaked(found) or time.monotonic() > deadline:
             return found
         time.sleep(_POLL_S)
-
-
-def _is_zombie(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -26,7 +26,7 @@ def end(pidfd: int) -> None:
 
 def has_living_children(pid: int) -> bool:
     try:
-        return any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(pid).children())
+        return any(not _is_zombie(child) for child in psutil.Process(pid).children())
     except psutil.NoSuchProcess:
         return False
 

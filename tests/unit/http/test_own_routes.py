@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from anchortp_sglang.http.own_routes import OwnRoutes, guard
@@ -106,6 +107,13 @@ def test_a_type_with_parameters_in_any_case_is_json():
 def test_without_the_flag_nothing_is_read():
     code, detail = said(ask("POST", "/anchortp/inject", b"no JSON", (), allow_injection=False))
     assert code == 403 and "--anchor-allow-injection" in detail
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT"])
+def test_what_is_not_ours_is_not_found_by_any_method(method):
+    app = FastAPI()
+    guard(app)
+    assert TestClient(app).request(method, "/anchortp/other").status_code == 404
 
 
 @pytest.mark.parametrize(
