@@ -20,6 +20,9 @@ KWARG_PREFIX = "anchor_"
 
 StandbyMode = Literal["off", "cold", "warm"]
 RejoinMode = Literal["manual", "auto"]
+AVAILABLE: Literal["available"] = "available"
+"""A server starts with those devices that can be started."""
+StartDevices = tuple[int, ...] | Literal["available"] | None
 """Mode of preparation for the next fault: nothing waits for it, spare ranks do, or a whole generation."""
 
 # A Unix socket's path has at most 107 bytes (sun_path); the rest is for a run id and the socket's name.
@@ -141,12 +144,12 @@ class AnchorOptions:
         " goes on where killed ranks stopped (default: warm if there is memory for it, else cold)",
         str,
     )
-    start_devices: tuple[int, ...] | None = _option(
+    start_devices: tuple[int, ...] | Literal["available"] | None = _option(
         None,
-        "start-devices ID,ID,...",
-        "start with these devices only, of those that --tp-size numbers from 0; 'anchortp rejoin' adds others"
-        " (default: all)",
-        _integers,
+        "start-devices ID,ID,...|available",
+        "start with these devices only, of those that --tp-size numbers from 0, or with those that can be started;"
+        " 'anchortp rejoin' adds others (default: all, or the server does not start)",
+        str,
     )
     rejoin: Literal["manual", "auto"] = _option(
         "manual",
@@ -219,15 +222,17 @@ class AnchorOptions:
                 f"--anchor-widths gives widths to {len(self.widths)} devices, but --tp-size is {tp_size}:"
                 f" give one width per device, or --tp-size {len(self.widths)}"
             )
-        started = tp_size if self.start_devices is None else len(self.start_devices)
-        if self.start_devices is not None and max(self.start_devices) >= tp_size:
+        start = self.start_devices
+        named: Sequence[int] = range(tp_size) if start is None or start == AVAILABLE else start
+        if max(named) >= tp_size:
             raise OptionsError(
-                f"--anchor-start-devices names device {max(self.start_devices)}; --tp-size {tp_size} numbers devices"
+                f"--anchor-start-devices names device {max(named)}; --tp-size {tp_size} numbers devices"
                 f" from 0 to {tp_size - 1}"
             )
-        if started < self.min_devices <= tp_size:
+        if len(named) < self.min_devices <= tp_size:
             raise OptionsError(
-                f"--anchor-start-devices names {started} devices, --anchor-min-devices is {self.min_devices}: name more"
+                f"--anchor-start-devices names {len(named)} devices, --anchor-min-devices is {self.min_devices}:"
+                " name more"
             )
         if self.min_devices > tp_size:
             raise OptionsError(
@@ -246,14 +251,18 @@ def _as_widths(value: Any) -> tuple[int, ...]:
     return widths
 
 
-def _as_devices(value: Any) -> tuple[int, ...]:
+def _as_devices(value: Any) -> StartDevices:
+    if value == AVAILABLE:
+        return AVAILABLE
     try:
         devices = tuple(sorted(_integers(value) if isinstance(value, str) else value))
     except (TypeError, ValueError):
         devices = ()
     valid = all(isinstance(device, int) and not isinstance(device, bool) and device >= 0 for device in devices)
     if not devices or not valid or len(set(devices)) < len(devices):
-        raise OptionsError(f"--anchor-start-devices takes different device ids, for instance 0,1,3; got {value!r}")
+        raise OptionsError(
+            f"--anchor-start-devices takes different device ids, for instance 0,1,3, or available; got {value!r}"
+        )
     return devices
 
 

@@ -71,8 +71,6 @@ ROUTES = {
     "/unload_lora_adapter": _FORGOTTEN,
     "/open_session": _FORGOTTEN,
     "/close_session": _FORGOTTEN,
-    "/pause_generation": _FORGOTTEN,
-    "/continue_generation": _FORGOTTEN,
     "/set_internal_state": _FORGOTTEN,
     "/slow_down": _FORGOTTEN,
     "/start_profile": _ONE_GENERATION,
@@ -95,7 +93,7 @@ ROUTES = {
 _SERVED_ROUTES = """
     / /ready /ping /health /health_generate /get_model_info /model_info /get_server_info /server_info /v1/loads
     /is_scaling_elastic_ep /openapi.json /docs /docs/oauth2-redirect /redoc /metrics
-    /flush_cache /abort_request /configure_logging /set_trace_level /freeze_gc
+    /flush_cache /abort_request /pause_generation /continue_generation /configure_logging /set_trace_level /freeze_gc
     /generate /encode /classify /v1/completions /v1/chat/completions /v1/embeddings /v1/classify /v1/score
     /v1/decisions /v1/responses /v1/responses/{response_id} /v1/responses/{response_id}/cancel /v1/rerank
     /v1/messages /v1/messages/count_tokens /v1/systemone /v1/audio/transcriptions /v1/realtime
@@ -106,9 +104,10 @@ _SERVED_ROUTES = """
 SERVED_ROUTES = frozenset(_SERVED_ROUTES.split())
 
 # Messages (classes of ``managers/io_struct.py``) that TokenizerManager may send to the ranks; all others are refused.
-# They leave only log levels and frozen garbage in the ranks, which a new generation does not need.
+# They leave only log levels and frozen garbage in the ranks, which a new generation does not need, and pauses, which
+# main repeats to it.
 _SERVED_MESSAGES = """
     TokenizedGenerateReqInput BatchTokenizedGenerateReqInput AbortReq FlushCacheReqInput GetInternalStateReq
-    ConfigureLoggingReq FreezeGCReq ShutdownReq
+    ConfigureLoggingReq FreezeGCReq ShutdownReq PauseGenerationReqInput ContinueGenerationReqInput
 """
 SERVED_MESSAGES = frozenset(_SERVED_MESSAGES.split())

@@ -20,6 +20,7 @@ from anchortp_sglang.cli import bench as bench_command
 from anchortp_sglang.cli import client as server_client
 from anchortp_sglang.cli import devices as devices_commands
 from anchortp_sglang.cli import parity
+from anchortp_sglang.cli import pause as pause_commands
 from anchortp_sglang.cli import plan as plan_command
 from anchortp_sglang.cli.arguments import DEFAULT_URL, JsonOption, KeyOption, UrlOption
 
@@ -142,9 +143,12 @@ def doctor(
     raise typer.Exit(1 if any(check.level == "FAIL" for check in checks) else 0)
 
 
+app.command()(pause_commands.pause)
+app.command("continue")(pause_commands.continue_)
 app.command()(devices_commands.drain)
 app.command()(devices_commands.rejoin)
 app.command()(devices_commands.resize)
+app.command()(devices_commands.rebalance)
 app.command()(plan_command.plan)
 app.command()(parity.parity)
 app.add_typer(bench_command.app, name="bench")

@@ -1,4 +1,4 @@
-"""HTTP client of a running server: reads its status, changes its devices, injects faults."""
+"""HTTP client of a running server: reads its status, changes its devices, pauses it, injects faults."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import Any
 STATUS_TIMEOUT_S = 10.0
 CHANGE_TIMEOUT_S = 1800.0  # the answer comes once the new devices serve
 INJECT_TIMEOUT_S = 60.0  # the answer comes once the fault has taken effect
+
+Route = tuple[str, dict[str, Any]]
+PAUSE: Route = ("/pause_generation", {"mode": "in_place"})
+CONTINUE: Route = ("/continue_generation", {})
+"""Routes of SGLang's own that take a body and answer that it is done."""
 
 
 class UnreachableError(RuntimeError):
@@ -37,6 +42,11 @@ def reconfigure(
 ) -> dict[str, Any]:
     """Change the server's devices by ``POST /anchortp/reconfigure``; return what the server answers."""
     return _exchange(url, "/anchortp/reconfigure", change, api_key, timeout_s)
+
+
+def tell(url: str, route: Route, api_key: str | None = None, timeout_s: float = STATUS_TIMEOUT_S) -> None:
+    """Ask one of SGLang's routes for something that it does at once."""
+    _exchange(url, *route, api_key, timeout_s)
 
 
 def _exchange(url: str, path: str, body: Any, api_key: str | None, timeout_s: float) -> dict[str, Any]:

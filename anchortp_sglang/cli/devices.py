@@ -1,4 +1,4 @@
-"""The commands ``anchortp drain``, ``rejoin`` and ``resize``: change the devices of a running server.
+"""The commands ``anchortp drain``, ``rejoin``, ``resize`` and ``rebalance``: change the devices of a running server.
 
 Interrupted (Ctrl-C) before the new generation takes over, they change nothing.
 """
@@ -6,6 +6,7 @@ Interrupted (Ctrl-C) before the new generation takes over, they change nothing.
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -67,6 +68,25 @@ def resize(
     _change(wanted, dry_run, generation, url, api_key, as_json)
 
 
+class Aim(StrEnum):
+    """What shares can follow."""
+
+    SPEED = "speed"
+    MEMORY = "memory"
+
+
+def rebalance(
+    by: Annotated[Aim, typer.Option("--by", help="What shares are to follow, as it is measured now.")],
+    dry_run: DryRunOption = False,
+    generation: GenerationOption = None,
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give devices of a running server shares by their speed or their memory, if they differ by more than noise."""
+    _change({"rebalance": by.value}, dry_run, generation, url, api_key, as_json)
+
+
 def _numbers(name: str, text: str) -> list[int]:
     try:
         return [int(each) for each in text.split(",")]
@@ -92,11 +112,11 @@ def _change(
 
 def _describe(answer: dict[str, Any], dry_run: bool) -> str:
     serving = f"devices {', '.join(map(str, answer['devices']))} serve, as generation {answer['generation']}"
-    plan = answer.get("plan")
+    plan, measured = answer.get("plan"), [_measured(each) for each in answer.get("measured", ())]
     if plan is None:
-        return f"nothing to do: {serving}"
+        return "\n".join([f"nothing to do: {serving}", *measured])
     done = f"nothing was changed: {serving}; it would be:" if dry_run else f"{serving}, after {answer['seconds']:g} s"
-    lines = [done]
+    lines = [done, *measured]
     for each in plan["devices"]:
         lines.append(
             f"  device {each['id']}: {_mib(each['weight_bytes'])} of weights; {_mib(each['stay_bytes'])} stay in place,"
@@ -107,6 +127,12 @@ def _describe(answer: dict[str, Any], dry_run: bool) -> str:
     lines.append(f"  moved: {_mib(plan['moved_bytes'])}; shares of this size need {_mib(plan['least_bytes'])} at least")
     lines.append(f"  KV slots: {before} before, {after} after")
     return "\n".join(lines)
+
+
+def _measured(device: dict[str, Any]) -> str:
+    if "bytes_per_s" in device:
+        return f"  device {device['id']}: reads {device['bytes_per_s'] / 1e9:.2f} GB/s of weights"
+    return f"  device {device['id']}: {_mib(device['memory_bytes'])} for weights and KV"
 
 
 def _mib(nbytes: int) -> str:

@@ -75,6 +75,7 @@ class Metrics:
             "anchortp_tfs_seconds", "Time from a fault's detection to the first new token.", buckets=_TFS_BUCKETS
         )
         self._generation = gauge("anchortp_generation", "Number of the current set of ranks, counted from 0.")
+        self._paused = gauge("anchortp_paused", "1 while an operator has paused the server.")
         self._devices = gauge("anchortp_devices", "Devices by state.", "state")
         self._state = gauge("anchortp_server_state", "1 for the state that the server is in.", "state")
         self._mirror_lag = gauge("anchortp_mirror_lag_tokens", "KV cache tokens that have no copy in host memory yet.")
@@ -108,6 +109,7 @@ class Metrics:
             self._raise_to(self._ended.labels(reason), count)
         self._suspects.set(status["suspects"])
         self._fruitless.set(status["fruitless_faults"])
+        self._paused.set(status["paused"])
         self._standby.set(status["standby"] == "ready")
         self._raise_to(self._failed, totals.failed)
         self._raise_to(self._replayed, totals.requests_replayed)

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from fastapi import HTTPException
@@ -45,24 +45,27 @@ class _Injection(msgspec.Struct):
 
 
 class _Change(msgspec.Struct, forbid_unknown_fields=True):
-    """Devices that are to serve, to leave or to join: one of the three. Or only widths, for those that serve."""
+    """Devices that are to serve, to leave or to join: one of the three. Or, for those that serve, other shares."""
 
     devices: list[int] | None = None
     drain: list[int] | None = None
     rejoin: list[int] | None = None
     widths: list[int] | None = None
+    rebalance: Literal["speed", "memory"] | None = None
     generation: int | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         given = [each for each in (self.devices, self.drain, self.rejoin) if each is not None]
-        if len(given) > 1 or not (given[0] if given else self.widths):
-            raise ValueError("give one of devices, drain and rejoin, a list of device ids, or widths")
+        if len(given) > 1 or not (given[0] if given else self.widths or self.rebalance):
+            raise ValueError("give one of devices, drain and rejoin, a list of device ids, or widths, or rebalance")
+        if self.rebalance and (given or self.widths):
+            raise ValueError("rebalance finds the widths of the devices that serve: give it alone")
 
     def wish(self) -> Wish:
         devices = None if self.devices is None else frozenset(self.devices)
         widths = None if self.widths is None else tuple(self.widths)
-        return Wish(devices, frozenset(self.drain or ()), frozenset(self.rejoin or ()), widths)
+        return Wish(devices, frozenset(self.drain or ()), frozenset(self.rejoin or ()), widths, self.rebalance)
 
 
 class OwnRoutes:

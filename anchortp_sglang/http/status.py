@@ -21,6 +21,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "kv": None if coordinator.kv_usage is None else coordinator.kv_usage.to_json(),
         "kv_capacity": asdict(coordinator.processes.kv_capacity(ownership)),
         "run_dir": _run_dir(coordinator),
+        "paused": coordinator.paused,
         "standby": coordinator.processes.standbys.state,
         "recoveries": coordinator.recoveries.to_json(),
         "fruitless_faults": coordinator.state.fruitless,
@@ -50,6 +51,10 @@ def _run_dir(coordinator: Coordinator) -> dict[str, Any]:
     return {"path": str(coordinator.processes.plan.run_dir), "lost": lost, "made_again": made_again}
 
 
+def _loss_of(coordinator: Coordinator, device: int) -> str:
+    return coordinator.recoveries.loss_of(device) or coordinator.not_started.get(device, "")
+
+
 def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
     processes, generation = coordinator.processes, coordinator.generation
     anchor = processes.anchors.processes.get(device)
@@ -58,7 +63,7 @@ def _device(coordinator: Coordinator, device: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "id": device,
         "state": state,
-        "reason": "not in use on request" if state == "drained" else coordinator.recoveries.loss_of(device),
+        "reason": "not in use on request" if state == "drained" else _loss_of(coordinator, device),
         "rank": None,
         "rank_pid": None,
         "anchor_pid": anchor.pid if anchor is not None and alive else None,

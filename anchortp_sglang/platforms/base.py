@@ -131,6 +131,9 @@ class Platform(Protocol):
         Called in every step, except with the overlap schedule, whose results come with an event of their own.
         """
 
+    def free_bytes(self, device: int) -> int:
+        """Return the free memory of the device that this rank is on; 0 where devices share the host's."""
+
     # ---- recovery, in main
 
     @property

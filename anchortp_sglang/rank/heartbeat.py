@@ -2,6 +2,7 @@
 
 Each rank has one, moved by every turn of its scheduler loop and every all-reduce, which tells hung from busy. Three
 more are rank 0's: the tokens that resumed requests reused and recomputed, and whether its decode graphs are captured.
+After them each rank reports what it measured of its device, when it is asked to.
 """
 
 import mmap
@@ -10,17 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAX_RANKS = 61
-BYTES = 8 * (MAX_RANKS + 3)
-"""Size of the counters at the start of the control segment, int64 each: ranks, reused, recomputed, graphs."""
+_ROW = MAX_RANKS + 3
+_ROWS = 4
+BYTES = 8 * _ROW * _ROWS
+"""Size of the counters at the start of the control segment, int64 each, in rows of one by rank.
+
+Ranks, then reused, recomputed, graphs; after them speeds, free memory, and the number of the request for both.
+"""
 
 
 class Counters:
     """One rank's side of the counters. ``memory``: the generation's control segment, writable."""
 
     def __init__(self, memory: mmap.mmap, rank: int) -> None:
-        self._counters, self._rank = np.frombuffer(memory, np.int64, MAX_RANKS + 3), rank
+        self._counters, self._rank = np.frombuffer(memory, np.int64, _ROW), rank
+        self._measured = _measured(memory)
 
     def beat(self) -> None:
         self._counters[self._rank] += 1
@@ -52,6 +60,24 @@ class Counters:
         """Note that decode graphs are captured; only rank 0 writes it."""
         if self._rank == 0:
             self._counters[MAX_RANKS + 2] = 1
+
+    def report(self, number: int, bytes_per_s: int, free_bytes: int) -> None:
+        """Report what this rank measured of its device, for request ``number``."""
+        speeds, free, numbers = self._measured
+        speeds[self._rank], free[self._rank] = bytes_per_s, free_bytes
+        numbers[self._rank] = number
+
+
+def read_measured(memory: mmap.mmap, world_size: int, number: int) -> tuple[list[int], list[int]] | None:
+    """Return bytes per second and free bytes by rank, as measured for request ``number``; None until all have."""
+    speeds, free, numbers = _measured(memory)
+    if (numbers[:world_size] != number).any():
+        return None
+    return speeds[:world_size].tolist(), free[:world_size].tolist()
+
+
+def _measured(memory: mmap.mmap) -> NDArray[np.int64]:
+    return np.frombuffer(memory, np.int64, 3 * _ROW, 8 * _ROW).reshape(3, _ROW)
 
 
 def read_graphs(memory: mmap.mmap) -> bool:

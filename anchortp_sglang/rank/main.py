@@ -16,7 +16,7 @@ from typing import Any
 
 import setproctitle
 
-from anchortp_sglang.rank import grammars, handover, heartbeat, leave, standby
+from anchortp_sglang.rank import grammars, handover, heartbeat, leave, measure, standby
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, Attachment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
 from anchortp_sglang.rank.kv.prefixes import no_prefixes, open_prefixes
@@ -165,6 +165,7 @@ def _make_scheduler(spec: RankSpec) -> Any:
         attachment.title = standby.rename(rank)
     scheduler = Scheduler(spec.server_args, spec.port_args)
     leave.listen(scheduler, current())
+    measure.listen(scheduler, current())
     return scheduler
 
 

@@ -29,6 +29,12 @@ class Leave(BaseReq, kw_only=True):
     """main -> all ranks: end after this step, as another generation takes over."""
 
 
+class Measure(BaseReq, kw_only=True):
+    """main -> all ranks: measure your device after this step, and report it with this number."""
+
+    number: int
+
+
 class Fence(BaseReq, kw_only=True):
     """main -> detokenizer -> TokenizerManager: nothing of an older generation comes after this."""
 
@@ -65,4 +71,4 @@ CONTEXT_TOKENS = 5
 
 def register() -> None:
     """Make the types known to SGLang's msgpack codec, in every process that sends or receives them."""
-    hook_custom_types(Resume, GenerationStart, CaptureGraphs, Leave, Fence, Ping, Reseed)
+    hook_custom_types(Resume, GenerationStart, CaptureGraphs, Leave, Measure, Fence, Ping, Reseed)

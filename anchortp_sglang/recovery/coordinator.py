@@ -7,12 +7,13 @@ waiting for ranks) runs in a worker thread.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
+from anchortp_sglang.options import AVAILABLE
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.recovery import state_machine
 from anchortp_sglang.recovery.detection import Detection
@@ -59,7 +60,7 @@ class Coordinator:
         widths = None if policy.widths is None else dict(zip(ownership.devices, policy.widths, strict=True))
         self._next = NextGeneration(processes, ownership, policy.min_devices, widths)
         self._progress = RecoveryProgress(
-            self.recoveries, lambda: self._serving() is not None, lambda: not self._idle(), self._spawn
+            self.recoveries, lambda: self._serving() is not None, self._awaited, self._spawn
         )
         self._detection = Detection(processes, policy.hang_timeout_s, self._serving, self._fault, self._spawn)
         self._housekeeping = Housekeeping(processes, policy.standby, self._serving)
@@ -96,12 +97,22 @@ class Coordinator:
         """KV usage of the last generation that became ready."""
         return None if self._steps.ready is None else self._steps.ready.kv_usage
 
+    @property
+    def not_started(self) -> Mapping[int, str]:
+        """Why devices could not be started with the server."""
+        return self._next.not_started
+
+    @property
+    def paused(self) -> bool:
+        """Whether an operator has paused the server (``/pause_generation``)."""
+        return self._tm is not None and bool(self._tm.is_pause)
+
     # ---- the first generation (no event loop yet)
 
     def start_first(self) -> None:
         """Start anchors, segments and ranks of the first devices. Does not wait for the ranks."""
         devices = self.policy.start_devices
-        if devices is not None:
+        if devices is not None and devices != AVAILABLE:
             self.reconfiguration.drained = set(self.configured.devices).difference(devices)
         self._steps.start_first(devices)
 
@@ -153,6 +164,9 @@ class Coordinator:
     def _idle(self) -> bool:
         return not self._tm.rid_to_state
 
+    def _awaited(self) -> bool:
+        return not self._idle() and not self.paused
+
     def _send(self, message: Any) -> None:
         assert self.inflight is not None
         self.inflight.send(message)
@@ -160,7 +174,7 @@ class Coordinator:
     def _fault(self, reason: str) -> None:
         if self._tm.gracefully_exit and self._idle():
             self.stop()  # SGLang has asked its schedulers to leave
-        if self._idle():
+        if not self._awaited():
             self._advance(Event(EventKind.TOKENS, "no client waits for a token"))
         self._advance(Event(EventKind.FAULT, reason))
 

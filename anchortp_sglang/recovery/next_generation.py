@@ -1,5 +1,6 @@
 """Finds the next generation after a fault: the verdict on each device, the next ownership, and its processes."""
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -8,8 +9,10 @@ from numpy.typing import NDArray
 
 from anchortp_sglang import start_log
 from anchortp_sglang.anchor.client import AnchorRefused
+from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.kv.chain_hash import RunHasher, root_hash
 from anchortp_sglang.kv.namespaces import Key, namespace_seed
+from anchortp_sglang.options import AVAILABLE, StartDevices
 from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, split
 from anchortp_sglang.planning.placement.expert_load import spread_hot_experts
@@ -20,6 +23,8 @@ from anchortp_sglang.recovery.processes.generation import Generation, wait_dead
 from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.target import Target, target_of
+
+log = logging.getLogger(__name__)
 
 _NO_MEMORY_PAUSE_S = 0.5
 
@@ -34,7 +39,7 @@ class NextGeneration:
     ``number``: of the last generation made. ``held``: the complete weights that the anchors hold. ``kv_valid``: whether
     the KV and the slot table of their ownership can be taken over. ``widths``: of ``--anchor-widths``, by device.
     ``target``: where a planned change leads, from the moment that serving ranks are stopped for it until the attempt to
-    start it.
+    start it. ``not_started``: why devices could not be started with the server, by device.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class NextGeneration:
         widths: Mapping[int, int] | None = None,
     ) -> None:
         self.number = 0
+        self.not_started: dict[int, str] = {}
         self.held: WeightPlacement | None = None
         self.kv_valid = False
         self.target: Target | None = None
@@ -56,23 +62,51 @@ class NextGeneration:
         self._min_devices = min_devices
         self._widths = widths
 
-    def first(self, devices: Sequence[int] | None = None) -> Generation:
+    def first(self, devices: StartDevices = None) -> Generation:
         """Start anchors and ranks of the configured ownership, or of some of its devices. Does not wait for the ranks.
 
-        Raises InvalidOwnership.
+        Raises InvalidOwnership, AnchorStartError.
         """
-        anchors, plan, ownership = self._processes.anchors, self._processes.plan, self._configured
-        if devices is not None and tuple(devices) != ownership.devices:
-            ownership = rotating_split(plan.model, devices) if plan.rotate_heads else split(plan.model, devices)
-        devices, weights = ownership.devices, plan.hold(ownership, None)
+        anchors, plan = self._processes.anchors, self._processes.plan
+        ownership = self._of(self._configured.devices if devices is None or devices == AVAILABLE else devices)
+        weights = plan.hold(ownership, None)
         taken = anchors.take_over(weights)
         if taken is not None:
             self.number, self.held, self.kv_valid = taken + 1, weights, True
-        anchors.start(devices)
-        anchors.fence(self.number, devices)
+        if devices == AVAILABLE:
+            ownership = self._of(self._start_available(ownership.devices))
+            weights = plan.hold(ownership, None)
+        else:
+            anchors.start(ownership.devices)
+        anchors.fence(self.number, ownership.devices)
         anchors.allocate(self.number, weights)
         start_log.step("anchors hold their memory")
         return self._processes.start_ranks(self.number, weights, self.held, self.kv_valid)
+
+    def _of(self, devices: Sequence[int]) -> Ownership:
+        """Share the model out to some of the configured devices."""
+        plan = self._processes.plan
+        if tuple(devices) == self._configured.devices:
+            return self._configured
+        return rotating_split(plan.model, devices) if plan.rotate_heads else split(plan.model, devices)
+
+    def _start_available(self, devices: Sequence[int]) -> list[int]:
+        """Start anchors of as many devices as can be started; return these. Raises AnchorStartError if too few can."""
+        anchors = self._processes.anchors
+        anchors.start(())  # the host's: nothing works without it
+        for device in devices:
+            try:
+                anchors.start((device,))
+            except (AnchorStartError, OSError) as error:
+                log.warning("anchortp: device %d is left out: %s", device, error)
+                self.not_started[device] = str(error)
+        started = [device for device in devices if device not in self.not_started]
+        if len(started) < self._min_devices:
+            reasons = "; ".join(f"device {device}: {reason}" for device, reason in self.not_started.items())
+            raise AnchorStartError(
+                f"{len(started)} devices could be started, --anchor-min-devices is {self._min_devices}: {reasons}"
+            )
+        return started
 
     def judge(self, generation: Generation, device_errors: Mapping[int, str], reason: str) -> state_machine.Verdict:
         """Judge what of a generation has failed, once its ranks are dead."""
@@ -91,16 +125,23 @@ class NextGeneration:
         ]
         return state_machine.judge(evidence, reason, planned=self.target is not None)
 
-    def target_for(self, devices: Collection[int], widths: Mapping[int, int] | None = None) -> Target:
+    def target_for(
+        self,
+        devices: Collection[int],
+        widths: Mapping[int, int] | None = None,
+        shares: Mapping[int, int] | None = None,
+    ) -> Target:
         """Plan a change to ``devices``. Raises InvalidOwnership, with what is not possible.
 
-        ``widths``: KV heads of each device; without them shares are as equal as possible, or, where devices join, as
-        ``--anchor-widths`` says.
+        ``widths``: KV heads of each device. ``shares``: of the shares, instead. Without either, shares are as
+        equal as possible, or, where devices join, as ``--anchor-widths`` says.
         """
         assert self.held is not None
         plan, held = self._processes.plan, self.held
         if widths is not None:
             _check_widths(plan, devices, widths)
+        elif shares is not None:
+            widths = shares
         elif self._widths is not None and set(devices) - set(held.ownership.devices):
             widths = self._widths
         if len(devices) < self._min_devices:

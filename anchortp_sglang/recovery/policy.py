@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from anchortp_sglang.options import RejoinMode, StandbyMode
+from anchortp_sglang.options import RejoinMode, StandbyMode, StartDevices
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Policy:
     ``min_devices``: with fewer the server gives up. ``hang_timeout_s``: ranks without progress for this long hang.
     ``deadline_s``: of one recovery, from its fault on. ``standby``: what is prepared for the next fault. ``rejoin``:
     whether lost devices are taken back unasked. ``widths``: KV heads of each device, if they were given.
-    ``start_devices``: those of the first generation; None for all.
+    ``start_devices``: those of the first generation, or AVAILABLE for those that can be started; None for all.
     """
 
     min_devices: int
@@ -21,4 +21,4 @@ class Policy:
     standby: StandbyMode
     rejoin: RejoinMode = "manual"
     widths: tuple[int, ...] | None = None
-    start_devices: tuple[int, ...] | None = None
+    start_devices: StartDevices = None

@@ -18,7 +18,9 @@ from typing import Any
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.planning.layout.change import change_of
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
+from anchortp_sglang.planning.placement.reconfiguration import fewest_units
 from anchortp_sglang.rank.messages import Leave
+from anchortp_sglang.recovery.balance import Aim, is_worth_it, measure, shares
 from anchortp_sglang.recovery.next_generation import NextGeneration
 from anchortp_sglang.recovery.processes.generation import Generation, note_left
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
@@ -45,13 +47,15 @@ class ChangeRefused(RuntimeError):
 class Wish:
     """The devices that somebody wants to serve: ``devices``, or if that is None the serving ones with some changes.
 
-    ``widths``: KV heads of each device, in the order of ids; None to leave that open.
+    ``widths``: KV heads of each device, in the order of ids; None to leave that open. ``rebalance``: what their shares
+    are to follow, as measured; None for shares as they are.
     """
 
     devices: frozenset[int] | None = None
     drain: frozenset[int] = frozenset()
     rejoin: frozenset[int] = frozenset()
     widths: tuple[int, ...] | None = None
+    rebalance: Aim | None = None
 
     def after(self, serving: frozenset[int]) -> frozenset[int]:
         """Return the devices that are to serve after those that serve now."""
@@ -144,8 +148,11 @@ class Reconfiguration:
         self._busy, carried_on = True, False
         try:
             target = None
-            if wanted != before or wish.widths is not None:
-                target, answer["plan"] = await self._plan(serving, wanted, wish.widths)
+            if wish.rebalance is not None:
+                target, found = await self._rebalanced(serving, wish.rebalance)
+                answer |= found
+            elif wanted != before or wish.widths is not None:
+                target, answer["plan"] = await self._plan(serving, wanted, _by_device(wanted, wish.widths), None)
             if dry_run:
                 return answer
             if target is None or target.ownership == serving.ownership:
@@ -169,14 +176,39 @@ class Reconfiguration:
         if broken := [f"device {device}: {errors[device]}" for device in wanted - before if device in errors]:
             raise ChangeRefused(409, "; ".join(broken))
 
+    async def _rebalanced(self, serving: Generation, aim: Aim) -> tuple[Target | None, dict[str, Any]]:
+        """Plan shares by what the devices were measured to bear; no target if that would change little.
+
+        Raises ChangeRefused.
+        """
+        devices, plan = serving.ownership.devices, self._processes.plan
+        weights = [sum(shard.sizes.values()) for shard in serving.weights.shards]
+        kv = [plan.kv_layout(serving.ownership, rank).total_bytes for rank in range(len(devices))]
+        try:
+            found = await measure(serving, aim, [sum(both) for both in zip(weights, kv, strict=True)], self._seams.send)
+        except TimeoutError as error:
+            raise ChangeRefused(503, str(error)) from None
+        unit = "bytes_per_s" if aim == "speed" else "memory_bytes"
+        answer = {"measured": [{"id": device, unit: found[device]} for device in devices]}
+        target, summary = await self._plan(
+            serving, frozenset(devices), None, shares(found, fewest_units(plan.model, len(devices)))
+        )
+        if not is_worth_it(serving.weights, target.weights, found):
+            return None, answer
+        return target, answer | {"plan": summary}
+
     async def _plan(
-        self, serving: Generation, wanted: frozenset[int], widths: tuple[int, ...] | None
+        self,
+        serving: Generation,
+        wanted: frozenset[int],
+        widths: Mapping[int, int] | None,
+        units: Mapping[int, int] | None,
     ) -> tuple[Target, dict[str, Any]]:
         """Plan a change, and sum up what it moves. Raises ChangeRefused."""
         plan = self._processes.plan
 
         def work() -> tuple[Target, dict[str, Any]]:
-            target = self._next.target_for(wanted, _by_device(wanted, widths))
+            target = self._next.target_for(wanted, widths, units)
             summary = change_of(plan.model, serving.weights, target.weights)
             slots = [plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
             return target, summary | {"kv_slots": slots}

@@ -6,11 +6,12 @@ Each step returns why the state machine can go on, and raises the error that cut
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from anchortp_sglang import start_log
+from anchortp_sglang.options import StartDevices
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.base import DeviceWatch
 from anchortp_sglang.recovery.next_generation import NextGeneration, Unrecoverable
@@ -63,7 +64,7 @@ class Steps:
         self._forking: asyncio.Future[Generation] | None = None
         self._left: list[Generation] = []
 
-    def start_first(self, devices: Sequence[int] | None) -> None:
+    def start_first(self, devices: StartDevices) -> None:
         """Start anchors and ranks of the configured ownership, or of some devices. Does not wait for the ranks."""
         self.generation = self._next.first(devices)
 

@@ -87,6 +87,8 @@ def _headline(status: Mapping[str, Any]) -> Text:
     state = str(status.get("state", "?"))
     line = Text.assemble((state, _COLOURS.get(state, "")))
     line.append(f"  generation {status.get('generation', '?')}  tp {status.get('tp_size', '?')}")
+    if status.get("paused"):
+        line.append("  paused", style="yellow")
     return line
 
 

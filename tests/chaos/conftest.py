@@ -26,15 +26,17 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def launch(checkpoint, tmp_path_factory):
     """launch(tp_size, *more_arguments): a context with a started Server; ``server.place`` is its Place. ``prefix``:
-    a command that runs it."""
+    a command that runs it. ``before_start`` is called with the server."""
 
     @contextlib.contextmanager
-    def launch(tp_size, *arguments, model=checkpoint, env=None, module=LAUNCHER, prefix=()):
+    def launch(tp_size, *arguments, model=checkpoint, env=None, module=LAUNCHER, prefix=(), before_start=None):
         place = Place(tmp_path_factory.mktemp("server") / "log")
         env = place.env | (env or {})
         server = Server(model, tp_size, *ARGUMENTS, *OVERLAP, *arguments, log=place.log, module=module, env=env)
         server.place = place
         server._command = [*prefix, *server._command]
+        if before_start is not None:
+            before_start(server)
         try:
             with server:
                 yield server

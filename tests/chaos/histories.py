@@ -117,3 +117,10 @@ def until(
             raise AssertionError(f"{failure if isinstance(failure, str) else failure()} within {timeout_s:g} s")
         time.sleep(poll_s)
     return value
+
+
+def stands_still(streams: Streams, seconds: float = 0.5) -> bool:
+    """Whether no stream gets a token for so long."""
+    before = [len(history.output_ids) for history in streams.histories]
+    time.sleep(seconds)
+    return [len(history.output_ids) for history in streams.histories] == before

@@ -11,8 +11,9 @@ import urllib.error
 import psutil
 import pytest
 from faults import kill, kill_rank, lose_device, recovered
-from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
+from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, stands_still, until
 
+from anchortp_sglang.cli import client
 from anchortp_sglang.testing.process_tree import is_gone
 from anchortp_sglang.testing.streams import Streams
 
@@ -164,6 +165,8 @@ def test_the_prefix_cache_is_as_it_was_after_a_change(server):
         ({"devices": [0, 1, 2], "widths": [2, 2, 1]}, 400, "widths 2,2,1 do not add up to the 4 KV heads"),
         ({"drain": []}, 400, "give one of"),
         ({"drain": [1], "rejoin": [2]}, 400, "give one of"),
+        ({"drain": [1], "rebalance": "speed"}, 400, "give it alone"),
+        ({"rebalance": "fairness"}, 400, "Invalid enum value"),
         ({"drain": ["1"]}, 400, "Expected `int`"),
         ({"drain": [1], "force": True}, 400, "unknown field"),
         ({"rejoin": [7]}, 400, r"devices [7] are none of [0, 1, 2, 3]"),
@@ -196,6 +199,35 @@ def test_shares_follow_new_widths_and_become_equal_again_when_a_device_joins(ser
         change(server, rejoin=[3])
     check(expected, streams)
     assert [device["kv_bytes"] for device in server.status()["devices"]] == heads
+
+
+def test_a_slow_device_is_given_less_and_no_token_differs(server, unbroken):
+    expected = unbroken(REQUESTS)
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        change(server, devices=[0, 1, 2], widths=[1, 2, 1])
+        before = server.status()["devices"]
+        os.setpriority(os.PRIO_PROCESS, before[1]["rank_pid"], 19)  # it gets what the two others leave of two cores
+        answer = change(server, rebalance="speed")
+        speeds = {each["id"]: each["bytes_per_s"] for each in answer["measured"]}
+        assert speeds[1] == min(speeds.values())
+        after = server.status()["devices"]
+        assert answer["changed"] and after[1]["kv_bytes"] < before[1]["kv_bytes"]
+        assert after[1]["weight_bytes"] < before[1]["weight_bytes"]
+        assert not change(server, rebalance="memory", dry_run=True)["changed"]
+    check(expected, streams)
+
+
+def test_a_pause_outlives_a_change(server, unbroken):
+    expected = unbroken(REQUESTS)
+    with Streams(server.url, REQUESTS) as streams:
+        streams.wait_tokens(10)
+        client.tell(server.url, client.PAUSE)
+        change(server, drain=[3])
+        until(lambda: stands_still(streams), "tokens arrive")
+        assert server.status()["paused"]
+        client.tell(server.url, client.CONTINUE)
+    check(expected, streams)
 
 
 def test_a_client_that_goes_away_leaves_the_serving_generation_as_it_is(server, unbroken):
@@ -278,6 +310,28 @@ def test_a_device_that_was_lost_comes_back_with_the_cache(server, unbroken):
     check(expected, streams)
     record = server.status()["recoveries"][-1]
     assert record["reload_bytes"] == 0 and record["kv"]["slots_dropped"] == 0
+
+
+def test_a_server_starts_with_what_can_be_started_and_grows_when_the_rest_appears(launch, tmp_path):
+    """A directory in the place of its socket keeps an anchor from starting."""
+    obstacle = []
+
+    def obstruct(server):
+        obstacle.append(tmp_path / f"run-{server.port}" / "anchor-1.fds")
+        obstacle[0].mkdir(mode=0o700, parents=True)
+        obstacle[0].parent.chmod(0o700)
+
+    arguments = ("--anchor-run-dir", str(tmp_path), "--anchor-start-devices", "available", "--anchor-rejoin", "auto")
+    with launch(2, *arguments, "--anchor-min-devices", "1", before_start=obstruct) as server:
+        alone = server.status()
+        assert alone["state"] == "degraded" and states(server) == ["serving", "lost"]
+        assert "anchor-1.fds" in alone["devices"][1]["reason"]
+        obstacle[0].rmdir()
+        with Streams(server.url, REQUESTS) as streams:
+            pass
+        until(lambda: states(server) == ["serving"] * 2, "it does not grow", 60, 0.1)
+        assert server.status()["devices"][1]["reason"] == ""
+        check(Unbroken(server)(REQUESTS), streams)
 
 
 def test_devices_come_and_go_while_ranks_die(server, unbroken):

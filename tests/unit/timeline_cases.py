@@ -73,6 +73,7 @@ STATUS = {
     "recoveries": [KILL, LOSS, GIVEN_UP],
     "fruitless_faults": 0,
     "suspects": 0,
+    "paused": False,
     "standby": "ready",
     "requests_ended": {"unservable": 3, "fruitless": 0, "given_up": 0},
 }

@@ -66,6 +66,11 @@ def reconfigure(
     return _as_it_runs(model, planned, new)
 
 
+def fewest_units(model: ModelAxes, devices: int) -> int:
+    """Return the number of units of the coarsest axis that is cut over so many devices: heads, as a rule."""
+    return min((axis.units for axis in served_plan_model(model).sharded if axis.units >= devices), default=devices)
+
+
 def _as_it_runs(model: ModelAxes, planned: PlanModel, made: LayerOwnership) -> Ownership:
     alike: dict[str, Layout] = {"vocab": equal_vocab_cut(model.vocab_size, len(made.devices))}
     if model.latent_kv:

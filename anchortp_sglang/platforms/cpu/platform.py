@@ -102,6 +102,10 @@ class CpuPlatform:
     def wait_for_forward(self) -> None:
         """Do nothing: a forward pass that has returned is complete."""
 
+    def free_bytes(self, device: int) -> int:
+        """Return 0: devices share the host's memory."""
+        return 0
+
     def watch(self, on_fault: Callable[[str], None]) -> NothingToWatch:
         """Watch nothing: a device dies with its anchor."""
         return NothingToWatch()

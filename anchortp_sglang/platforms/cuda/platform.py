@@ -134,6 +134,13 @@ class CudaPlatform:
 
         torch.cuda.current_stream().synchronize()
 
+    def free_bytes(self, device: int) -> int:
+        """Return the device's part of its GPU's free memory."""
+        import torch
+
+        uuids = [share.uuid for share in self.shares]
+        return int(torch.cuda.mem_get_info()[0]) // uuids.count(uuids[device])
+
     def watch(self, on_fault: Callable[[str], None]) -> GpuDetection:
         """Watch the GPUs by NVML, in another process."""
         from anchortp_sglang.platforms.cuda.detection import GpuDetection

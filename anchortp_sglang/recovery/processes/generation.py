@@ -83,6 +83,12 @@ class Generation:
         """Return (reused, recomputed) tokens of the requests that this generation has resumed so far."""
         return None if self.control is None else heartbeat.read_tokens(self.control)
 
+    def measured(self, number: int) -> tuple[list[int], list[int]] | None:
+        """Return bytes per second and free bytes by rank, as measured for this request; None until all have."""
+        if self.control is None:
+            return None
+        return heartbeat.read_measured(self.control, self.ownership.tp_size, number)
+
     def graphs_captured(self) -> bool:
         """Return whether its decode graphs are captured."""
         return self.control is not None and heartbeat.read_graphs(self.control)

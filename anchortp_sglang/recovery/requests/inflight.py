@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq, ShutdownReq
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    ContinueGenerationReqInput,
+    FlushCacheReqInput,
+    GetInternalStateReq,
+    PauseGenerationReqInput,
+    ShutdownReq,
+)
 
 from anchortp_sglang.kv.namespaces import Key
 from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Reseed
@@ -30,6 +37,9 @@ _REPEATABLE: dict[str, type] = {
 }
 """TokenizerManager's control calls, by the attribute that awaits their answer: all that reach ranks
 (``check_message``). Each may be sent twice."""
+
+_PAUSES = (PauseGenerationReqInput, ContinueGenerationReqInput)
+"""What ranks keep of the last of these is kept for new ranks: they pause before they take a request."""
 
 _STALE_RECORDS = 64
 
@@ -51,6 +61,7 @@ class InflightRequests:
         self._held: list[tuple[type, bytes]] = []
         """Control messages of an outage; requests wait in ``isolation``."""
         self._control: dict[type, bytes] = {}  # the last message of each repeatable kind
+        self._pause: bytes | None = None  # the message that has paused the ranks
         self._wake: Any = None
         self.isolation = Isolation()
         self.outage = True  # until the first generation is ready
@@ -80,9 +91,11 @@ class InflightRequests:
     def _dispatch_control(self, kind: type, encoded: bytes) -> None:
         if kind in _REPEATABLE.values():
             self._control[kind] = encoded
-        if self.outage:
+        if kind in _PAUSES:
+            self._pause = encoded if kind is PauseGenerationReqInput else None
+        if self.outage and kind not in _PAUSES:
             self._held.append((kind, encoded))
-        else:
+        elif not self.outage:
             self._send(encoded)
 
     def _begin(self, requests: dict[str, Record], admitted: Collection[str], encoded: bytes) -> None:
@@ -155,6 +168,8 @@ class InflightRequests:
         self.forget_finished()
         self.outage, self.refusal = False, None
         self.send(GenerationStart(generation=generation))
+        if self._pause is not None:
+            self._send(self._pause)
         self._repeat_control()
         for rid in [rid for rid in self._records if self._tm.rid_to_state[rid].abort_sent]:
             self._drop(rid)  # the abort died with the scheduler
