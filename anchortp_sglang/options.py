@@ -158,6 +158,13 @@ class AnchorOptions:
         " is lost again",
         str,
     )
+    change_gbps: float = _option(
+        4.0,
+        "change-gbps GB/S",
+        "bandwidth of moving weights for a planned change of devices while requests run, over all devices,"
+        " in 10**9 bytes/s",
+        float,
+    )
     overlap: Literal["auto", "on", "off"] = _option(
         "auto",
         "overlap auto|on|off",
@@ -197,6 +204,7 @@ class AnchorOptions:
             if gib is not None:
                 _check_amount(name, gib)
         _check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
+        _check_amount("change-gbps", self.change_gbps)
         _check_amount("max-body-mib", self.max_body_mib)
         _check_run_dir(self.run_dir)
         if self.start_devices is not None and self.widths is not None:

@@ -149,10 +149,13 @@ class DeviceWatch(Protocol):
 
     @property
     def errors(self) -> Mapping[int, str]:
-        """Reasons of devices that are lost for good, by device."""
+        """Reasons of devices that are lost, by device."""
 
     async def watch(self) -> None:
         """Follow the devices as long as the server runs; return at once if there is nothing to follow."""
+
+    async def recheck(self, device: int) -> str:
+        """Probe a lost device anew. Return why it is still lost; or an empty text, and count it as well from now on."""
 
     async def probe(self) -> None:
         """Ask each device whether it still answers, and note those that do not. Reports no fault."""

@@ -45,7 +45,8 @@ class Assignment:
     ``restore_prefixes``: whether its KV and slot table may be used. ``running``: chain hashes of the open requests'
     tokens, as bytes of uint64. ``random_weights``: made up instead of read (``--load-format dummy``).
     ``standby``: the rank is built while another generation serves. ``leaving``: devices of ``previous`` that this
-    generation does without, although their memory is still there.
+    generation does without, although their memory is still there. ``fill_bytes_per_s``: bound of the rate at which
+    weights are moved; 0 for none.
     """
 
     generation: int
@@ -66,6 +67,7 @@ class Assignment:
     random_weights: bool = False
     standby: bool = False
     leaving: tuple[int, ...] = ()
+    fill_bytes_per_s: float = 0.0
 
     @property
     def ownership(self) -> Ownership:

@@ -78,8 +78,8 @@ class Coordinator:
                 self._housekeeping.look_now,
                 self._send,
                 self._take_over,
-                lambda: self._devices.errors,
                 self._spawn,
+                self._devices,
             ),
         )
         self._tm: Any = None

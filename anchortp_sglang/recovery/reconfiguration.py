@@ -19,6 +19,7 @@ from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.planning.layout.change import change_of
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
 from anchortp_sglang.planning.placement.reconfiguration import fewest_units
+from anchortp_sglang.platforms.base import DeviceWatch
 from anchortp_sglang.rank.messages import Leave
 from anchortp_sglang.recovery.balance import Aim, is_worth_it, measure, shares
 from anchortp_sglang.recovery.next_generation import NextGeneration
@@ -72,8 +73,8 @@ class Seams:
 
     ``serving`` returns the generation that serves, or None; ``is_down``, whether the server has given up; ``build_now``
     has the helpers looked after at once; ``send`` sends a message to the ranks; ``take_over`` starts the target's
-    generation in place of the serving one, and returns False if none serves; ``device_errors`` returns reasons of
-    devices that are lost although their anchors live; ``spawn`` runs a coroutine as a task.
+    generation in place of the serving one, and returns False if none serves; ``spawn`` runs a coroutine as a task.
+    ``devices`` knows those that are lost although their anchors live.
     """
 
     serving: Callable[[], Generation | None]
@@ -81,8 +82,8 @@ class Seams:
     build_now: Callable[[], None]
     send: Callable[[Any], None]
     take_over: Callable[[Target, str], bool]
-    device_errors: Callable[[], Mapping[int, str]]
     spawn: Callable[[Coroutine[Any, Any, None]], None]
+    devices: DeviceWatch
 
 
 class Reconfiguration:
@@ -143,10 +144,11 @@ class Reconfiguration:
             raise ChangeRefused(409, "a change of devices is under way, or being planned")
         before = frozenset(serving.ownership.devices)
         wanted, away = wish.after(before), wish.away(self._configured)
-        self._check(wanted, away, before)
+        self._check(wanted, away)
         answer: dict[str, Any] = {"changed": False, "generation": serving.number, "devices": sorted(before)}
         self._busy, carried_on = True, False
         try:
+            await self._recheck(wanted - before, serving.number)
             target = None
             if wish.rebalance is not None:
                 target, found = await self._rebalanced(serving, wish.rebalance)
@@ -169,12 +171,16 @@ class Reconfiguration:
         seconds = round(time.monotonic() - began, 3)
         return answer | {"changed": True, "generation": number, "devices": sorted(wanted), "seconds": seconds}
 
-    def _check(self, wanted: frozenset[int], away: frozenset[int], before: frozenset[int]) -> None:
+    def _check(self, wanted: frozenset[int], away: frozenset[int]) -> None:
         if strangers := (wanted | away) - self._configured:
             raise ChangeRefused(400, f"devices {sorted(strangers)} are none of {sorted(self._configured)}")
-        errors = self._seams.device_errors()
-        if broken := [f"device {device}: {errors[device]}" for device in wanted - before if device in errors]:
-            raise ChangeRefused(409, "; ".join(broken))
+
+    async def _recheck(self, joining: frozenset[int], generation: int) -> None:
+        """Have joining devices that are lost probed anew; those that answer get new anchors. Raises ChangeRefused."""
+        for device in sorted(joining.intersection(self._seams.devices.errors)):
+            if reason := await self._seams.devices.recheck(device):
+                raise ChangeRefused(503, f"device {device}: {reason}")
+            await in_thread(self._processes.anchors.end, [device], generation)
 
     async def _rebalanced(self, serving: Generation, aim: Aim) -> tuple[Target | None, dict[str, Any]]:
         """Plan shares by what the devices were measured to bear; no target if that would change little.

@@ -175,6 +175,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         stale_anchors=run_dir.stale_anchors,
         graph_batch_sizes=memory.platform.graph_batch_sizes(view),
         random_weights=random_weights,
+        change_bytes_per_s=options.change_gbps * 1e9,
     )
     keeper = RunDirKeeper(run_dir)
     keeper.note_outside([folder for folder in (metrics_folder, tile_folder()) if folder is not None])

@@ -58,15 +58,17 @@ def test_every_flag_reaches_its_field():
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-max-body-mib 0.5 --anchor-allow-injection"
         " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
         " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
-        " --anchor-standby cold --anchor-start-devices 3,0 --anchor-rejoin auto --anchor-overlap on --anchor-share-gpus"
+        " --anchor-standby cold --anchor-start-devices 3,0 --anchor-rejoin auto --anchor-change-gbps 0.5"
+        " --anchor-overlap on --anchor-share-gpus"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
     expected = (None, False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, 6.0, "host", 1.5, 2.0)
-    expected += ("cold", (0, 3), "auto", "on", True)
+    expected += ("cold", (0, 3), "auto", 0.5, "on", True)
     assert dataclasses.astuple(options) == expected
     assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads
     assert split_argv(["--anchor-widths", "1,1"])[0].widths == (1, 1)
+    assert split_argv(["--anchor-start-devices", "available"])[0].start_devices == "available"
 
 
 def test_the_last_of_two_flags_wins_as_in_argparse():
@@ -98,6 +100,8 @@ def test_the_last_of_two_flags_wins_as_in_argparse():
         ("--anchor-kv-mirror disk", "takes off or host; got 'disk'"),
         ("--anchor-kv-mirror-gib 0", "above 0; got 0"),
         ("--anchor-kv-mirror-gbps inf", "above 0; got inf"),
+        ("--anchor-change-gbps 0", "above 0; got 0"),
+        ("--anchor-start-devices some", "0,1,3, or available; got 'some'"),
         ("--anchor-max-body-mib 0", "above 0; got 0"),
         ("--anchor-run-dir /" + "x" * 100, "too long for the Unix sockets"),
     ],

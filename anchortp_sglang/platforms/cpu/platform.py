@@ -119,6 +119,10 @@ class NothingToWatch:
     async def watch(self) -> None:
         """Return at once."""
 
+    async def recheck(self, device: int) -> str:
+        """Find nothing."""
+        return ""
+
     async def probe(self) -> None:
         """Ask nothing."""
 

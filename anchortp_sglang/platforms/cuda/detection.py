@@ -1,6 +1,7 @@
 """Notes which GPUs are lost: by the reports of the health process, and by a probe when ranks have died."""
 
 import asyncio
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -14,22 +15,24 @@ from anchortp_sglang.threads import in_thread
 log = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 10.0
+_RECHECKS, _RECHECK_AFTER_S = 3, 2.0
 _RESTART_AFTER_S = 10.0
 
 
 class GpuDetection:
-    """Notes lost GPUs. ``errors``: device -> why its GPU is lost, for good. Without GPUs it does nothing."""
+    """Notes lost GPUs. ``errors``: device -> why its GPU is lost. Without GPUs it does nothing."""
 
     def __init__(self, gpus: Sequence[GpuShare], on_fault: Callable[[str], None]) -> None:
         self.errors: dict[int, str] = {}
         self._gpus = gpus
         self._on_fault = on_fault
+        self._process: asyncio.subprocess.Process | None = None
 
     async def watch(self) -> None:
         """Follow the reports of the health process, as long as the server runs."""
         uuids = tuple(dict.fromkeys(gpu.uuid for gpu in self._gpus))
         while self._gpus:
-            process = await asyncio.create_subprocess_exec(
+            process = self._process = await asyncio.create_subprocess_exec(
                 *health.command(uuids), stdout=asyncio.subprocess.PIPE, stderr=sys.stderr
             )
             assert process.stdout is not None
@@ -42,6 +45,21 @@ class GpuDetection:
                 _RESTART_AFTER_S,
             )
             await asyncio.sleep(_RESTART_AFTER_S)
+
+    async def recheck(self, device: int) -> str:
+        """Ask a lost GPU, which may have been reset, several times. Return why it is still lost; empty if it is not."""
+        uuid = self._gpus[device].uuid
+        for attempt in range(_RECHECKS):
+            if attempt:
+                await asyncio.sleep(_RECHECK_AFTER_S)
+            failures = await in_thread(probe.touch_all, {uuid}, _PROBE_TIMEOUT_S)
+            if uuid in failures:
+                return failures[uuid]
+        self.errors.pop(device, None)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()  # it reports each GPU once; the next one reports this GPU again
+        return ""
 
     async def probe(self) -> None:
         """Ask whether the GPUs answer at all. Reports no fault, as one is being handled."""

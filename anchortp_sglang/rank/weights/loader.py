@@ -31,6 +31,7 @@ from anchortp_sglang.platforms.mover import Mover, Write
 from anchortp_sglang.rank.attachment import Attachment, current
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint
 from anchortp_sglang.rank.weights.config import building
+from anchortp_sglang.rank.weights.pace import Pace
 from anchortp_sglang.rank.weights.random_checkpoint import RandomCheckpoint
 from anchortp_sglang.rank.weights.skeleton import Skeleton, placeholders
 
@@ -110,14 +111,17 @@ class Filler(threading.Thread):
             mover = stack.enter_context(self._mover(target, shard, stack))  # left first, when all has arrived
             for name, start, length in layout.padding:
                 mover.clear(target.views[name].narrow(target.placed[name].dim, start, length))
+            pace = Pace(assignment.fill_bytes_per_s)
             for layer, of_layer in groupby(moves, key=lambda move: target.placed[move.param].layer):
                 for move in of_layer:
                     if move.device is None:
                         into = target.elements(move)
                         mover.load(into, checkpoint.read(move, into.dtype))
+                        pace.moved(into.nbytes)
                     else:
                         for into, source in _copies(move, target, sources[move.device], shard):
                             mover.copy(into, source)
+                            pace.moved(into.nbytes)
                 mover.layer_done(layer)
         reused = shard.reused_bytes
         log.info("anchortp: weights of rank %d: %d MiB stay in place; %s", assignment.rank, reused >> 20, mover.moved)

@@ -26,6 +26,8 @@ class ServerPlan:
     counts by which experts are dealt. ``mirror``: None without one. ``server_args``: tp_size -> resolved ServerArgs.
     ``stale_anchors``: devices whose anchors linger in the run directory from a server that died. ``graph_batch_sizes``:
     for which decode graphs are captured; none if ranks stay eager. ``random_weights``: as in Assignment.
+    ``change_bytes_per_s``: bound of the rate at which weights are moved for a planned change, over all devices; 0 for
+    none.
     """
 
     run_dir: Path
@@ -45,6 +47,7 @@ class ServerPlan:
     stale_anchors: tuple[int, ...] = ()
     graph_batch_sizes: tuple[int, ...] = ()
     random_weights: bool = False
+    change_bytes_per_s: float = 0.0
 
     def arena(self, device: int) -> ArenaSpec:
         """Return the arena of a device's anchor (HOST_DEVICE: the host anchor)."""

@@ -289,6 +289,7 @@ class ServerProcesses:
                 random_weights=plan.random_weights,
                 standby=standby,
                 leaving=leaving,
+                fill_bytes_per_s=plan.change_bytes_per_s / ownership.tp_size if standby else 0.0,
             )
             yield RankSpec(assignment, plan.server_args(ownership.tp_size), self.port_args, store_port)
 

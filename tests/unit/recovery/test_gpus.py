@@ -16,7 +16,7 @@ from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.ownership.ownership import split
 from anchortp_sglang.platforms.base import Platform
 from anchortp_sglang.platforms.cpu.platform import CpuPlatform
-from anchortp_sglang.platforms.cuda import probe
+from anchortp_sglang.platforms.cuda import detection, probe
 from anchortp_sglang.platforms.cuda.detection import GpuDetection
 from anchortp_sglang.platforms.cuda.health import GpuLost
 from anchortp_sglang.platforms.cuda.platform import CudaPlatform
@@ -91,6 +91,23 @@ class TestDetection:
         asyncio.run(detection.probe())
         assert asked == [{"GPU-b"}] and detection.errors[1] == "does not answer within 10 s"
         assert len(faults) == 1  # the probe is part of answering a fault, and makes none
+
+    @pytest.mark.parametrize("answers", [[{}, {}, {}], [{}, {"GPU-a": "out of memory"}]])
+    def test_a_gpu_that_was_lost_must_answer_several_times(
+        self, answers: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(detection, "_RECHECK_AFTER_S", 0.01)
+        left = list(answers)
+        monkeypatch.setattr(probe, "touch_all", lambda uuids, timeout_s: left.pop(0))
+        faults: list[str] = []
+        watch = GpuDetection(SHARES, faults.append)
+        watch.lost(GpuLost("GPU-a", "Xid 79"))
+        reason = asyncio.run(watch.recheck(0))
+        assert left == []
+        assert reason == answers[-1].get("GPU-a", "")
+        assert watch.errors == ({0: "Xid 79", 2: "Xid 79"} if reason else {2: "Xid 79"})
+        watch.lost(GpuLost("GPU-a", "Xid 79 again"))
+        assert len(faults) == (1 if reason else 2), "a device that is well can be lost anew"
 
 
 class TestGraphCapture:
