@@ -46,5 +46,5 @@ def bytes_per_s(weights: Iterable[torch.Tensor], wait: Any) -> int:
 
 
 def _summable(tensor: torch.Tensor) -> torch.Tensor:
-    """View packed and 8-bit weights as integers: they have no sum of their own."""
-    return tensor if tensor.is_floating_point() and tensor.itemsize > 1 else tensor.view(torch.int8)
+    """View weights of 8 bits as integers: as floats they have no sum of their own."""
+    return tensor.view(torch.int8) if tensor.itemsize == 1 else tensor

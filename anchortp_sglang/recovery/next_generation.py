@@ -133,8 +133,8 @@ class NextGeneration:
     ) -> Target:
         """Plan a change to ``devices``. Raises InvalidOwnership, with what is not possible.
 
-        ``widths``: KV heads of each device. ``shares``: of the shares, instead. Without either, shares are as
-        equal as possible, or, where devices join, as ``--anchor-widths`` says.
+        ``widths``: KV heads of each device. ``shares``: its units of the coarsest axis, instead. Without either, shares
+        are as equal as possible, or, where devices join, as ``--anchor-widths`` says.
         """
         assert self.held is not None
         plan, held = self._processes.plan, self.held

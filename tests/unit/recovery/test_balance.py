@@ -118,5 +118,6 @@ def test_weights_of_any_type_are_read():
     waits = []
     weights = [torch.ones(64, 32), torch.ones(64, dtype=torch.bfloat16), torch.ones(8, 8, dtype=torch.int8)]
     weights += [torch.ones(16, dtype=torch.float8_e4m3fn), torch.zeros(4, 4).t()[1:]]
+    weights += [torch.ones(8, 4, dtype=torch.int32).t(), torch.ones(3, dtype=torch.bool)]
     assert bytes_per_s(weights, lambda: waits.append(1)) > 1
     assert len(waits) >= 2
