@@ -9,7 +9,7 @@ from anchortp_sglang.admission import hooks as admission
 from anchortp_sglang.admission import long_texts
 from anchortp_sglang.hooks import install, manifest, preload
 from anchortp_sglang.hooks.install import Hook
-from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows, short_extends
+from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows, short_extends, topology
 from anchortp_sglang.platforms.cpu import hooks as cpu
 from anchortp_sglang.platforms.cuda import collectives, graphs
 from anchortp_sglang.rank import main as rank_main
@@ -332,6 +332,12 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         request_rows.around_req_to_token_pool_init,
         "on CPU it would spend a third of a recovery on zeroing unused memory",
+    ),
+    Hook(
+        _SRT + "utils.common.parse_lscpu_topology",
+        "around",
+        topology.around_parse_lscpu_topology,
+        "on CPU a rank's start would run lscpu several times; spares have asked it",
     ),
     # GPUs.
     Hook(

@@ -4,13 +4,21 @@ A forked process copies every page that it writes to, and torch prepares each ki
 None of it depends on what the child will be. It must not run before the fork: it may start OpenMP's threads.
 """
 
+import contextlib
+import linecache
 import logging
+import sys
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 _TOKENS, _HIDDEN, _HEAD = 16, 64, 32
+_SEEDING = tuple(
+    f"sglang.srt.{name}"
+    for name in ("managers.scheduler", "managers.tp_worker", "model_executor.model_runner", "utils.common")
+)
+"""Modules on the stack when SGLang seeds torch, which then formats a trace of it with their lines."""
 
 
 def warm_up() -> None:
@@ -18,10 +26,21 @@ def warm_up() -> None:
     root = logging.getLogger()
     root.setLevel(root.level)  # writes to every logger that there is
     torch.manual_seed(0)
+    _ask_ahead()
     _process_groups()
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             _forward(dtype)
+
+
+def _ask_ahead() -> None:
+    """Read what a rank's start needs from files and other programs."""
+    for name in _SEEDING:
+        if (module := sys.modules.get(name)) is not None:
+            linecache.getlines(str(module.__file__))
+    if (common := sys.modules.get("sglang.srt.utils.common")) is not None:
+        with contextlib.suppress(RuntimeError):
+            common.parse_lscpu_topology()
 
 
 def _process_groups() -> None:

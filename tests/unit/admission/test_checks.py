@@ -255,7 +255,7 @@ def test_routes_that_a_recovery_could_not_honour_are_refused():
     assert "read-only" in check_route("/update_weights_from_disk")
     assert check_route("/open_session/") is not None
     assert check_route("/dumper/configure") is not None
-    assert check_route("/v1/pause_generation", root_path="/v1") is not None
+    assert check_route("/v1/open_session", root_path="/v1") is not None
     assert [path for path in SERVED_ROUTES if check_route(path)] == []
 
 

@@ -112,7 +112,9 @@ async def prepared(next_generation: SlowNextGeneration) -> Coordinator:
     """A coordinator that serves."""
     made = Coordinator(processes(), OWNERSHIP, Policy(1, 30.0, 60.0, standby="off"))
     made._steps.generation = sleeping_generation(0, next_generation.weights)
-    made._tm = SimpleNamespace(rid_to_state={"a": 1}, gracefully_exit=False, server_status=SimpleNamespace(value="Up"))
+    made._tm = SimpleNamespace(
+        rid_to_state={"a": 1}, gracefully_exit=False, is_pause=False, server_status=SimpleNamespace(value="Up")
+    )
     made._loop = asyncio.get_running_loop()
     made._fence_line = SimpleNamespace(drain=nothing)
     made.inflight = SimpleNamespace(
