@@ -18,12 +18,13 @@ def main(control_fd: int, exits_fd: int) -> None:
 
     device.install_stand_ins()
     from anchortp_sglang.hooks import install, preload, table  # after the stand-ins, which SGLang needs
-    from anchortp_sglang.rank import messages
+    from anchortp_sglang.rank import messages, warmup
 
     preload.import_sglang()
     table.install_all(allow_drift=True)  # main has compared the manifest
     install.load_plugins()
     messages.register()
+    warmup.read_ahead()
     reason = unfit_to_fork()
     if reason is not None:
         sys.exit(f"anchortp: the zygote cannot fork: {reason}")

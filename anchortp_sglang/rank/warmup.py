@@ -1,7 +1,8 @@
-"""Warms up an idle spare child: first uses would otherwise cost the next recovery a tenth of a second.
+"""Does ahead of a fault what ranks would do first: it would otherwise cost the next recovery a tenth of a second.
 
 A forked process copies every page that it writes to, and torch prepares each kind of operation when it is first called.
-None of it depends on what the child will be. It must not run before the fork: it may start OpenMP's threads.
+None of it depends on what the child will be. ``warm_up`` is for an idle spare child: it must not run before the fork,
+as it may start OpenMP's threads. ``read_ahead`` is for the process that forks.
 """
 
 import contextlib
@@ -21,26 +22,25 @@ _SEEDING = tuple(
 """Modules on the stack when SGLang seeds torch, which then formats a trace of it with their lines."""
 
 
-def warm_up() -> None:
-    """Do a little of a rank's start and first step, on tensors that are dropped."""
-    root = logging.getLogger()
-    root.setLevel(root.level)  # writes to every logger that there is
-    torch.manual_seed(0)
-    _ask_ahead()
-    _process_groups()
-    with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            _forward(dtype)
-
-
-def _ask_ahead() -> None:
-    """Read what a rank's start needs from files and other programs."""
+def read_ahead() -> None:
+    """Read what each rank's start needs from files and another program, before the zygote is forked."""
     for name in _SEEDING:
         if (module := sys.modules.get(name)) is not None:
             linecache.getlines(str(module.__file__))
     if (common := sys.modules.get("sglang.srt.utils.common")) is not None:
         with contextlib.suppress(RuntimeError):
             common.parse_lscpu_topology()
+
+
+def warm_up() -> None:
+    """Do a little of a rank's start and first step, on tensors that are dropped."""
+    root = logging.getLogger()
+    root.setLevel(root.level)  # writes to every logger that there is
+    torch.manual_seed(0)
+    _process_groups()
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            _forward(dtype)
 
 
 def _process_groups() -> None:

@@ -29,6 +29,7 @@ from anchortp_sglang.planning.placement.expert_load import ExpertCounts, imbalan
 from anchortp_sglang.planning.placement.reconfiguration import rotating_split
 from anchortp_sglang.platforms.base import MemoryPlan, Platform
 from anchortp_sglang.rank import messages
+from anchortp_sglang.rank.warmup import read_ahead
 from anchortp_sglang.rank.weights.checkpoint import Checkpoint, CheckpointError
 from anchortp_sglang.rank.weights.random_checkpoint import RandomCheckpoint
 from anchortp_sglang.recovery import ending
@@ -249,6 +250,7 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
     from anchortp_sglang.hooks import preload
 
     preload.preload(view)
+    read_ahead()
     reason = unfit_to_fork()
     if reason is None:
         return fork_zygote(), fork_zygote()
