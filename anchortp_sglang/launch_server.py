@@ -81,6 +81,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     from sglang.srt.entrypoints import http_server
 
     from anchortp_sglang.admission.hooks import NotAdmitted, answer_not_admitted
+    from anchortp_sglang.admission.ollama import answer_value_error
     from anchortp_sglang.http.middleware import AnchorMiddleware
     from anchortp_sglang.http.own_routes import guard
 
@@ -102,6 +103,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
     )
     guard(http_server.app)
     http_server.app.add_exception_handler(NotAdmitted, answer_not_admitted)
+    http_server.app.add_exception_handler(ValueError, answer_value_error)
     http_server.launch_server(server_args)
 
 

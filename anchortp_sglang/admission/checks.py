@@ -6,6 +6,7 @@ resolved records, and in tests on plain objects.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,11 @@ def check_generate_request(obj: Any) -> str | None:
     for name, what in REQUEST_FIELDS.items():
         if is_present(getattr(obj, name, None)):
             return _cannot_resume(what, name)
-    return _check_sampling_params(getattr(obj, "sampling_params", None))
+    return (
+        _check_hidden_states(getattr(obj, "return_hidden_states", None))
+        or _check_processors(getattr(obj, "custom_logit_processor", None))
+        or _check_sampling_params(getattr(obj, "sampling_params", None))
+    )
 
 
 def check_custom_labels(labels: Mapping[str, str] | None, known: Iterable[str]) -> str | None:
@@ -158,6 +163,27 @@ def _check_kv_cache_dtype(view: Any, rules: DeviceRules) -> list[Refusal]:
         return []
     why = "KV buffers of packed elements or with scales of their own are not kept in the anchors"
     return [_refusal("kv_cache_dtype", kv_dtype, why, f"use one of auto, {', '.join(KV_DTYPE_BYTES)}")]
+
+
+def _check_hidden_states(modes: Any) -> str | None:
+    """Refuse those of all tokens: ranks send them anew with each token, and new ranks do not have the first ones."""
+    if not any(mode is True for mode in (modes if isinstance(modes, (list, tuple)) else (modes,))):
+        return None
+    return (
+        'return_hidden_states of all tokens cannot be resumed after a fault yet; ask for those of the last one ("last")'
+    )
+
+
+def _check_processors(serialized: Any) -> str | None:
+    """Refuse strings that ranks would fail to read (``CustomLogitProcessor.from_str``), without running their code."""
+    for one in serialized if isinstance(serialized, (list, tuple)) else (serialized,):
+        if one is None or one == "":
+            continue
+        try:
+            bytes.fromhex(json.loads(one)["callable"])
+        except (ValueError, TypeError, KeyError):
+            return "custom_logit_processor must be a string as CustomLogitProcessor.to_str() makes it"
+    return None
 
 
 def _check_sampling_params(params: Any) -> str | None:

@@ -121,10 +121,20 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "merge the adapter into the checkpoint",
     ),
     FlagRule(
-        "enable_custom_logit_processor enable_strict_thinking enable_return_hidden_states "
-        "return_hidden_states_mode enable_return_routed_experts enable_return_indexer_topk "
-        "enable_watermark watermark_config enable_streaming_session",
+        "enable_return_routed_experts enable_return_indexer_topk enable_watermark watermark_config "
+        "enable_streaming_session",
         "the state it keeps per request cannot be resumed after a fault yet",
+    ),
+    FlagRule(
+        # XGrammarGrammarBackend.apply_vocab_mask raises on the CPU, for every request
+        "enable_strict_thinking",
+        "SGLang masks tokens for it on GPUs only, where no recovery has been tried with it",
+    ),
+    FlagRule(
+        "return_hidden_states_mode",  # enable_return_hidden_states becomes "full"
+        "hidden states of tokens that a client has would be computed again after a fault, and all of them sent again",
+        "use --return-hidden-states-mode last",
+        allowed=("last",),
     ),
     # --- weights ------------------------------------------------------------------------------------
     FlagRule(

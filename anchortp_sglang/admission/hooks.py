@@ -62,15 +62,23 @@ async def around_serve_generate_request(original: Callable[..., Any], obj: Any, 
         from fastapi.responses import ORJSONResponse
 
         return ORJSONResponse({"error": refusal}, status_code=refusal["code"])
-    response.body_iterator = _joined(first, chunks)
+    response.body_iterator = joined(first, chunks)
     return response
 
 
 def answer_not_admitted(request: Any, error: Exception) -> Any:
-    """Return the 400 for SGLang's routes that do not handle a ValueError (/api/generate, /api/chat)."""
+    """Return the 400 of a NotAdmitted, for SGLang's routes that do not handle a ValueError."""
     from fastapi.responses import ORJSONResponse
 
     return ORJSONResponse({"error": {"message": str(error)}}, status_code=400)
+
+
+async def joined(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """Yield ``first``, unless it is None, and then what ``rest`` yields."""
+    if first is not None:
+        yield first
+    async for chunk in rest:
+        yield chunk
 
 
 def _check_rids(obj: Any) -> str | None:
@@ -97,13 +105,6 @@ def _is_batch(obj: Any) -> bool:
     )
 
 
-async def _joined(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    if first is not None:
-        yield first
-    async for chunk in rest:
-        yield chunk
-
-
 def _refusal_in(chunk: bytes | None) -> dict[str, Any] | None:
     if chunk is None or not chunk.startswith(b'data: {"error"'):
         return None
@@ -113,10 +114,13 @@ def _refusal_in(chunk: bytes | None) -> dict[str, Any] | None:
 
 def _limits(tokenizer_manager: Any) -> Limits:
     """Return the bounds, with the end tokens that BatchedMinNewTokensPenalizer._prepare suppresses."""
+    from sglang.srt.runtime_context import get_exec
+
     model, tokenizer = tokenizer_manager.model_config, tokenizer_manager.tokenizer
     ends = {*(model.hf_eos_token_id or ()), *(getattr(tokenizer, "additional_stop_token_ids", None) or ())}
     ends.add(getattr(tokenizer, "eos_token_id", None))
-    return Limits(model.vocab_size, frozenset(ends - {None}))
+    seeded = get_exec().deterministic.enable_deterministic_inference
+    return Limits(model.vocab_size, frozenset(ends - {None}), seeded)
 
 
 def _misread(request: Any) -> str | None:

@@ -28,10 +28,14 @@ _LOGIT_MAX = 1e6
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a server. ``end_token_ids``: those that min_new_tokens suppresses in every request."""
+    """Bounds of a server. ``end_token_ids``: those that min_new_tokens suppresses in every request.
+
+    ``seeded``: whether tokens are drawn with each request's sampling_seed (--enable-deterministic-inference).
+    """
 
     vocab_size: int
     end_token_ids: frozenset[int] = frozenset()
+    seeded: bool = False
 
 
 def judge(request: Any, limits: Limits) -> str | None:
@@ -42,6 +46,7 @@ def judge(request: Any, limits: Limits) -> str | None:
         or _logprobs(request, limits)
         or _number("temperature", sampling.temperature, 0, FLOAT32_MAX)
         or _number("top_k", sampling.top_k, 1, INT32_MAX)
+        or _min_p(sampling, limits)
         or _logit_bias(sampling)
         or _overflow(sampling)
         or _stop_token_ids(sampling, limits)
@@ -126,6 +131,13 @@ def _logprobs(request: Any, limits: Limits) -> str | None:
         return f"{name} is {count}; it must be from 0 to {limits.vocab_size}, the size of the vocabulary"
     if not -1 <= start <= length:
         return f"logprob_start_len is {start}; it must be from -1 to {length}, the tokens of the prompt"
+    return None
+
+
+def _min_p(sampling: Any, limits: Limits) -> str | None:
+    """Refuse min_p beside seeds, which top_k_top_p_min_p_sampling_from_probs_torch asserts for the whole batch."""
+    if sampling.min_p > 0 and limits.seeded:
+        return f"min_p is {shown(sampling.min_p)}; with --enable-deterministic-inference it must be 0"
     return None
 
 

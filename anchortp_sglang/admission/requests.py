@@ -8,7 +8,6 @@
 # GenerateReqInput's fields that cannot be resumed: (field, its name for the client).
 REQUEST_FIELDS = {
     "session_params": "a session",
-    "session_id": "a session",
     "image_data": "a request with images",
     "video_data": "a request with video",
     "audio_data": "a request with audio",
@@ -17,12 +16,8 @@ REQUEST_FIELDS = {
     "positional_embed_overrides": "a request with embedding overrides",
     "lora_path": "a request with a LoRA adapter",
     "lora_id": "a request with a LoRA adapter",
-    "custom_logit_processor": "a custom logit processor",
-    "return_hidden_states": "return_hidden_states",
     "return_routed_experts": "return_routed_experts",
     "return_indexer_topk": "return_indexer_topk",
-    "return_entropy": "return_entropy",
-    "return_sampling_mask": "return_sampling_mask",
     "max_thinking_tokens": "max_thinking_tokens",
     "multi_item_delimiter_indices": "multi-item scoring",
     "token_indices_to_pool": "pooling at token positions",
@@ -35,7 +30,8 @@ REQUEST_FIELDS = {
     "disagg_prefill_dp_rank": "a request of a prefill/decode pair",
 }
 
-# Keys of sampling_params that cannot be resumed; beam_width is judged by its value.
+# Keys of sampling_params that cannot be resumed. beam_width is judged by its value, and so are return_hidden_states and
+# custom_logit_processor among the fields.
 SAMPLING_KEYS = {
     "watermark": "a watermark",
 }

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 
 from anchortp_sglang.admission import hooks as admission
-from anchortp_sglang.admission import long_texts
+from anchortp_sglang.admission import long_texts, ollama
 from anchortp_sglang.hooks import install, manifest, preload
 from anchortp_sglang.hooks.install import Hook
 from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows, short_extends, topology
@@ -307,6 +307,18 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         admission.around_serve_generate_request,
         "a stream's status would be sent before a refusal is known",
+    ),
+    *(
+        Hook(
+            f"{_SRT}entrypoints.ollama.serving.OllamaServing.{name}",
+            "replace",
+            function,
+            "its streams lose the text of their last message, which is long when main was busy, and say no error",
+        )
+        for name, function in (
+            ("_stream_chat_response", ollama.stream_chat),
+            ("_stream_generate_response", ollama.stream_generate),
+        )
     ),
     Hook(
         _SRT + "utils.hf_transformers.tokenizer.get_tokenizer",

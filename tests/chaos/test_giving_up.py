@@ -24,7 +24,7 @@ OPEN = {
     "/v1/chat/completions": LONG | {"messages": MESSAGES},
     "/v1/messages": LONG | {"messages": MESSAGES},
     "/api/generate": {"model": "default", "prompt": "hello", "stream": False, "options": {"num_predict": 2000}},
-    "/api/chat": {"model": "default", "messages": MESSAGES, "stream": False, "options": {"num_predict": 2000}},
+    "/api/chat": {"model": "default", "messages": MESSAGES, "stream": True, "options": {"num_predict": 2000}},
     "/invocations": LONG | {"messages": MESSAGES, "stream": False},
     "/vertex_generate": {"instances": [{"text": "hello"}], "parameters": {"sampling_params": {"max_new_tokens": 2000}}},
     "/flush_cache?timeout=100": {},  # waits in the ranks until nothing runs

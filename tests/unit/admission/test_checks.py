@@ -182,7 +182,9 @@ def request(**fields):
         {"sampling_params": [{"n": 4, "regex": "a+"}, {"json_schema": "{}", "beam_width": 1}]},
         {"image_data": [None, None], "lora_path": [None], "custom_logit_processor": [None, None]},
         {"return_hidden_states": [False, False], "bootstrap_room": [None], "return_logprob": [False]},
-        {"stream": True, "priority": 3, "extra_key": "k", "cache_salt": "s"},
+        {"stream": True, "priority": 3, "extra_key": "k", "cache_salt": "s", "session_id": "s"},
+        {"return_sampling_mask": [False, True], "return_hidden_states": [False, "last"]},
+        {"custom_logit_processor": [None, '{"callable": "80"}', ""]},
     ],
 )
 def test_plain_requests_and_batches_of_nothing_special_are_admitted(fields):
@@ -193,16 +195,13 @@ def test_plain_requests_and_batches_of_nothing_special_are_admitted(fields):
     ("name", "fields"),
     [
         ("session_params", {"session_params": {"id": "s"}}),
-        ("session_id", {"session_id": "s"}),
         ("image_data", {"image_data": [[None], ["http://x/cat.png"]]}),
         ("image_data", {"image_data": object()}),
         ("audio_data", {"audio_data": "a.wav"}),
         ("input_embeds", {"input_embeds": [[0.0] * 8] * 4}),
         ("lora_path", {"lora_path": [None, "adapter"]}),
-        ("return_hidden_states", {"return_hidden_states": "last"}),
         ("return_routed_experts", {"return_routed_experts": True}),
-        ("return_sampling_mask", {"return_sampling_mask": [False, True]}),
-        ("custom_logit_processor", {"custom_logit_processor": "{}"}),
+        ("max_thinking_tokens", {"max_thinking_tokens": 5}),
         ("bootstrap_room", {"bootstrap_room": 0}),
         ("watermark", {"sampling_params": [{}, {"watermark": {"key": "k"}}]}),
         ("beam_width", {"sampling_params": {"beam_width": 2}}),
@@ -212,6 +211,17 @@ def test_what_cannot_be_resumed_is_refused_in_one_sentence_that_names_the_field(
     told = check_generate_request(request(**fields))
     assert "cannot be resumed after a fault yet" in told
     assert told.endswith(f"send the request without {name}.")
+
+
+@pytest.mark.parametrize("mode", [True, [False, True]])
+def test_hidden_states_of_all_tokens_are_refused(mode):
+    told = check_generate_request(request(return_hidden_states=mode))
+    assert "return_hidden_states of all tokens cannot be resumed" in told
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", '{"callable": "no hex"}', "[]", '{"callable": 5}', 5])
+def test_a_processor_that_ranks_could_not_read_is_refused(text):
+    assert "custom_logit_processor must be" in check_generate_request(request(custom_logit_processor=["", text]))
 
 
 def test_logprobs_are_admitted():

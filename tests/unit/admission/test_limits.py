@@ -28,6 +28,7 @@ def sampling(**changed):
     fields = {
         "temperature": 1.0,
         "top_k": 1 << 30,
+        "min_p": 0.0,
         "repetition_penalty": 1.0,
         "min_new_tokens": 0,
         "logit_bias": None,
@@ -76,6 +77,13 @@ def test_unknown_stop_tokens_do_no_harm_to_others_of_the_batch(stranger, known):
     one = request(stop_token_ids={*known, stranger})
     assert judge(one, LIMITS) is None
     assert without_what_has_no_effect(one, LIMITS).sampling_params.stop_token_ids == (known or None)
+
+
+def test_min_p_is_refused_where_tokens_are_drawn_with_seeds():
+    one = request(min_p=0.1)
+    assert judge(one, LIMITS) is None
+    assert "min_p is 0.1" in judge(one, Limits(VOCAB, seeded=True))
+    assert judge(request(), Limits(VOCAB, seeded=True)) is None
 
 
 def test_top_logprobs_without_logprobs_do_no_harm_to_others_of_the_batch():
