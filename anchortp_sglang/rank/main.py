@@ -214,7 +214,8 @@ def around_add_request_to_queue(
     logprobs (``Req._compute_max_prefix_len``), so this start is set behind all tokens. handle_generate_request sets it
     after the request is made, and accepts none after the prompt.
 
-    Requests that wait to be resumed do not count for --max-queued-requests: most of them were running.
+    Requests that wait to be resumed do not count for --max-queued-requests, and make no room for others of a higher
+    priority (``Scheduler._abort_on_queued_limit``): most of them were running.
     """
     grammars.restore(req, scheduler.batch_result_processor)
     if _is_resumed(req) and req.return_logprob and req.output_ids:
@@ -222,11 +223,15 @@ def around_add_request_to_queue(
     limit = scheduler.max_queued_requests
     if limit is None:
         return original(scheduler, req, *args, **kwargs)
-    scheduler.max_queued_requests = limit + sum(map(_is_resumed, [*scheduler.waiting_queue, req]))
+    queue = scheduler.waiting_queue
+    resumed = [waiting for waiting in queue if _is_resumed(waiting)]
+    queue[:] = [waiting for waiting in queue if not _is_resumed(waiting)]
+    scheduler.max_queued_requests = None if _is_resumed(req) else limit
     try:
         return original(scheduler, req, *args, **kwargs)
     finally:
         scheduler.max_queued_requests = limit
+        queue[:0] = resumed
 
 
 def _is_resumed(req: Any) -> bool:
