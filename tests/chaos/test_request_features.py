@@ -24,6 +24,8 @@ FLAGS = (
     *("--enable-priority-scheduling", "--default-priority-value", "0", "--enable-response-store"),
 )
 CLOCK = request(prompt(740, 20), kinds.TOKENS)  # streams beside the others, and tells how far they are
+READ_TOKENS = ("processor with a thinking budget", "processor that reads the tokens")
+OVERLAP = os.environ.get("ANCHORTP_OVERLAP") == "on"
 KILLS = int(os.environ.get("ANCHORTP_KILLS", "1"))
 SEED = int(os.environ.get("ANCHORTP_SEED", "0"))
 
@@ -41,7 +43,10 @@ def calls(flagged):
     model = flagged.get("/v1/models")["data"][0]["id"]
     text = kinds.generate(725, False, sampling={"max_new_tokens": 45})(flagged)["text"]
     apis = kinds.of_apis(model) | kinds.stored_responses(model)
-    return kinds.of_generate() | kinds.stops(text) | kinds.of_flags() | apis
+    found = kinds.of_generate() | kinds.stops(text) | kinds.of_flags() | apis
+    if OVERLAP:  # SGLang then shows a processor the newest token or does not
+        found = {name: ask for name, ask in found.items() if name not in READ_TOKENS}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +72,9 @@ def test_the_unbroken_answers_are_what_was_asked_for(unbroken):
     assert len(unbroken["return_prompt_token_ids"]["prompt_token_ids"]) == 20
     assert len(meta["sampling mask, drawn"]["output_token_sampling_mask"]) == kinds.TOKENS
     assert unbroken["hidden states of the last token"]["choices"][0]["hidden_states"]
-    budget = unbroken["processor with a thinking budget"]["output_ids"]
-    assert budget[24:26] == [199, 507], "the budget ended no thinking"
+    if not OVERLAP:
+        budget = unbroken["processor with a thinking budget"]["output_ids"]
+        assert budget[24:26] == [199, 507], "the budget ended no thinking"
     assert not {*unbroken["processor without state"]["output_ids"]} & {*range(0, 480, 3)}
     seeded = [unbroken[name]["output_ids"] for name in ("sampling_seed", "no seed where seeds count")]
     assert all(len(set(tokens)) > kinds.TOKENS // 2 for tokens in seeded), "nothing was drawn"
@@ -125,7 +131,7 @@ def test_scoring_goes_on(flagged):
 def test_priority_and_arrival_order_outlive_a_fault(flagged):
     """More requests than may run; those that wait are served by priority, then as they came."""
     running = [request(prompt(800 + n, 8), 20 + 3 * n if n < 8 else 50) for n in range(RUNNING)]
-    waiting = [request(prompt(900 + n, 8), 3) | {"priority": -5 if n < 3 else 5} for n in range(6)]
+    waiting = [request(prompt(900 + n, 8), 30) | {"priority": -5 if n < 3 else 5} for n in range(6)]
     with Streams(flagged.url, running) as first:
         first.wait_tokens(3)
         late = [Streams(flagged.url, [one]) for one in waiting]
