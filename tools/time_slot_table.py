@@ -2,6 +2,7 @@
 
     PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py
     PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py --chain 4000 --insert --slots 1048576
+    PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py --followed
 
 Chains of random tokens, in slots in random order; least of the repetitions, in ms:
 
@@ -11,23 +12,36 @@ Chains of random tokens, in slots in random order; least of the repetitions, in 
 - ``shrink``: retain half of the slots; ``choose``: choose what a mirror with half as many rows holds, and ``search``:
   that with all that is done to the mirror's rows then.
 - ``step``: commit a decode step of 32 requests; ``prompt``: commit a prompt of 4,000 tokens.
+
+With ``--followed`` instead: what a rank of a standby needs that has followed the table, after ``changed`` slots have
+changed since its last look; then what a rank needs that has not. The table is full, with up to 256 open requests:
+
+- ``steps``: each has taken 8 decode steps; ``prefill``: 8 chains, or a quarter of them, have been evicted for prompts
+  of as many tokens, which is a second of prefill at 32,000 tokens/s;
+- ``read``: find the changed slots and put their chains right, or ``retain``; ``chains``, ``agree``, ``insert``, ``all``
+  as above;
+- ``first``: the CPU time of the first look of a standby, ``look``: that of one while nothing changes. A pause follows
+  that is 99 times as long.
 """
 
 import argparse
 import mmap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from anchortp_sglang.kv.chain_hash import root_hash
+from anchortp_sglang.kv.followed_table import FollowedTable
 from anchortp_sglang.kv.mirror import KVMirror, MirrorShape
 from anchortp_sglang.kv.mirror_schedule import MirrorSchedule
-from anchortp_sglang.kv.retained_slots import RetainedSlots, most_urgent, retain
+from anchortp_sglang.kv.retained_slots import Entries, RetainedSlots, most_urgent, retain
 from anchortp_sglang.kv.slot_table import SlotTable
 
+FOLLOWED = ("read", "chains", "agree", "insert", "all")
 COLUMNS = ("verify", "retain", "chains", "agree", "insert", "all", "shrink", "choose", "search", "step", "prompt")
 MODEL = b"time"
 
@@ -37,10 +51,16 @@ def main() -> None:
     parser.add_argument("--slots", default="16384,131072,1048576,4194304")
     parser.add_argument("--chain", type=int, default=4000, help="tokens of each chain")
     parser.add_argument("--insert", action="store_true", help="insert them in SGLang's tree too (imports SGLang)")
+    parser.add_argument("--followed", action="store_true", help="time a standby that has followed (imports SGLang)")
     parser.add_argument("--repeat", type=int, default=10)
     options = parser.parse_args()
-    if options.insert:
+    if options.insert or options.followed:
         publish_settings()
+    if options.followed:
+        print("     slots   changed since    " + "".join(f"{name:>10}" for name in (*FOLLOWED, "first", "look")))
+        for slots in map(int, options.slots.split(",")):
+            measure_followed(slots, options.chain, options.repeat)
+        return
     print("     slots" + "".join(f"{name:>10}" for name in COLUMNS))
     for slots in map(int, options.slots.split(",")):
         found = measure(slots, options.chain, options.repeat, options.insert)
@@ -81,6 +101,84 @@ def measure(slots: int, chain: int, repeat: int, insert: bool) -> dict[str, floa
         20, lambda: table.commit_run(places[:4000], rng.integers(0, 100_000, min(4000, slots - 1)), 0)
     )
     return took
+
+
+def measure_followed(slots: int, chain: int, repeat: int) -> None:
+    """Print a line for each kind of change, and one for a rank that has not followed."""
+    chain = min(chain, slots // 16)
+    for kind, change in ("steps", take_steps), ("prefill", prefill):
+        best: dict[str, float] = {}
+        for _ in range(repeat):
+            table, chains, free = full_table(slots, chain)
+            followed = FollowedTable(table)
+            first = cpu_time(followed.look)
+            look = min(cpu_time(followed.look) for _ in range(5))
+            change(table, chains, free)
+            changed = followed._changed(lambda: False)
+            assert changed is not None
+            took = take_over(table, followed.retained) | {"first": first, "look": look}
+            best = {name: min(took[name], best.get(name, 1e9)) for name in took}
+        print_followed(slots, f"{len(changed):10} {kind:9}", best)
+    whole = [take_over(table, lambda entries: retain(entries, None, slots, 1)) for _ in range(repeat)]
+    print_followed(slots, "not followed".rjust(20), {name: min(took[name] for took in whole) for name in whole[0]})
+
+
+def print_followed(slots: int, kind: str, took: dict[str, float]) -> None:
+    found = "".join(f"{1e3 * took[name]:10.3f}" for name in (*FOLLOWED, "first", "look") if name in took)
+    print(f"{slots:10}{kind:20}{found}", flush=True)
+
+
+def full_table(slots: int, chain: int) -> tuple[SlotTable, list[np.ndarray], np.ndarray]:
+    """Return a table that is full but for 8 steps of its chains, up to 256 of them; its chains and its free slots."""
+    table = SlotTable.create(bytearray(SlotTable.nbytes(slots)), slots, MODEL)
+    rng = np.random.default_rng(0)
+    places = rng.permutation(slots - 1) + 1
+    free = places[: 8 * min(256, slots // chain)]
+    used, chains = places[len(free) :], []
+    for begin in range(0, len(used), chain):
+        chains.append(used[begin : begin + chain])
+        table.commit_run(chains[-1], rng.integers(0, 1 << 40, len(chains[-1])), 0)
+    return table, chains, free
+
+
+def take_steps(table: SlotTable, chains: list[np.ndarray], free: np.ndarray) -> None:
+    ends = np.array([own[-1] for own in chains[: len(free) // 8]])
+    for new in free.reshape(8, -1)[:, : len(ends)]:
+        table.commit_step(new, new, ends)
+        ends = new
+
+
+def prefill(table: SlotTable, chains: list[np.ndarray], free: np.ndarray) -> None:
+    for own in chains[: min(8, len(chains) // 4)]:
+        table.invalidate(own)
+        table.commit_run(own[::-1], own, 0)
+
+
+def take_over(table: SlotTable, read: Callable[[Entries], RetainedSlots | None]) -> dict[str, float]:
+    """Time the parts of a take-over."""
+    import torch
+
+    from anchortp_sglang.rank.kv.prefixes import insert
+
+    torch.set_num_threads(1)
+    tree, entries, times = new_tree(table.slots), table.entries(), [time.perf_counter()]
+    retained = read(entries)
+    times.append(time.perf_counter())
+    assert retained is not None
+    chains = retained.chains()
+    times.append(time.perf_counter())
+    retained.digest()
+    times.append(time.perf_counter())
+    insert(replace(retained, forest=SimpleNamespace(chains=lambda tokens, last_use: chains)), tree)
+    times.append(time.perf_counter())
+    took: dict[str, float] = dict(zip(FOLLOWED, np.diff(times).tolist(), strict=False))
+    return took | {"all": times[-1] - times[0]}
+
+
+def cpu_time(work: Callable[[], object]) -> float:
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
 
 
 def search(table: SlotTable, repeat: int) -> float:

@@ -50,7 +50,7 @@ _LATE = (
 )
 
 
-_COMPILED = ("choice_loops", "equal_hashes", "forest_loops")
+_COMPILED = ("choice_loops", "equal_hashes", "follow_loops", "forest_loops", "hash_index", "run_loops")
 """Modules of kv/ that are compiled when they are imported."""
 _COMPILE = "; ".join(f"import anchortp_sglang.kv.{name}" for name in _COMPILED)
 _COMPILE_TIMEOUT_S = 60.0

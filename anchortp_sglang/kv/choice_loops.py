@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from anchortp_sglang.kv.chain_hash import Hashes, Ids
@@ -116,3 +118,12 @@ def add_up(slots: Ids, numbers: Ids, hashes: Hashes, parents: Ids, last_use: Ids
         sums[1] += hashes[number] * weight
         sums[2] += np.uint64(parents[number]) * weight
         sums[3] += np.uint64(last_use[number]) * weight
+
+
+@compiled(IDS)
+def sum_in_order(slots: Ids) -> Any:
+    """Return the uint64 sum of slots, with a pseudorandom weight for each place: other orders have other sums."""
+    total = np.uint64(0)
+    for place in range(len(slots)):
+        total += np.uint64(slots[place]) * mix(np.uint64(place))
+    return total

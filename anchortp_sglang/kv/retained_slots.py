@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from anchortp_sglang.kv.equal_hashes import first_places, places_of
 from anchortp_sglang.kv.namespaces import MOST_NAMESPACES, PLAIN, Key, namespace_seed
 from anchortp_sglang.kv.prefix_forest import ROOT, Chain, Forest, Mask, verified_forest
 
-__all__ = ["Entries", "RetainedSlots", "most_urgent", "retain"]
+__all__ = ["Entries", "Ordered", "Reason", "RetainedSlots", "most_urgent", "retain"]
 
 
 Reason = Literal["broken_chain", "lost_with_device", "incomplete_page", "no_room"]
@@ -42,10 +42,14 @@ class Entries:
 
     def forest(self) -> Forest:
         """Return the slots whose chain up to a root is intact."""
+        return verified_forest(self.hashes, self.tokens, self.parents, self.seed, self.roots())
+
+    def roots(self) -> Hashes:
+        """Return uint64[MOST_NAMESPACES]: the seed of each namespace, ``UNKNOWN`` where there is none."""
         roots = np.zeros(MOST_NAMESPACES, np.uint64)
         for place, key in self.namespaces.items():
             roots[place] = namespace_seed(self.seed, key)
-        return verified_forest(self.hashes, self.tokens, self.parents, self.seed, roots)
+        return roots
 
     def verified(self) -> Mask:
         """Return bool[slots]: the slots whose chain up to a root is intact."""
@@ -61,19 +65,29 @@ class Entries:
         return PLAIN if parent == ROOT else self.namespaces[-1 - parent]
 
 
+class Ordered(Protocol):
+    """What orders the slots of intact chains."""
+
+    def chains(self, tokens: Ids, last_use: Ids) -> list[Chain]:
+        """Return the chains, as ``Forest.chains`` does."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class RetainedSlots:
     """The retained slots: ``slots`` (int64[n], ascending) of the old generation, ``numbers`` (int64[n]) in the new one.
 
     ``entries``: those of the new slot table, ``forest``: theirs. Entries without a hash have no other meaning either.
-    ``dropped``: numbers of the other slots with an entry, by reason.
+    ``dropped``: numbers of the other slots with an entry, by reason. ``sums`` (uint64[4]): what
+    ``choice_loops.add_up`` finds, if that is known.
     """
 
     slots: Ids
     numbers: Ids
     entries: Entries
-    forest: Forest
+    forest: Ordered
     dropped: dict[Reason, int]
+    sums: Hashes | None = None
 
     def chains(self) -> list[Chain]:
         """Return all retained chains in their new slots, least recently used first."""
@@ -85,8 +99,10 @@ class RetainedSlots:
         It is meant for ranks that err, not for any that deceive: sums with a pseudorandom weight for each number.
         Tokens are left out, as chain hashes follow from them.
         """
-        new, sums = self.entries, np.zeros(4, np.uint64)
-        loops.add_up(self.slots, self.numbers, new.hashes, new.parents, new.last_use, sums)
+        new, sums = self.entries, self.sums
+        if sums is None:
+            sums = np.zeros(4, np.uint64)
+            loops.add_up(self.slots, self.numbers, new.hashes, new.parents, new.last_use, sums)
         return f"{len(self.slots)}-" + "".join(f"{each:016x}" for each in sums.tolist())
 
 

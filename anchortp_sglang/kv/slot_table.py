@@ -129,6 +129,16 @@ class SlotTable:
         return int(np.count_nonzero(self._hash)) - 1  # the root has one too
 
     @property
+    def seed(self) -> int:
+        """The hash of the plain root."""
+        return self._seed
+
+    @property
+    def tokens(self) -> Ids:
+        """int64[slots], the live array: the token of each slot with an entry; do not write."""
+        return self._token
+
+    @property
     def parents(self) -> Ids:
         """int64[slots], the live array: the slot of the token before, or a root; do not write."""
         return self._parent

@@ -173,11 +173,19 @@ class Attachment:
 
     def map_briefly(self, device: int, segment: str) -> mmap.mmap:
         """Map a segment read-only that is about to be freed: once the mapping goes, nothing here holds it."""
+        return self.map_identified(device, segment)[0]
+
+    def map_identified(self, device: int, segment: str) -> tuple[mmap.mmap, tuple[int, int]]:
+        """Map a segment as ``map_briefly`` does; return its ``identity``, too."""
         fd, nbytes, _ = self._open(device, segment)
         try:
-            return map_fd(fd, nbytes, writable=False)
+            return map_fd(fd, nbytes, writable=False), _identity(fd)
         finally:
             os.close(fd)
+
+    def identity(self, device: int, segment: str) -> tuple[int, int]:
+        """Return what a mapped segment shares with no other one: another of the same name is other memory."""
+        return _identity(self.fds[device, segment][0])
 
     def weights(self) -> torch.Tensor:
         """Return the bytes of this rank's shard, read-only. Raises like ``map``."""
@@ -243,6 +251,11 @@ class Attachment:
         assignment = self.assignment
         client = AnchorClient(assignment.run_dir, assignment.run_id, device, _ANCHOR_TIMEOUT_S)
         return client.open_handle(assignment.generation, segment)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -19,6 +19,7 @@ import setproctitle
 from anchortp_sglang.rank import grammars, handover, heartbeat, leave, measure, standby
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Assignment, Attachment, attach, control_segment, current
 from anchortp_sglang.rank.crash import describe
+from anchortp_sglang.rank.kv.following import follow
 from anchortp_sglang.rank.kv.prefixes import no_prefixes, open_prefixes
 from anchortp_sglang.rank.kv.restore import RestorationFailed
 from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Resume
@@ -72,6 +73,7 @@ def run_later(spec: RankSpec, pipe: Connection) -> None:
             attachment.prefixes = no_prefixes(attachment)
             scheduler = _make_scheduler(replace(spec, port_args=standby.apart(spec.port_args)))
             rehearse(scheduler, attachment)
+        following = follow(attachment)
     except BaseException as error:
         return _report(error, pipe)
     running = await_order(pipe)
@@ -79,7 +81,7 @@ def run_later(spec: RankSpec, pipe: Connection) -> None:
     try:
         attachment.assignment = replace(attachment.assignment, running=running)
         attachment.stand_by_no_more()
-        attachment.prefixes = open_prefixes(attachment)
+        attachment.prefixes = open_prefixes(attachment, following)
         stamps.take("attached")
         attachment.prefixes.build(attachment.cache)
         standby.connect(scheduler, spec.port_args)

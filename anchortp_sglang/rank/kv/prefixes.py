@@ -5,7 +5,6 @@ for this are in ``slot_table_hooks.py``.
 """
 
 import array
-import hashlib
 import mmap
 import time
 from collections.abc import Iterator
@@ -16,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from anchortp_sglang.kv.choice_loops import sum_in_order
 from anchortp_sglang.kv.copy import KVSegment
 from anchortp_sglang.kv.retained_slots import RetainedSlots
 from anchortp_sglang.kv.slot_table import SlotTable, SlotTableMismatch
 from anchortp_sglang.platforms.base import Platform
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, slot_table_segment
+from anchortp_sglang.rank.kv.following import Following
 from anchortp_sglang.rank.kv.mirroring import Mirroring, open_mirroring
 from anchortp_sglang.rank.kv.restore import Restoration, RestorationFailed
 
@@ -117,9 +118,10 @@ class Prefixes:
         if self._restoration is not None:
             # Do this before their parents are forgotten: where two slots had equal chains, one is retained.
             retained = self._restoration.retained()
-            parents = retained.entries.parents[retained.numbers]
-            moved = table.parents[retained.numbers] != parents
-            table.move_below(retained.numbers[moved], parents[moved])
+            if retained.entries.parents is not table.parents:
+                parents = retained.entries.parents[retained.numbers]
+                moved = table.parents[retained.numbers] != parents
+                table.move_below(retained.numbers[moved], parents[moved])
             table.invalidate(self._free_slots())
         self.table, self._next = table, None
         if self._mirroring is not None:
@@ -188,14 +190,14 @@ class Prefixes:
         self.state = to
 
     def _report_retained(self, retained: RetainedSlots, reusable: bool, began: float) -> None:
-        free = hashlib.blake2b(self._free_slots().tobytes(), digest_size=8).hexdigest()
+        free = self._free_slots()
         ended = time.monotonic()
         self.report |= {
             "kept": len(retained.slots) if reusable else 0,
             "dropped": retained.dropped | ({} if reusable else {"no_prefix_cache": len(retained.slots)}),
             "seconds": ended - began,
             "at": ended,
-            "digest": f"{retained.digest()}-{free}",
+            "digest": f"{retained.digest()}-{len(free)}-{sum_in_order(free):016x}",
         }
 
     def _free_slots(self) -> np.ndarray:
@@ -203,8 +205,10 @@ class Prefixes:
         return slots_of_pages(self._allocator.get_all_free_pages(), self._allocator.page_size)
 
 
-def open_prefixes(attachment: Attachment) -> Prefixes:
+def open_prefixes(attachment: Attachment, following: Following | None = None) -> Prefixes:
     """Map KV and slot table, and begin to retain the last generation's KV. Call it before the pools are built.
+
+    ``following``: of a rank that stood by, what has followed the last generation's slot table.
 
     Raises RestorationFailed, AnchorError.
     """
@@ -225,7 +229,10 @@ def open_prefixes(attachment: Attachment) -> Prefixes:
         table = SlotTable.attach(old_memory, assignment.previous_kv.rows, attachment.namespace)
     except SlotTableMismatch as error:
         raise RestorationFailed(str(error)) from error
-    prefixes.restore(Restoration(attachment, table, kv), table if old == segment else None)
+    followed = following.take() if following is not None else None
+    if old != segment or (following and following.identity != attachment.identity(HOST_DEVICE, segment)):
+        followed = None  # it was another table
+    prefixes.restore(Restoration(attachment, table, kv, followed), table if old == segment else None)
     return prefixes
 
 
@@ -248,7 +255,8 @@ def insert(retained: RetainedSlots, result: Any) -> None:
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
     device, free = allocator.free_pages.device, allocator.free_pages.cpu().numpy()
     is_used = np.zeros(int(free.max()) + 1, np.bool_)
-    is_used[retained.numbers[:: allocator.page_size] // allocator.page_size] = True
+    page_size, first_slots = allocator.page_size, retained.numbers[:: allocator.page_size]
+    is_used[first_slots if page_size == 1 else first_slots // page_size] = True
     allocator.free_pages = torch.from_numpy(free[~is_used[free]]).to(device)
     for chain in retained.chains():
         extra_key, cache_salt = retained.entries.namespace(chain)

@@ -5,6 +5,7 @@ whose heads and slots stay the same has its KV in place. Otherwise retained head
 this device and its peers, lost ones from the mirror; both lie in anchors, and are no longer written to.
 """
 
+import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -14,12 +15,15 @@ import numpy as np
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.kv.chain_hash import root_hash
 from anchortp_sglang.kv.copy import KVSegment
+from anchortp_sglang.kv.followed_table import FollowedTable
 from anchortp_sglang.kv.mirror import KVMirror, MirrorMismatch, MirrorShape
 from anchortp_sglang.kv.moving import move_retained, restorable_slots
-from anchortp_sglang.kv.retained_slots import RetainedSlots, retain
+from anchortp_sglang.kv.retained_slots import Entries, RetainedSlots, retain
 from anchortp_sglang.kv.slot_table import SlotTable
 from anchortp_sglang.planning.layout.kv_layout import KVLayout, kv_layout, kv_moves, lost_heads, whole_layout
 from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, kv_segment, mirror_segment
+
+log = logging.getLogger(__name__)
 
 
 def mirror_shape(attachment: Attachment) -> MirrorShape:
@@ -38,11 +42,14 @@ class Restoration(threading.Thread):
     """Retains what can be retained of the last generation's KV.
 
     ``table``: its slot table, no longer written to. ``into``: where KV is copied to; None where it can only stay in
-    place.
+    place. ``followed``: what is known of the table, if this generation goes on with it.
     """
 
-    def __init__(self, attachment: Attachment, table: SlotTable, into: KVSegment | None) -> None:
+    def __init__(
+        self, attachment: Attachment, table: SlotTable, into: KVSegment | None, followed: FollowedTable | None = None
+    ) -> None:
         super().__init__(name="anchortp-kv", daemon=True)
+        self._followed = followed
         self._attachment, self._table, self._into = attachment, table, into
         self._retained: Future[RetainedSlots] = Future()
         self._done: Future[None] = Future()
@@ -74,10 +81,22 @@ class Restoration(threading.Thread):
         ):
             mirror = self._mirror()
             usable = restorable_slots(entries, mirror)
-        running = np.frombuffer(assignment.running, np.uint64)
-        retained = retain(entries, usable, assignment.kv.rows, assignment.kv.page_size, running)
+        retained = self._retained_as_followed(entries) if usable is None else None
+        if retained is None:
+            running = np.frombuffer(assignment.running, np.uint64)
+            retained = retain(entries, usable, assignment.kv.rows, assignment.kv.page_size, running)
         self._retained.set_result(retained)
         self._move(retained, mirror)
+
+    def _retained_as_followed(self, entries: Entries) -> RetainedSlots | None:
+        followed, self._followed = self._followed, None
+        if followed is None:
+            return None
+        try:
+            return followed.retained(entries)
+        except Exception:
+            log.exception("anchortp: what was followed of the slot table is of no use; it is read as a whole")
+            return None
 
     def retained(self) -> RetainedSlots:
         """Wait until it is known what is retained, even if it is not in place yet. Raises the error of this thread."""

@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from anchortp_sglang.kv import choice_loops, equal_hashes, forest_loops
+from anchortp_sglang.kv import choice_loops, equal_hashes, follow_loops, forest_loops, hash_index, run_loops
 from anchortp_sglang.kv.compiled import ID, IDS, compiled
 from anchortp_sglang.kv.retained_slots import retain
 from anchortp_sglang.kv.slot_table import SlotTable
@@ -27,7 +27,7 @@ def test_a_loop_is_not_compiled_again_for_other_types():
         total(np.arange(4, dtype=np.float32))
 
 
-@pytest.mark.parametrize("module", [choice_loops, equal_hashes, forest_loops])
+@pytest.mark.parametrize("module", [choice_loops, equal_hashes, follow_loops, forest_loops, hash_index, run_loops])
 def test_all_loops_are_compiled_when_they_are_imported(module):
     loops = [loop for _, loop in inspect.getmembers(module, lambda member: hasattr(member, "signatures"))]
     assert loops and all(len(loop.signatures) == 1 for loop in loops)

@@ -1,0 +1,79 @@
+"""Follows the serving generation's slot table while a rank stands by, in a thread of low priority.
+
+What is left to do at the take-over then depends on what has changed since the last look (``kv/followed_table.py``). A
+look reads the whole table, so the pauses between looks are as long as keeps them to a share of a core. The table is
+mapped read-only. Whatever happens to this thread, the rank can always read the table as one that has not followed.
+"""
+
+import logging
+import os
+import threading
+import time
+
+from anchortp_sglang.kv.followed_table import FollowedTable
+from anchortp_sglang.kv.slot_table import SlotTable, SlotTableMismatch
+from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, slot_table_segment
+
+log = logging.getLogger(__name__)
+
+_SHARE = 0.01
+"""The share of a core that looks may take, of CPU time."""
+
+_LEAST_PAUSE_S = 0.2
+_NICER = 10
+_STOP_TIMEOUT_S = 0.02
+"""How long a look may take to stop. If it rebuilds all chains it takes longer, and reading the table is done sooner."""
+
+
+class Following(threading.Thread):
+    """Follows ``table`` from ``start`` until ``take``. ``identity``: of its memory, as ``os.fstat`` tells it."""
+
+    def __init__(self, table: SlotTable, identity: tuple[int, int]) -> None:
+        super().__init__(name="anchortp-follow", daemon=True)
+        self.identity = identity
+        self._table = table
+        self._followed: FollowedTable | None = None
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, min(os.getpriority(os.PRIO_PROCESS, 0) + _NICER, 19))  # of this thread
+            self._follow(FollowedTable(self._table))
+        except Exception:
+            log.exception("anchortp: a rank that stands by follows the slot table no more; it will read it as a whole")
+            self._followed = None
+
+    def _follow(self, followed: FollowedTable) -> None:
+        pause_s, seen = 0.0, -1
+        while not self._stopped.wait(pause_s):
+            began, step = time.thread_time(), self._table.step
+            if step != seen:  # without a commit nothing has changed but slots that were freed
+                if not followed.look(self._stopped.is_set):
+                    return
+                seen, self._followed = step, followed
+            pause_s = max(_LEAST_PAUSE_S, (time.thread_time() - began) * (1 / _SHARE - 1))
+
+    def take(self) -> FollowedTable | None:
+        """Stop, and return what was followed; None if there is nothing yet, or a look does not stop in time."""
+        self._stopped.set()
+        self.join(_STOP_TIMEOUT_S)
+        return None if self.is_alive() else self._followed
+
+
+def follow(attachment: Attachment) -> Following | None:
+    """Begin to follow the table that a rank that stands by will take over; None if it cannot go on with it as it is."""
+    assignment = attachment.assignment
+    if assignment.previous is None or assignment.kv.page_size != 1:
+        return None
+    segment = slot_table_segment(assignment.previous.ownership, assignment.previous_kv)
+    if segment != slot_table_segment(assignment.ownership, assignment.kv):
+        return None
+    memory, identity = attachment.map_identified(HOST_DEVICE, segment)
+    try:
+        table = SlotTable.attach(memory, assignment.kv.rows, attachment.namespace)
+    except SlotTableMismatch as error:
+        log.info("anchortp: a rank that stands by does not follow the slot table: %s", error)
+        return None
+    following = Following(table, identity)
+    following.start()
+    return following
