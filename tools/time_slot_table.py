@@ -158,9 +158,12 @@ def take_over(table: SlotTable, read: Callable[[Entries], RetainedSlots | None])
     """Time the parts of a take-over."""
     import torch
 
+    from anchortp_sglang.rank.kv.following import HeapReserve
     from anchortp_sglang.rank.kv.prefixes import insert
 
     torch.set_num_threads(1)
+    heap = HeapReserve(table.slots)
+    heap.release()
     tree, entries, times = new_tree(table.slots), table.entries(), [time.perf_counter()]
     retained = read(entries)
     times.append(time.perf_counter())

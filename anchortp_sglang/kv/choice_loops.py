@@ -120,6 +120,21 @@ def add_up(slots: Ids, numbers: Ids, hashes: Hashes, parents: Ids, last_use: Ids
         sums[3] += np.uint64(last_use[number]) * weight
 
 
+@compiled(IDS, IDS, ID, _TO_FLAGS, _TO_IDS)
+def find_free(free: Ids, numbers: Ids, page_size: int, used: Mask, left: Ids) -> int:
+    """Write the pages of ``free``, in their order, that hold none of ``numbers`` to ``left``; return how many.
+
+    ``numbers`` are whole pages. ``left`` is as long as ``free``; ``used`` (bool[pages]) is false.
+    """
+    for place in range(0, len(numbers), page_size):
+        used[numbers[place] // page_size if page_size > 1 else numbers[place]] = True
+    found = 0
+    for page in free:
+        left[found] = page
+        found += not used[page]
+    return found
+
+
 @compiled(IDS)
 def sum_in_order(slots: Ids) -> Any:
     """Return the uint64 sum of slots, with a pseudorandom weight for each place: other orders have other sums."""

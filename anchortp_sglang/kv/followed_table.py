@@ -75,6 +75,8 @@ class FollowedTable:
     def __init__(self, table: SlotTable) -> None:
         slots = table.slots
         self._table = table
+        self.last_changed = 0
+        """Number of slots that ``retained`` found changed."""
         # Secret numbers: clients choose tokens, but not which entries look alike here.
         self._keys = np.array([secrets.randbits(64) | 1 for _ in range(3)], np.uint64)
         self._factor = np.uint64(secrets.randbits(64) | 1)
@@ -113,6 +115,7 @@ class FollowedTable:
             return None
         changed = self._changed(lambda: False)
         assert changed is not None
+        self.last_changed = len(changed)
         self._follow(changed, old)
         known = int(self._counts[loops.NODES_] + self._counts[loops.ORPHANS])
         n_orphans = int(self._counts[loops.ORPHANS])

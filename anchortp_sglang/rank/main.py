@@ -84,6 +84,7 @@ def run_later(spec: RankSpec, pipe: Connection) -> None:
         attachment.prefixes = open_prefixes(attachment, following)
         stamps.take("attached")
         attachment.prefixes.build(attachment.cache)
+        del following
         standby.connect(scheduler, spec.port_args)
         setproctitle.setproctitle(attachment.title)
         info = _complete(attachment, scheduler, stamps)

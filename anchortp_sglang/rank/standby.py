@@ -4,7 +4,7 @@ It reaches nobody, by three means:
 
 - its KV is mapped read-only (``Attachment.kv_tensor``), and so are weights, as in any rank: a write would be a crash of
   its own. Only what a planned change newly gives its device is filled, through a mapping of its own, before anybody
-  else knows of it. The slot table and the mirror are not mapped at all;
+  else knows of it. The slot table is mapped read-only, too (``rank/kv/following.py``), and the mirror not at all;
 - its sockets are connected to nothing (``apart``), and its load is published to a file of its own;
 - its event loop runs only to rehearse (``rank/rehearsal.py``), so that it takes no request.
 """

@@ -25,8 +25,29 @@ _STOP_TIMEOUT_S = 0.02
 """How long a look may take to stop. If it rebuilds all chains it takes longer, and reading the table is done sooner."""
 
 
+_BLOCK_BYTES = 1 << 15
+
+
+class HeapReserve:
+    """Memory for the tokens or slots of a prefix tree of ``slots`` slots, on the heap of the thread that makes this.
+
+    Memory that is new to the kernel takes longer to get than to fill.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._blocks = [bytearray(_BLOCK_BYTES) for _ in range(16 * slots // _BLOCK_BYTES)]
+        self._pin = bytearray(1024)  # or the C library would give the end of the heap back to the kernel
+
+    def release(self) -> None:
+        """Leave the memory to what is allocated next, as long as this object lives."""
+        self._blocks.clear()
+
+
 class Following(threading.Thread):
-    """Follows ``table`` from ``start`` until ``take``. ``identity``: of its memory, as ``os.fstat`` tells it."""
+    """Follows ``table`` from ``start`` until ``take``. ``identity``: of its memory, as ``os.fstat`` tells it.
+
+    Make it in the thread that fills the prefix tree later, for which it reserves memory.
+    """
 
     def __init__(self, table: SlotTable, identity: tuple[int, int]) -> None:
         super().__init__(name="anchortp-follow", daemon=True)
@@ -34,6 +55,7 @@ class Following(threading.Thread):
         self._table = table
         self._followed: FollowedTable | None = None
         self._stopped = threading.Event()
+        self._heap = HeapReserve(table.slots)
 
     def run(self) -> None:
         try:
@@ -54,10 +76,18 @@ class Following(threading.Thread):
             pause_s = max(_LEAST_PAUSE_S, (time.thread_time() - began) * (1 / _SHARE - 1))
 
     def take(self) -> FollowedTable | None:
-        """Stop, and return what was followed; None if there is nothing yet, or a look does not stop in time."""
+        """Stop, and return what was followed; None if there is nothing yet, or a look does not stop in time.
+
+        Call it from the thread that fills the prefix tree next.
+        """
         self._stopped.set()
+        self._heap.release()
         self.join(_STOP_TIMEOUT_S)
-        return None if self.is_alive() else self._followed
+        if self.is_alive():
+            log.info("anchortp: a look at the slot table did not stop in time; the table is read as a whole")
+            return None
+        followed, self._followed = self._followed, None
+        return followed
 
 
 def follow(attachment: Attachment) -> Following | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anchortp_sglang.kv.choice_loops import sum_in_order
+from anchortp_sglang.kv.choice_loops import find_free, sum_in_order
 from anchortp_sglang.kv.copy import KVSegment
 from anchortp_sglang.kv.retained_slots import RetainedSlots
 from anchortp_sglang.kv.slot_table import SlotTable, SlotTableMismatch
@@ -106,9 +106,12 @@ class Prefixes:
             self._mirroring.start()
         if self._restoration is None:
             return 0.0
-        self._restoration.wait()
-        self.report |= {"restored": self._restoration.restored_slots, "moved_bytes": self._restoration.moved}
-        return self._restoration.finished_at
+        restoration = self._restoration
+        restoration.wait()
+        self.report |= {"restored": restoration.restored_slots, "moved_bytes": restoration.moved}
+        if self._rank != 0:
+            self._restoration = None  # and the memory of what it found
+        return restoration.finished_at
 
     def start_writing(self) -> None:
         """Forget free slots, and every slot freed from now on. On rank 0, once all ranks have rebuilt their trees."""
@@ -123,6 +126,7 @@ class Prefixes:
                 moved = table.parents[retained.numbers] != parents
                 table.move_below(retained.numbers[moved], parents[moved])
             table.invalidate(self._free_slots())
+            self._restoration = None
         self.table, self._next = table, None
         if self._mirroring is not None:
             self._mirroring.start()
@@ -229,7 +233,7 @@ def open_prefixes(attachment: Attachment, following: Following | None = None) ->
         table = SlotTable.attach(old_memory, assignment.previous_kv.rows, attachment.namespace)
     except SlotTableMismatch as error:
         raise RestorationFailed(str(error)) from error
-    followed = following.take() if following is not None else None
+    followed = None if following is None else following.take()
     if old != segment or (following and following.identity != attachment.identity(HOST_DEVICE, segment)):
         followed = None  # it was another table
     prefixes.restore(Restoration(attachment, table, kv, followed), table if old == segment else None)
@@ -254,10 +258,9 @@ def insert(retained: RetainedSlots, result: Any) -> None:
 
     allocator, tree = result.token_to_kv_pool_allocator, result.tree_cache
     device, free = allocator.free_pages.device, allocator.free_pages.cpu().numpy()
-    is_used = np.zeros(int(free.max()) + 1, np.bool_)
-    page_size, first_slots = allocator.page_size, retained.numbers[:: allocator.page_size]
-    is_used[first_slots if page_size == 1 else first_slots // page_size] = True
-    allocator.free_pages = torch.from_numpy(free[~is_used[free]]).to(device)
+    used, left = np.zeros(int(free.max()) + 1, np.bool_), np.empty_like(free)
+    left = left[: find_free(free, retained.numbers, allocator.page_size, used, left)]
+    allocator.free_pages = torch.from_numpy(left.copy()).to(device)
     for chain in retained.chains():
         extra_key, cache_salt = retained.entries.namespace(chain)
         tokens = array.array("q")

@@ -93,7 +93,9 @@ class Restoration(threading.Thread):
         if followed is None:
             return None
         try:
-            return followed.retained(entries)
+            retained = followed.retained(entries)
+            log.info("anchortp: %d slots have changed since the slot table was looked at", followed.last_changed)
+            return retained
         except Exception:
             log.exception("anchortp: what was followed of the slot table is of no use; it is read as a whole")
             return None
