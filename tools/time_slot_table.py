@@ -21,7 +21,7 @@ changed since its last look; then what a rank needs that has not. The table is f
 - ``read``: find the changed slots and put their chains right, or ``retain``; ``chains``, ``agree``, ``insert``, ``all``
   as above;
 - ``first``: the CPU time of the first look of a standby, ``look``: that of one while nothing changes. A pause follows
-  that is 99 times as long.
+  that is 199 times as long.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def measure_followed(slots: int, chain: int, repeat: int) -> None:
             first = cpu_time(followed.look)
             look = min(cpu_time(followed.look) for _ in range(5))
             change(table, chains, free)
-            changed = followed._changed(lambda: False)
+            changed = followed.compare()
             assert changed is not None
             took = take_over(table, followed.retained) | {"first": first, "look": look}
             best = {name: min(took[name], best.get(name, 1e9)) for name in took}

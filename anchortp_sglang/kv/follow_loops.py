@@ -30,6 +30,7 @@ _TO_IDS, _TO_NODES, _TO_HASHES, _TO_FLAGS = map(written, (IDS, NODES, HASHES, FL
 _TO_RUN = written(NODES, 2)
 _A, _1, _UNKNOWN = np.uint64(MULTIPLIER), np.uint64(1), np.uint64(UNKNOWN)
 _BLOCK = 256
+_MOST_SPARE = 256
 
 
 @compiled(HASHES, IDS, IDS, IDS, HASHES, HASHES, ID, ID, _TO_NODES)
@@ -169,11 +170,12 @@ def attach(
     while top != NONE:
         number, top = top, sibling[top]
         parent, hang, each = parents[pending[number]], 0, counts[RUNS]
-        is_new = True
+        is_new, continues = True, False
         if parent > 0:
             hang = where[parent]
             upper = run_of(run, counts[RUNS], hang)
-            if hang == run[BEGIN, upper] + run[LENGTH, upper] - 1 and run[LENGTH, upper] < run[ROOM, upper]:
+            continues = hang == run[BEGIN, upper] + run[LENGTH, upper] - 1
+            if continues and run[LENGTH, upper] < run[ROOM, upper]:
                 each, is_new = upper, False
         if is_new:
             if each == run.shape[1] or counts[PLACES] == len(run_slots):
@@ -202,7 +204,9 @@ def attach(
                 break
         if is_new:
             # Room to grow, as long as places are plenty: a run that has none is continued in another one.
-            spare = min(run[LENGTH, each] // 4 + (8 if 2 * counts[PLACES] < len(run_slots) else 0), 256)
+            spare = min(run[LENGTH, each] // 4 + (8 if 2 * counts[PLACES] < len(run_slots) else 0), _MOST_SPARE)
+            if continues and 8 * counts[PLACES] < 7 * len(run_slots):
+                spare = _MOST_SPARE  # it has grown by more than a quarter
             run[ROOM, each] = min(run[LENGTH, each] + spare, len(run_slots) - counts[PLACES])
             counts[PLACES] += run[ROOM, each]
     orphans = 0

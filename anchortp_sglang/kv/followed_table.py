@@ -1,6 +1,6 @@
 """Follows a slot table that another process writes, so that little is left to do when that process has died.
 
-``look`` compares the table with what was noted of it at the last look, and puts right the chains of the slots that
+A look compares the table with what was noted of it at the last look, and puts right the chains of the slots that
 differ. The comparison is of content, so nothing depends on the writer: a torn or spoiled entry is an entry like any
 other, and one that was read while it was written differs at the next look. ``retained`` is a last look at a table that
 is no longer written to. It finds what ``retained_slots.retain`` finds, whatever was seen before: what one rank has
@@ -94,17 +94,19 @@ class FollowedTable:
         self._index = np.empty(2 << slots.bit_length(), np.int32)
         self._clear()
 
-    def look(self, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Follow the table, which may be written to meanwhile. Returns false, with nothing done, if it was stopped."""
-        changed = self._changed(stopped)
-        if changed is None:
-            return False
+    def look(self) -> None:
+        """Follow the table, which may be written to meanwhile."""
+        changed = self.compare()
+        assert changed is not None
+        self.follow(changed)
+
+    def follow(self, changed: Nodes) -> None:
+        """Put right the chains of the slots that ``compare`` has found."""
         self._follow(changed, self._table.entries())
         places, runs = int(self._counts[loops.PLACES]), int(self._counts[loops.RUNS])
         crowded = 8 * places > 7 * len(self._run_slots) or 8 * runs > 7 * len(self._kept)
-        if not self._complete or crowded or runs > 4 * self._least_runs + 1024:
+        if not self._complete or crowded or runs > 4 * self._least_runs + 4096:
             self._rebuild()
-        return True
 
     def retained(self, old: Entries) -> RetainedSlots | None:
         """Return ``retain(old, None, slots, 1)``, and be of no more use. ``old``: the table's entries, at their end.
@@ -113,7 +115,7 @@ class FollowedTable:
         """
         if not self._complete:
             return None
-        changed = self._changed(lambda: False)
+        changed = self.compare()
         assert changed is not None
         self.last_changed = len(changed)
         self._follow(changed, old)
@@ -151,8 +153,8 @@ class FollowedTable:
         self._put_right(np.flatnonzero(self._hashes).astype(np.int32), np.zeros(MOST_NAMESPACES, np.bool_))
         self._least_runs = int(self._counts[loops.RUNS])
 
-    def _changed(self, stopped: Callable[[], bool]) -> Nodes | None:
-        """Return the slots whose entries are not those that were noted; None if it is to stop."""
+    def compare(self, stopped: Callable[[], bool] = lambda: False) -> Nodes | None:
+        """Return the slots whose entries are not those that were noted, until the next call; None if it is to stop."""
         table, count = self._table, 0
         columns = table.hashes, table.tokens, table.parents, table.last_use
         for begin in range(1, table.slots, _CHUNK):

@@ -1,7 +1,7 @@
 """Follows the serving generation's slot table while a rank stands by, in a thread of low priority.
 
 What is left to do at the take-over then depends on what has changed since the last look (``kv/followed_table.py``). A
-look reads the whole table, so the pauses between looks are as long as keeps them to a share of a core. The table is
+look reads the whole table, so the pauses between looks are as long as keeps that to a share of a core. The table is
 mapped read-only. Whatever happens to this thread, the rank can always read the table as one that has not followed.
 """
 
@@ -16,8 +16,8 @@ from anchortp_sglang.rank.attachment import HOST_DEVICE, Attachment, slot_table_
 
 log = logging.getLogger(__name__)
 
-_SHARE = 0.01
-"""The share of a core that looks may take, of CPU time."""
+_SHARE = 0.005
+"""The share of a core that comparisons may take, of CPU time. What has changed takes about 1 us for each slot."""
 
 _LEAST_PAUSE_S = 0.2
 _NICER = 10
@@ -70,10 +70,12 @@ class Following(threading.Thread):
         while not self._stopped.wait(pause_s):
             began, step = time.thread_time(), self._table.step
             if step != seen:  # without a commit nothing has changed but slots that were freed
-                if not followed.look(self._stopped.is_set):
+                changed = followed.compare(self._stopped.is_set)
+                if changed is None:
                     return
+                pause_s = max(_LEAST_PAUSE_S, (time.thread_time() - began) * (1 / _SHARE - 1))
+                followed.follow(changed)
                 seen, self._followed = step, followed
-            pause_s = max(_LEAST_PAUSE_S, (time.thread_time() - began) * (1 / _SHARE - 1))
 
     def take(self) -> FollowedTable | None:
         """Stop, and return what was followed; None if there is nothing yet, or a look does not stop in time.

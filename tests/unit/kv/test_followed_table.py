@@ -171,7 +171,7 @@ def test_a_look_that_is_stopped_does_nothing():
     table = new_table(9)
     followed = FollowedTable(table)
     table.commit_run([1, 2, 3], [1, 2, 3], 0)
-    assert not followed.look(lambda: True)
+    assert followed.compare(lambda: True) is None
     assert assert_as_whole(followed, table).slots.tolist() == [1, 2, 3]
 
 
