@@ -19,11 +19,12 @@ FLAG_PREFIX = "--anchor-"
 KWARG_PREFIX = "anchor_"
 
 StandbyMode = Literal["off", "cold", "warm"]
+"""Mode of preparation for the next fault: nothing waits for it, spare ranks do, or a whole generation."""
 RejoinMode = Literal["manual", "auto"]
 AVAILABLE: Literal["available"] = "available"
 """A server starts with those devices that can be started."""
 StartDevices = tuple[int, ...] | Literal["available"] | None
-"""Mode of preparation for the next fault: nothing waits for it, spare ranks do, or a whole generation."""
+"""Devices that a server starts with, by id; AVAILABLE; or None for all."""
 
 # A Unix socket's path has at most 107 bytes (sun_path); the rest is for a run id and the socket's name.
 MAX_RUN_DIR_BYTES = 80

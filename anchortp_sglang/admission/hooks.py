@@ -7,6 +7,7 @@ import copy
 import json
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -15,6 +16,9 @@ from anchortp_sglang.admission import limits
 from anchortp_sglang.admission.checks import check_custom_labels, check_generate_request
 from anchortp_sglang.admission.limits import Limits
 
+asking: ContextVar[Any] = ContextVar("asking", default=None)
+"""The GenerateReqInput that this task asks TokenizerManager for."""
+
 
 class NotAdmitted(ValueError):
     """The request is refused; no rank sees it."""
@@ -22,6 +26,7 @@ class NotAdmitted(ValueError):
 
 def before_generate_request(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     """BEFORE TokenizerManager.generate_request: check each request as it was received."""
+    asking.set(obj)
     reason = _check_rids(obj) or check_generate_request(obj)
     reason = reason or limits.judge_as_received(obj.sampling_params, _is_batch(obj), _prompts(obj))
     if reason is None and tokenizer_manager.enable_metrics:

@@ -8,7 +8,7 @@ import urllib.request
 from typing import Any
 
 STATUS_TIMEOUT_S = 10.0
-CHANGE_TIMEOUT_S = 1800.0  # the answer comes once the new devices serve
+CHANGE_TIMEOUT_S = 24 * 3600.0  # the answer comes once the new devices serve
 INJECT_TIMEOUT_S = 60.0  # the answer comes once the fault has taken effect
 
 Route = tuple[str, dict[str, Any]]
@@ -58,6 +58,10 @@ def _exchange(url: str, path: str, body: Any, api_key: str | None, timeout_s: fl
                 f"{url} is not an anchortp server: start it with 'python -m anchortp_sglang.launch_server'"
             ) from None
         raise RefusedError(_reason(error)) from None
+    except TimeoutError:
+        raise UnreachableError(
+            f"{url} has not answered within {timeout_s:g} s; it may still do what it was asked"
+        ) from None
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise UnreachableError(f"no server at {url} ({reason}): is it running, and is --url right?") from None
@@ -91,5 +95,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
     except ValueError:
         answer = None
     if isinstance(answer, dict):
-        text = str(answer.get("detail") or answer.get("message") or answer.get("error") or text)
+        error_of = answer.get("error")
+        inner = error_of.get("message") if isinstance(error_of, dict) else error_of
+        text = str(answer.get("detail") or answer.get("message") or inner or text)
     return f"{text.strip()[:500] or error.reason} (HTTP {error.code})"

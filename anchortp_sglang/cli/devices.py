@@ -132,6 +132,8 @@ def _describe(answer: dict[str, Any], dry_run: bool) -> str:
 def _measured(device: dict[str, Any]) -> str:
     if "bytes_per_s" in device:
         return f"  device {device['id']}: reads {device['bytes_per_s'] / 1e9:.2f} GB/s of weights"
+    if device["memory_bytes"] is None:
+        return f"  device {device['id']}: shares the host's memory"
     return f"  device {device['id']}: {_mib(device['memory_bytes'])} for weights and KV"
 
 

@@ -278,6 +278,12 @@ HOOKS: tuple[Hook, ...] = (
         "control messages are held back during an outage too",
     ),
     Hook(
+        _TM_CLASS + "pause_generation",
+        "around",
+        main.around_pause_generation,
+        "a pause that aborts would wait for paused ranks for ever, and hold the lock that continuing needs",
+    ),
+    Hook(
         _SRT + "managers.communicator.FanOutCommunicator.__call__",
         "around",
         main.around_control_call,

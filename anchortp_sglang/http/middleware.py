@@ -18,6 +18,9 @@ _READ = ("GET", "HEAD")
 _KNOWN_WITHOUT_RANKS = ("", "/model_info", "/get_model_info", "/v1/models", "/metrics")
 """Routes whose GET main answers by itself while the server is down. Every other route answers 503 then."""
 
+_PAUSES = ("/pause_generation", "/continue_generation")
+"""Routes that tell main what new ranks are to do, should the server come up again."""
+
 _TRY_AGAIN_LATER = 1013  # RFC 6455's registry of close codes
 
 
@@ -80,7 +83,7 @@ class AnchorMiddleware:
         own = await self._own.answer(path, scope, receive)
         if own is not None:
             return own
-        if self._refusal is not None and not (reads and _is_known_without_ranks(path)):
+        if self._refusal is not None and not (reads and _is_known_without_ranks(path)) and path not in _PAUSES:
             return _error(503, self._refusal)
         if path in probes.PROBES and reads:
             return self._probe(path)

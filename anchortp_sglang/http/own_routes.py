@@ -59,7 +59,7 @@ class _Change(msgspec.Struct, forbid_unknown_fields=True):
         given = [each for each in (self.devices, self.drain, self.rejoin) if each is not None]
         if len(given) > 1 or not (given[0] if given else self.widths or self.rebalance):
             raise ValueError("give one of devices, drain and rejoin, a list of device ids, or widths, or rebalance")
-        if self.rebalance and (given or self.widths):
+        if self.rebalance and (given or self.widths is not None):
             raise ValueError("rebalance finds the widths of the devices that serve: give it alone")
 
     def wish(self) -> Wish:

@@ -12,6 +12,9 @@ from anchortp_sglang.recovery.processes.generation import Generation
 
 Aim = Literal["speed", "memory"]
 
+FINE_UNITS = 1000
+"""Units of shares that axes of many units can follow, such as columns; heads are rounded then."""
+
 LEAST_GAIN = 0.05
 """Share by which the most loaded device must be relieved; less is noise of the measurement."""
 
@@ -20,16 +23,24 @@ _POLL_S = 0.005
 _numbers = itertools.count(1)
 
 
-async def measure(generation: Generation, aim: Aim, held: Sequence[int], send: Callable[[Any], None]) -> dict[int, int]:
+async def measure(
+    generation: Generation,
+    aim: Aim,
+    held: Sequence[int],
+    send: Callable[[Any], None],
+    serves: Callable[[], bool],
+) -> dict[int, int] | None:
     """Have all ranks measure their devices between two steps; return bytes per second, or of memory, by device.
 
     Memory is what is free, and ``held``: the bytes of weights and KV by rank, which can be moved. Devices that share
-    one memory all have the same. Raises TimeoutError.
+    one memory all have the same. Returns None if the generation ``serves`` no more. Raises TimeoutError.
     """
     number = next(_numbers)
     send(Measure(number=number))
     deadline = time.monotonic() + _TIMEOUT_S
     while (found := generation.measured(number)) is None:
+        if not serves():
+            return None
         if time.monotonic() > deadline:
             raise TimeoutError(f"ranks did not measure their devices within {_TIMEOUT_S:g} s")
         await asyncio.sleep(_POLL_S)
@@ -52,9 +63,10 @@ def shares(found: Mapping[int, int], units: int) -> dict[int, int]:
 
 def is_worth_it(before: WeightPlacement, after: WeightPlacement, found: Mapping[int, int]) -> bool:
     """Return whether the device that bears most, for what was measured of it, has to bear clearly less."""
-    return _load(after, found) < (1 - LEAST_GAIN) * _load(before, found)
+    return load(after, found) < (1 - LEAST_GAIN) * load(before, found)
 
 
-def _load(weights: WeightPlacement, found: Mapping[int, int]) -> float:
+def load(weights: WeightPlacement, found: Mapping[int, int]) -> float:
+    """Return what the device bears that bears most for what was measured of it."""
     pairs = zip(weights.ownership.devices, weights.shards, strict=True)
     return max(sum(shard.sizes.values()) / found[device] for device, shard in pairs)

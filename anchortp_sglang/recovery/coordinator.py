@@ -36,6 +36,7 @@ from anchortp_sglang.recovery.requests.fence import FenceLine
 from anchortp_sglang.recovery.requests.inflight import InflightRequests, TokenCountMismatch
 from anchortp_sglang.recovery.state_machine import Action, Event, EventKind, Phase
 from anchortp_sglang.recovery.steps import Attempt, Steps
+from anchortp_sglang.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class Coordinator:
         self._tm, self._loop = tokenizer_manager, tokenizer_manager.event_loop
         self._fence_line = FenceLine(tokenizer_manager, self.processes.port_args.detokenizer_ipc_name)
         self.inflight = InflightRequests(tokenizer_manager, tokenizer_manager.send_to_scheduler.send)
+        tokenizer_manager.is_pause_cond = self.inflight.gate
         self.inflight.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)
         self._spawn(self._fence_line.watch(self.processes, lambda: self._serving() is not None))
@@ -201,6 +203,7 @@ class Coordinator:
             assert self.generation is not None
             self._watch_over(self.generation)
             self._spawn(self._end_left())
+            self._spawn(self._end_lost(self.generation))
             self._spawn(self._housekeeping.seal_and_free(self.generation))
             self._progress.resumed()
         elif action is Action.GIVE_UP:
@@ -231,7 +234,7 @@ class Coordinator:
         recovery.reason = reason
         recovery.stage("detected")
         generation.note_deaths()
-        if before.phase is Phase.SERVING and not planned:
+        if before.phase is Phase.SERVING and not planned and not self.paused:  # else nobody's request was computed
             self._find_culprits(generation, reason)
         if not generation.left:
             generation.kill()
@@ -308,6 +311,13 @@ class Coordinator:
     async def _end_left(self) -> None:
         await asyncio.sleep(_LEFT_END_AFTER_S)  # clients have their next tokens by then
         await self._steps.end_left()
+
+    async def _end_lost(self, generation: Generation) -> None:
+        """End anchors of devices that their driver has reported as lost: nobody could reset a device in use."""
+        anchors = self.processes.anchors
+        lost = [d for d in self._devices.errors if d not in generation.ownership.devices and anchors.alive(d)]
+        if lost:
+            await in_thread(anchors.end, lost, generation.number)
 
     # ---- plumbing
 

@@ -12,6 +12,7 @@ from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.processes.descriptors import log_ways
 from anchortp_sglang.recovery.requests.down import ServerDown
 from anchortp_sglang.recovery.requests.inflight import TokenCountMismatch
+from anchortp_sglang.recovery.requests.pause import pause_and_abort
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,13 @@ def around_dispatch(original: Callable[..., None], tokenizer_manager: Any, messa
 async def around_async_dispatch(original: Callable[..., Any], tokenizer_manager: Any, message: Any) -> None:
     """AROUND TokenizerManager._async_dispatch_to_scheduler (control messages)."""
     _dispatch(message)
+
+
+async def around_pause_generation(original: Callable[..., Any], tokenizer_manager: Any, message: Any) -> None:
+    """AROUND TokenizerManager.pause_generation: end open requests without keeping others from going on."""
+    if message.mode != "abort":
+        return await original(tokenizer_manager, message)
+    await pause_and_abort(tokenizer_manager, installed_coordinator().inflight)
 
 
 def _dispatch(message: Any) -> None:

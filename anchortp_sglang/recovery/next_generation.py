@@ -99,7 +99,7 @@ class NextGeneration:
                 anchors.start((device,))
             except (AnchorStartError, OSError) as error:
                 log.warning("anchortp: device %d is left out: %s", device, error)
-                self.not_started[device] = str(error)
+                self.not_started[device] = str(error).strip().splitlines()[-1]
         started = [device for device in devices if device not in self.not_started]
         if len(started) < self._min_devices:
             reasons = "; ".join(f"device {device}: {reason}" for device, reason in self.not_started.items())

@@ -35,9 +35,10 @@ def test_a_pause_outlives_a_kill_and_costs_no_token(server, unbroken, mode, sche
         for _ in range(2):  # asked twice, it is paused once
             client.tell(server.url, ("/pause_generation", {"mode": mode}))
         assert_stands_still(streams)
-        recovered(server, kill_rank(server, 1), "process")
+        for rank in (1, 3, 0):  # more faults than make a suspect of a request
+            recovered(server, kill_rank(server, rank), "process")
         status = server.status()
-        assert status["paused"] and status["state"] == "serving"
+        assert status["paused"] and status["state"] == "serving" and status["suspects"] == 0
         with Streams(server.url, LATER) as later:
             assert_stands_still(streams)
             assert counts(later) == [0] and max(counts(streams)) < 90
@@ -61,16 +62,23 @@ def test_continued_in_an_outage_the_new_ranks_do_not_pause(server, unbroken):
     assert_identical(expected, outcomes(streams.histories))
 
 
-def test_a_pause_that_aborts_ends_what_is_open_and_holds_what_comes(server, unbroken):
+@pytest.mark.parametrize("paused", [False, True], ids=["while they run", "while they pause"])
+def test_a_pause_that_aborts_ends_what_is_open_and_holds_what_comes(server, unbroken, paused):
     expected = unbroken(LATER)
+    abort = ("/pause_generation", {"mode": "abort"})
     with Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(10)
-        client.tell(server.url, ("/pause_generation", {"mode": "abort"}))
+        if paused:
+            client.tell(server.url, client.PAUSE)
+        client.tell(server.url, abort)
         for history in streams.wait(10):
             assert history.finish_reason["type"] == "abort"
     with Streams(server.url, LATER) as later:
+        assert_stands_still(later)
+        client.tell(server.url, abort)  # what waits is not open
         recovered(server, kill_rank(server, 2), "process")
         assert_stands_still(later)
         assert counts(later) == [0]
         client.tell(server.url, client.CONTINUE)
+        recovered(server, kill_rank(server, 1), "process")
     assert_identical(expected, outcomes(later.histories))

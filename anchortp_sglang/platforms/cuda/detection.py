@@ -27,6 +27,7 @@ class GpuDetection:
         self._gpus = gpus
         self._on_fault = on_fault
         self._process: asyncio.subprocess.Process | None = None
+        self._restarts = False
 
     async def watch(self) -> None:
         """Follow the reports of the health process, as long as the server runs."""
@@ -39,6 +40,9 @@ class GpuDetection:
             async for line in process.stdout:
                 self.lost(msgspec.json.decode(line, type=health.GpuLost))
             code = await process.wait()
+            if self._restarts:
+                self._restarts = False
+                continue
             log.warning(
                 "anchortp: the process that watches the GPUs ended (exit code %s); it is started again in %g s",
                 code,
@@ -52,13 +56,17 @@ class GpuDetection:
         for attempt in range(_RECHECKS):
             if attempt:
                 await asyncio.sleep(_RECHECK_AFTER_S)
-            failures = await in_thread(probe.touch_all, {uuid}, _PROBE_TIMEOUT_S)
+            try:
+                failures = await in_thread(probe.touch_all, {uuid}, _PROBE_TIMEOUT_S)
+            except OSError as error:
+                return f"it could not be probed: {error}"
             if uuid in failures:
                 return failures[uuid]
         self.errors.pop(device, None)
         if self._process is not None:
+            self._restarts = True  # it reports each GPU once; the next one reports this GPU again
             with contextlib.suppress(ProcessLookupError):
-                self._process.kill()  # it reports each GPU once; the next one reports this GPU again
+                self._process.kill()
         return ""
 
     async def probe(self) -> None:

@@ -58,16 +58,29 @@ class _Watch:
 
         self._nvml: Any = pynvml
         pynvml.nvmlInit()
-        self._handles = {uuid: pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids}
+        self._handles: dict[str, Any] = {}
+        self._missing: list[GpuLost] = []
         self._events = pynvml.nvmlEventSetCreate()
-        for handle in self._handles.values():
-            events = pynvml.nvmlEventTypeXidCriticalError & pynvml.nvmlDeviceGetSupportedEventTypes(handle)
-            if events:
-                pynvml.nvmlDeviceRegisterEvents(handle, events, self._events)
+        for uuid in uuids:
+            try:
+                self._handles[uuid] = self._registered(uuid)
+            except pynvml.NVMLError as error:
+                self._missing.append(GpuLost(uuid, f"NVML: {error}"))
+
+    def _registered(self, uuid: str) -> Any:
+        nvml = self._nvml
+        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        events = nvml.nvmlEventTypeXidCriticalError & nvml.nvmlDeviceGetSupportedEventTypes(handle)
+        if events:
+            nvml.nvmlDeviceRegisterEvents(handle, events, self._events)
+        return handle
 
     def next(self) -> list[GpuLost]:
-        """Return the GPUs that were lost within a second."""
+        """Return the GPUs that were lost within a second; at first those that NVML does not find."""
         nvml = self._nvml
+        if self._missing:
+            missing, self._missing = self._missing, []
+            return missing
         try:
             event = nvml.nvmlEventSetWait_v2(self._events, _WAIT_MS)
             uuid = nvml.nvmlDeviceGetUUID(event.device)

@@ -26,6 +26,7 @@ from anchortp_sglang.kv.namespaces import Key
 from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Reseed
 from anchortp_sglang.recovery.requests.down import ControlCalls, ServerDown
 from anchortp_sglang.recovery.requests.isolation import Evidence, Isolation
+from anchortp_sglang.recovery.requests.pause import PauseGate
 from anchortp_sglang.recovery.requests.records import Record, encode, records_of
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ class InflightRequests:
         self._control: dict[type, bytes] = {}  # the last message of each repeatable kind
         self._pause: bytes | None = None  # the message that has paused the ranks
         self._wake: Any = None
+        self._task: Any = None
         self.isolation = Isolation()
+        self.gate = PauseGate(self._error_of)
         self.outage = True  # until the first generation is ready
         self.refusal: str | None = None
         """Why no request is served any more; set by ``give_up``."""
@@ -73,6 +76,8 @@ class InflightRequests:
         """Take a message that TM wants to send to the scheduler. Raises ServerDown if it would not be answered."""
         if isinstance(message, AbortReq):
             return self._abort(message)
+        if isinstance(message, _PAUSES):
+            return self._dispatch_pause(message)
         if self.refusal is not None and not isinstance(message, ShutdownReq):  # TM's sigterm_watchdog must not fail
             raise ServerDown(self.refusal)
         encoded = encode(message)
@@ -91,12 +96,48 @@ class InflightRequests:
     def _dispatch_control(self, kind: type, encoded: bytes) -> None:
         if kind in _REPEATABLE.values():
             self._control[kind] = encoded
-        if kind in _PAUSES:
-            self._pause = encoded if kind is PauseGenerationReqInput else None
-        if self.outage and kind not in _PAUSES:
+        if self.outage:
             self._held.append((kind, encoded))
-        elif not self.outage:
+        else:
             self._send(encoded)
+
+    def _dispatch_pause(self, message: Any) -> None:
+        encoded = encode(message)
+        self._pause = encoded if isinstance(message, PauseGenerationReqInput) else None
+        if not self.outage:
+            self._send(encoded)
+            self._release()
+
+    @property
+    def ranks_pause(self) -> bool:
+        """Whether ranks have been told to pause, and new ones will be."""
+        return self._pause is not None
+
+    @property
+    def has_open(self) -> bool:
+        """Whether a request has been taken for the ranks and has not ended."""
+        return any(rid in self._tm.rid_to_state for rid in self._records)
+
+    def abort_open(self) -> bool:
+        """Abort all requests that were taken for the ranks; return whether some have not ended yet."""
+        open_rids = [rid for rid in self._records if rid in self._tm.rid_to_state]
+        for rid in open_rids:
+            if self.outage or rid in self.isolation.waiting:
+                self._drop(rid)
+            else:
+                self._tm.rid_to_state[rid].abort_sent = True
+        if self.has_open:
+            self._send(encode(AbortReq(rid="", abort_all=True)))
+        return self.has_open
+
+    def _error_of(self, rids: Sequence[str]) -> Exception | None:
+        """Return why requests that have not been taken yet are to end; None if they are not."""
+        if self.refusal is not None:
+            return ServerDown(self.refusal)
+        states = self._tm.rid_to_state
+        if any(rid not in states or states[rid].abort_sent for rid in rids):
+            return ValueError("the request was aborted while the server was paused")
+        return None
 
     def _begin(self, requests: dict[str, Record], admitted: Collection[str], encoded: bytes) -> None:
         for rid in admitted:
@@ -187,8 +228,8 @@ class InflightRequests:
         self._send(encode(message))
 
     def _release(self) -> None:
-        """Send the requests that may go to the ranks by now."""
-        if self.outage or not self.isolation.waiting:
+        """Send the requests that may go to the ranks by now; none that waits while these pause."""
+        if self.outage or self.ranks_pause or not self.isolation.waiting:
             return
         self.forget_finished()  # a waiting request may have ended: its client left, or it was aborted
         now = time.monotonic()
@@ -243,7 +284,13 @@ class InflightRequests:
         self.refusal = reason
         self._held.clear()
         self.control_calls.end()
-        return self.end_open(reason)
+        ended = self.end_open(reason)
+        self._look_at_gate()
+        return ended
+
+    def _look_at_gate(self) -> None:
+        if self._tm.is_pause:
+            self._task = self._tm.event_loop.create_task(self.gate.look())  # asyncio keeps no reference of its own
 
     def _repeat_control(self) -> None:
         """Repeat control messages that the dead scheduler did not answer."""
@@ -264,6 +311,7 @@ class InflightRequests:
             self._drop(rid)
         for rid in set(matching) - here:
             self._tm.rid_to_state[rid].abort_sent = True  # in case the ranks die before they read it
+        self._look_at_gate()
         if not self.outage:
             self._send(encode(message))
             self._release()

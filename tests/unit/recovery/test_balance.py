@@ -52,7 +52,7 @@ def answering(speeds, free, later=0):
 )
 def test_all_ranks_are_asked_at_once_and_waited_for(aim, free, found):
     generation, sent = answering([900, 300], free, later=3)
-    assert asyncio.run(balance.measure(generation, aim, [100, 50], sent.append)) == found
+    assert asyncio.run(balance.measure(generation, aim, [100, 50], sent.append, lambda: True)) == found
     assert len(sent) == 1
 
 
@@ -60,7 +60,15 @@ def test_ranks_that_do_not_answer_are_not_waited_for_for_ever(monkeypatch):
     monkeypatch.setattr(balance, "_TIMEOUT_S", 0.05)
     generation, _ = answering([1, 1], [0, 0])
     with pytest.raises(TimeoutError, match="did not measure"):
-        asyncio.run(balance.measure(generation, "speed", [1, 1], lambda message: None))
+        asyncio.run(balance.measure(generation, "speed", [1, 1], lambda message: None, lambda: True))
+
+
+def test_ranks_that_died_are_not_waited_for():
+    generation, _ = answering([1, 1], [0, 0])
+    serves = [True, True, False]
+    assert (
+        asyncio.run(balance.measure(generation, "speed", [1, 1], lambda message: None, lambda: serves.pop(0))) is None
+    )
 
 
 def test_an_older_answer_is_not_taken_for_this_one():

@@ -16,7 +16,7 @@ FLUSH = FlushCacheReqInput()
 
 
 def ledger_and_calls(mode):
-    inflight = InflightRequests(SimpleNamespace(rid_to_state={}), lambda message: None)
+    inflight = InflightRequests(SimpleNamespace(rid_to_state={}, is_pause=False), lambda message: None)
     inflight.outage = False
     communicator = FanOutCommunicator(inflight.dispatch, 1, mode)
     return inflight, lambda: inflight.control_calls.run(FanOutCommunicator.__call__, communicator, FLUSH), communicator

@@ -1,85 +1,21 @@
 """What main remembers of open requests: values that nobody else can change, sent in the order of isolation."""
 
 import asyncio
-from array import array
 from types import SimpleNamespace
 
 import pytest
+from open_requests import dispatch, names, tokenized
+from sglang.srt.managers.io_struct import AbortReq, BatchTokenizedGenerateReqInput, FlushCacheReqInput
 
-from anchortp_sglang.platforms.cpu import sgl_kernel_stub
+from anchortp_sglang.recovery.requests.inflight import TokenCountMismatch
+from anchortp_sglang.recovery.requests.isolation import PROOF_TOKENS, Evidence
 
-sgl_kernel_stub.install()
-
-from sglang.srt.managers.io_struct import (  # noqa: E402
-    AbortReq,
-    BatchTokenizedGenerateReqInput,
-    FlushCacheReqInput,
-    TokenizedGenerateReqInput,
-)
-from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
-
-from anchortp_sglang.rank import messages  # noqa: E402
-from anchortp_sglang.recovery.requests.inflight import InflightRequests, TokenCountMismatch  # noqa: E402
-from anchortp_sglang.recovery.requests.isolation import PROOF_TOKENS, Evidence  # noqa: E402
-from anchortp_sglang.recovery.requests.records import decode  # noqa: E402
-
-messages.register()
 SIGNAL = Evidence("signal", "a rank died")
 
 
 class Unpicklable:
     def __reduce__(self):
         raise TypeError("raw time stats must not be sent")
-
-
-def tokenized(rid, *input_ids):
-    return TokenizedGenerateReqInput(
-        rid=rid, input_text=None, input_ids=array("q", input_ids or (1, 2, 3)), input_embeds=None, mm_inputs=None,
-        token_type_ids=None, sampling_params=SamplingParams(), return_logprob=False, logprob_start_len=-1,
-        top_logprobs_num=0, token_ids_logprob=None, stream=False,
-    )  # fmt: skip
-
-
-class Manager:
-    """Stands where TokenizerManager does: its open requests, and how it is told that one has ended."""
-
-    def __init__(self):
-        self.rid_to_state, self.ended = {}, {}
-        self.event_loop = SimpleNamespace(call_later=lambda *about: SimpleNamespace(cancel=lambda: None))
-
-    def open(self, *rids):
-        for rid in rids:
-            self.rid_to_state[rid] = SimpleNamespace(output_ids=[], abort_sent=False, get_text=str)
-
-    def _handle_abort_req(self, message):
-        if message.rid.startswith("HEALTH_CHECK"):
-            return
-        self.ended[message.rid] = message.finished_reason
-        self.rid_to_state.pop(message.rid, None)
-
-
-@pytest.fixture
-def manager():
-    return Manager()
-
-
-@pytest.fixture
-def sent():
-    return []
-
-
-@pytest.fixture
-def inflight(manager, sent):
-    made = InflightRequests(manager, lambda data: sent.append(decode(data)))
-    made.replay(0)
-    sent.clear()
-    return made
-
-
-def dispatch(inflight, manager, *rids):
-    for rid in rids:
-        manager.open(rid)
-        inflight.dispatch(tokenized(rid))
 
 
 def deliver(inflight, manager, rid, tokens):
@@ -91,10 +27,6 @@ def deliver(inflight, manager, rid, tokens):
     state.output_ids += tokens
     inflight.forget([rid])
     return fresh
-
-
-def names(sent):
-    return [(type(message).__name__, message.rid) for message in sent]
 
 
 @pytest.mark.parametrize("outage", [False, True], ids=["before the outage", "in the outage"])
