@@ -29,13 +29,14 @@ import mmap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from anchortp_sglang.kv.chain_hash import root_hash
-from anchortp_sglang.kv.followed_table import FollowedTable
+from anchortp_sglang.kv.followed_table import WORTHWHILE, FollowedTable
 from anchortp_sglang.kv.mirror import KVMirror, MirrorShape
 from anchortp_sglang.kv.mirror_schedule import MirrorSchedule
 from anchortp_sglang.kv.retained_slots import Entries, RetainedSlots, most_urgent, retain
@@ -116,11 +117,15 @@ def measure_followed(slots: int, chain: int, repeat: int) -> None:
             change(table, chains, free)
             changed = followed.compare()
             assert changed is not None
-            took = take_over(table, followed.retained) | {"first": first, "look": look}
+            took = take_over(table, partial(read_followed, followed)) | {"first": first, "look": look}
             best = {name: min(took[name], best.get(name, 1e9)) for name in took}
         print_followed(slots, f"{len(changed):10} {kind:9}", best)
     whole = [take_over(table, lambda entries: retain(entries, None, slots, 1)) for _ in range(repeat)]
     print_followed(slots, "not followed".rjust(20), {name: min(took[name] for took in whole) for name in whole[0]})
+
+
+def read_followed(followed: FollowedTable, entries: Entries) -> RetainedSlots:
+    return followed.retained(entries, WORTHWHILE) or retain(entries, None, len(entries.hashes), 1)
 
 
 def print_followed(slots: int, kind: str, took: dict[str, float]) -> None:

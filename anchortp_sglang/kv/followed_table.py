@@ -27,7 +27,10 @@ from anchortp_sglang.kv.prefix_forest import Chain
 from anchortp_sglang.kv.retained_slots import Entries, RetainedSlots
 from anchortp_sglang.kv.slot_table import SlotTable
 
-__all__ = ["FollowedTable", "Runs"]
+__all__ = ["WORTHWHILE", "FollowedTable", "Runs"]
+
+WORTHWHILE = 0.1
+"""The share of changed slots up to which following the rest takes less time than to read the whole table."""
 
 _CHUNK = 1 << 16
 """Slots that are compared between two questions whether to stop: a fifth of a millisecond."""
@@ -108,16 +111,18 @@ class FollowedTable:
         if not self._complete or crowded or runs > 4 * self._least_runs + 4096:
             self._rebuild()
 
-    def retained(self, old: Entries) -> RetainedSlots | None:
+    def retained(self, old: Entries, most_changed: float = 1.0) -> RetainedSlots | None:
         """Return ``retain(old, None, slots, 1)``, and be of no more use. ``old``: the table's entries, at their end.
 
-        None if it cannot be told from what was followed.
+        None if it cannot be told from what was followed, or more than ``most_changed`` of the slots have changed.
         """
         if not self._complete:
             return None
         changed = self.compare()
         assert changed is not None
         self.last_changed = len(changed)
+        if len(changed) > most_changed * self._table.slots:
+            return None
         self._follow(changed, old)
         known = int(self._counts[loops.NODES_] + self._counts[loops.ORPHANS])
         n_orphans = int(self._counts[loops.ORPHANS])

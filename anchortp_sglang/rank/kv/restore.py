@@ -15,7 +15,7 @@ import numpy as np
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.kv.chain_hash import root_hash
 from anchortp_sglang.kv.copy import KVSegment
-from anchortp_sglang.kv.followed_table import FollowedTable
+from anchortp_sglang.kv.followed_table import WORTHWHILE, FollowedTable
 from anchortp_sglang.kv.mirror import KVMirror, MirrorMismatch, MirrorShape
 from anchortp_sglang.kv.moving import move_retained, restorable_slots
 from anchortp_sglang.kv.retained_slots import Entries, RetainedSlots, retain
@@ -93,7 +93,7 @@ class Restoration(threading.Thread):
         if followed is None:
             return None
         try:
-            retained = followed.retained(entries)
+            retained = followed.retained(entries, WORTHWHILE)
             log.info("anchortp: %d slots have changed since the slot table was looked at", followed.last_changed)
             return retained
         except Exception:

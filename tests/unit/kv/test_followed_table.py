@@ -275,3 +275,14 @@ def test_the_hash_table_holds_what_was_entered_and_not_removed():
                 found.add(int(first))
                 first = after[first]
             assert found == {other for other in held if hashes[other] == value}
+
+
+def test_where_much_has_changed_the_whole_is_read():
+    table = new_table(101)
+    for most, told in (0.1, True), (0.09, False):
+        followed = FollowedTable(table)
+        followed.look()
+        table.invalidate(np.arange(1, 101))
+        table.commit_run(np.arange(1, 11), np.arange(10), 0)
+        assert (followed.retained(table.entries(), most) is not None) == told
+        table.invalidate(np.arange(1, 11))
