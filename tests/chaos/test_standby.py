@@ -78,3 +78,15 @@ def test_a_standby_that_dies_costs_no_client_anything_and_comes_back(server, unb
         assert record["generation"] == generation + 1 and stages(record) >= BUILT
     check(expected, streams.histories)
     assert not set(ready(server)) & set(standing_by)
+
+
+def test_what_a_standby_has_followed_of_the_slot_table_is_used(server):
+    """It looks a few times a second, so a kill may come before the first look."""
+    for _ in range(5):
+        ready(server)
+        with Streams(server.url, REQUESTS) as streams:
+            streams.wait_tokens(50)
+            recovered(server, kill_rank(server, 2), "process")
+        if "slots have changed since the slot table was looked at" in server.log.read_text(errors="replace"):
+            return
+    pytest.fail("no rank went on with what it had followed")
