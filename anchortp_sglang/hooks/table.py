@@ -13,7 +13,7 @@ from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows
 from anchortp_sglang.platforms.cpu import hooks as cpu
 from anchortp_sglang.platforms.cuda import collectives, graphs
 from anchortp_sglang.rank import main as rank_main
-from anchortp_sglang.rank import penalties
+from anchortp_sglang.rank import penalties, seeds
 from anchortp_sglang.rank.kv import pool as kv_pool
 from anchortp_sglang.rank.kv import slot_table_hooks
 from anchortp_sglang.rank.weights import config, experts, head_norms, loader
@@ -205,6 +205,12 @@ HOOKS: tuple[Hook, ...] = (
         "after",
         penalties.after_resolve_forward_inputs,
         "with the overlap schedule, penalties count a token when the device has it",
+    ),
+    Hook(
+        _SRT + "layers.sampler.Sampler._sample_from_probs",
+        "around",
+        seeds.around_sample_from_probs,
+        "what a request draws with a seed of its own would depend on the other requests of its batch",
     ),
     # The detokenizer's fence.
     Hook(

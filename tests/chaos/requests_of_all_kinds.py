@@ -129,6 +129,8 @@ MESSAGES = [{"role": "user", "content": "Why does the sea wait for the ship? ⚓
 OPENAI = {"model": "default", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
 CHAT = OPENAI | {"messages": MESSAGES}
 ENDS = {"stream": True, "stream_options": {"include_usage": True}}
+LETTERS = {str(token): 30.0 for token in range(32, 58)}
+"""SGLang's chat streams lose the logprobs of a message without text, such as that of half a character."""
 TEXT = OPENAI | {"prompt": "Once upon a time there was an anchor"}
 OLLAMA = {"model": "any", "options": {"num_predict": TOKENS, "temperature": 0}}
 VERTEX = {"instances": [{"text": "a ship"}, {"text": "a sea"}], "parameters": {"sampling_params": params()}}
@@ -141,7 +143,9 @@ def of_apis(model: str) -> dict[str, Ask]:
         "completion, echo": post("/v1/completions", TEXT | {"echo": True, "logprobs": 2}),
         "completion, echo, streamed": post("/v1/completions", TEXT | {"echo": True, "logprobs": 2} | ENDS),
         "chat, logprobs": post("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2, "n": 2}),
-        "chat, logprobs, streamed": post("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2} | ENDS),
+        "chat, logprobs, streamed": post(
+            "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2, "logit_bias": LETTERS} | ENDS
+        ),
         "chat, logit_bias": post("/v1/chat/completions", CHAT | {"logit_bias": {"50": 4.0, "60": 3.5}}),
         "invocations": post("/invocations", CHAT),
         "invocations, streamed": post("/invocations", CHAT | ENDS),

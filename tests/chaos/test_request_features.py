@@ -107,6 +107,16 @@ def test_kills_at_random_moments_change_no_answer(flagged, calls, unbroken):
         assert_same(unbroken, got)
 
 
+def test_what_a_seed_draws_does_not_depend_on_others_of_the_batch(flagged, calls):
+    """After a fault they are others. One with a top_k or top_p makes SGLang sort the probabilities of all."""
+    with AtOnce(flagged, {"sampling_seed": calls["sampling_seed"]}) as alone:
+        pass
+    flush(flagged)
+    with AtOnce(flagged, {name: calls[name] for name in ("sampling_seed", "top_p near 0", "stop_regex")}) as beside:
+        pass
+    assert_same(alone.given, {"sampling_seed": beside.given["sampling_seed"]})
+
+
 SCORED = 40
 
 
