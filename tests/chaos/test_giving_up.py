@@ -33,6 +33,7 @@ OPEN = {
 
 ANYTHING = OPEN["/v1/messages"] | {"text": "hello", "prompt": "hello", "input": "hello", "timeout": 0}
 KNOWN_WITHOUT_RANKS = {"/", "/model_info", "/get_model_info", "/v1/models", "/v1/models/{model}"}
+PAUSES = ("/pause_generation", "/continue_generation")
 UNLISTED = ["/tokenize", "/detokenize", "/docs", "/redoc", "/openapi.json", "/no/such/route", "/generate/"]
 AT_ONCE_S = 2.0
 
@@ -120,8 +121,19 @@ def test_every_route_says_503_and_why_at_once(down):
             assert took_s < AT_ONCE_S, f"{method} {path} took {took_s:.1f} s"
             if path in KNOWN_WITHOUT_RANKS and method in ("get", "head"):
                 assert code in (200, 404), f"{method} {path}: {code} {text}"
+            elif path in PAUSES:
+                assert code != 503, f"{method} {path}: {code} {text}"
             else:
                 assert code == 503 and REASON in text, f"{method} {path}: {code} {text}"
+
+
+def test_it_can_be_paused_and_continued_and_what_comes_does_not_wait(down):
+    for path, paused in zip(PAUSES, (True, False), strict=True):
+        code, text, _ = ask(down, "POST", path, {"mode": "in_place"} if paused else {})
+        assert code == 200, text
+        assert json.loads(ask(down, "GET", "/anchortp/status")[1])["paused"] is paused
+        code, _, took_s = ask(down, "POST", "/generate", REQUESTS[0])
+        assert took_s < AT_ONCE_S and code == 503
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
