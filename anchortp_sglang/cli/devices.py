@@ -13,6 +13,7 @@ import typer
 
 from anchortp_sglang.cli import client
 from anchortp_sglang.cli.arguments import DEFAULT_URL, JsonOption, KeyOption, UrlOption
+from anchortp_sglang.cli.exits import told
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only show what would be moved.")]
 GenerationOption = Annotated[
@@ -97,14 +98,8 @@ def _numbers(name: str, text: str) -> list[int]:
 def _change(
     wanted: dict[str, Any], dry_run: bool, generation: int | None, url: str, api_key: str | None, as_json: bool
 ) -> None:
-    try:
+    with told():
         answer = client.reconfigure(url, {**wanted, "dry_run": dry_run, "generation": generation}, api_key)
-    except client.RefusedError as error:
-        typer.echo(f"anchortp: {error}", err=True)
-        raise typer.Exit(1) from None
-    except client.UnreachableError as error:
-        typer.echo(f"anchortp: {error}", err=True)
-        raise typer.Exit(2) from None
     if as_json:
         return typer.echo(json.dumps(answer, indent=2))
     typer.echo(_describe(answer, dry_run))
