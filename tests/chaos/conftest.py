@@ -90,4 +90,4 @@ def unbroken(server, of_test):
 @pytest.fixture
 def seeds():
     """How many kills, and of what seed, a fault burst makes (ANCHORTP_KILLS, ANCHORTP_SEED)."""
-    return int(os.environ.get("ANCHORTP_KILLS", "4")), int(os.environ.get("ANCHORTP_SEED", "0"))
+    return int(os.environ.get("ANCHORTP_KILLS", "2")), int(os.environ.get("ANCHORTP_SEED", "0"))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from faults import is_gone, kill, lose_device, recovered
-from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
+from histories import Unbroken, assert_exactly_once, assert_identical, flush, outcomes, prompt, request, until
 
 from anchortp_sglang.planning.layout.kv_layout import KVPlan, fit_slots
 from anchortp_sglang.planning.layout.shards import shard_layout
@@ -41,10 +41,18 @@ def device_gib(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def limited(launch, device_gib):
+def started(launch, device_gib):
     arguments = ("--max-total-tokens", str(SLOTS), "--anchor-device-gib", device_gib)
     with launch(4, *arguments, env=STRICT) as server:
         yield server
+
+
+@pytest.fixture
+def limited(started):
+    """All four devices serve, with an empty prefix cache."""
+    started.post("/anchortp/reconfigure", {"devices": [0, 1, 2, 3]})
+    flush(started)
+    return started
 
 
 def check(expected, streams):
@@ -71,32 +79,31 @@ def test_with_fewer_slots_running_requests_keep_theirs_and_none_fails(limited):
     assert record["tokens_reused"] >= LEAST_HELD
 
 
-def test_devices_without_room_for_weights_and_kv_are_not_served_on(limited):
-    with Streams(limited.url, RUNNING[:2]) as streams:
+def test_a_kill_while_slots_are_renumbered_costs_no_token(limited):
+    expected = Unbroken(limited)(RUNNING)
+    with Streams(limited.url, RUNNING) as streams:
+        streams.wait_tokens(DELIVERED)
+        until(lambda: limited.status()["kv"]["mirror"]["coverage"] > 0.98, "the mirror does not keep up")
+        fault = lose_device(limited, 2)
+        until(lambda: limited.status()["generation"] > fault.generation, "no rank was forked", poll_s=0)
+        status = limited.status()
+        assert status["state"] == "recovering"
+        victim = next(device["rank_pid"] for device in status["devices"] if device["rank"] == 1)
+        kill(victim)
+        limited.wait_serving(status["generation"] + 1)
+    check(expected, streams)
+    assert is_gone(victim)
+    record = limited.status()["recoveries"][-1]
+    assert limited.status()["kv"]["slots"] == SLOTS_OF_THREE
+    assert 500 < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
+    assert record["tokens_reused"] >= LEAST_HELD
+
+
+def test_devices_without_room_for_weights_and_kv_are_not_served_on(started):
+    """The last test: three devices are left by the one before."""
+    with Streams(started.url, RUNNING[:2]) as streams:
         streams.wait_tokens(5)
-        lose_device(limited, 0)
-        until(lambda: limited.status()["state"] == "down", "the server did not give up")
+        lose_device(started, 0)
+        until(lambda: started.status()["state"] == "down", "the server did not give up")
     for history in streams.histories:
         assert "has no room for KV" in f"{history.error} {history.finish_reason}"
-
-
-def test_a_kill_while_slots_are_renumbered_costs_no_token(launch, device_gib):
-    arguments = ("--max-total-tokens", str(SLOTS), "--anchor-device-gib", device_gib)
-    with launch(4, *arguments, env=STRICT) as server:
-        expected = Unbroken(server)(RUNNING)
-        with Streams(server.url, RUNNING) as streams:
-            streams.wait_tokens(DELIVERED)
-            until(lambda: server.status()["kv"]["mirror"]["coverage"] > 0.98, "the mirror does not keep up")
-            fault = lose_device(server, 2)
-            until(lambda: server.status()["generation"] > fault.generation, "no rank was forked", poll_s=0)
-            status = server.status()
-            assert status["state"] == "recovering"
-            victim = next(device["rank_pid"] for device in status["devices"] if device["rank"] == 1)
-            kill(victim)
-            server.wait_serving(status["generation"] + 1)
-        check(expected, streams)
-        assert is_gone(victim)
-        record = server.status()["recoveries"][-1]
-        assert server.status()["kv"]["slots"] == SLOTS_OF_THREE
-        assert 500 < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
-        assert record["tokens_reused"] >= LEAST_HELD
