@@ -84,18 +84,18 @@ def test_a_stream_and_a_batch_are_ended_too_and_of_the_batch_only_the_item(poiso
     assert tuple(answer["output_ids"]) == expected.output_ids
 
 
-def test_good_requests_survive_twenty_kills_in_quick_succession(poisoned, unbroken):
+def test_good_requests_survive_kills_in_quick_succession(poisoned, unbroken):
     """Each as soon as the server serves again, so that hardly a token comes in between, and none at first."""
     requests = [*GOOD, *(request(prompt(2200 + seed, 1500), 10) for seed in range(2))]
     expected = unbroken(requests)
     first = poisoned.status()["generation"]
     with Streams(poisoned.url, requests) as streams:
-        for count in range(20):
+        for count in range(12):
             fault = kill_rank(poisoned, count % 2)
             poisoned.wait_serving(fault.generation + 1)
         streams.wait(120)
     assert_identical(expected, outcomes(streams.histories))
-    assert poisoned.status()["generation"] >= first + 20
+    assert poisoned.status()["generation"] >= first + 12
 
 
 def test_every_generation_gets_somebody_on(poisoned, unbroken):
