@@ -27,6 +27,7 @@ def measure(server, run_base=None):
         return seconds, total_bytes(footprint.server_pids(server.pid, run_base))
 
 
+@pytest.mark.skipif("ANCHORTP_FOOTPRINT" not in os.environ, reason="takes two minutes: set ANCHORTP_FOOTPRINT=1")
 @pytest.mark.timeout(300)
 def test_a_start_takes_no_more_memory_than_stock_and_is_faster(checkpoint, places, run_base, tmp_path):
     model = checkpoint["qwen3"]
