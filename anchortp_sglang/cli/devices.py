@@ -70,7 +70,7 @@ def resize(
 
 
 class Aim(StrEnum):
-    """What shares can follow."""
+    """Name what shares of devices can follow."""
 
     SPEED = "speed"
     MEMORY = "memory"

@@ -24,7 +24,7 @@ RUNS, PLACES, NODES_, ORPHANS, COPIES = range(5)
 """Counts: of runs, of used places, of slots in runs, of the others with an entry, of slots with another's hash."""
 
 NOWHERE = -(1 << 31)
-"""What is noted as the parent of an entry whose parent is neither a slot nor a root."""
+"""Stands for the parent of an entry whose parent is neither a slot nor a root."""
 
 _TO_IDS, _TO_NODES, _TO_HASHES, _TO_FLAGS = map(written, (IDS, NODES, HASHES, FLAGS))
 _TO_RUN = written(NODES, 2)

@@ -70,7 +70,7 @@ class Runs:
 
 
 class FollowedTable:
-    """What was seen of ``table`` at the last look, and its chains. Not thread-safe.
+    """Remembers what was seen of ``table`` at the last look, and its chains. Not thread-safe.
 
     It takes about 100 bytes for each slot that was ever used.
     """

@@ -66,7 +66,7 @@ class Entries:
 
 
 class Ordered(Protocol):
-    """What orders the slots of intact chains."""
+    """Orders the slots of intact chains: a Forest, or a FollowedTable's runs."""
 
     def chains(self, tokens: Ids, last_use: Ids) -> list[Chain]:
         """Return the chains, as ``Forest.chains`` does."""

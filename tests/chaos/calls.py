@@ -20,7 +20,7 @@ _CHANGING = {
     *("id", "created", "created_at", "e2e_latency", "response_sent_to_client_ts", "total_duration", "item_id"),
     *("cached_tokens", "cached_tokens_details", "previous_response_id"),
 }
-"""What no two runs have in common. How many tokens were cached depends on what was asked before."""
+"""Keys whose values no two runs have in common. How many tokens were cached depends on what was asked before."""
 
 Ask = Callable[[Server], Any]
 
@@ -49,7 +49,7 @@ def post(path: str, body: Mapping[str, Any]) -> Ask:
 
 
 def folded(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What a stream of pieces says: texts and lists joined, and the last word on the rest."""
+    """Join a stream of pieces: texts and lists joined, and the last word on the rest."""
     joined: dict[str, Any] = {}
     for event in events:
         _fold(event, event.get("type", ""), joined)

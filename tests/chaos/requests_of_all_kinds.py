@@ -184,7 +184,7 @@ def stored_responses(model: str) -> dict[str, Ask]:
 
 
 def processor(name: str, module: str = "sglang.srt.sampling.custom_logit_processor") -> str:
-    """What CustomLogitProcessor.to_str makes of a class that ranks can import."""
+    """Serialize a class that ranks can import, as CustomLogitProcessor.to_str does."""
     return json.dumps({"callable": f"c{module}\n{name}\n.".encode().hex()})
 
 

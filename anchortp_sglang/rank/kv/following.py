@@ -65,7 +65,7 @@ class Following(threading.Thread):
         try:
             os.setpriority(os.PRIO_PROCESS, 0, min(os.getpriority(os.PRIO_PROCESS, 0) + _NICER, 19))  # of this thread
             self._follow(FollowedTable(self._table))
-        except Exception:
+        except Exception:  # of whatever kind, the table can still be read as a whole
             log.exception("anchortp: a rank that stands by follows the slot table no more; it will read it as a whole")
             self._followed = None
 

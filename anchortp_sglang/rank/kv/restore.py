@@ -96,7 +96,7 @@ class Restoration(threading.Thread):
             retained = followed.retained(entries, WORTHWHILE)
             log.info("anchortp: %d slots have changed since the slot table was looked at", followed.last_changed)
             return retained
-        except Exception:
+        except Exception:  # of whatever kind, the table can still be read as a whole
             log.exception("anchortp: what was followed of the slot table is of no use; it is read as a whole")
             return None
 

@@ -40,7 +40,7 @@ _REPEATABLE: dict[str, type] = {
 (``check_message``). Each may be sent twice."""
 
 _PAUSES = (PauseGenerationReqInput, ContinueGenerationReqInput)
-"""What ranks keep of the last of these is kept for new ranks: they pause before they take a request."""
+"""Messages of which the last one holds for new ranks, too: they pause before they take a request."""
 
 _STALE_RECORDS = 64
 

@@ -32,10 +32,14 @@ class PauseGate(asyncio.Condition):
         """Wait until the server is not paused. Raises the error of the request that this task asks for."""
         rids = _rids(asking.get())
         while not (result := predicate()):
+            self._check(rids)
             await self.wait()
-            if (error := self._error_of(rids)) is not None:
-                raise error
+            self._check(rids)
         return result
+
+    def _check(self, rids: list[str]) -> None:
+        if (error := self._error_of(rids)) is not None:
+            raise error
 
     async def look(self) -> None:
         """Let each waiting request look whether it is to end."""

@@ -95,6 +95,20 @@ def test_what_waits_goes_on_when_the_pause_ends_and_ends_when_the_server_is_down
     in_loop(inflight, manager, work)
 
 
+def test_what_comes_while_the_server_is_down_does_not_wait(inflight, manager):
+    """Engine has no middleware that would refuse it before."""
+
+    async def work():
+        manager.open("a")
+        inflight.outage = True
+        inflight.give_up("all devices are lost")
+        async with inflight.gate:
+            with pytest.raises(ServerDown, match="all devices are lost"):
+                await inflight.gate.wait_for(lambda: not manager.is_pause)
+
+    in_loop(inflight, manager, work)
+
+
 @pytest.mark.parametrize("outage", [False, True])
 def test_an_abort_ends_what_waits_and_leaves_the_others_waiting(inflight, manager, outage):
     async def work():
