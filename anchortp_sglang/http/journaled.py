@@ -45,14 +45,16 @@ class Frame(msgspec.Struct, omit_defaults=True):
     """A line of the answer, with what it has of these.
 
     ``status``, ``headers``: of SGLang's answer, before its first piece. ``journal``: fresh entries. ``broken``: why no
-    other server could go on. ``body``: a piece of the answer's body, for the choice ``index``; pieces are the same each
-    time. ``end``: whether the answer is complete.
+    other server could go on. ``given_up``: why this one does not, so that another should; an error follows. ``body``:
+    a piece of the answer's body, for the choice ``index``; pieces are the same each time. ``end``: whether this is the
+    last line.
     """
 
     status: int = 0
     headers: list[tuple[str, str]] = []
     journal: list[Entry] = []
     broken: str | None = None
+    given_up: str | None = None
     body: str = ""
     index: str = ""
     end: bool = False
@@ -148,6 +150,6 @@ class _Frames:
             headers = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-cache")]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         self._ended = end
-        frame.journal, frame.broken = self._kept.take(), self._kept.broken
+        frame.journal, frame.broken, frame.given_up = self._kept.take(), self._kept.broken, self._kept.given_up
         line = msgspec.json.encode(frame) + b"\n"
         await self._send({"type": "http.response.body", "body": line, "more_body": not end})

@@ -144,6 +144,11 @@ class InflightRequests:
         """Whether a request has been taken for the ranks and has not ended."""
         return bool(self.continued.going) or any(rid in self._tm.rid_to_state for rid in self._records)
 
+    @property
+    def open_requests(self) -> int:
+        """Return how many requests clients wait for, those included that have not been sent to the ranks."""
+        return len(self._tm.rid_to_state)
+
     def abort_open(self) -> bool:
         """Abort all requests that were taken for the ranks; return whether some have not ended yet."""
         for rid in list(self.continued.going):
@@ -301,6 +306,9 @@ class InflightRequests:
         """End every open request with a clear error; return how many. New ones are accepted as before."""
         rids = list(self._tm.rid_to_state)
         for rid in rids:
+            record = self._records.get(rid)
+            if record is not None and record.journal is not None:
+                record.journal.given_up = reason
             self._forget(rid)
             self._finish(rid, reason, status_code=503)
         return len(rids)

@@ -94,6 +94,7 @@ class Journal:
     """The journal of one HTTP request. ``given``: what another server wrote of it, for this one to go on from.
 
     ``fresh``: entries that have not been handed out. ``broken``: why no other server could go on from it, or None.
+    ``given_up``: why this server does not serve the request to its end, though another may; or None.
     """
 
     def __init__(self, given: Sequence[Entry] = ()) -> None:
@@ -103,6 +104,7 @@ class Journal:
         self._generations = 0
         self.fresh: list[Entry] = []
         self.broken: str | None = None
+        self.given_up: str | None = None
 
     def begin(self) -> tuple[int, list[Entry]]:
         """Take in the next generation; return its number and what was given of it."""
@@ -211,7 +213,7 @@ def as_output(row: Row, rid: str, completion_tokens: int) -> Any:
     from sglang.srt.managers.io_struct import BatchStrOutput
     from sglang.srt.utils.weight_versions import WeightVersionSpan
 
-    spans = None if row.weight_versions is None else [WeightVersionSpan(*span) for span in row.weight_versions]
+    spans = row.weight_versions and [WeightVersionSpan(version=v, start=a, end=b) for v, a, b in row.weight_versions]
     # A row without logprobs of some kind was in a batch that had others with them.
     logprobs = {name: [getattr(row.logprobs, name, None)] for name in _LOGPROBS}
     for name in _LOGPROBS:
