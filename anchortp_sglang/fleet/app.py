@@ -27,7 +27,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         name="Ingress",
         num_replicas=made.ingresses,
         max_ongoing_requests=_OPEN_PER_INGRESS,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": dict(made.ingress_resources)},
         graceful_shutdown_timeout_s=made.drain_s + STOP_S,
         health_check_period_s=_HEALTH_EVERY_S,
     )
@@ -47,7 +47,7 @@ def server_options(made: FleetConfig) -> dict[str, Any]:
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
         "graceful_shutdown_timeout_s": made.drain_s + STOP_S,
         "request_router_config": RequestRouterConfig(
-            request_router_class="anchortp_sglang.fleet.roster.Roster",
+            request_router_class="anchortp_sglang.fleet.router.Router",
             request_routing_stats_period_s=_ROUTING_STATS_EVERY_S,
         ),
     }

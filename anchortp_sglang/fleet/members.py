@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 PROBE_EVERY_S = 0.5
 PROBE_TIMEOUT_S = 1.0
 MISSED_PROBES = 3
-"""Probes in a row without an answer after which a server counts as lost. One that refuses connections is lost at once."""
+"""Probes in a row without an answer after which a server is lost. One that refuses connections is lost at once."""
 
 
 @dataclass(frozen=True)
