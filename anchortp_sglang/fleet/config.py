@@ -33,7 +33,7 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``arguments``: further flags of ``anchortp_sglang.launch_server``, as a list or as one string. ``gpus``, ``cpus``:
     what Ray reserves for a server; by default a GPU for each device, or with ``--device cpu`` a CPU for each.
-    ``resources``, ``ingress_resources``: Ray's custom resources, for servers and ingresses that belong on certain nodes.
+    ``resources``, ``ingress_resources``: Ray's custom resources, for servers and ingresses that belong on some nodes.
     ``per_node``: servers on one node, at most. ``drain_s``: time for which a server that is taken out finishes what
     it has; then its streams go on elsewhere. ``environment``: of the servers. ``version``: change it to have the
     servers replaced, for new weights in the same place for instance.

@@ -5,6 +5,7 @@ It knows nothing of Ray: ``members`` is filled by whoever runs it.
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -119,26 +120,37 @@ class Gateway:
     ) -> None:
         """Hand a request to one server; to another if that one is lost before it has answered anything."""
         failed: list[str] = []
-        key = key_of(session, body)
-        while (member := self._members.pick(key, besides=failed)) is not None and member.known.name not in failed:
+        key, until = key_of(session, body), time.monotonic() + moving.PATIENCE_S
+        while time.monotonic() < until and len(failed) < moving.FATAL:
+            member = self._members.pick(key, besides=failed)
+            if member is None:
+                await self._members.wait(moving.RETRY_S)
+                continue
             try:
-                with member.serving() as scope:
-                    async with (
-                        scope,
-                        self._session.request(method, member.known.url + target, data=body, headers=headers) as answer,
-                    ):
-                        await client.start(answer.status, moving.handed_on(list(answer.headers.items())))
-                        async for chunk in answer.content.iter_any():
-                            await client.write(chunk, False)
-                        return await client.write(b"", True)
+                return await self._hand_to(member, method, target, body, headers, client)
+            except aiohttp.ClientConnectorError as error:  # it never had the request
+                member.lose(f"{type(error).__name__}: {error}")
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 failed.append(member.known.name)
                 if not isinstance(error, TimeoutError):
                     member.lose(f"{type(error).__name__}: {error}")
                 if client.started:
                     raise  # the connection ends without the answer's end
-        why = "no server of the fleet is up" if not failed else "the servers that were asked are lost"
-        await client.answer(503, {"error": {"message": why, "code": 503}})
+        why = f"{len(failed)} servers in a row were lost with it" if failed else "no server of the fleet is up"
+        await client.answer(503, {"error": {"message": why, "type": "fleet_error", "code": 503}})
+
+    async def _hand_to(
+        self, member: Member, method: str, target: str, body: bytes, headers: Mapping[str, str], client: "_AsgiClient"
+    ) -> None:
+        with member.serving() as scope:
+            async with (
+                scope,
+                self._session.request(method, member.known.url + target, data=body, headers=headers) as answer,
+            ):
+                await client.start(answer.status, moving.handed_on(list(answer.headers.items())))
+                async for chunk in answer.content.iter_any():
+                    await client.write(chunk, False)
+                await client.write(b"", True)
 
     async def _to_all(
         self, method: str, target: str, body: bytes, headers: Mapping[str, str], client: "_AsgiClient"
@@ -160,21 +172,21 @@ class Gateway:
         await client.answer(failed[0] if failed or not codes else 200, {"success": not failed, "servers": len(codes)})
 
     def _aborts(self, target: str, body: bytes) -> list[bytes]:
-        """Return a body for all servers, and if it aborts a request that has moved, others with its names there."""
-        if not target.startswith("/abort_request"):
-            return [body]
+        """Return a body for all servers; to abort a request, one for each name that it may have after moves."""
         try:
-            asked = json.loads(body)
-            rid = str(asked["rid"]).encode()
-        except (ValueError, KeyError, TypeError):
+            asked = json.loads(body) if target.startswith("/abort_request") else {}
+            rid = asked.get("rid")
+        except (ValueError, AttributeError):
             return [body]
-        here = [
-            request.id_here[choice]
+        if not isinstance(rid, str) or not rid:
+            return [body]
+        here = [  # servers name those that came without a rid
+            request.id_here[choice].decode()
             for request in self.open.values()
             for choice, first in request.ids.items()
-            if rid and first.startswith(rid) and request.id_here.get(choice, first) != first
+            if first.startswith(rid.encode()) and request.id_here.get(choice, first) != first
         ]
-        return [body, *(json.dumps({**asked, "rid": one.decode()}).encode() for one in here)]
+        return [body, *(json.dumps({**asked, "rid": one}).encode() for one in [*moving.rids_of(rid), *here])]
 
     async def status(self, headers: Mapping[str, str]) -> dict[str, Any]:
         """Return the status of all servers, each as it answers itself or with the reason why it does not."""

@@ -20,7 +20,8 @@ PATIENCE_S = 60.0
 """Time that a request waits for a server to be there."""
 FATAL = 3
 """Servers in a row that may be lost while they have a request and answer nothing: then it is the likely cause."""
-_RETRY_S = 0.2
+MOVED_RIDS = 4
+RETRY_S = 0.2
 _BUSY = (429, 503)
 _OF_CONNECTION = ("content-length", "transfer-encoding", "connection", "date", "server")
 _ID = re.compile(rb'"id":"([^"]*)"')
@@ -94,15 +95,21 @@ class Request:
         return b'{"path":%b,"body":%b,"journal":%b,"shown":%b}' % (path, self._body(), journal, shown)
 
     def _body(self) -> bytes:
-        """Return the body; on a further server with a rid of its own, as an earlier one may still have the request.
+        """Return the body; after a move with another rid, as the server may still have the request from before.
 
-        Aborts name a prefix of the rid, so they find it.
+        The new one does not begin with the old one: SGLang aborts all that begin with what it is to abort.
         """
         rid = self._wanted.rid
-        if not self.moves or not rid or not isinstance(rid, (str, list)):
+        if not self.moves or not self._rids():
             return self.body
-        moved = f"{rid}-{self.moves}" if isinstance(rid, str) else [f"{one}-{self.moves}" for one in rid]
-        return msgspec.json.encode({**msgspec.json.decode(self.body), "rid": moved})
+        moved = [rids_of(one)[self.moves % MOVED_RIDS] for one in self._rids()]
+        return msgspec.json.encode(
+            {**msgspec.json.decode(self.body), "rid": moved if isinstance(rid, list) else moved[0]}
+        )
+
+    def _rids(self) -> list[str]:
+        rid = self._wanted.rid
+        return [one for one in (rid if isinstance(rid, list) else [rid]) if isinstance(one, str) and one]
 
     def take(self, piece: Piece) -> bytes:
         """Note a piece; return the bytes for the client."""
@@ -112,6 +119,8 @@ class Request:
             return b""
         self.shown[piece.index] = self.shown.get(piece.index, 0) + 1
         body = piece.body.encode()
+        for rid in self._rids() if self.moves else ():
+            body = body.replace(rids_of(rid)[self.moves % MOVED_RIDS].encode(), rid.encode())
         if piece.index in self.ids and not self.moves:
             return body
         found = _ID.search(body)
@@ -120,6 +129,11 @@ class Request:
         self.id_here[piece.index] = found[1]
         first = self.ids.setdefault(piece.index, found[1])
         return body if first == found[1] else body[: found.start(1)] + first + body[found.end(1) :]
+
+
+def rids_of(rid: str) -> list[str]:
+    """Return the rids that a request of this rid may have after moves."""
+    return [f"moved-{number}-{rid}" for number in range(MOVED_RIDS)]
 
 
 async def serve(request: Request, members: Members, session: aiohttp.ClientSession, client: Client) -> None:
@@ -135,7 +149,7 @@ async def serve(request: Request, members: Members, session: aiohttp.ClientSessi
             if time.monotonic() > waits_until:
                 return await _end(request, client, 503, "no server of the fleet has come up in time")
             failed.clear()
-            await members.wait(_RETRY_S)
+            await members.wait(RETRY_S)
             continue
         entries = len(request.journal)
         try:
