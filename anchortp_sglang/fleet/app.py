@@ -15,6 +15,7 @@ from anchortp_sglang.fleet.server_process import STOP_S
 _HEALTH_EVERY_S = 2.0
 _HEALTH_TIMEOUT_S = 15.0
 _ROUTING_STATS_EVERY_S = 1.0
+_METRICS_EVERY_S = 1.0
 _OPEN_PER_INGRESS = 10_000
 
 
@@ -62,6 +63,8 @@ def server_options(made: FleetConfig) -> dict[str, Any]:
             max_replicas=scale.max,
             initial_replicas=min(max(made.replicas, scale.min), scale.max),
             target_ongoing_requests=scale.target_open,
+            metrics_interval_s=_METRICS_EVERY_S,
+            look_back_period_s=max(2 * _METRICS_EVERY_S, min(30.0, scale.upscale_delay_s)),
             upscale_delay_s=scale.upscale_delay_s,
             downscale_delay_s=scale.downscale_delay_s,
             policy=AutoscalingPolicy(policy_function="anchortp_sglang.fleet.scaling:by_open_requests"),
