@@ -14,7 +14,7 @@ import aiohttp
 from anchortp_sglang.fleet import moving
 from anchortp_sglang.fleet.choice import key_of
 from anchortp_sglang.fleet.members import Member, Members
-from anchortp_sglang.fleet.moving import Request
+from anchortp_sglang.fleet.moving import Request, Tally
 from anchortp_sglang.http.journaled import SERVED
 
 Scope = MutableMapping[str, Any]
@@ -47,6 +47,7 @@ class Gateway:
         self._details = details
         self._max_body_bytes = max_body_bytes
         self.open: dict[int, Request] = {}
+        self.tally = Tally()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,7 +112,7 @@ class Gateway:
     async def _serve(self, request: Request, client: "_AsgiClient") -> None:
         self.open[id(request)] = request
         try:
-            await moving.serve(request, self._members, self._session, client)
+            await moving.serve(request, self._members, self._session, client, self.tally)
         finally:
             del self.open[id(request)]
 
@@ -206,8 +207,15 @@ class Gateway:
                 return entry | {"error": f"{type(error).__name__}: {error}"}
 
         servers = await asyncio.gather(*(ask(member) for member in self._members))
-        moved = sum(request.moves > 0 for request in self.open.values())
-        return {"fleet": True, "servers": servers, "open_here": len(self.open), "moved_here": moved, **self._details()}
+        tally = self.tally
+        ingress = {
+            "open": len(self.open),
+            "served": tally.served,
+            "failed": tally.failed,
+            "moved": tally.moved,
+            "longest_pause_s": round(max(tally.pauses_s, default=0.0), 3),
+        }
+        return {"fleet": True, "servers": servers, "ingress": ingress, **self._details()}
 
     def targets(self) -> list[dict[str, Any]]:
         """Return what Prometheus scrapes, as its HTTP service discovery wants it."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 from ray import serve
+from ray.util import metrics
 
 from anchortp_sglang.fleet import roster
 from anchortp_sglang.fleet.gateway import Gateway, Receive, Scope, Send
@@ -18,6 +19,7 @@ SERVERS = "Server"
 """The deployment of the servers; Serve's commands show it by this name."""
 _CONNECT_TIMEOUT_S = 2.0
 _DETAILS_EVERY_S = 2.0
+_PAUSES_S = [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 
 
 class Ingress:
@@ -51,7 +53,9 @@ class Ingress:
             task = asyncio.ensure_future(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return Gateway(members, session, lambda: self._details)
+        gateway = Gateway(members, session, lambda: self._details)
+        _export(gateway)
+        return gateway
 
     async def _look(self, application: str) -> None:
         """Keep what Serve says of the application, for the status."""
@@ -61,6 +65,16 @@ class Ingress:
             except Exception as error:  # Serve's controller may be restarting
                 self._details = {"serve": {"error": f"{type(error).__name__}: {error}"}}
             await asyncio.sleep(_DETAILS_EVERY_S)
+
+
+def _export(gateway: Gateway) -> None:
+    """Count what the gateway does in Ray's metrics, of which each ingress has its own series."""
+    moves = metrics.Histogram(
+        "anchortp_fleet_move_seconds", "Pauses of requests that moved to another server", boundaries=_PAUSES_S
+    )
+    ended = metrics.Counter("anchortp_fleet_requests", "Requests that have ended, by outcome", tag_keys=("outcome",))
+    gateway.tally.on_moved = moves.observe
+    gateway.tally.on_ended = lambda failed: ended.inc(tags={"outcome": "failed" if failed else "served"})
 
 
 def _details(application: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +54,27 @@ class Client(Protocol):
     async def write(self, body: bytes, end: bool) -> None: ...
 
 
+@dataclass
+class Tally:
+    """What an ingress has served. ``pauses_s``: of the last moves, from the loss to the next piece of the answer."""
+
+    served: int = 0
+    moved: int = 0
+    failed: int = 0
+    pauses_s: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    on_moved: Callable[[float], None] = lambda pause_s: None
+    on_ended: Callable[[bool], None] = lambda failed: None
+
+    def note_moved(self, pause_s: float) -> None:
+        self.moved += 1
+        self.pauses_s.append(pause_s)
+        self.on_moved(pause_s)
+
+    def note_ended(self, failed: bool) -> None:
+        self.served, self.failed = self.served + (not failed), self.failed + failed
+        self.on_ended(failed)
+
+
 class Lost(Exception):
     """The server is lost, or does not serve the request to its end."""
 
@@ -71,6 +93,9 @@ class Request:
     ended: bool = False
     broken: str | None = None
     moves: int = 0
+    lost_at: float | None = None
+    """When its server was lost, until another one goes on with it."""
+    failed: bool = False
     model: str = ""
     ids: dict[str, bytes] = field(default_factory=dict)
     """The first id that the client saw of each choice; servers make their own."""
@@ -136,8 +161,17 @@ def rids_of(rid: str) -> list[str]:
     return [f"moved-{number}-{rid}" for number in range(MOVED_RIDS)]
 
 
-async def serve(request: Request, members: Members, session: aiohttp.ClientSession, client: Client) -> None:
+async def serve(
+    request: Request, members: Members, session: aiohttp.ClientSession, client: Client, tally: Tally
+) -> None:
     """Serve a request until its client has the whole answer, or an error that says why not."""
+    await _serve(request, members, session, client, tally)
+    tally.note_ended(request.failed)
+
+
+async def _serve(
+    request: Request, members: Members, session: aiohttp.ClientSession, client: Client, tally: Tally
+) -> None:
     failed: list[str] = []
     fatal, key, waits_until = 0, key_of(request.session, request.body), time.monotonic() + PATIENCE_S
     refusal: Piece | None = None
@@ -153,7 +187,7 @@ async def serve(request: Request, members: Members, session: aiohttp.ClientSessi
             continue
         entries = len(request.journal)
         try:
-            refusal = await _ask(request, member, session, client)
+            refusal = await _ask(request, member, session, client, tally)
             if refusal is None:
                 return
         except aiohttp.ClientConnectorError as error:  # it never had the request
@@ -169,6 +203,7 @@ async def serve(request: Request, members: Members, session: aiohttp.ClientSessi
             if fatal >= FATAL:
                 return await _end(request, client, 500, f"{fatal} servers in a row were lost with this request")
             log.warning("anchortp fleet: a request of %s goes on elsewhere", member.known.name)
+            request.lost_at = request.lost_at or time.monotonic()
             waits_until = time.monotonic() + PATIENCE_S
         if request.broken is not None:
             request.journal.clear()  # nothing was shown: it begins anew
@@ -176,7 +211,9 @@ async def serve(request: Request, members: Members, session: aiohttp.ClientSessi
         failed.append(member.known.name)
 
 
-async def _ask(request: Request, member: Member, session: aiohttp.ClientSession, client: Client) -> Piece | None:
+async def _ask(
+    request: Request, member: Member, session: aiohttp.ClientSession, client: Client, tally: Tally
+) -> Piece | None:
     """Have a server go on with the request; return its refusal if it has no room. Raises Lost, and aiohttp's errors."""
     with member.serving() as scope:
         async with (
@@ -198,6 +235,9 @@ async def _ask(request: Request, member: Member, session: aiohttp.ClientSession,
                         refusal = await _whole(piece, answer.content)
                         await _end(request, client, piece.status, f"the next server refuses it: {refusal.body}")
                         return None
+                if request.lost_at is not None and (piece.body or piece.journal):
+                    tally.note_moved(time.monotonic() - request.lost_at)
+                    request.lost_at = None
                 body = request.take(piece)
                 if body or piece.end:
                     request.ended = piece.end
@@ -244,6 +284,7 @@ def handed_on(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 async def _end(request: Request, client: Client, status: int, why: str) -> None:
     """End a request with an error: as an answer, or as the last event of a stream."""
+    request.failed = True
     error = {"error": {"message": why, "type": "fleet_error", "code": status}}
     if not request.started:
         return await _refuse(client, Piece(status, [("content-type", "application/json")], body=_json(error)))

@@ -55,7 +55,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 class Front:
-    """``url``: where clients connect. ``cut`` takes away all servers at once, for a moment; ``moved`` counts moves."""
+    """``url``: where clients connect. ``cut`` takes away all servers at once, for a moment."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -70,10 +70,6 @@ class Front:
             return sum(wire.cut() for wire in self.wires)
 
         return asyncio.run_coroutine_threadsafe(all_of_them(), self.loop).result(10)
-
-    def moved(self) -> int:
-        """Return how many of the open requests have moved."""
-        return sum(request.moves > 0 for request in list(self.gateway.open.values()))
 
 
 @contextlib.contextmanager
