@@ -17,6 +17,8 @@ _HEALTH_TIMEOUT_S = 15.0
 _ROUTING_STATS_EVERY_S = 1.0
 _METRICS_EVERY_S = 1.0
 _OPEN_PER_INGRESS = 10_000
+_INGRESS_ENVIRONMENT = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""The gateway never blocks its loop, so it runs on Serve's: each message would cross threads twice, a millisecond."""
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -28,7 +30,11 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         name="Ingress",
         num_replicas=made.ingresses,
         max_ongoing_requests=_OPEN_PER_INGRESS,
-        ray_actor_options={"num_cpus": 0, "resources": dict(made.ingress_resources)},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": dict(made.ingress_resources),
+            "runtime_env": {"env_vars": _INGRESS_ENVIRONMENT},
+        },
         graceful_shutdown_timeout_s=made.drain_s + STOP_S,
         health_check_period_s=_HEALTH_EVERY_S,
     )

@@ -258,8 +258,9 @@ async def _passed_on(request: Request, answer: aiohttp.ClientResponse, client: C
 
 
 async def _whole(first: Piece, content: aiohttp.StreamReader) -> Piece:
-    async for piece in _pieces(content):
-        first.body += piece.body
+    if not first.end:
+        async for piece in _pieces(content):
+            first.body += piece.body
     return first
 
 

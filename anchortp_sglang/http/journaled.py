@@ -116,13 +116,14 @@ class _Frames:
         self._kept = kept
         self._left = dict(shown)
         self._send = send
+        self._start: MutableMapping[str, Any] | None = None
         self._started = False
         self._ended = False
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
-            return await self._write(Frame(status=message["status"], headers=headers))
+            self._start = message  # goes along with the first piece
+            return None
         if message["type"] != "http.response.body":
             return None
         body, end = message.get("body", b""), not message.get("more_body", False)
@@ -150,6 +151,12 @@ class _Frames:
             headers = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-cache")]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         self._ended = end
+        if self._start is not None:
+            frame.status = self._start["status"]
+            frame.headers = [
+                (name.decode("latin-1"), value.decode("latin-1")) for name, value in self._start["headers"]
+            ]
+            self._start = None
         frame.journal, frame.broken, frame.given_up = self._kept.take(), self._kept.broken, self._kept.given_up
         line = msgspec.json.encode(frame) + b"\n"
         await self._send({"type": "http.response.body", "body": line, "more_body": not end})
