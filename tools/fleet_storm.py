@@ -48,11 +48,9 @@ def ask(url: str, requests: list[dict[str, Any]]) -> list[History]:
 
 
 def lose(fleet: LocalFleet, kind: str, server: dict[str, Any]) -> None:
-    """Let a server be lost, with its node or alone, and have another in its place."""
+    """Let a server be lost, with its node or alone."""
     if kind == "node":
-        fleet.lose_node(server["node"])
-        fleet.add_node()
-        return
+        return fleet.lose_node(server["node"])
     main = main_of(server)
     main.send_signal(signal.SIGKILL if kind == "main" else signal.SIGSTOP)
     if kind == "hang":
@@ -75,6 +73,9 @@ def storm(fleet: LocalFleet, args: argparse.Namespace) -> dict[str, Any]:
             streams.wait_tokens(draw.randrange(1, args.tokens * 2 // 3))
             lost = max(fleet.servers() or servers, key=lambda one: one["status"]["open_requests"])
             lose(fleet, kind, lost)
+        # Not before: the start of a server in its place would take the CPUs of the one that goes on. Hosts have their own.
+        if kind == "node":
+            fleet.add_node()
         found = fleet.get("/anchortp/status")["ingress"]["moved"] - moved
         moved += found
         errors = [history.error for history in streams.histories if history.error]

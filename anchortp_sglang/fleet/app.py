@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+try:
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"a fleet needs Ray Serve: pip install .[fleet] ({error})") from error
 
 from anchortp_sglang.fleet import config
 from anchortp_sglang.fleet.config import FleetConfig
