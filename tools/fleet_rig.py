@@ -73,6 +73,13 @@ class LocalFleet:
         with _opener.open(self.url + path, timeout=30) as answer:
             return json.load(answer)
 
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with _opener.open(request, timeout=30) as answer:
+            return json.load(answer)
+
     def servers(self) -> list[dict[str, Any]]:
         """Return the servers that an ingress knows and that answer."""
         try:

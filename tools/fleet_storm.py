@@ -73,7 +73,7 @@ def storm(fleet: LocalFleet, args: argparse.Namespace) -> dict[str, Any]:
             streams.wait_tokens(draw.randrange(1, args.tokens * 2 // 3))
             lost = max(fleet.servers() or servers, key=lambda one: one["status"]["open_requests"])
             lose(fleet, kind, lost)
-        # Not before: the start of a server in its place would take the CPUs of the one that goes on. Hosts have their own.
+        # Not before: a server that starts would take the CPUs of the one that goes on, and hosts have their own.
         if kind == "node":
             fleet.add_node()
         found = fleet.get("/anchortp/status")["ingress"]["moved"] - moved

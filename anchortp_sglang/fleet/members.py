@@ -70,6 +70,8 @@ class Members:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
         self._members: dict[str, Member] = {}
+        self._leaving: list[Member] = []
+        """Those that Serve has taken out, until they have no request of ours any more."""
         self._changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[Member]:
@@ -78,8 +80,7 @@ class Members:
     def update(self, known: Iterable[Known]) -> None:
         """Take the servers that Serve knows. One that it takes out gets nothing new, and ends what it has."""
         found = {one.name: one for one in known}
-        for name in self._members.keys() - found.keys():
-            del self._members[name]
+        self._leaving += [self._members.pop(name) for name in self._members.keys() - found.keys()]
         for name, one in found.items():
             member = self._members.get(name)
             if member is None or member.known.url != one.url:
@@ -111,7 +112,8 @@ class Members:
         """Probe all servers, again and again."""
         while True:
             began = time.monotonic()
-            await asyncio.gather(*(self._probe(member) for member in self))
+            self._leaving = [member for member in self._leaving if member.open]
+            await asyncio.gather(*(self._probe(member) for member in (*self, *self._leaving)))
             await asyncio.sleep(max(0.05, PROBE_EVERY_S - (time.monotonic() - began)))
 
     async def _probe(self, member: Member) -> None:

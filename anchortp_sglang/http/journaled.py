@@ -150,7 +150,7 @@ class _Frames:
             self._started = True
             headers = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-cache")]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        self._ended = end
+        self._ended = self._ended or end
         if self._start is not None:
             frame.status = self._start["status"]
             frame.headers = [

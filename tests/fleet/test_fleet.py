@@ -3,6 +3,8 @@
 One cluster for all tests; ``tools/fleet_storm.py`` does the same many times, and more.
 """
 
+import http.client
+import json
 import threading
 import urllib.error
 
@@ -122,6 +124,27 @@ def test_all_servers_are_replaced_and_no_request_fails(fleet, unbroken):
     for number, history in clients.histories:
         assert history.error is None, f"stream {number}: {history.error}"
         assert outcomes([history]) == [unbroken[number]]
+
+
+def is_idle(fleet):
+    return all(not server["status"]["open_requests"] for server in fleet.servers())
+
+
+def test_aborts_and_disconnects_reach_the_servers(fleet):
+    long = request(prompt(20, 30), 1500) | {"rid": "of-mine"}
+    with Streams(fleet.url, [long]) as streams:
+        streams.wait_tokens(5)
+        fleet.post("/abort_request", {"rid": "of-mine"})
+        until(lambda: streams.histories[0].done, "the aborted stream ends", 30)
+    assert streams.histories[0].finish_reason["type"] == "abort"
+    until(lambda: is_idle(fleet), "the abort reaches the server", 30)
+    leaving = http.client.HTTPConnection(fleet.url.removeprefix("http://"), timeout=60)
+    body = json.dumps(long | {"rid": "of-one-who-leaves", "stream": True})
+    leaving.request("POST", "/generate", body, {"Content-Type": "application/json"})
+    assert leaving.getresponse().readline().startswith(b"data:")
+    assert not is_idle(fleet)
+    leaving.close()
+    until(lambda: is_idle(fleet), "the disconnect reaches the server", 30)
 
 
 def test_what_the_fleet_cannot_do_is_said(fleet):
