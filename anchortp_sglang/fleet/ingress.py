@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 SERVERS = "Server"
 """The deployment of the servers; Serve's commands show it by this name."""
 _CONNECT_TIMEOUT_S = 2.0
+_KEEP_ALIVE_S = 3.0
+"""Below the time after which SGLang's HTTP server closes an idle connection, which would look like a lost server."""
 _DETAILS_EVERY_S = 2.0
 _PAUSES_S = [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 
@@ -40,7 +42,11 @@ class Ingress:
     async def _make(self) -> Gateway:
         loop = asyncio.get_running_loop()
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
-        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, auto_decompress=False)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            timeout=timeout,
+            auto_decompress=False,
+        )
         members = Members(session)
 
         def take(known: list[Known]) -> None:
