@@ -27,7 +27,8 @@ _PAUSES_S = [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 class Ingress:
     """An ASGI application. What needs the event loop is made on it, with the first message."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
         self._making: asyncio.Task[Gateway] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._details: dict[str, Any] = {}
@@ -59,7 +60,7 @@ class Ingress:
             task = asyncio.ensure_future(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        gateway = Gateway(members, session, lambda: self._details)
+        gateway = Gateway(members, session, lambda: self._details, self._max_body_bytes)
         _export(gateway)
         return gateway
 
