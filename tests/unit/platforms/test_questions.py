@@ -23,6 +23,7 @@ MAY_ASK = {
     "memory/cuda_vmm.py": "the same",
     "hooks/table.py": "names the hook functions of both platforms",
     "hooks/__main__.py": "writes the manifest, on a machine without a GPU",
+    "fleet/config.py": "says what Ray reserves for a server, where no server runs",
     "cli/doctor.py": "says what the machine has, before any platform is chosen",
     "planning/prediction/presets.py": "knows a machine by this name",
     "bench/sides.py": "starts stock SGLang, which has no platform of ours",
