@@ -1,4 +1,4 @@
-"""One preloaded process and one of each checkpoint for all engine tests."""
+"""One of each checkpoint for all engine tests."""
 
 import shutil
 import tempfile
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import leftovers
 import pytest
-from forge import Forge
 
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
@@ -23,13 +22,6 @@ CHECKPOINTS = {
     "deepseek_v3": {"num_layers": 3, "num_dense_layers": 1},
 }
 """Untied with explicit head_dim; tied with qkv bias and two KV heads; head_dim derived from hidden_size; others."""
-
-
-@pytest.fixture(scope="session")
-def forge(tmp_path_factory):
-    made = Forge(tmp_path_factory.mktemp("forge"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="session")
