@@ -52,7 +52,7 @@ class AnchorMiddleware:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, self._notice_startup(send))
         elif scope["type"] == "websocket" and self._refusal is not None:
-            await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": self._refusal})
+            await _refuse_websocket(scope, self._refusal, send)
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
         elif (answer := await self._answer(scope, receive)) is not None:
@@ -119,8 +119,16 @@ def _error(code: int, message: str) -> Answer:
     return Answer.of(code, {"type": "error", "error": {"type": kind, "message": message, "code": code}})
 
 
-async def _send(answer: Answer, send: Send) -> None:
+async def _refuse_websocket(scope: Scope, reason: str, send: Send) -> None:
+    """Answer 503 to the handshake, if the HTTP server can, or else close: it answers 403 then."""
+    if "websocket.http.response" in scope.get("extensions", {}):
+        await _send(_error(503, reason), send, kind="websocket.http")
+    else:
+        await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": reason})
+
+
+async def _send(answer: Answer, send: Send, kind: str = "http") -> None:
     headers = {"content-type": answer.content_type, "content-length": str(len(answer.body)), **answer.headers}
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": answer.code, "headers": encoded})
-    await send({"type": "http.response.body", "body": answer.body})
+    await send({"type": f"{kind}.response.start", "status": answer.code, "headers": encoded})
+    await send({"type": f"{kind}.response.body", "body": answer.body})
