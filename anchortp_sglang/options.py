@@ -63,10 +63,11 @@ class AnchorOptions:
         "give KV heads (with their query heads) and whole experts that do not divide evenly to different devices in"
         " different layers, so that all devices fill up alike; not with --anchor-widths",
     )
-    min_devices: int = _option(
-        1,
+    min_devices: int | None = _option(
+        None,
         "min-devices N",
-        "with fewer devices the server stops serving: open requests end with an error, /health says 503",
+        "with fewer devices the server stops serving: open requests end with an error, /health says 503 (default: 1;"
+        " on GPUs the fewest that leave room for a third of the KV slots that all devices have room for)",
         int,
     )
     linger_s: float = _option(
@@ -183,7 +184,8 @@ class AnchorOptions:
             object.__setattr__(self, "start_devices", as_devices(self.start_devices))
         if not isinstance(self.allow_drift, bool):
             object.__setattr__(self, "allow_drift", as_symbols(self.allow_drift))
-        check_count("min-devices", self.min_devices)
+        if self.min_devices is not None:
+            check_count("min-devices", self.min_devices)
         check_seconds("linger", self.linger_s, zero_allowed=True)
         check_seconds("hang-timeout", self.hang_timeout_s)
         check_seconds("recovery-deadline", self.recovery_deadline_s)
@@ -232,6 +234,8 @@ class AnchorOptions:
                 f"--anchor-start-devices names device {max(named)}; --tp-size {tp_size} numbers devices"
                 f" from 0 to {tp_size - 1}"
             )
+        if self.min_devices is None:
+            return
         if len(named) < self.min_devices <= tp_size:
             raise OptionsError(
                 f"--anchor-start-devices names {len(named)} devices, --anchor-min-devices is {self.min_devices}:"

@@ -19,7 +19,7 @@ from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
-from anchortp_sglang.options import AnchorOptions, StandbyMode
+from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources, foreign_sources
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
@@ -183,7 +183,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     keeper.start()
     processes = ServerProcesses(plan, zygote, reserve, keeper)
     log.info("anchortp: %s", processes.kv_capacity(ownership))
-    coordinator = Coordinator(processes, ownership, _policy(options, memory.standby))
+    coordinator = Coordinator(processes, ownership, _policy(options, memory))
     if view.enable_trace:
         coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
@@ -258,12 +258,12 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
     return spawn_zygote(), None
 
 
-def _policy(options: AnchorOptions, standby: StandbyMode) -> Policy:
+def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:
     return Policy(
-        min_devices=options.min_devices,
+        min_devices=memory.min_devices,
         hang_timeout_s=options.hang_timeout_s,
         deadline_s=options.recovery_deadline_s,
-        standby=standby,
+        standby=memory.standby,
         rejoin=options.rejoin,
         widths=options.widths,
         start_devices=options.start_devices,
