@@ -6,7 +6,7 @@ from typing import Any
 from anchortp_sglang.admission.checks import check_route
 from anchortp_sglang.http import probes
 from anchortp_sglang.http.body_limit import Receive, limited
-from anchortp_sglang.http.metrics import Metrics
+from anchortp_sglang.http.metrics import Metrics, scrape
 from anchortp_sglang.http.own_routes import Answer, OwnRoutes
 from anchortp_sglang.http.status import state_name, status
 from anchortp_sglang.recovery.coordinator import Coordinator
@@ -57,6 +57,8 @@ class AnchorMiddleware:
             await self._app(scope, receive, send)
         elif (answer := await self._answer(scope, receive)) is not None:
             await _send(answer, send)
+        elif _path(scope).startswith("/metrics"):
+            await scrape(lambda: self._app(scope, receive, send))
         else:
             if scope["method"] == "HEAD" and _path(scope) in probes.PROBES:
                 scope = {**scope, "method": "GET"}  # SGLang has no HEAD here; the HTTP server drops the body
