@@ -41,6 +41,7 @@ from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
+from anchortp_sglang.startup import text_model
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.startup.fork_guard import unfit_to_fork
 from anchortp_sglang.startup.preflight import read_config, reserve_port
@@ -85,10 +86,14 @@ class Runtime:
     keeper: RunDirKeeper
     port: socket.socket | None
     """Socket that holds the port which SGLang binds at the end of its launch."""
+    text_folder: Path | None
+    """Folder of links that was made for this server, if its checkpoint is a multimodal one."""
 
     def close(self) -> None:
         """End ranks, zygote and anchors, free their memory, and remove the run directory."""
         self.coordinator.shut_down()
+        if self.text_folder is not None:
+            text_model.remove(self.text_folder)
         self.keeper.stop()
         remove_run_dir(self.keeper.run_dir)
         if self.port is not None:
@@ -106,10 +111,14 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     from anchortp_sglang.hooks.install import load_plugins
     from anchortp_sglang.hooks.table import install_all
 
-    raw = msgspec.structs.asdict(server_args)
     _refuse(server_args, platform)
+    config = read_config(Path(server_args.model_path), server_args.json_model_override_args)
+    folder = text_model.text_folder(Path(server_args.model_path))
+    if folder is not None:
+        server_args.served_model_name = server_args.served_model_name or server_args.model_path
+        server_args.model_path = str(folder)
     checkpoint = Path(server_args.model_path)
-    config = read_config(checkpoint, server_args.json_model_override_args)
+    raw = msgspec.structs.asdict(server_args)
     expert_counts = server_args.init_expert_location
     # We deal the experts: SGLang's own tables have the same number on each rank.
     server_args.init_expert_location = raw["init_expert_location"] = NONE
@@ -179,7 +188,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         change_bytes_per_s=options.change_gbps * 1e9,
     )
     keeper = RunDirKeeper(run_dir)
-    keeper.note_outside([folder for folder in (metrics_folder, tile_folder()) if folder is not None])
+    keeper.note_outside([str(each) for each in (metrics_folder, tile_folder(), folder) if each is not None])
     keeper.start()
     processes = ServerProcesses(plan, zygote, reserve, keeper)
     log.info("anchortp: %s", processes.kv_capacity(ownership))
@@ -187,7 +196,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     if view.enable_trace:
         coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
-    return Runtime(coordinator, keeper, port)
+    return Runtime(coordinator, keeper, port, folder)
 
 
 def _view(server_args: Any) -> Any:
@@ -236,12 +245,12 @@ def _check_plan(model: ModelAxes, ownership: Ownership, shapes: Mapping[str, tup
 
 def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, view: Any) -> str:
     """Identify the memory that anchors hold: servers of the same identity could take over each other's."""
-    of_weights = [str(checkpoint.resolve()), model.dtype, ownership.digest()]
+    of_weights = [(checkpoint / "config.json").read_text(), model.dtype, ownership.digest()]
     of_kv = [str(memory.kv), view.kv_cache_dtype, view.json_model_override_args]
     parts = [*of_weights, *of_kv, *memory.platform.identity, str(view.load_format == "dummy")]
-    for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
+    for path in sorted(checkpoint.glob("*.safetensors")):
         stat = path.stat()
-        parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
+        parts += [str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
