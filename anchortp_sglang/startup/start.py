@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
 from anchortp_sglang.startup import text_model
+from anchortp_sglang.startup.adapters import adapter_identity, check_adapter_flags, check_adapters
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.startup.fork_guard import unfit_to_fork
 from anchortp_sglang.startup.preflight import read_config, reserve_port
@@ -130,6 +131,8 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     refuse_layout_only(model)
+    if view.enable_lora or view.lora_paths:
+        check_adapters(model, options.rotate_heads)
     for caveat in caveats(config):
         log.warning("anchortp: %s", caveat)
     devices = tuple(range(view.tp_size))
@@ -149,6 +152,8 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
     log.info("anchortp: standby: %s", memory.standby_text)
+    records = _records(raw, view, memory.kv, memory.platform.rank_overrides)
+    adapters = _view(records(view.tp_size)).lora_paths or ()
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     load_plugins()  # the operator's plugins, for all processes: SGLang loads them in each, after the fork
@@ -170,7 +175,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, memory, view),
+        identity=_identity(checkpoint, model, ownership, memory, view, adapters),
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=memory.kv,
@@ -179,7 +184,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         expert_counts=counts,
         mirror=memory.mirror,
         linger_s=options.linger_s,
-        server_args=_records(raw, view, memory.kv, memory.platform.rank_overrides),
+        server_args=records,
         controller_pid=os.getpid(),
         platform=memory.platform,
         stale_anchors=run_dir.stale_anchors,
@@ -243,11 +248,14 @@ def _check_plan(model: ModelAxes, ownership: Ownership, shapes: Mapping[str, tup
         log.warning("anchortp: the model has no place for %s: not loaded, as in SGLang", ", ".join(foreign[:8]))
 
 
-def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, view: Any) -> str:
+def _identity(
+    checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, view: Any, adapters: Iterable[Any]
+) -> str:
     """Identify the memory that anchors hold: servers of the same identity could take over each other's."""
     of_weights = [(checkpoint / "config.json").read_text(), model.dtype, ownership.digest()]
     of_kv = [str(memory.kv), view.kv_cache_dtype, view.json_model_override_args]
     parts = [*of_weights, *of_kv, *memory.platform.identity, str(view.load_format == "dummy")]
+    parts += adapter_identity(adapters)
     for path in sorted(checkpoint.glob("*.safetensors")):
         stat = path.stat()
         parts += [str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
@@ -294,6 +302,8 @@ def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, A
             ep_size = tp_size if (view.ep_size or 1) > 1 else 1
             made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
             made[tp_size].resolve_once()
+            if view.enable_lora or view.lora_paths:
+                check_adapter_flags(made[tp_size])
         return made[tp_size]
 
     return record
