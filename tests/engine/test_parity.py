@@ -5,6 +5,9 @@ import json
 
 import pytest
 
+from anchortp_sglang.testing.tiny_adapter import write_adapter
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
+
 MOST_APART = 1e-4
 # SGLang's Gemma-3 with images counts positions from one, which rounds otherwise: with positions from zero, stock's
 # logprobs are those of its Gemma-3 of text alone to the last bit.
@@ -74,6 +77,24 @@ def test_tokens_and_logprobs_are_those_of_stock_on_one_device(forge, checkpoint,
     assert [answer["ids"] for answer in answers] == [answer["ids"] for answer in expected]
     for name in ("logprobs", "prompt_logprobs"):
         assert apart(answers, expected, name) <= FURTHER_APART.get(family, MOST_APART)
+
+
+def test_adapters_are_cut_like_the_weights_they_adapt(forge, places, tmp_path):
+    """Of one batch some prompts have an adapter of all projections, some one of a few, and some none."""
+    model = write_checkpoint(tmp_path / "qwen3", "qwen3", num_layers=3)
+    few = write_adapter(tmp_path / "few", model, seed=2, rank=2, projections=("q_proj", "v_proj", "down_proj"))
+    adapters = {
+        "lora_paths": [f"all={write_adapter(tmp_path / 'all', model, seed=1)}", f"few={few}"],
+        "adapters": [name for _ in PROMPTS for name in ("all", "few", None)],
+    }
+    asked = {"model": str(model), "prompts": [ids for ids in PROMPTS for _ in range(3)], "max_new_tokens": NEW_TOKENS}
+    expected = forge.value("engine_jobs:stock_generate", **asked, **adapters)
+    ours = {"tp_size": 3, "anchor_widths": "1,2,1", "env": places}
+    answers = forge.value("engine_jobs:anchored_generate", **asked, **adapters, **ours)
+    assert [answer["ids"] for answer in answers] == [answer["ids"] for answer in expected]
+    assert len({tuple(answer["ids"]) for answer in expected}) == len(expected)
+    for name in ("logprobs", "prompt_logprobs"):
+        assert apart(answers, expected, name) <= MOST_APART
 
 
 def test_parameters_of_another_dtype_than_the_models_are_bound_too(forge, checkpoint, places):
