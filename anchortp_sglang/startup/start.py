@@ -114,10 +114,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
 
     _refuse(server_args, platform)
     config = read_config(Path(server_args.model_path), server_args.json_model_override_args)
-    folder = text_model.text_folder(Path(server_args.model_path))
-    if folder is not None:
-        server_args.served_model_name = server_args.served_model_name or server_args.model_path
-        server_args.model_path = str(folder)
+    folder = text_model.show_language_model(server_args)
     checkpoint = Path(server_args.model_path)
     raw = msgspec.structs.asdict(server_args)
     expert_counts = server_args.init_expert_location

@@ -21,6 +21,18 @@ _CONFIG, _TEMPLATE = "config.json", "chat_template.json"
 _LEFT_OUT = (_CONFIG, "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
+def show_language_model(server_args: Any) -> Path | None:
+    """Let a record that names a multimodal checkpoint name the folder of its language model instead, and return that.
+
+    The model keeps its name for clients. Returns None, and changes nothing, for any other checkpoint.
+    """
+    folder = text_folder(Path(server_args.model_path))
+    if folder is not None:
+        server_args.served_model_name = server_args.served_model_name or server_args.model_path
+        server_args.model_path = str(folder)
+    return folder
+
+
 def text_folder(checkpoint: Path) -> Path | None:
     """Make a folder that shows a multimodal checkpoint's language model alone; None for any other checkpoint.
 

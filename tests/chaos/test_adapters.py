@@ -1,6 +1,7 @@
 """LoRA adapters outlive faults: those of --lora-paths, and those that were loaded and unloaded since."""
 
 import random
+import shutil
 import threading
 import time
 
@@ -70,6 +71,19 @@ def test_kills_at_random_moments_of_loading_and_unloading_lose_no_adapter(served
         assert "again" not in listed(server)
         during_a_kill(server, seed, lambda: load(server, "again", folders["loaded"]))
         assert_identical(expected, outcomes(run(server, requests)))
+
+
+def test_an_adapter_that_cannot_be_read_again_ends_its_own_requests_only(served, folders, tmp_path):
+    server, unbroken = served
+    expected = unbroken(asking("given"))
+    load(server, "gone", shutil.copytree(folders["loaded"], tmp_path / "gone"))
+    with Streams(server.url, [*asking("gone"), *asking("given")]) as streams:
+        streams.wait_tokens(15)
+        shutil.rmtree(tmp_path / "gone")
+        recovered(server, kill_rank(server, 1), "process")
+        gone, kept = streams.wait(60)[:2], streams.histories[2:]
+    assert all("could not be loaded again" in history.error for history in gone)
+    assert_identical(expected, outcomes(kept))
 
 
 def during_a_kill(server, seed, call):
