@@ -35,6 +35,7 @@ class CpuPlatform:
     rules: ClassVar[DeviceRules] = DeviceRules(
         device="cpu",
         attention_backends=("torch_native",),
+        lora_backends=("torch_native",),
         why_no_fp8_kv="SGLang has it on CPUs with AMX only, whose kernels are not supported",
     )
     identity: ClassVar[tuple[str, ...]] = ()

@@ -24,6 +24,8 @@ from sglang.srt.managers.io_struct import (
 
 from anchortp_sglang.kv.namespaces import Key
 from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Reseed
+from anchortp_sglang.recovery.requests import adapters
+from anchortp_sglang.recovery.requests.adapters import Adapters
 from anchortp_sglang.recovery.requests.down import ControlCalls, ServerDown
 from anchortp_sglang.recovery.requests.isolation import Evidence, Isolation
 from anchortp_sglang.recovery.requests.pause import PauseGate
@@ -63,6 +65,7 @@ class InflightRequests:
         """Control messages of an outage; requests wait in ``isolation``."""
         self._control: dict[type, bytes] = {}  # the last message of each repeatable kind
         self._pause: bytes | None = None  # the message that has paused the ranks
+        self.adapters = Adapters()
         self._wake: Any = None
         self._task: Any = None
         self.isolation = Isolation()
@@ -86,16 +89,19 @@ class InflightRequests:
             return None  # aborted in an outage, before it came here
         self._records |= requests
         if not requests:
-            self._dispatch_control(type(message), encoded)
+            self._dispatch_control(message, encoded)
         elif not self.outage:
             admitted = {rid for rid in requests if self.isolation.admit(rid, time.monotonic())}
             self._begin(requests, admitted, encoded)
         if len(self._records) > 2 * len(self._tm.rid_to_state) + _STALE_RECORDS:
             self.forget_finished()
 
-    def _dispatch_control(self, kind: type, encoded: bytes) -> None:
+    def _dispatch_control(self, message: Any, encoded: bytes) -> None:
+        kind = type(message)
         if kind in _REPEATABLE.values():
             self._control[kind] = encoded
+        elif kind in adapters.MESSAGES:
+            self.adapters.sent(message, encoded)
         if self.outage:
             self._held.append((kind, encoded))
         else:
@@ -211,6 +217,8 @@ class InflightRequests:
         self.send(GenerationStart(generation=generation))
         if self._pause is not None:
             self._send(self._pause)
+        for message in self._adapter_messages():
+            self._send(message)
         self._repeat_control()
         for rid in [rid for rid in self._records if self._tm.rid_to_state[rid].abort_sent]:
             self._drop(rid)  # the abort died with the scheduler
@@ -252,7 +260,9 @@ class InflightRequests:
         for rid, record in self._records.items():
             request, delivered = record.request(), self._tm.rid_to_state[rid].output_ids
             tokens = np.array([*request.input_ids, *delivered], np.int64)
-            yield (request.extra_key, request.cache_salt or None), tokens
+            # As Req.__init__ (managers/schedule_batch.py) makes it.
+            extra_key = request.extra_key if request.lora_id is None else (request.extra_key or "") + request.lora_id
+            yield (extra_key, request.cache_salt or None), tokens
 
     def reseed(self) -> Reseed:
         """Make the message that tells a new detokenizer of the requests with delivered tokens."""
@@ -302,6 +312,12 @@ class InflightRequests:
             if kind in self._control and kind not in held:
                 call._result_values.clear()
                 self._send(self._control[kind])
+
+    def _adapter_messages(self) -> list[bytes]:
+        """Return what new ranks must be told of adapters, before any request that uses one."""
+        call: Any = getattr(self._tm, "update_lora_adapter_communicator", None)
+        held = any(kind in adapters.MESSAGES for kind, _ in self._held)
+        return [] if call is None else self.adapters.repeat(call, held)
 
     def _abort(self, message: AbortReq) -> None:
         """End requests that are not with the ranks; tell ranks of the others (``abort_request`` takes prefixes)."""
