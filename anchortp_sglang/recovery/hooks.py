@@ -132,8 +132,13 @@ async def around_control_call(original: Callable[..., Any], communicator: Any, m
     """AROUND FanOutCommunicator.__call__: end the call if the server goes down before the ranks have answered."""
     inflight = installed_coordinator().inflight
     assert inflight is not None
-    call = partial(inflight.control_calls.run, original, communicator, message)
-    return await (inflight.adapters.run(call) if isinstance(message, adapters.MESSAGES) else call())
+    call = original
+    if isinstance(message, adapters.MESSAGES):
+
+        def call(*arguments: Any) -> Any:
+            return inflight.adapters.run(partial(original, *arguments))
+
+    return await inflight.control_calls.run(call, communicator, message)
 
 
 async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:

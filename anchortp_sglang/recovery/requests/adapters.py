@@ -4,6 +4,7 @@ Ranks load those of ``--lora-paths`` when they are made; messages bring them fro
 are read from their files again, which must be as they were.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -21,9 +22,14 @@ class Adapters:
         self._journal: dict[str, bytes] = {}
         """By adapter: its loading, or its unloading if ranks load it when they are made."""
         self._sent: tuple[Any, bytes] | None = None
+        self._repeated = asyncio.Event()
+        """Set when all messages that no call waited behind have been answered."""
+        self._repeated.set()
 
     async def run(self, call: Callable[[], Awaitable[Sequence[Any]]]) -> Sequence[Any]:
-        """Return the result of a control call, whatever repeated messages are answered meanwhile."""
+        """Return the result of a control call, whatever repeated messages are answered before it or meanwhile."""
+        while not self._repeated.is_set():
+            await self._repeated.wait()  # set, too, if other ranks are told again
         try:
             results = await call()
             self._note(results)
@@ -42,6 +48,7 @@ class Adapters:
 
         ``held``: whether the message that it awaits the answer of is sent later anyhow.
         """
+        self._repeated.set()  # the ranks that were told before are dead
         awaited = call._result_event is not None and self._sent is not None
         if awaited and call._result_event.is_set():  # the dead ranks' answer, which nobody has read yet
             self._note(call._result_values)
@@ -54,6 +61,9 @@ class Adapters:
             call._result_values.clear()
             call._result_fan_out = len(messages) + 1
             messages += [] if held else [encoded]
+        elif messages:  # their answers must not be taken for those of the next call
+            self._repeated = call._result_event = asyncio.Event()
+            call._result_values, call._result_fan_out = [], len(messages)
         return messages
 
     def _note(self, results: Sequence[Any]) -> None:

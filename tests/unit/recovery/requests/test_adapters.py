@@ -129,3 +129,28 @@ def test_a_second_fault_repeats_all_of_it() -> None:
         assert answer.success
 
     asyncio.run(scenario())
+
+
+def test_a_call_that_comes_after_the_fault_waits_for_the_answers_to_what_was_repeated() -> None:
+    async def scenario() -> None:
+        main = Main()
+        for name in "ab":
+            await main.done(load(name))
+        assert main.repeated() == ["+a", "+b"]
+        call = main.begin(load("c"))
+        await asyncio.sleep(0)
+        main.answer()
+        assert main.repeated() == ["+a", "+b"]  # other ranks are told again
+        for _ in range(2):
+            await asyncio.sleep(0)
+            assert not call.done()
+            main.answer()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not call.done(), "it has taken an answer that was not for it"
+        main.answer(success=False)
+        (answer,) = await call
+        assert not answer.success
+        assert main.repeated() == ["+a", "+b"]
+
+    asyncio.run(scenario())
