@@ -113,9 +113,9 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     from anchortp_sglang.hooks.table import install_all
 
     _refuse(server_args, platform)
-    config = read_config(Path(server_args.model_path), server_args.json_model_override_args)
-    folder = text_model.show_language_model(server_args)
     checkpoint = Path(server_args.model_path)
+    config = read_config(checkpoint, server_args.json_model_override_args)
+    folder = text_model.show_language_model(server_args)
     raw = msgspec.structs.asdict(server_args)
     expert_counts = server_args.init_expert_location
     # We deal the experts: SGLang's own tables have the same number on each rank.
