@@ -7,7 +7,7 @@ endif
 PY := $(VENV)/bin/python
 
 SOURCES = anchortp_sglang tests tools setup.py
-TESTS = $(wildcard tests/unit tests/engine tests/chaos tests/kits)
+TESTS = $(wildcard tests/unit tests/engine tests/chaos tests/fleet tests/kits)
 
 export PYTHONPATH := $(CURDIR)
 export PYTHONUNBUFFERED = 1

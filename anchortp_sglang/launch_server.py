@@ -99,6 +99,7 @@ def _run_http_server(server_args: Any, runtime: Any, options: AnchorOptions) -> 
         on_startup=start_loop,
         allow_injection=options.allow_injection,
         max_body_bytes=int(options.max_body_mib * 2**20),
+        allow_journals=options.allow_journals,
         metrics=_metrics(server_args, runtime),
     )
     guard(http_server.app)

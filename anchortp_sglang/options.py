@@ -103,6 +103,11 @@ class AnchorOptions:
     allow_injection: bool = _option(
         False, "allow-injection", "let 'anchortp inject' kill ranks and devices of this server"
     )
+    allow_journals: bool = _option(
+        False,
+        "allow-journals",
+        "serve POST /anchortp/journaled: requests that another server can go on with, and the rest of those of others",
+    )
     allow_drift: bool | tuple[str, ...] = _option(
         False,
         "allow-drift [SYMBOL,...]",

@@ -22,7 +22,7 @@ from anchortp_sglang.cli import devices as devices_commands
 from anchortp_sglang.cli import parity
 from anchortp_sglang.cli import pause as pause_commands
 from anchortp_sglang.cli import plan as plan_command
-from anchortp_sglang.cli.arguments import DEFAULT_URL, JsonOption, KeyOption, UrlOption
+from anchortp_sglang.cli.arguments import DEFAULT_URL, FLEET_URL, JsonOption, KeyOption, UrlOption
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,14 +41,25 @@ class FaultKind(StrEnum):
 
 
 @app.command()
-def status(url: UrlOption = DEFAULT_URL, api_key: KeyOption = None, as_json: JsonOption = False) -> None:
-    """Show the server's devices and its last recoveries."""
-    found = _status(url, api_key)
+def status(
+    url: UrlOption = DEFAULT_URL,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+    fleet: Annotated[
+        bool, typer.Option("--fleet", help=f"Ask a fleet's ingress instead, by default {FLEET_URL}.")
+    ] = False,
+) -> None:
+    """Show the server's devices and its last recoveries, or a fleet's servers."""
+    found = _status(FLEET_URL if fleet and url == DEFAULT_URL else url, api_key)
+    if fleet and not found.get("fleet"):
+        typer.echo(f"anchortp: {url} is one server, no fleet: leave --fleet out", err=True)
+        raise typer.Exit(1)
     if as_json:
         return _print_json(found)
+    from anchortp_sglang.views.fleet import fleet_view
     from anchortp_sglang.views.status import status_view
 
-    Console().print(status_view(found))
+    Console().print(fleet_view(found) if found.get("fleet") else status_view(found))
 
 
 @app.command()

@@ -11,3 +11,5 @@ KeyOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 DEFAULT_URL = "http://127.0.0.1:30000"
+FLEET_URL = "http://127.0.0.1:8000"
+"""Where Ray Serve's proxy listens by default."""

@@ -3,11 +3,13 @@
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from fastapi import HTTPException
+
 from anchortp_sglang.admission.checks import check_route
-from anchortp_sglang.http import probes
+from anchortp_sglang.http import journaled, probes
 from anchortp_sglang.http.body_limit import Receive, limited
 from anchortp_sglang.http.metrics import Metrics, scrape
-from anchortp_sglang.http.own_routes import Answer, OwnRoutes
+from anchortp_sglang.http.own_routes import Answer, OwnRoutes, read
 from anchortp_sglang.http.status import state_name, status
 from anchortp_sglang.recovery.coordinator import Coordinator
 
@@ -38,6 +40,7 @@ class AnchorMiddleware:
         on_startup: Callable[[], None],
         allow_injection: bool,
         max_body_bytes: int,
+        allow_journals: bool = False,
         metrics: Metrics | None = None,
     ) -> None:
         self._app = app
@@ -46,6 +49,7 @@ class AnchorMiddleware:
         self._on_startup = on_startup
         self._own = OwnRoutes(coordinator, allow_injection)
         self._max_body_bytes = max_body_bytes
+        self._allow_journals = allow_journals
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,6 +59,8 @@ class AnchorMiddleware:
             await _refuse_websocket(scope, self._refusal, send)
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
+        elif _path(scope).rstrip("/") == journaled.PATH:
+            await self._serve_journaled(scope, receive, send)
         elif (answer := await self._answer(scope, receive)) is not None:
             await _send(answer, send)
         elif _path(scope).startswith("/metrics"):
@@ -64,6 +70,20 @@ class AnchorMiddleware:
                 scope = {**scope, "method": "GET"}  # SGLang has no HEAD here; the HTTP server drops the body
             way_out = "send less, or raise --anchor-max-body-mib"
             await self._app(scope, limited(scope, receive, self._max_body_bytes, way_out), send)
+
+    async def _serve_journaled(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            return await _send(Answer.of(405, {"detail": f"{journaled.PATH} takes POST"}, allow="POST"), send)
+        if not self._allow_journals:
+            return await _send(_error(403, "journals are off: start the server with --anchor-allow-journals"), send)
+        try:
+            body = await read(limited(scope, receive, 2 * self._max_body_bytes, "raise --anchor-max-body-mib"))
+            asked = journaled.parse(body)
+        except HTTPException as error:
+            return await _send(_error(error.status_code, error.detail), send)
+        except journaled.BadRequest as error:
+            return await _send(_error(400, str(error)), send)
+        await journaled.serve(asked, self, scope, receive, send)
 
     def _notice_startup(self, send: Send) -> Send:
         async def forward(message: MutableMapping[str, Any]) -> None:

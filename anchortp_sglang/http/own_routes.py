@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 from fastapi import HTTPException
 
+from anchortp_sglang.http import journaled
 from anchortp_sglang.http.body_limit import Receive, limited
 from anchortp_sglang.http.status import status
 from anchortp_sglang.recovery.change_plans import ChangeRefused, Wish
@@ -134,6 +135,8 @@ def guard(app: Any) -> None:
     async def unguarded() -> None:
         raise HTTPException(404)
 
+    # Requests with a journal are requests of users, who have no admin key.
+    app.add_api_route(journaled.PATH, unguarded, methods=["POST"], include_in_schema=False)
     path = "/anchortp/{route:path}"
     app.add_api_route(path, guarded, methods=["POST"], include_in_schema=False)
     app.add_api_route(path, unguarded, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"], include_in_schema=False)
@@ -149,7 +152,7 @@ async def _decoded(scope: Mapping[str, Any], receive: Receive, kind: type[_Body]
     if _content_type(scope) != _JSON:
         return _refused(415, f"the Content-Type must be {_JSON}")
     try:
-        body = await _read(limited(scope, receive, _MAX_BODY_BYTES, f"send no more than {example}"))
+        body = await read(limited(scope, receive, _MAX_BODY_BYTES, f"send no more than {example}"))
         return msgspec.json.decode(body, type=kind)
     except HTTPException as error:
         return _refused(error.status_code, error.detail)
@@ -182,7 +185,8 @@ def _content_type(scope: Mapping[str, Any]) -> str:
     return given.partition(";")[0].strip().lower()
 
 
-async def _read(receive: Receive) -> bytes:
+async def read(receive: Receive) -> bytes:
+    """Read a request's body to its end."""
     body = b""
     while True:
         message = await receive()

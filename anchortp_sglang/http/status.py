@@ -26,6 +26,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "recoveries": coordinator.recoveries.to_json(),
         "fruitless_faults": coordinator.state.fruitless,
         "suspects": 0 if coordinator.inflight is None else coordinator.inflight.isolation.suspects,
+        "open_requests": 0 if coordinator.inflight is None else coordinator.inflight.open_requests,
         "requests_ended": {how: coordinator.culprits.ended[how] for how in ENDED},
     }
 

@@ -129,6 +129,7 @@ class Coordinator:
         self._tm, self._loop = tokenizer_manager, tokenizer_manager.event_loop
         self._fence_line = FenceLine(tokenizer_manager, self.processes.port_args.detokenizer_ipc_name)
         self.inflight = InflightRequests(tokenizer_manager, tokenizer_manager.send_to_scheduler.send)
+        self.inflight.continued.reseed = self._fence_line.reseed
         tokenizer_manager.is_pause_cond = self.inflight.gate
         self.inflight.replay(self.generation.number)
         self._detection.begin(tokenizer_manager.event_loop)

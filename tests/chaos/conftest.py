@@ -12,7 +12,8 @@ from remains import Place
 from anchortp_sglang.testing.server import Server
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
-ARGUMENTS = ("--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192", "--anchor-allow-injection")
+ARGUMENTS = ("--dtype", "float32", "--device", "cpu", "--max-total-tokens", "8192")
+ARGUMENTS += ("--anchor-allow-injection", "--anchor-allow-journals")
 OVERLAP = ("--anchor-overlap", os.environ.get("ANCHORTP_OVERLAP", "auto"))
 """For all servers but those of tests that say it themselves."""
 HANG_TIMEOUT_S = 4

@@ -23,6 +23,7 @@ from constrained import (
 )
 from faults import kill_rank, kill_standby, recovered
 from forge import LAUNCHER
+from fronts import front
 from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.testing.streams import Streams
@@ -166,6 +167,22 @@ def test_chats_with_formats_tools_and_reasoning_go_on_as_unbroken(served, chats)
     assert clock.histories[0].error is None
     for name, answer in expected.items():
         assert broken.given[name] == answer, name
+
+
+def test_chats_and_grammars_that_move_to_another_server_go_on_as_unbroken(served, chats, asked):
+    """The parsers of tool calls and reasoning are given the same again there, and the grammars the tokens."""
+    server, unbroken = served
+    bodies, expected = chats
+    streams = unbroken(asked[0])
+    with front([server.url]) as moving:
+        with Chats(moving, bodies) as moved, Streams(moving.url, [*CLOCK, *asked[0]]) as clock:
+            clock.wait_tokens(12)
+            assert not moved.given, "an answer was complete before the cut"
+            assert moving.cut() > len(bodies)
+        clock.wait()
+    check(streams, clock.histories[1:])
+    for name, answer in expected.items():
+        assert moved.given[name] == answer, name
 
 
 def slow_request(title):

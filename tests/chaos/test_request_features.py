@@ -13,6 +13,7 @@ import pytest
 import requests_of_all_kinds as kinds
 from calls import AtOnce, assert_same, post
 from faults import kill_rank, kill_standby, lose_device, recovered
+from fronts import front
 from histories import assert_exactly_once, assert_identical, flush, outcomes, prompt, request, until
 
 from anchortp_sglang.testing.streams import Streams
@@ -105,6 +106,41 @@ def test_kills_at_random_moments_change_no_answer(flagged, calls, unbroken):
         print(f"kill {number + 1}: rank {rank}, token {moment}")
         got = strike(flagged, calls, lambda rank=rank: kill_rank(flagged, rank), "process", moment)
         assert_same(unbroken, got)
+
+
+OF_OTHER_APIS = ("messages, streamed", "ollama chat, streamed", "ollama generate, streamed", "responses, streamed")
+NOT_KEPT = (
+    *("sampling mask, greedy", "sampling mask, drawn", "hidden states, streamed"),
+    "flat logprobs of the prompt, streamed",
+)
+"""Streams whose answers have what journals do not keep."""
+STORED = ("responses, background", "responses, previous")
+"""They go on with what one server has stored."""
+
+
+def said_why_not(answer):
+    """Whether an answer is an error, or a stream that ended without its end."""
+    return isinstance(answer, Exception) or "fleet_error" in str(answer)
+
+
+def test_requests_that_move_to_another_server_are_answered_as_unbroken(flagged, calls, unbroken):
+    """The connections are cut under all of them, so each goes on as if its server were lost with its host."""
+    generation = flagged.status()["generation"]
+    sent = {name: ask for name, ask in calls.items() if name not in STORED}
+    with front([flagged.url]) as moving, Streams(moving.url, [CLOCK]) as clock, AtOnce(moving, sent) as asked:
+        clock.wait_tokens(random.Random(SEED).randrange(2, kinds.TOKENS // 2))
+        early = dict(asked.given)
+        cut = moving.cut()
+        until(lambda: clock.histories[0].done, "the clock's stream does not end")
+    print(f"{cut} connections cut, {len(early)} answers were complete")
+    assert flagged.status()["generation"] == generation
+    assert clock.histories[0].error is None
+    assert_exactly_once(clock.histories[0])
+    assert cut > len(calls) // 2
+    broken = {name for name in OF_OTHER_APIS + NOT_KEPT if said_why_not(asked.given[name])}
+    same = sent.keys() - broken
+    assert_same({name: unbroken[name] for name in same}, {name: asked.given[name] for name in same})
+    flush(flagged)
 
 
 def test_what_a_seed_draws_does_not_depend_on_others_of_the_batch(flagged, calls):

@@ -57,14 +57,14 @@ def test_every_flag_reaches_its_field():
     line = (
         "--anchor-min-devices 2 --anchor-linger 3 --anchor-run-dir /run/a"
         " --anchor-hang-timeout 4 --anchor-recovery-deadline 5 --anchor-max-body-mib 0.5 --anchor-allow-injection"
-        " --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
+        " --anchor-allow-journals --anchor-allow-drift --anchor-device-gib 6 --anchor-kv-mirror host"
         " --anchor-kv-mirror-gib 1.5 --anchor-kv-mirror-gbps 2"
         " --anchor-standby cold --anchor-start-devices 3,0 --anchor-rejoin auto --anchor-change-gbps 0.5"
         " --anchor-overlap on --anchor-share-gpus"
     )
     options, rest = split_argv(shlex.split(line))
     assert rest == []
-    expected = (None, False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, 6.0, "host", 1.5, 2.0)
+    expected = (None, False, 2, 3.0, "/run/a", 4.0, 5.0, 0.5, True, True, True, 6.0, "host", 1.5, 2.0)
     expected += ("cold", (0, 3), "auto", 0.5, "on", True)
     assert dataclasses.astuple(options) == expected
     assert split_argv(["--anchor-rotate-heads"])[0].rotate_heads

@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from anchortp_sglang.rank.messages import Fence, Ping
+from anchortp_sglang.rank.messages import Fence, Ping, Reseed
 from anchortp_sglang.recovery.processes.pidfd import is_dead
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.requests.inflight import InflightRequests
@@ -38,6 +38,7 @@ class FenceLine:
         self._seen: asyncio.Future[Fence] | None = None
         self._pings = 0
         self._answers = 0
+        self._awaited: dict[int, asyncio.Future[None]] = {}
 
     async def drain(self, generation: int, processes: ServerProcesses, inflight: InflightRequests) -> None:
         """Wait until all that ``generation``'s dead rank 0 has sent is with TokenizerManager.
@@ -67,14 +68,28 @@ class FenceLine:
             if not serving() or not self._tm.rid_to_state:
                 self._answers = self._pings
                 continue
-            if self._pings - self._answers == _UNANSWERED:
+            if self._pings - self._answers >= _UNANSWERED:
                 self._answers = self._pings
                 processes.end_detokenizer()
                 continue
             if self._pings > self._answers:
                 await in_thread(processes.resume_stopped)
-            self._pings += 1
-            self._send(Ping(number=self._pings))
+            self._ping()
+
+    async def reseed(self, message: Reseed) -> None:
+        """Tell the detokenizer of requests that it has not had; return when it knows them. Raises TimeoutError."""
+        self._send(message)
+        number = self._ping()
+        self._awaited[number] = asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait_for(self._awaited[number], _TIMEOUT_S)
+        finally:
+            del self._awaited[number]
+
+    def _ping(self) -> int:
+        self._pings += 1
+        self._send(Ping(number=self._pings))
+        return self._pings
 
     async def _fence(self, generation: int) -> None:
         self._generation, self._seen = generation, asyncio.get_running_loop().create_future()
@@ -93,3 +108,6 @@ class FenceLine:
 
     def _answered(self, ping: Ping) -> None:
         self._answers = max(self._answers, ping.number)
+        awaited = self._awaited.get(ping.number)
+        if awaited is not None and not awaited.done():
+            awaited.set_result(None)

@@ -23,13 +23,14 @@ from sglang.srt.managers.io_struct import (
 )
 
 from anchortp_sglang.kv.namespaces import Key
-from anchortp_sglang.rank.messages import CONTEXT_TOKENS, GenerationStart, Reseed
-from anchortp_sglang.recovery.requests import adapters
+from anchortp_sglang.rank.messages import GenerationStart, Reseed
+from anchortp_sglang.recovery.requests import adapters, journal
 from anchortp_sglang.recovery.requests.adapters import Adapters
+from anchortp_sglang.recovery.requests.continued import Continued
 from anchortp_sglang.recovery.requests.down import ControlCalls, ServerDown
 from anchortp_sglang.recovery.requests.isolation import Evidence, Isolation
 from anchortp_sglang.recovery.requests.pause import PauseGate
-from anchortp_sglang.recovery.requests.records import Record, encode, records_of
+from anchortp_sglang.recovery.requests.records import Record, encode, records_of, reseed_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ _PAUSES = (PauseGenerationReqInput, ContinueGenerationReqInput)
 """Messages of which the last one holds for new ranks, too: they pause before they take a request."""
 
 _STALE_RECORDS = 64
+_ERROR_TYPES = {400: "BadRequestError", 500: "InternalServerError"}
 
 
 class TokenCountMismatch(AssertionError):
@@ -74,6 +76,7 @@ class InflightRequests:
         self.refusal: str | None = None
         """Why no request is served any more; set by ``give_up``."""
         self.control_calls = ControlCalls(lambda: self.refusal)
+        self.continued = Continued(tokenizer_manager, self._resume, self._finish)
 
     def dispatch(self, message: Any) -> None:
         """Take a message that TM wants to send to the scheduler. Raises ServerDown if it would not be answered."""
@@ -87,14 +90,36 @@ class InflightRequests:
         requests = records_of(message, encoded)
         if requests and not requests.keys() & self._tm.rid_to_state.keys():
             return None  # aborted in an outage, before it came here
+        if requests and self._go_on_with_journals(requests):
+            encoded = b""  # no message has just those that are left
         self._records |= requests
-        if not requests:
+        if not requests and encoded:
             self._dispatch_control(message, encoded)
         elif not self.outage:
             admitted = {rid for rid in requests if self.isolation.admit(rid, time.monotonic())}
             self._begin(requests, admitted, encoded)
         if len(self._records) > 2 * len(self._tm.rid_to_state) + _STALE_RECORDS:
             self.forget_finished()
+
+    def _go_on_with_journals(self, requests: dict[str, Record]) -> bool:
+        """Connect requests with their HTTP request's journal, and take out those that it has rows of, if any."""
+        given = journal.current.get()
+        if given is None:
+            return False
+        here = [rid for rid in requests if rid in self._tm.rid_to_state]
+        going = [rid for rid in here if self.continued.begin(given, rid, requests[rid])]
+        for rid in going:
+            del requests[rid]
+        return bool(going)
+
+    def _resume(self, rid: str, record: Record) -> None:
+        """Take in a request that has been given the rows of its journal."""
+        record.begun = True
+        self._records[rid] = record
+        if self._tm.rid_to_state[rid].abort_sent:
+            self._drop(rid)
+        elif not self.outage:
+            self._begin({rid: record}, {rid} if self.isolation.admit(rid, time.monotonic()) else set(), b"")
 
     def _dispatch_control(self, message: Any, encoded: bytes) -> None:
         kind = type(message)
@@ -122,10 +147,17 @@ class InflightRequests:
     @property
     def has_open(self) -> bool:
         """Whether a request has been taken for the ranks and has not ended."""
-        return any(rid in self._tm.rid_to_state for rid in self._records)
+        return bool(self.continued.going) or any(rid in self._tm.rid_to_state for rid in self._records)
+
+    @property
+    def open_requests(self) -> int:
+        """Return how many requests clients wait for, those included that have not been sent to the ranks."""
+        return len(self._tm.rid_to_state)
 
     def abort_open(self) -> bool:
         """Abort all requests that were taken for the ranks; return whether some have not ended yet."""
+        for rid in list(self.continued.going):
+            self._drop(rid)
         open_rids = [rid for rid in self._records if rid in self._tm.rid_to_state]
         for rid in open_rids:
             if self.outage or rid in self.isolation.waiting:
@@ -146,13 +178,20 @@ class InflightRequests:
         return None
 
     def _begin(self, requests: dict[str, Record], admitted: Collection[str], encoded: bytes) -> None:
+        """Send the admitted ones; ``encoded``: the message that has all of them, or nothing."""
+        whole = encoded and len(admitted) == len(requests)
         for rid in admitted:
+            if not whole:
+                self._send(self._message_of(rid, requests[rid]))
             requests[rid].begun = True
-        if len(admitted) == len(requests):
-            return self._send(encoded)
-        for rid in admitted:
-            self._send(requests[rid].message)
-        self._release()
+        if whole:
+            self._send(encoded)
+        elif len(admitted) < len(requests):
+            self._release()
+
+    def _message_of(self, rid: str, record: Record) -> bytes:
+        """Return what makes ranks begin a request, or go on after the tokens that its client has."""
+        return record.resume(list(self._tm.rid_to_state[rid].output_ids)) if record.begun else record.message
 
     def delivered(self, output: Any) -> int:
         """Check a batch for gaps and doubles before TM takes it; return how many new tokens it carries.
@@ -163,7 +202,8 @@ class InflightRequests:
         if counts is None or ids is None:
             return 0
         fresh, now = 0, time.monotonic()
-        for rid, count, new, cached in zip(output.rids, counts, ids, output.cached_tokens, strict=True):
+        rows = zip(output.rids, counts, ids, output.cached_tokens, strict=True)
+        for row, (rid, count, new, cached) in enumerate(rows):
             state, record = self._tm.rid_to_state.get(rid), self._records.get(rid)
             if state is None or record is None:
                 continue
@@ -173,6 +213,8 @@ class InflightRequests:
                     f"that it has {count}"
                 )
             record.cached_tokens = cached
+            if record.journal is not None:
+                record.journal.add(record.number, output, row)
             fresh += len(new)
             self.isolation.progressed(rid, len(new), now)
         return fresh
@@ -246,8 +288,7 @@ class InflightRequests:
             if record is None:
                 self.isolation.close(rid)
                 continue
-            delivered = list(self._tm.rid_to_state[rid].output_ids)
-            self._send(record.resume(delivered) if record.begun else record.message)
+            self._send(self._message_of(rid, record))
             record.begun = True
         if self._wake is not None:
             self._wake.cancel()
@@ -267,24 +308,16 @@ class InflightRequests:
     def reseed(self) -> Reseed:
         """Make the message that tells a new detokenizer of the requests with delivered tokens."""
         self.forget_finished()
-        message = Reseed(rids=[], decode_ids=[], context_tokens=[], sent_chars=[], skip_special=[], space_special=[])
-        for rid, record in self._records.items():
-            state = self._tm.rid_to_state[rid]
-            if state.output_ids:
-                request = record.request()
-                context = list(request.input_ids[-CONTEXT_TOKENS:])
-                message.rids.append(rid)
-                message.decode_ids.append([*context, *state.output_ids])
-                message.context_tokens.append(len(context))
-                message.sent_chars.append(len(state.get_text()))
-                message.skip_special.append(request.sampling_params.skip_special_tokens)
-                message.space_special.append(request.sampling_params.spaces_between_special_tokens)
-        return message
+        states = self._tm.rid_to_state
+        return reseed_of((rid, record, states[rid]) for rid, record in self._records.items() if states[rid].output_ids)
 
     def end_open(self, reason: str) -> int:
         """End every open request with a clear error; return how many. New ones are accepted as before."""
         rids = list(self._tm.rid_to_state)
         for rid in rids:
+            record = self._records.get(rid)
+            if record is not None and record.journal is not None:
+                record.journal.given_up = reason
             self._forget(rid)
             self._finish(rid, reason, status_code=503)
         return len(rids)
@@ -322,7 +355,8 @@ class InflightRequests:
     def _abort(self, message: AbortReq) -> None:
         """End requests that are not with the ranks; tell ranks of the others (``abort_request`` takes prefixes)."""
         matching = [r for r in self._tm.rid_to_state if message.abort_all or r.startswith(message.rid)]
-        here = set(matching) if self.outage else set(self.isolation.waiting).intersection(matching)
+        with_nobody = {*self.isolation.waiting, *self.continued.going}
+        here = set(matching) if self.outage else with_nobody.intersection(matching)
         for rid in here:
             self._drop(rid)
         for rid in set(matching) - here:
@@ -339,7 +373,7 @@ class InflightRequests:
     def _finish(self, rid: str, text: str, status_code: int | None) -> None:
         reason: dict[str, Any] = {"type": "abort", "message": text}
         if status_code is not None:
-            err_type = "InternalServerError" if status_code == 500 else "ServiceUnavailable"
+            err_type = _ERROR_TYPES.get(status_code, "ServiceUnavailable")
             # A bare number would not do: streams of OpenAI's and Anthropic's APIs would end as if they were complete
             # (serving_chat._generate_chat_stream, serving_completions).
             reason |= {"status_code": HTTPStatus(status_code), "err_type": err_type}

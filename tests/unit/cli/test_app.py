@@ -302,3 +302,36 @@ def test_the_module_runs_as_a_command():
     )
     assert done.returncode == 0
     assert "inject" in done.stdout
+
+
+FLEET = {
+    "fleet": True,
+    "servers": [
+        {
+            "name": "a1",
+            "url": "http://10.0.0.1:20001",
+            "node": "n1",
+            "up": True,
+            "status": STATUS | {"open_requests": 7},
+        },
+        {"name": "b2", "url": "http://10.0.0.2:20002", "node": "n2", "up": False, "error": "ClientError: refused"},
+    ],
+    "ingress": {"open": 3, "served": 40, "failed": 1, "moved": 5, "longest_pause_s": 0.41},
+    "serve": {
+        "status": "RUNNING",
+        "deployments": {"Server": {"status": "UPDATING", "replicas": {"RUNNING": 1, "STARTING": 1}, "message": "why"}},
+    },
+}
+
+
+def test_status_of_a_fleet_shows_every_server_and_what_the_ingress_has_moved(server):
+    server.answers["/anchortp/status"] = (200, FLEET)
+    done = CliRunner().invoke(app, ["status", "--fleet", "--url", server.url], env={"COLUMNS": "160"})
+    assert done.exit_code == 0
+    for said in ("fleet: RUNNING", "1 running, 1 starting: why", "degraded", "3/2", "lost: ClientError", "5 moves"):
+        assert said in done.output, said
+
+
+def test_status_of_a_fleet_at_one_server_says_that_it_is_none(server):
+    done = CliRunner().invoke(app, ["status", "--fleet", "--url", server.url])
+    assert done.exit_code == 1 and "is one server" in done.output

@@ -106,10 +106,16 @@ def exposed_names(exposed):
     return {line.split()[2] for line in exposed.splitlines() if line.startswith("# TYPE")}
 
 
-def test_the_dashboard_asks_for_series_that_exist(exposed):
-    board = json.loads((ROOT / "launch/grafana-dashboard.json").read_text())
+OF_INGRESSES = {"anchortp_fleet_move_seconds", "anchortp_fleet_requests"}
+
+
+@pytest.mark.parametrize("file", ["grafana-dashboard.json", "fleet-dashboard.json"])
+def test_the_dashboards_ask_for_series_that_exist(exposed, file):
+    board = json.loads((ROOT / "launch" / file).read_text())
     asked = names_in(target["expr"] for panel in board["panels"] for target in panel.get("targets", []))
-    assert asked and asked <= exposed_names(exposed)
+    assert asked and asked <= exposed_names(exposed) | OF_INGRESSES
+    source = (ROOT / "anchortp_sglang/fleet/ingress.py").read_text()
+    assert all(f'"{name}"' in source for name in asked & OF_INGRESSES)
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
     assert len(set(places)) == len(places), "panels lie on one another"
     assert all(p["gridPos"]["x"] + p["gridPos"]["w"] <= 24 for p in board["panels"])
