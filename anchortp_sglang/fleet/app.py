@@ -28,8 +28,11 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     """Make the application from its arguments (FleetConfig). Raises ConfigError."""
     made = config.read(args)
     servers = serve.deployment(Replica).options(**server_options(made)).bind(made)
-    # The builder is called in the ingress's process, not here: what it makes cannot be sent.
-    ingress = serve.deployment(serve.ingress(_ingress)()).options(
+
+    def make() -> Ingress:  # in the ingress's process: what it makes cannot be sent there
+        return Ingress(made.max_body_bytes)
+
+    ingress = serve.deployment(serve.ingress(make)()).options(
         name="Ingress",
         num_replicas=made.ingresses,
         max_ongoing_requests=_OPEN_PER_INGRESS,
@@ -42,10 +45,6 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         health_check_period_s=_HEALTH_EVERY_S,
     )
     return ingress.bind(servers)
-
-
-def _ingress() -> Ingress:
-    return Ingress()
 
 
 def server_options(made: FleetConfig) -> dict[str, Any]:

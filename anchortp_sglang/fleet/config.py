@@ -53,7 +53,6 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: float = 30.0
     start_timeout_s: float = 1800.0
     environment: dict[str, str] = {}
-    max_body_mib: float = 64.0
     version: str = ""
 
     def __post_init__(self) -> None:
@@ -72,10 +71,24 @@ class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return ``arguments`` as a list."""
         return shlex.split(self.arguments) if isinstance(self.arguments, str) else list(self.arguments)
 
+    def flag(self, name: str) -> str | None:
+        """Return the value of a flag in ``arguments``, the last one's, or None."""
+        flags, value = self.flags, None
+        for one, following in itertools.pairwise([*flags, None]):
+            if one == name:
+                value = following
+            elif one is not None and one.startswith(f"{name}="):
+                value = one.partition("=")[2]
+        return value
+
     @property
     def on_cpus(self) -> bool:
-        flags = self.flags
-        return "--device=cpu" in flags or ("--device", "cpu") in itertools.pairwise(flags)
+        return self.flag("--device") == "cpu"
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Return the longest body that the servers take; the ingress reads no more."""
+        return int(float(self.flag("--anchor-max-body-mib") or 64) * 2**20)
 
     @property
     def model(self) -> str:

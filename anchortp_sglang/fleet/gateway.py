@@ -131,10 +131,9 @@ class Gateway:
                 return await self._hand_to(member, method, target, body, headers, client)
             except aiohttp.ClientConnectorError as error:  # it never had the request
                 member.lose(f"{type(error).__name__}: {error}")
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            except (aiohttp.ClientError, OSError, TimeoutError):
                 failed.append(member.known.name)
-                if not isinstance(error, TimeoutError):
-                    member.lose(f"{type(error).__name__}: {error}")
+                self._members.check(member)
                 if client.started:
                     raise  # the connection ends without the answer's end
         why = f"{len(failed)} servers in a row were lost with it" if failed else "no server of the fleet is up"

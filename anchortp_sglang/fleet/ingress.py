@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 SERVERS = "Server"
 """The deployment of the servers; Serve's commands show it by this name."""
 _CONNECT_TIMEOUT_S = 2.0
+_KEEP_ALIVE_S = 3.0
+"""Below the time after which SGLang's HTTP server closes an idle connection, which would look like a lost server."""
 _DETAILS_EVERY_S = 2.0
 _PAUSES_S = [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 
@@ -25,7 +27,8 @@ _PAUSES_S = [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
 class Ingress:
     """An ASGI application. What needs the event loop is made on it, with the first message."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
         self._making: asyncio.Task[Gateway] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._details: dict[str, Any] = {}
@@ -40,7 +43,11 @@ class Ingress:
     async def _make(self) -> Gateway:
         loop = asyncio.get_running_loop()
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S)
-        session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout, auto_decompress=False)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            timeout=timeout,
+            auto_decompress=False,
+        )
         members = Members(session)
 
         def take(known: list[Known]) -> None:
@@ -53,7 +60,7 @@ class Ingress:
             task = asyncio.ensure_future(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        gateway = Gateway(members, session, lambda: self._details)
+        gateway = Gateway(members, session, lambda: self._details, self._max_body_bytes)
         _export(gateway)
         return gateway
 

@@ -73,6 +73,7 @@ class Members:
         self._leaving: list[Member] = []
         """Those that Serve has taken out, until they have no request of ours any more."""
         self._changed = asyncio.Event()
+        self._checks: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Member]:
         return iter(list(self._members.values()))
@@ -107,6 +108,12 @@ class Members:
             await asyncio.wait_for(self._changed.wait(), timeout_s)
         except TimeoutError:
             pass
+
+    def check(self, member: Member) -> None:
+        """Probe a server at once, as a connection with it broke: it is lost, or only the connection was."""
+        task = asyncio.ensure_future(self._probe(member))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
 
     async def watch(self) -> None:
         """Probe all servers, again and again."""

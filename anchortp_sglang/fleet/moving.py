@@ -196,13 +196,12 @@ async def _serve(
         except (Lost, TimeoutError, aiohttp.ClientError, OSError) as error:
             refusal = None
             fatal = 0 if len(request.journal) > entries else fatal + (0 if isinstance(error, Lost) else 1)
-            if not isinstance(error, (Lost, TimeoutError)):
-                member.lose(f"{type(error).__name__}: {error}")
+            members.check(member)
             if request.broken is not None and request.started:
                 return await _end(request, client, 503, f"its server is lost, and {request.broken}")
             if fatal >= FATAL:
                 return await _end(request, client, 500, f"{fatal} servers in a row were lost with this request")
-            log.warning("anchortp fleet: a request of %s goes on elsewhere", member.known.name)
+            log.warning("anchortp fleet: a request of %s goes on elsewhere: %s", member.known.name, error)
             request.lost_at = request.lost_at or time.monotonic()
             waits_until = time.monotonic() + PATIENCE_S
         if request.broken is not None:

@@ -104,11 +104,8 @@ class ServerProcess:
             return 0, None
 
     def _authorization(self) -> dict[str, str]:
-        flags = self._config.flags
-        for name in ("--admin-api-key", "--api-key"):
-            if name in flags[:-1]:
-                return {"Authorization": f"Bearer {flags[flags.index(name) + 1]}"}
-        return {}
+        key = self._config.flag("--api-key")  # GET takes no admin key
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no request is open; return whether that came about in time."""

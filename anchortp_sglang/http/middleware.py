@@ -9,7 +9,7 @@ from anchortp_sglang.admission.checks import check_route
 from anchortp_sglang.http import journaled, probes
 from anchortp_sglang.http.body_limit import Receive, limited
 from anchortp_sglang.http.metrics import Metrics, scrape
-from anchortp_sglang.http.own_routes import Answer, OwnRoutes, read
+from anchortp_sglang.http.own_routes import JSON, Answer, OwnRoutes, content_type, read
 from anchortp_sglang.http.status import state_name, status
 from anchortp_sglang.recovery.coordinator import Coordinator
 
@@ -76,6 +76,8 @@ class AnchorMiddleware:
             return await _send(Answer.of(405, {"detail": f"{journaled.PATH} takes POST"}, allow="POST"), send)
         if not self._allow_journals:
             return await _send(_error(403, "journals are off: start the server with --anchor-allow-journals"), send)
+        if content_type(scope) != JSON:  # what a foreign page may send unasked
+            return await _send(_error(415, f"the Content-Type must be {JSON}"), send)
         try:
             body = await read(limited(scope, receive, 2 * self._max_body_bytes, "raise --anchor-max-body-mib"))
             asked = journaled.parse(body)

@@ -19,7 +19,7 @@ from anchortp_sglang.views.timeline_page import main_part, page
 
 _READ = ("GET", "HEAD")
 _MAX_BODY_BYTES = 4096
-_JSON = "application/json"
+JSON = "application/json"
 _CHANGES = '{"drain": [2]}, {"rejoin": [2]} or {"devices": [0, 1, 3], "widths": [2, 1, 1]}'
 
 _Body = TypeVar("_Body")
@@ -32,7 +32,7 @@ class Answer:
 
     code: int
     body: bytes
-    content_type: str = _JSON
+    content_type: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -149,8 +149,8 @@ def _refused(code: int, detail: str) -> Answer:
 async def _decoded(scope: Mapping[str, Any], receive: Receive, kind: type[_Body], example: str) -> _Body | Answer:
     """Read a small JSON body of a type; return the answer to one that is none."""
     # Browsers do not send JSON across origins without asking (CORS), so no foreign page can do harm here.
-    if _content_type(scope) != _JSON:
-        return _refused(415, f"the Content-Type must be {_JSON}")
+    if content_type(scope) != JSON:
+        return _refused(415, f"the Content-Type must be {JSON}")
     try:
         body = await read(limited(scope, receive, _MAX_BODY_BYTES, f"send no more than {example}"))
         return msgspec.json.decode(body, type=kind)
@@ -180,7 +180,8 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def _content_type(scope: Mapping[str, Any]) -> str:
+def content_type(scope: Mapping[str, Any]) -> str:
+    """Return the type of a body, without parameters; an empty text if the request names none."""
     given = str(dict(scope["headers"]).get(b"content-type", b""), "latin-1")
     return given.partition(";")[0].strip().lower()
 

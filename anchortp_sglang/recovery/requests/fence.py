@@ -38,6 +38,7 @@ class FenceLine:
         self._seen: asyncio.Future[Fence] | None = None
         self._pings = 0
         self._answers = 0
+        self._reseeds = 0
         self._awaited: dict[int, asyncio.Future[None]] = {}
 
     async def drain(self, generation: int, processes: ServerProcesses, inflight: InflightRequests) -> None:
@@ -68,28 +69,26 @@ class FenceLine:
             if not serving() or not self._tm.rid_to_state:
                 self._answers = self._pings
                 continue
-            if self._pings - self._answers >= _UNANSWERED:
+            if self._pings - self._answers == _UNANSWERED:
                 self._answers = self._pings
                 processes.end_detokenizer()
                 continue
             if self._pings > self._answers:
                 await in_thread(processes.resume_stopped)
-            self._ping()
+            self._pings += 1
+            self._send(Ping(number=self._pings))
 
     async def reseed(self, message: Reseed) -> None:
         """Tell the detokenizer of requests that it has not had; return when it knows them. Raises TimeoutError."""
         self._send(message)
-        number = self._ping()
+        self._reseeds += 1
+        number = -self._reseeds  # no ping of the watch: many at once are no sign of a detokenizer that does not answer
+        self._send(Ping(number=number))
         self._awaited[number] = asyncio.get_running_loop().create_future()
         try:
             await asyncio.wait_for(self._awaited[number], _TIMEOUT_S)
         finally:
             del self._awaited[number]
-
-    def _ping(self) -> int:
-        self._pings += 1
-        self._send(Ping(number=self._pings))
-        return self._pings
 
     async def _fence(self, generation: int) -> None:
         self._generation, self._seen = generation, asyncio.get_running_loop().create_future()

@@ -123,6 +123,8 @@ def test_what_is_not_ours_is_not_found_by_any_method(method):
         ("POST", "/anchortp/reconfigure/", "user", False),
         ("POST", "/anchortp/inject", "user", False),
         ("POST", "/anchortp/reconfigure", "admin", True),
+        ("POST", "/anchortp/journaled", "", False),
+        ("POST", "/anchortp/journaled", "user", True),
         ("GET", "/anchortp/status", "user", True),
         ("GET", "/anchortp/status", "", False),
     ],

@@ -38,7 +38,9 @@ class Rig:
                 await asyncio.sleep(0.002)
                 if self.answers and self.pull.poll(0):
                     self.pings += 1
-                    self.tm._result_dispatcher(sock_recv(self.pull))
+                    message = sock_recv(self.pull)
+                    if not isinstance(message, messages.Reseed):
+                        self.tm._result_dispatcher(message)
         watch.cancel()
 
 
@@ -69,3 +71,26 @@ def test_nothing_is_asked_while_nobody_waits_for_tokens_or_nobody_serves(rig: Ri
         ticks = iter(range(200))
         asyncio.run(rig.run(lambda ticks=ticks: next(ticks) == 199))
     assert rig.pings == 0 and rig.events == []
+
+
+def test_a_detokenizer_that_is_told_of_many_requests_at_once_is_left_alone(rig: Rig) -> None:
+    nothing = messages.Reseed(
+        rids=[], decode_ids=[], context_tokens=[], sent_chars=[], skip_special=[], space_special=[]
+    )
+    told: list[None] = []
+
+    async def tell() -> None:
+        rig.answers = False
+        telling = asyncio.gather(*(rig.line.reseed(nothing) for _ in range(20)))
+        await asyncio.sleep(0.25)  # it takes its time, but not that of many pings
+        assert not told
+        rig.answers = True
+        told.extend(await telling)
+
+    async def both() -> None:
+        telling = asyncio.create_task(tell())
+        await rig.run(lambda: len(told) == 20)
+        await telling
+
+    asyncio.run(both())
+    assert "killed" not in rig.events
