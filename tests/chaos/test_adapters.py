@@ -4,6 +4,7 @@ import random
 import shutil
 import threading
 import time
+import urllib.error
 
 import pytest
 from faults import kill_rank, lose_device, recovered, standing_by
@@ -12,13 +13,14 @@ from survival import survive
 
 from anchortp_sglang.testing.streams import Streams
 from anchortp_sglang.testing.tiny_adapter import write_adapter
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 PROMPTS = [prompt(6000 + seed, 90) for seed in range(2)]
 
 
 def asking(*adapters):
     """Each prompt with each adapter (None: without one): one batch, in which no two may share KV."""
-    return [request(ids, 60) | {"lora_path": adapter} for ids in PROMPTS for adapter in adapters]
+    return [request(ids, 40) | {"lora_path": adapter} for ids in PROMPTS for adapter in adapters]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_kills_at_random_moments_of_loading_and_unloading_lose_no_adapter(served
     load(server, "again", folders["loaded"])
     requests = asking("again", "given")
     expected = unbroken(requests)
-    for seed in range(6):
+    for seed in range(4):
         unload(server, "again") if seed % 2 else during_a_kill(server, seed, lambda: unload(server, "again"))
         assert "again" not in listed(server)
         during_a_kill(server, seed, lambda: load(server, "again", folders["loaded"]))
@@ -84,6 +86,17 @@ def test_an_adapter_that_cannot_be_read_again_ends_its_own_requests_only(served,
         gone, kept = streams.wait(60)[:2], streams.histories[2:]
     assert all("could not be loaded again" in history.error for history in gone)
     assert_identical(expected, outcomes(kept))
+
+
+def test_an_adapter_of_another_model_is_refused_when_it_is_loaded(served, tmp_path):
+    server, unbroken = served
+    other = write_checkpoint(tmp_path / "other", "qwen3", num_layers=1, hidden_size=256)
+    folder, before = write_adapter(tmp_path / "foreign", other, seed=3), server.status()["generation"]
+    with pytest.raises(urllib.error.HTTPError) as error:
+        load(server, "foreign", folder)
+    assert (error.value.code, b"another model" in error.value.read()) == (400, True)
+    assert_identical(unbroken(asking("given")), outcomes(run(server, asking("given"))))
+    assert server.status()["generation"] == before
 
 
 def during_a_kill(server, seed, call):

@@ -6,7 +6,7 @@ from anchortp_sglang.planning.intervals import Intervals
 from anchortp_sglang.planning.layout.shards import ShardLayout, sources
 from anchortp_sglang.planning.model.axes import ModelAxes
 
-__all__ = ["runs_of_whole"]
+__all__ = ["runs_of_whole", "whole_shape"]
 
 
 def runs_of_whole(model: ModelAxes, layout: ShardLayout, param: str) -> Intervals:
@@ -25,6 +25,16 @@ def runs_of_whole(model: ModelAxes, layout: ShardLayout, param: str) -> Interval
         (bases[piece.source] + piece.source_start, bases[piece.source] + piece.source_start + piece.length)
         for piece in pieces
     )
+
+
+def whole_shape(model: ModelAxes, param: str) -> tuple[int, ...]:
+    """Return the shape of the whole parameter ``param``, with its checkpoint tensors stacked. Raises KeyError."""
+    known = sources(model)
+    for spec in model.params:
+        if spec.name == param:
+            extent = sum(known[source].extent for source in {block.source for block in spec.blocks})
+            return (*spec.rest[: spec.dim], extent, *spec.rest[spec.dim :])
+    raise KeyError(param)
 
 
 def _bases(model: ModelAxes, param: str) -> Iterator[tuple[str, int]]:

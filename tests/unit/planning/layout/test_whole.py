@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from anchortp_sglang.planning.layout.shards import shard_layout
-from anchortp_sglang.planning.layout.whole import runs_of_whole
+from anchortp_sglang.planning.layout.whole import runs_of_whole, whole_shape
 from anchortp_sglang.planning.model.axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.ownership.ownership import split
 
@@ -36,6 +36,14 @@ def test_columns_of_gate_and_up_are_those_of_down(architecture: str) -> None:
     down = cut(architecture, "model.layers.0.mlp.down_proj.weight", 2)
     found = cut(architecture, "model.layers.0.mlp.gate_up_proj.weight", 2)
     np.testing.assert_array_equal(found, np.concatenate([down, 80 + down]))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Phi3ForCausalLM"])
+def test_a_whole_parameter_has_all_that_it_stacks(architecture: str) -> None:
+    model = axes(architecture)
+    assert whole_shape(model, "model.layers.0.self_attn.qkv_proj.weight") == (64, 64)
+    assert whole_shape(model, "model.layers.0.mlp.gate_up_proj.weight") == (160, 64)
+    assert whole_shape(model, "model.layers.0.mlp.down_proj.weight") == (64, 80)
 
 
 def test_a_parameter_that_a_rank_does_not_have_is_an_error() -> None:
