@@ -8,38 +8,32 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-FLAG_PREFIX = "--anchor-"
+from anchortp_sglang.option_values import (
+    AVAILABLE,
+    FLAG_PREFIX,
+    OptionsError,
+    as_devices,
+    as_symbols,
+    as_widths,
+    check_amount,
+    check_count,
+    check_run_dir,
+    check_seconds,
+    integers,
+    names,
+)
+
 KWARG_PREFIX = "anchor_"
 
 StandbyMode = Literal["off", "cold", "warm"]
 """Mode of preparation for the next fault: nothing waits for it, spare ranks do, or a whole generation."""
 RejoinMode = Literal["manual", "auto"]
-AVAILABLE: Literal["available"] = "available"
-"""A server starts with those devices that can be started."""
-StartDevices = tuple[int, ...] | Literal["available"] | None
-"""Devices that a server starts with, by id; AVAILABLE; or None for all."""
-
-# A Unix socket's path has at most 107 bytes (sun_path); the rest is for a run id and the socket's name.
-MAX_RUN_DIR_BYTES = 80
-
-
-class OptionsError(ValueError):
-    """An ``--anchor-*`` option is unknown, malformed or out of range. The text says which."""
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
 
 
 def _option(default: Any, usage: str, help_text: str, parse: Callable | None = None) -> Any:
@@ -61,7 +55,7 @@ class AnchorOptions:
         "widths N,N,...",
         "number of KV heads of each device, for instance 2,1,1 with --tp 3 and 4 KV heads;"
         " the other axes follow in proportion (default: as even as the model allows)",
-        _integers,
+        integers,
     )
     rotate_heads: bool = _option(
         False,
@@ -69,10 +63,11 @@ class AnchorOptions:
         "give KV heads (with their query heads) and whole experts that do not divide evenly to different devices in"
         " different layers, so that all devices fill up alike; not with --anchor-widths",
     )
-    min_devices: int = _option(
-        1,
+    min_devices: int | None = _option(
+        None,
         "min-devices N",
-        "with fewer devices the server stops serving: open requests end with an error, /health says 503",
+        "with fewer devices the server stops serving: open requests end with an error, /health says 503 (default: 1;"
+        " on GPUs the fewest that leave room for a third of the KV slots that all devices have room for)",
         int,
     )
     linger_s: float = _option(
@@ -117,7 +112,7 @@ class AnchorOptions:
         False,
         "allow-drift [SYMBOL,...]",
         "start although the installed SGLang differs, in these symbols, or in any, from the one the hooks are for",
-        _names,
+        names,
     )
     device_gib: float | None = _option(
         None,
@@ -189,15 +184,16 @@ class AnchorOptions:
             # Absolute, as anchors change their working directory.
             object.__setattr__(self, "run_dir", os.path.abspath(os.path.expanduser(self.run_dir)))
         if self.widths is not None:
-            object.__setattr__(self, "widths", _as_widths(self.widths))
+            object.__setattr__(self, "widths", as_widths(self.widths))
         if self.start_devices is not None:
-            object.__setattr__(self, "start_devices", _as_devices(self.start_devices))
+            object.__setattr__(self, "start_devices", as_devices(self.start_devices))
         if not isinstance(self.allow_drift, bool):
-            object.__setattr__(self, "allow_drift", _as_symbols(self.allow_drift))
-        _check_count("min-devices", self.min_devices)
-        _check_seconds("linger", self.linger_s, zero_allowed=True)
-        _check_seconds("hang-timeout", self.hang_timeout_s)
-        _check_seconds("recovery-deadline", self.recovery_deadline_s)
+            object.__setattr__(self, "allow_drift", as_symbols(self.allow_drift))
+        if self.min_devices is not None:
+            check_count("min-devices", self.min_devices)
+        check_seconds("linger", self.linger_s, zero_allowed=True)
+        check_seconds("hang-timeout", self.hang_timeout_s)
+        check_seconds("recovery-deadline", self.recovery_deadline_s)
         if self.kv_mirror not in (None, "off", "host"):
             raise OptionsError(f"--anchor-kv-mirror takes off or host; got {self.kv_mirror!r}")
         if self.standby not in (None, "off", "cold", "warm"):
@@ -208,11 +204,11 @@ class AnchorOptions:
             raise OptionsError(f"--anchor-overlap takes auto, on or off; got {self.overlap!r}")
         for name, gib in (("device-gib", self.device_gib), ("kv-mirror-gib", self.kv_mirror_gib)):
             if gib is not None:
-                _check_amount(name, gib)
-        _check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
-        _check_amount("change-gbps", self.change_gbps)
-        _check_amount("max-body-mib", self.max_body_mib)
-        _check_run_dir(self.run_dir)
+                check_amount(name, gib)
+        check_amount("kv-mirror-gbps", self.kv_mirror_gbps)
+        check_amount("change-gbps", self.change_gbps)
+        check_amount("max-body-mib", self.max_body_mib)
+        check_run_dir(self.run_dir)
         if self.start_devices is not None and self.widths is not None:
             raise OptionsError(
                 "--anchor-start-devices and --anchor-widths exclude each other: widths are for all devices; start with"
@@ -243,6 +239,8 @@ class AnchorOptions:
                 f"--anchor-start-devices names device {max(named)}; --tp-size {tp_size} numbers devices"
                 f" from 0 to {tp_size - 1}"
             )
+        if self.min_devices is None:
+            return
         if len(named) < self.min_devices <= tp_size:
             raise OptionsError(
                 f"--anchor-start-devices names {len(named)} devices, --anchor-min-devices is {self.min_devices}:"
@@ -253,66 +251,6 @@ class AnchorOptions:
                 f"--anchor-min-devices {self.min_devices} is more than the {tp_size} devices of --tp-size:"
                 f" choose 1 to {tp_size}"
             )
-
-
-def _as_widths(value: Any) -> tuple[int, ...]:
-    try:
-        widths = _integers(value) if isinstance(value, str) else tuple(value)
-    except (TypeError, ValueError):
-        widths = ()
-    if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
-        raise OptionsError(f"--anchor-widths takes whole numbers above 0, for instance 2,1,1; got {value!r}")
-    return widths
-
-
-def _as_devices(value: Any) -> StartDevices:
-    if value == AVAILABLE:
-        return AVAILABLE
-    try:
-        devices = tuple(sorted(_integers(value) if isinstance(value, str) else value))
-    except (TypeError, ValueError):
-        devices = ()
-    valid = all(isinstance(device, int) and not isinstance(device, bool) and device >= 0 for device in devices)
-    if not devices or not valid or len(set(devices)) < len(devices):
-        raise OptionsError(
-            f"--anchor-start-devices takes different device ids, for instance 0,1,3, or available; got {value!r}"
-        )
-    return devices
-
-
-def _as_symbols(value: Any) -> tuple[str, ...]:
-    try:
-        symbols = _names(value) if isinstance(value, str) else tuple(value)
-    except TypeError:
-        symbols = ()
-    if not symbols or not all(isinstance(symbol, str) and symbol for symbol in symbols):
-        raise OptionsError(f"--anchor-allow-drift takes symbols of SGLang with commas between them; got {value!r}")
-    return symbols
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionsError(f"{FLAG_PREFIX}{name} takes a whole number of at least 1; got {value!r}")
-
-
-def _check_seconds(name: str, value: Any, zero_allowed: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < 0 or (value == 0 and not zero_allowed):
-        least = "of at least 0" if zero_allowed else "above 0"
-        raise OptionsError(f"{FLAG_PREFIX}{name} takes a number of seconds {least}; got {value!r}")
-
-
-def _check_amount(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise OptionsError(f"{FLAG_PREFIX}{name} takes a number above 0; got {value!r}")
-
-
-def _check_run_dir(path: str | None) -> None:
-    if path is not None and len(os.fsencode(path)) > MAX_RUN_DIR_BYTES:
-        raise OptionsError(
-            f"--anchor-run-dir {path} is longer than {MAX_RUN_DIR_BYTES} bytes, too long for the Unix sockets"
-            " inside it: choose a shorter path, for instance under /run or /tmp"
-        )
 
 
 _FIELD_OF_FLAG = {f.metadata["flag"]: f for f in fields(AnchorOptions)}

@@ -66,7 +66,7 @@ def measure(server, options) -> None:
             assert [history.output_ids for history in streams.histories] == expected, "tokens differ"
             record = server.status()["recoveries"][-1]
             pause = statistics.median(history.longest_pause_s() for history in streams.histories)
-            built_at = began + took - (record["tfs_s"] or 0.0)
+            built_at = statistics.median(history.longest_pause()[0] for history in streams.histories)
             share = rate(streams, began, built_at) / rate(streams, began - 1.0, began)
             found[kind].append((took, pause, share, record["tfs_s"] or 0.0))
             print(

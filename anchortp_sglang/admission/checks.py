@@ -56,7 +56,7 @@ def check_server_args(view: Any, rules: DeviceRules, environ: Mapping[str, str] 
         for name in rule.fields.split()
         if not _may_be(value := _get(view, name), rule)
     ]
-    refusals += _check_device(view, rules) + _check_kv_cache_dtype(view, rules)
+    refusals += _check_device(view, rules) + _check_lora(view, rules) + _check_kv_cache_dtype(view, rules)
     refusals += [
         Refusal(variable, environ[variable], why, f"unset {variable}")
         for variable, why in ENVIRONMENT.items()
@@ -149,6 +149,18 @@ def _check_device(view: Any, rules: DeviceRules) -> list[Refusal]:
         for name in names
         if (value := _get(view, name)) not in (None, *known)
     ]
+
+
+def _check_lora(view: Any, rules: DeviceRules) -> list[Refusal]:
+    asked = [name for name in ("enable_lora", "lora_paths") if not is_off(_get(view, name))]
+    backend, known = _get(view, "lora_backend"), rules.lora_backends
+    if not asked or _get(view, "device") not in (None, rules.device) or (known and backend in (None, *known)):
+        return []
+    if not known:
+        why = f"no adapter has been served on --device {rules.device} yet"
+        return [_refusal(asked[0], _get(view, asked[0]), why, "merge the adapter into the checkpoint")]
+    why = f"no kernels for ranks on --device {rules.device}"
+    return [_refusal("lora_backend", backend, why, f"use {' or '.join(known)}")]
 
 
 KV_DTYPE_BYTES = {"bf16": 2, "bfloat16": 2, "fp8_e5m2": 1, "fp8_e4m3": 1}

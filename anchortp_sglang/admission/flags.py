@@ -113,12 +113,14 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     FlagRule(
         "speculative_algorithm speculative_draft_model_path decoupled_spec_role "
         "enable_multi_layer_eagle enable_return_aux_hidden_states",
-        "draft models and their KV are not rebuilt after a fault",
+        # reconstruct_indices_from_tree_mask (ngram_worker), copy_all_layer_kv_cache_cpu (memory_pool, with any draft
+        # model), build_tree_kernel_efficient_cpu and verify_tree_greedy_cpu (spec_tree), assign_extend_cache_locs_cpu
+        "on a CPU SGLang drafts and verifies with kernels of sgl_kernel's CPU build, which the released wheel lacks; "
+        "on GPUs draft models and their KV are not rebuilt after a fault",
     ),
     FlagRule(
-        "enable_lora lora_paths",
-        "adapters are not loaded again after a fault",
-        "merge the adapter into the checkpoint",
+        "enable_lora_overlap_loading",
+        "it loads adapters beside the loop, which a change of ranks would not wait for",
     ),
     FlagRule(
         "enable_return_routed_experts enable_return_indexer_topk enable_watermark watermark_config "

@@ -14,8 +14,7 @@ REQUEST_FIELDS = {
     "need_wait_for_mm_inputs": "a request with multimodal inputs",
     "input_embeds": "a request that starts from embeddings (input_embeds)",
     "positional_embed_overrides": "a request with embedding overrides",
-    "lora_path": "a request with a LoRA adapter",
-    "lora_id": "a request with a LoRA adapter",
+    "lora_id": "a LoRA adapter named by SGLang's own id instead of lora_path",
     "return_routed_experts": "return_routed_experts",
     "return_indexer_topk": "return_indexer_topk",
     "max_thinking_tokens": "max_thinking_tokens",
@@ -62,9 +61,7 @@ ROUTES = {
     "/send_weights_to_remote_instance": _FORGOTTEN,
     "/get_remote_instance_transfer_engine_info": _FORGOTTEN,
     "/remote_instance_transfer_engine_info": _FORGOTTEN,
-    "/load_lora_adapter": _FORGOTTEN,
-    "/load_lora_adapter_from_tensors": _FORGOTTEN,
-    "/unload_lora_adapter": _FORGOTTEN,
+    "/load_lora_adapter_from_tensors": "adapters are read from their files again after a fault; load it from a folder",
     "/open_session": _FORGOTTEN,
     "/close_session": _FORGOTTEN,
     "/set_internal_state": _FORGOTTEN,
@@ -95,15 +92,16 @@ _SERVED_ROUTES = """
     /v1/messages /v1/messages/count_tokens /v1/systemone /v1/audio/transcriptions /v1/realtime
     /api/chat /api/generate /api/tags /api/show /invocations /vertex_generate
     /tokenize /v1/tokenize /detokenize /v1/detokenize /parse_function_call /separate_reasoning
-    /v1/models /v1/models/{model:path}
+    /v1/models /v1/models/{model:path} /load_lora_adapter /unload_lora_adapter
 """
 SERVED_ROUTES = frozenset(_SERVED_ROUTES.split())
 
 # Messages (classes of ``managers/io_struct.py``) that TokenizerManager may send to the ranks; all others are refused.
-# They leave only log levels and frozen garbage in the ranks, which a new generation does not need, and pauses, which
-# main repeats to it.
+# They leave only log levels and frozen garbage in the ranks, which a new generation does not need, and pauses and
+# adapters, which main repeats to it.
 _SERVED_MESSAGES = """
     TokenizedGenerateReqInput BatchTokenizedGenerateReqInput AbortReq FlushCacheReqInput GetInternalStateReq
     ConfigureLoggingReq FreezeGCReq ShutdownReq PauseGenerationReqInput ContinueGenerationReqInput
+    LoadLoRAAdapterReqInput UnloadLoRAAdapterReqInput
 """
 SERVED_MESSAGES = frozenset(_SERVED_MESSAGES.split())

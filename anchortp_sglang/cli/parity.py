@@ -29,6 +29,7 @@ from anchortp_sglang.bench import parity as comparison
 from anchortp_sglang.bench.parity import Answer, BadAnswer, Comparison, Delta, Round, Verdict
 from anchortp_sglang.cli.plan import ExpertSplit
 from anchortp_sglang.planning.model.families import FAMILIES
+from anchortp_sglang.planning.model.wrappers import language_model
 from anchortp_sglang.startup.preflight import read_config
 from anchortp_sglang.testing.server import Server, ServerFailed
 from anchortp_sglang.testing.stock_server import ABSORB_LATENTS
@@ -218,10 +219,15 @@ def _stored_answers(job: Job) -> list[Answer] | None:
 
 
 def _stock_flags(model: Path) -> tuple[str, ...]:
-    """Return the flag that stock SGLang needs for a prefill with latent attention on a CPU, if the model has it."""
-    architecture = (read_config(model).get("architectures") or [""])[0]
-    family = FAMILIES.get(architecture)
-    return (ABSORB_LATENTS,) if family is not None and family.latent_kv else ()
+    """Return the flags that stock SGLang needs for a model on a CPU.
+
+    They are for a prefill with latent attention, and for a model of images, to start without asking it about one.
+    """
+    family = FAMILIES.get((read_config(model).get("architectures") or [""])[0])
+    of_latents = (ABSORB_LATENTS,) if family is not None and family.latent_kv else ()
+    stored = json.loads((model / "config.json").read_text())
+    of_images = () if language_model(stored) == stored else ("--skip-server-warmup",)
+    return of_latents + of_images
 
 
 def _vocab_size(config: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ from rich.console import Console
 from anchortp_sglang.planning.layout.coverage import CoverageError, check_names
 from anchortp_sglang.planning.model.axes import UnsupportedModel, has_experts, read_model_axes
 from anchortp_sglang.planning.model.plan_model import PlanModel, plan_model
+from anchortp_sglang.planning.model.wrappers import language_model, language_tensor
 from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan
 from anchortp_sglang.planning.prediction.changes import Change, InvalidChange
 from anchortp_sglang.planning.prediction.presets import MACHINES, machine
@@ -119,7 +120,7 @@ def read_model(path: Path, experts: str, dtype: str | None = None) -> PlanModel:
     Raises BadInput for a file that cannot be read, UnsupportedModel for a model that is not supported.
     """
     file = path / CONFIG if path.is_dir() else path
-    config = _read_json("--model", file)
+    config = language_model(_read_json("--model", file))
     model = read_model_axes(config, dtype, whole_experts=experts == "ep" and has_experts(config))
     index = file.with_name(INDEX)
     if index.exists():
@@ -127,7 +128,7 @@ def read_model(path: Path, experts: str, dtype: str | None = None) -> PlanModel:
         if not isinstance(names, dict):
             raise BadInput(f"--model: {index} has no weight_map, which maps tensors to files")
         try:
-            check_names(model, names)
+            check_names(model, map(language_tensor, names))
         except CoverageError as error:
             raise BadInput(f"--model: {index}: {error}") from None
     return plan_model(model)

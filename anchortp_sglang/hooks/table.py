@@ -9,14 +9,14 @@ from anchortp_sglang.admission import hooks as admission
 from anchortp_sglang.admission import long_texts, ollama
 from anchortp_sglang.hooks import install, manifest, preload
 from anchortp_sglang.hooks.install import Hook
-from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows, short_extends, topology
+from anchortp_sglang.platforms.cpu import groups, latent_attention, request_rows, short_extends, topology, unpinned
 from anchortp_sglang.platforms.cpu import hooks as cpu
 from anchortp_sglang.platforms.cuda import collectives, graphs
 from anchortp_sglang.rank import main as rank_main
 from anchortp_sglang.rank import penalties, seeds
 from anchortp_sglang.rank.kv import pool as kv_pool
 from anchortp_sglang.rank.kv import slot_table_hooks
-from anchortp_sglang.rank.weights import config, experts, head_norms, loader
+from anchortp_sglang.rank.weights import adapters, config, experts, head_norms, loader
 from anchortp_sglang.recovery import hooks as main
 from anchortp_sglang.recovery.processes import detokenizer
 
@@ -31,6 +31,7 @@ _DETOKENIZER = _SRT + "managers.detokenizer_manager.DetokenizerManager."
 _SCHEDULER = _SRT + "managers.scheduler.Scheduler."
 _RECEIVER = _SRT + "managers.scheduler_components.request_receiver.SchedulerRequestReceiver."
 _MEMORY = _SRT + "mem_cache."
+_LORA = _SRT + "lora.lora_manager.LoRAManager."
 
 HOOKS: tuple[Hook, ...] = (
     # Unequal shards: what a rank sees of the model, and where its parameters lie.
@@ -93,6 +94,12 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         head_norms.around_apply_qk_norm,
         "norms over all heads: it would gather parts of equal size",
+    ),
+    Hook(
+        _LORA + "init_lora_modules",
+        "after",
+        adapters.after_init_lora_modules,
+        "a rank has the rows or columns of an adapter that belong to its own share",
     ),
     # KV in the anchors' memory, and the slot table by which it is found again.
     Hook(
@@ -362,6 +369,15 @@ HOOKS: tuple[Hook, ...] = (
         "around",
         topology.around_parse_lscpu_topology,
         "on CPU a rank's start would run lscpu several times; spares have asked it",
+    ),
+    *(
+        Hook(
+            _LORA + name,
+            "around",
+            unpinned.around_lora,
+            "on CPU it asks for pinned memory, which torch has only beside an accelerator",
+        )
+        for name in ("init_state", "prepare_lora_batch")
     ),
     # GPUs.
     Hook(

@@ -5,11 +5,13 @@ main writes our series: gauges and counters when they are read (``refresh``), du
 (``observe``).
 """
 
+import asyncio
 import atexit
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,25 @@ _SERVER_STATES = ("starting", "serving", "degraded", "recovering", "down")
 _MOVED = ("reload", "p2p", "copy", "kv_copy", "kv_restore")
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TFS_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 120.0)
+
+_SCRAPE_POLL_S = 0.01
+_SCRAPE_TIMEOUT_S = 1.0
+
+
+async def scrape(answer: Callable[[], Awaitable[None]]) -> None:
+    """Call ``answer``, which has prometheus_client's app answer a scrape, again as long as a file is still empty.
+
+    A process that begins to count makes a file and then its contents. prometheus_client raises struct.error for what
+    comes in between, before it has sent anything; so does this function after a second of that.
+    """
+    ends = asyncio.get_running_loop().time() + _SCRAPE_TIMEOUT_S
+    while True:
+        try:
+            return await answer()
+        except struct.error:
+            if asyncio.get_running_loop().time() > ends:
+                raise
+        await asyncio.sleep(_SCRAPE_POLL_S)
 
 
 def prepare_folder() -> str | None:

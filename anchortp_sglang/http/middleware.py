@@ -8,7 +8,7 @@ from fastapi import HTTPException
 from anchortp_sglang.admission.checks import check_route
 from anchortp_sglang.http import journaled, probes
 from anchortp_sglang.http.body_limit import Receive, limited
-from anchortp_sglang.http.metrics import Metrics
+from anchortp_sglang.http.metrics import Metrics, scrape
 from anchortp_sglang.http.own_routes import JSON, Answer, OwnRoutes, content_type, read
 from anchortp_sglang.http.status import state_name, status
 from anchortp_sglang.recovery.coordinator import Coordinator
@@ -56,13 +56,15 @@ class AnchorMiddleware:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, self._notice_startup(send))
         elif scope["type"] == "websocket" and self._refusal is not None:
-            await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": self._refusal})
+            await _refuse_websocket(scope, self._refusal, send)
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
         elif _path(scope).rstrip("/") == journaled.PATH:
             await self._serve_journaled(scope, receive, send)
         elif (answer := await self._answer(scope, receive)) is not None:
             await _send(answer, send)
+        elif _path(scope).startswith("/metrics"):
+            await scrape(lambda: self._app(scope, receive, send))
         else:
             if scope["method"] == "HEAD" and _path(scope) in probes.PROBES:
                 scope = {**scope, "method": "GET"}  # SGLang has no HEAD here; the HTTP server drops the body
@@ -141,8 +143,16 @@ def _error(code: int, message: str) -> Answer:
     return Answer.of(code, {"type": "error", "error": {"type": kind, "message": message, "code": code}})
 
 
-async def _send(answer: Answer, send: Send) -> None:
+async def _refuse_websocket(scope: Scope, reason: str, send: Send) -> None:
+    """Answer 503 to the handshake, if the HTTP server can, or else close: it answers 403 then."""
+    if "websocket.http.response" in scope.get("extensions", {}):
+        await _send(_error(503, reason), send, kind="websocket.http")
+    else:
+        await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": reason})
+
+
+async def _send(answer: Answer, send: Send, kind: str = "http") -> None:
     headers = {"content-type": answer.content_type, "content-length": str(len(answer.body)), **answer.headers}
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": answer.code, "headers": encoded})
-    await send({"type": "http.response.body", "body": answer.body})
+    await send({"type": f"{kind}.response.start", "status": answer.code, "headers": encoded})
+    await send({"type": f"{kind}.response.body", "body": answer.body})

@@ -12,9 +12,9 @@ from fastapi import HTTPException
 from anchortp_sglang.http import journaled
 from anchortp_sglang.http.body_limit import Receive, limited
 from anchortp_sglang.http.status import status
+from anchortp_sglang.recovery.change_plans import ChangeRefused, Wish
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.inject import InjectionError, inject
-from anchortp_sglang.recovery.reconfiguration import ChangeRefused, Wish
 from anchortp_sglang.views.timeline_page import main_part, page
 
 _READ = ("GET", "HEAD")

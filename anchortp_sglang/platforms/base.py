@@ -166,7 +166,8 @@ class MemoryPlan:
     """The result of ``plan_memory``. ``platform``: the same one, which now knows what each device is.
 
     ``kv``: the most slots that any generation has. ``mirror``: None without one; ``mirror_text``: why, or how large.
-    ``standby``: what waits for the next fault; ``standby_text``: the same for the log, and why.
+    ``standby``: what waits for the next fault; ``standby_text``: the same for the log, and why. ``min_devices``: the
+    fewest that a generation can have.
     """
 
     platform: Platform
@@ -175,6 +176,7 @@ class MemoryPlan:
     mirror_text: str
     standby: StandbyMode
     standby_text: str
+    min_devices: int = 1
 
 
 @dataclass(frozen=True)

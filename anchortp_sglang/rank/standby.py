@@ -24,9 +24,6 @@ import zmq
 
 log = logging.getLogger(__name__)
 
-_NICER = 10
-"""How much lower its priority is while it is built: beside busy processes it gets a tenth of their share."""
-
 _APART = "inproc://standby-"
 APART_ID = "-standby"
 
@@ -74,9 +71,8 @@ def rename(rank: int) -> str:
 
 @contextmanager
 def low_priority() -> Iterator[None]:
-    """Run a block at a lower priority than the processes that serve, if the kernel allows to take that back."""
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    lower = min(usual + _NICER, 19)
+    """Run a block at the lowest priority that is not starved, if the kernel allows to take that back."""
+    usual, lower = os.getpriority(os.PRIO_PROCESS, 0), 19
     if not _can_go_back(usual, lower):
         log.info("anchortp: a standby is built at the usual priority: lowering it for a while takes CAP_SYS_NICE")
         yield

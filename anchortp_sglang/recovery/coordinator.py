@@ -13,7 +13,7 @@ from typing import Any
 
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.launch import AnchorStartError
-from anchortp_sglang.options import AVAILABLE
+from anchortp_sglang.option_values import AVAILABLE
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.recovery import state_machine
 from anchortp_sglang.recovery.detection import Detection

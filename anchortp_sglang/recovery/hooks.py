@@ -4,12 +4,14 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from anchortp_sglang.admission.checks import check_message
 from anchortp_sglang.admission.long_texts import is_long, run_in_thread
 from anchortp_sglang.recovery.coordinator import Coordinator
 from anchortp_sglang.recovery.processes.descriptors import log_ways
+from anchortp_sglang.recovery.requests import adapters
 from anchortp_sglang.recovery.requests.down import ServerDown
 from anchortp_sglang.recovery.requests.inflight import TokenCountMismatch
 from anchortp_sglang.recovery.requests.pause import pause_and_abort
@@ -130,7 +132,13 @@ async def around_control_call(original: Callable[..., Any], communicator: Any, m
     """AROUND FanOutCommunicator.__call__: end the call if the server goes down before the ranks have answered."""
     inflight = installed_coordinator().inflight
     assert inflight is not None
-    return await inflight.control_calls.run(original, communicator, message)
+    call = original
+    if isinstance(message, adapters.MESSAGES):
+
+        def call(*arguments: Any) -> Any:
+            return inflight.control.adapters.run(partial(original, *arguments))
+
+    return await inflight.control_calls.run(call, communicator, message)
 
 
 async def around_handle_batch_output(original: Callable[..., Any], tokenizer_manager: Any, output: Any) -> None:

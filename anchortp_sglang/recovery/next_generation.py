@@ -12,7 +12,7 @@ from anchortp_sglang.anchor.client import AnchorRefused
 from anchortp_sglang.anchor.launch import AnchorStartError
 from anchortp_sglang.kv.chain_hash import RunHasher, root_hash
 from anchortp_sglang.kv.namespaces import Key, namespace_seed
-from anchortp_sglang.options import AVAILABLE, StartDevices
+from anchortp_sglang.option_values import AVAILABLE, StartDevices
 from anchortp_sglang.planning.layout.extents import WeightPlacement
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, split
 from anchortp_sglang.planning.placement.expert_load import spread_hot_experts

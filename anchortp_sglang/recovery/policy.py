@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from anchortp_sglang.options import RejoinMode, StandbyMode, StartDevices
+from anchortp_sglang.option_values import StartDevices
+from anchortp_sglang.options import RejoinMode, StandbyMode
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,16 @@ Without a warm standby (``--anchor-standby``) nothing is built ahead, and reques
 """
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from anchortp_sglang.anchor.client import AnchorError
-from anchortp_sglang.planning.layout.change import change_of
-from anchortp_sglang.planning.ownership.ownership import InvalidOwnership
-from anchortp_sglang.planning.placement.reconfiguration import fewest_units
 from anchortp_sglang.platforms.base import DeviceWatch
 from anchortp_sglang.rank.messages import Leave
-from anchortp_sglang.recovery.balance import FINE_UNITS, Aim, is_worth_it, load, measure, shares
+from anchortp_sglang.recovery.change_plans import FAULT_FIRST, ChangeRefused, Planner, Wish
 from anchortp_sglang.recovery.next_generation import NextGeneration
 from anchortp_sglang.recovery.processes.generation import Generation, note_left
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
@@ -34,40 +30,6 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.02
 _LEAVE_POLL_S = 0.001
 _LEAVE_TIMEOUT_S = 10.0
-
-
-_FAULT_FIRST = "a fault came first; the change was not made"
-
-
-class ChangeRefused(RuntimeError):
-    """A change that is not made. ``code``: the HTTP status; 409 where the same request may be right later."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class Wish:
-    """The devices that somebody wants to serve: ``devices``, or if that is None the serving ones with some changes.
-
-    ``widths``: KV heads of each device, in the order of ids; None to leave that open. ``rebalance``: what their shares
-    are to follow, as measured; None for shares as they are.
-    """
-
-    devices: frozenset[int] | None = None
-    drain: frozenset[int] = frozenset()
-    rejoin: frozenset[int] = frozenset()
-    widths: tuple[int, ...] | None = None
-    rebalance: Aim | None = None
-
-    def after(self, serving: frozenset[int]) -> frozenset[int]:
-        """Return the devices that are to serve after those that serve now."""
-        return (serving - self.drain) | self.rejoin if self.devices is None else self.devices
-
-    def away(self, configured: frozenset[int]) -> frozenset[int]:
-        """Return the devices that are to stay away, even if they do not serve now."""
-        return self.drain if self.devices is None else configured - self.devices
 
 
 @dataclass(frozen=True)
@@ -105,7 +67,7 @@ class Reconfiguration:
     ) -> None:
         self.drained: set[int] = set()
         self._processes = processes
-        self._next = next_generation
+        self._planner = Planner(processes, next_generation, seams.serving, seams.send)
         self._configured = frozenset(configured)
         self._built_ahead = built_ahead
         self._seams = seams
@@ -157,10 +119,10 @@ class Reconfiguration:
             await self._recheck(wanted - before, serving.number, dry_run)
             target = None
             if wish.rebalance is not None:
-                target, found = await self._rebalanced(serving, wish.rebalance)
+                target, found = await self._planner.rebalanced(serving, wish.rebalance)
                 answer |= found
             elif wanted != before or wish.widths is not None:
-                target, answer["plan"] = await self._plan(serving, wanted, _by_device(wanted, wish.widths), None)
+                target, answer["plan"] = await self._planner.devices(serving, wanted, wish.widths)
             if dry_run:
                 return answer
             if target is None or target.ownership == serving.ownership:
@@ -191,61 +153,13 @@ class Reconfiguration:
                 raise ChangeRefused(503, f"device {device}: {reason}")
             await in_thread(self._processes.anchors.end, [device], generation)
 
-    async def _rebalanced(self, serving: Generation, aim: Aim) -> tuple[Target | None, dict[str, Any]]:
-        """Plan shares by what the devices were measured to bear; no target if that would change little.
-
-        Raises ChangeRefused.
-        """
-        devices, plan = serving.ownership.devices, self._processes.plan
-        wanted = frozenset(devices)
-        weights = [sum(shard.sizes.values()) for shard in serving.weights.shards]
-        kv = [plan.kv_layout(serving.ownership, rank).total_bytes for rank in range(len(devices))]
-        try:
-            held = [sum(both) for both in zip(weights, kv, strict=True)]
-            found = await measure(serving, aim, held, self._seams.send, lambda: self._seams.serving() is serving)
-        except TimeoutError as error:
-            raise ChangeRefused(503, str(error)) from None
-        if found is None:
-            raise ChangeRefused(409, _FAULT_FIRST)
-        unit = "bytes_per_s" if aim == "speed" else "memory_bytes"
-        shared = aim == "memory" and max(found.values()) == 1
-        answer = {"measured": [{"id": device, unit: None if shared else found[device]} for device in devices]}
-        plans = [await self._plan(serving, wanted, None, shares(found, fewest_units(plan.model, len(devices))))]
-        with contextlib.suppress(ChangeRefused):  # a device may be left without a head
-            plans.append(await self._plan(serving, wanted, None, shares(found, FINE_UNITS)))
-        target, summary = min(plans, key=lambda each: load(each[0].weights, found))
-        if not is_worth_it(serving.weights, target.weights, found):
-            return None, answer
-        return target, answer | {"plan": summary}
-
-    async def _plan(
-        self,
-        serving: Generation,
-        wanted: frozenset[int],
-        widths: Mapping[int, int] | None,
-        units: Mapping[int, int] | None,
-    ) -> tuple[Target, dict[str, Any]]:
-        """Plan a change, and sum up what it moves. Raises ChangeRefused."""
-        plan = self._processes.plan
-
-        def work() -> tuple[Target, dict[str, Any]]:
-            target = self._next.target_for(wanted, widths, units)
-            summary = change_of(plan.model, serving.weights, target.weights)
-            slots = [plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
-            return target, summary | {"kv_slots": slots}
-
-        try:
-            return await in_thread(work)
-        except InvalidOwnership as error:
-            raise ChangeRefused(400, str(error)) from None
-
     async def _prepare(self, serving: Generation, target: Target) -> "asyncio.Future[int]":
         """Build what can be built ahead, and begin to carry the change out; return what becomes of it.
 
         Raises ChangeRefused.
         """
         if self._seams.serving() is not serving:
-            raise ChangeRefused(409, _FAULT_FIRST)
+            raise ChangeRefused(409, FAULT_FIRST)
         self._target = target
         if self._built_ahead:
             await self._build(serving, target)
@@ -262,7 +176,7 @@ class Reconfiguration:
         while True:  # a standby that takes too long fails
             await asyncio.sleep(_POLL_S)
             if self._seams.serving() is not serving:
-                raise ChangeRefused(409, _FAULT_FIRST)
+                raise ChangeRefused(409, FAULT_FIRST)
             ready, failure = processes.standbys.progress(number, target.weights)
             if failure:
                 raise ChangeRefused(503, f"the new generation could not be built: {failure}")
@@ -284,7 +198,7 @@ class Reconfiguration:
             if self._built_ahead:
                 await self._let_leave(serving)
             if not self._seams.take_over(target, _reason(target)):
-                return _fail(done, _FAULT_FIRST)
+                return _fail(done, FAULT_FIRST)
             new = await self._next_serving(serving, done)
             self._processes.target = None
             if new.weights == target.weights:
@@ -325,14 +239,6 @@ class Reconfiguration:
     def _end(self) -> None:
         self._busy, self._target, self._processes.target = False, None, None
         self._seams.build_now()
-
-
-def _by_device(devices: Collection[int], widths: Sequence[int] | None) -> dict[int, int] | None:
-    if widths is None:
-        return None
-    if len(widths) != len(devices) or any(width < 1 for width in widths):
-        raise ChangeRefused(400, f"give a width of at least 1 to each of {len(devices)} devices, not {list(widths)}")
-    return dict(zip(sorted(devices), widths, strict=True))
 
 
 def _fail(done: "asyncio.Future[int]", text: str, code: int = 409) -> None:

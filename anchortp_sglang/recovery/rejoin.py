@@ -10,7 +10,8 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from anchortp_sglang.recovery.reconfiguration import ChangeRefused, Reconfiguration, Wish
+from anchortp_sglang.recovery.change_plans import ChangeRefused, Wish
+from anchortp_sglang.recovery.reconfiguration import Reconfiguration
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anchortp_sglang import start_log
-from anchortp_sglang.options import StartDevices
+from anchortp_sglang.option_values import StartDevices
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.base import DeviceWatch
 from anchortp_sglang.recovery.next_generation import NextGeneration, Unrecoverable

@@ -11,6 +11,7 @@ from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.anchor.run_base import default_base
 from anchortp_sglang.planning.model.axes import UnsupportedModel, read_model_axes, refuse_layout_only
+from anchortp_sglang.planning.model.wrappers import language_model
 
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
@@ -79,7 +80,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
 
 
 def read_config(checkpoint: Path, overrides: str | None = None) -> dict[str, Any]:
-    """Read config.json of a checkpoint folder, and apply ``--json-model-override-args``.
+    """Read config.json of a checkpoint folder, of a multimodal one that of its language model, and apply
+    ``--json-model-override-args``.
 
     Raises ValueError where SGLang would ask the hub, or fail obscurely, and for overrides that change what the
     checkpoint holds.
@@ -139,7 +141,7 @@ def _read_file(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no JSON object; copy it again")
     if (checkpoint / "hf_quant_config.json").exists():
         raise ValueError(f"{checkpoint} is quantized (hf_quant_config.json); use the unquantized checkpoint")
-    return config
+    return language_model(config)
 
 
 def _value(text: Any) -> Any:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
-from anchortp_sglang.options import AnchorOptions, StandbyMode
+from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources, foreign_sources
 from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
@@ -41,6 +41,8 @@ from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
+from anchortp_sglang.startup import text_model
+from anchortp_sglang.startup.adapters import adapter_identity, check_adapter_flags, check_adapters
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.startup.fork_guard import unfit_to_fork
 from anchortp_sglang.startup.preflight import read_config, reserve_port
@@ -85,10 +87,14 @@ class Runtime:
     keeper: RunDirKeeper
     port: socket.socket | None
     """Socket that holds the port which SGLang binds at the end of its launch."""
+    text_folder: Path | None
+    """Folder of links that was made for this server, if its checkpoint is a multimodal one."""
 
     def close(self) -> None:
         """End ranks, zygote and anchors, free their memory, and remove the run directory."""
         self.coordinator.shut_down()
+        if self.text_folder is not None:
+            text_model.remove(self.text_folder)
         self.keeper.stop()
         remove_run_dir(self.keeper.run_dir)
         if self.port is not None:
@@ -106,10 +112,11 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     from anchortp_sglang.hooks.install import load_plugins
     from anchortp_sglang.hooks.table import install_all
 
-    raw = msgspec.structs.asdict(server_args)
     _refuse(server_args, platform)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint, server_args.json_model_override_args)
+    folder = text_model.show_language_model(server_args)
+    raw = msgspec.structs.asdict(server_args)
     expert_counts = server_args.init_expert_location
     # We deal the experts: SGLang's own tables have the same number on each rank.
     server_args.init_expert_location = raw["init_expert_location"] = NONE
@@ -121,6 +128,8 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     refuse_layout_only(model)
+    if view.enable_lora or view.lora_paths:
+        check_adapters(model, options.rotate_heads)
     for caveat in caveats(config):
         log.warning("anchortp: %s", caveat)
     devices = tuple(range(view.tp_size))
@@ -140,6 +149,8 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
     log.info("anchortp: standby: %s", memory.standby_text)
+    records = _records(raw, view, memory.kv, memory.platform.rank_overrides)
+    adapters = _view(records(view.tp_size)).lora_paths or ()
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     load_plugins()  # the operator's plugins, for all processes: SGLang loads them in each, after the fork
@@ -161,7 +172,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, memory, view),
+        identity=_identity(checkpoint, model, ownership, memory, view, adapters),
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=memory.kv,
@@ -170,7 +181,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         expert_counts=counts,
         mirror=memory.mirror,
         linger_s=options.linger_s,
-        server_args=_records(raw, view, memory.kv, memory.platform.rank_overrides),
+        server_args=records,
         controller_pid=os.getpid(),
         platform=memory.platform,
         stale_anchors=run_dir.stale_anchors,
@@ -179,15 +190,15 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         change_bytes_per_s=options.change_gbps * 1e9,
     )
     keeper = RunDirKeeper(run_dir)
-    keeper.note_outside([folder for folder in (metrics_folder, tile_folder()) if folder is not None])
+    keeper.note_outside([str(each) for each in (metrics_folder, tile_folder(), folder) if each is not None])
     keeper.start()
     processes = ServerProcesses(plan, zygote, reserve, keeper)
     log.info("anchortp: %s", processes.kv_capacity(ownership))
-    coordinator = Coordinator(processes, ownership, _policy(options, memory.standby))
+    coordinator = Coordinator(processes, ownership, _policy(options, memory))
     if view.enable_trace:
         coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
-    return Runtime(coordinator, keeper, port)
+    return Runtime(coordinator, keeper, port, folder)
 
 
 def _view(server_args: Any) -> Any:
@@ -234,14 +245,17 @@ def _check_plan(model: ModelAxes, ownership: Ownership, shapes: Mapping[str, tup
         log.warning("anchortp: the model has no place for %s: not loaded, as in SGLang", ", ".join(foreign[:8]))
 
 
-def _identity(checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, view: Any) -> str:
+def _identity(
+    checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, view: Any, adapters: Iterable[Any]
+) -> str:
     """Identify the memory that anchors hold: servers of the same identity could take over each other's."""
-    of_weights = [str(checkpoint.resolve()), model.dtype, ownership.digest()]
+    of_weights = [(checkpoint / "config.json").read_text(), model.dtype, ownership.digest()]
     of_kv = [str(memory.kv), view.kv_cache_dtype, view.json_model_override_args]
     parts = [*of_weights, *of_kv, *memory.platform.identity, str(view.load_format == "dummy")]
-    for path in sorted([*checkpoint.glob("*.safetensors"), checkpoint / "config.json"]):
+    parts += adapter_identity(adapters)
+    for path in sorted(checkpoint.glob("*.safetensors")):
         stat = path.stat()
-        parts += [path.name, str(stat.st_size), str(stat.st_mtime_ns)]
+        parts += [str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -258,12 +272,12 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
     return spawn_zygote(), None
 
 
-def _policy(options: AnchorOptions, standby: StandbyMode) -> Policy:
+def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:
     return Policy(
-        min_devices=options.min_devices,
+        min_devices=memory.min_devices,
         hang_timeout_s=options.hang_timeout_s,
         deadline_s=options.recovery_deadline_s,
-        standby=standby,
+        standby=memory.standby,
         rejoin=options.rejoin,
         widths=options.widths,
         start_devices=options.start_devices,
@@ -285,6 +299,8 @@ def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, A
             ep_size = tp_size if (view.ep_size or 1) > 1 else 1
             made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
             made[tp_size].resolve_once()
+            if view.enable_lora or view.lora_paths:
+                check_adapter_flags(made[tp_size])
         return made[tp_size]
 
     return record

@@ -68,16 +68,20 @@ class Server:
         Raises ServerFailed, with no process left, if it ends or is not healthy in time.
         """
         began = time.monotonic()
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
-            )
+        self._process = self._spawn()
         try:
             self._wait_healthy(began + timeout_s)
         except BaseException:
             self.kill_all()
             raise
         return time.monotonic() - began
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        """Start the process as the leader of a new session; what it prints is appended to its log."""
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._env, start_new_session=True
+            )
 
     def _wait_healthy(self, deadline: float) -> None:
         assert self._process is not None

@@ -40,6 +40,7 @@ def _prepare_cpu(given: dict[str, str]) -> list[str]:
     defaults = cpu_defaults(given, os.environ, tp_size_of(given), sorted(os.sched_getaffinity(0)))
     os.environ.update(defaults.env)
     sgl_kernel_stub.install()
+    sgl_kernel_stub.install_operators()
     _fork_children()
     return as_arguments(defaults.flags)
 

@@ -36,10 +36,14 @@ class History:
     def finish_reason(self) -> Any:
         return self.meta.get("finish_reason")
 
+    def longest_pause(self) -> tuple[float, float]:
+        """Return when the longest gap between two messages began (time.monotonic) and its length in seconds."""
+        times = [at for at, _ in self.arrivals]
+        return max(((a, b - a) for a, b in itertools.pairwise(times)), key=lambda gap: gap[1], default=(0.0, 0.0))
+
     def longest_pause_s(self) -> float:
         """Return the longest gap between two messages; 0 with fewer than two."""
-        times = [at for at, _ in self.arrivals]
-        return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+        return self.longest_pause()[1]
 
     def take(self, message: dict[str, Any]) -> None:
         if "error" in message:

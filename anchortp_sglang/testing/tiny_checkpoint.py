@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from anchortp_sglang.testing.tiny_configs import GROUPS_PER_TOKEN
 from anchortp_sglang.testing.tiny_families import FAMILIES, Family, Spread
-from anchortp_sglang.testing.tiny_layers import Sizes
+from anchortp_sglang.testing.tiny_layers import Part, Sizes, Tensors
 from anchortp_sglang.testing.tiny_tokenizer import (
     END_OF_TEXT,
     PAD,
@@ -29,9 +29,11 @@ from anchortp_sglang.testing.tiny_tokenizer import (
     special_token_ids,
     write_tokenizer,
 )
+from anchortp_sglang.testing.tiny_wrappers import WRAPPED, TinyWrapper, Wrapped
 
 DType = Literal["float32", "float16", "bfloat16"]
 
+_EMBEDDING = "embed_tokens.weight"
 _ROPE_THETA = 10000.0
 _EMBEDDING_STD = 0.9
 # With tied embeddings the residual stream favours the input token: the layers must outweigh it.
@@ -49,6 +51,8 @@ class TinyModel:
 
     family: Family
     sizes: Sizes
+    wrapper: TinyWrapper | None = None
+    """The multimodal model of which it is the language model."""
 
     def __post_init__(self) -> None:
         kind, sizes = FAMILIES[self.family], self.sizes
@@ -106,14 +110,26 @@ class TinyModel:
         if sizes.head_dim is not None:
             config["head_dim"] = sizes.head_dim
         config |= {"attention_bias": sizes.attention_bias} | kind.config(sizes)
-        return {key: value for key, value in config.items() if key not in kind.omitted}
+        config = {key: value for key, value in config.items() if key not in kind.omitted}
+        if self.wrapper is None:
+            return config
+        return self.wrapper.config(sizes, config) | {"architectures": [self.wrapper.architecture]}
 
     def tensor_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield names and shapes of the tensors in the family's checkpoints, in layer order."""
-        kind, sizes = FAMILIES[self.family], self.sizes
-        yield "model.embed_tokens.weight", (sizes.vocab_size, sizes.hidden_size)
+        """Yield names and shapes of the tensors in the checkpoint, in layer order."""
+        if self.wrapper is None:
+            yield from self._language_tensors(FAMILIES[self.family].layer)
+            return
+        parts = dict(enumerate(FAMILIES[self.family].layer)) | dict(self.wrapper.parts)
+        for name, shape in self._language_tensors(tuple(parts.values())):
+            yield self.wrapper.name(name), shape
+        yield from self.wrapper.vision(self.sizes)
+
+    def _language_tensors(self, layer_parts: tuple[Part, ...]) -> Tensors:
+        sizes = self.sizes
+        yield f"model.{_EMBEDDING}", (sizes.vocab_size, sizes.hidden_size)
         for layer in range(sizes.num_layers):
-            for part in kind.layer:
+            for part in layer_parts:
                 yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in part(sizes, layer))
         yield "model.norm.weight", (sizes.hidden_size,)
         if not sizes.tie_word_embeddings:
@@ -123,18 +139,18 @@ class TinyModel:
         for end, spread in FAMILIES[self.family].spread:
             if name.endswith(end):
                 return spread
-        if name.endswith("norm.weight"):
-            return 1.0, _NORM_STD
         if name.endswith("bias"):
             return 0.0, _BIAS_STD
-        if name == "model.embed_tokens.weight":
+        if len(shape) == 1:  # norms
+            return 1.0, _NORM_STD
+        if name.endswith(_EMBEDDING):
             return 0.0, _TIED_EMBEDDING_STD if self.sizes.tie_word_embeddings else _EMBEDDING_STD
         return 0.0, _MATRIX_STD_AT_FAN_IN_320 * sqrt(320 / shape[1])
 
 
 def write_checkpoint(
     path: Path,
-    family: Family,
+    family: Family | Wrapped,
     *,
     hidden_size: int | None = None,
     num_layers: int = 6,
@@ -159,15 +175,17 @@ def write_checkpoint(
     """Write a checkpoint that transformers and SGLang load, and return its folder.
 
     A tensor's values depend on the seed, its name, its shape and its family alone, not on `shards`. None stands for
-    the family's default (`FAMILIES`); the default `head_dim` is hidden_size / num_q_heads. Sizes of parts that a
-    family lacks are ignored (see `Sizes`), as are `attention_bias` and `tie_word_embeddings` where the family always
-    has them. DeepSeek has as many KV heads as query heads.
+    the default of the family, or of a multimodal model's language model (`FAMILIES`); the default `head_dim` is
+    hidden_size / num_q_heads. Sizes of parts that a family lacks are ignored (see `Sizes`), as are `attention_bias` and
+    `tie_word_embeddings` where the family always has them. DeepSeek has as many KV heads as query heads.
     """
     if dtype not in get_args(DType):
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(get_args(DType))}")
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
-    kind = FAMILIES[family]
+    wrapper = WRAPPED.get(cast(Wrapped, family))
+    language = cast(Family, family) if wrapper is None else wrapper.of
+    if language not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; choose one of {', '.join((*FAMILIES, *WRAPPED))}")
+    kind = FAMILIES[language]
     sizes = Sizes(
         hidden_size=hidden_size or kind.hidden_size,
         num_layers=num_layers,
@@ -186,13 +204,15 @@ def write_checkpoint(
         sliding_window=sliding_window or kind.sliding_window,
         q_lora_rank=q_lora_rank,
     )
-    model = TinyModel(family, sizes)
+    model = TinyModel(language, sizes, wrapper)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: _random_tensor(name, shape, model, seed) for name, shape in model.tensor_shapes()}
     kind_of_number = _numpy_dtype(dtype)
     _write_weights(path, {name: tensor.astype(kind_of_number, copy=False) for name, tensor in tensors.items()}, shards)
-    write_tokenizer(path, vocab_size, max_position_embeddings)
+    write_tokenizer(path, vocab_size, max_position_embeddings, parts_of_messages=wrapper is not None)
+    for file, content in ({} if wrapper is None else wrapper.files).items():
+        _write_json(path / file, dict(content))
     config = model.config(dtype)
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {k: v for k, v in config.items() if k.endswith("_token_id")})
@@ -202,7 +222,7 @@ def write_checkpoint(
 def _random_tensor(name: str, shape: tuple[int, ...], model: TinyModel, seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     noise = rng.standard_normal(shape, dtype=np.float32)
-    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+    if name.endswith((_EMBEDDING, "lm_head.weight")):
         noise[min(special_token_ids(model.sizes.vocab_size).values()) :] *= _SPECIAL_ROW_SCALE
     mean, std = model.spread(name, shape)
     return mean + std * noise if mean else std * noise
@@ -257,7 +277,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tiny_checkpoint", description="Write a small random checkpoint.")
     parser.add_argument("path", type=Path, help="folder to write, made if missing")
-    parser.add_argument("--family", choices=get_args(Family), default="qwen3")
+    parser.add_argument("--family", choices=(*get_args(Family), *WRAPPED), default="qwen3")
     for name, default in (("num-layers", 6), ("num-q-heads", 12), ("num-kv-heads", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("intermediate-size", 768), ("vocab-size", 512), ("shards", 1), ("seed", 0)):

@@ -29,6 +29,15 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
+_PARTS = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for part in message.content %}"
+    "{{- part.text if part.type == 'text' else '<image>' }}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""Chat template of multimodal models: a message's content is a text, or a list of parts."""
+
 _CORPUS = """
 A server that streams tokens must go on when one of its devices dies. The weights of the lost device are
 read again from storage, the other devices keep what they hold, and the stream goes on where it stopped.
@@ -43,10 +52,14 @@ for index in range(10): print("number", index, "of", 10)
 """
 
 
-def write_tokenizer(path: Path, vocab_size: int, max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json; special tokens take the last ids."""
+def write_tokenizer(path: Path, vocab_size: int, max_length: int, *, parts_of_messages: bool = False) -> None:
+    """Write tokenizer.json and tokenizer_config.json; special tokens take the last ids.
+
+    ``parts_of_messages``: the chat template takes lists of texts and images, as in multimodal models.
+    """
     build_tokenizer(vocab_size).save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(max_length), indent=2) + "\n")
+    config = _tokenizer_config(max_length) | ({"chat_template": _PARTS} if parts_of_messages else {})
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def build_tokenizer(vocab_size: int) -> Tokenizer:

@@ -5,6 +5,7 @@ import os
 
 import launch_file
 import pytest
+from forge import LAUNCHER, ForkedServer
 from histories import Unbroken
 from remains import Place
 
@@ -16,7 +17,6 @@ ARGUMENTS += ("--anchor-allow-injection", "--anchor-allow-journals")
 OVERLAP = ("--anchor-overlap", os.environ.get("ANCHORTP_OVERLAP", "auto"))
 """For all servers but those of tests that say it themselves."""
 HANG_TIMEOUT_S = 4
-LAUNCHER = "anchortp_sglang.launch_server"
 
 
 @pytest.fixture(scope="session")
@@ -25,17 +25,24 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launch(checkpoint, tmp_path_factory):
-    """launch(tp_size, *more_arguments): a context with a started Server; ``server.place`` is its Place. ``prefix``:
-    a command that runs it. ``before_start`` is called with the server."""
+def launch(checkpoint, forge, tmp_path_factory):
+    """launch(tp_size, *more_arguments): a context with a started Server; ``server.place`` is its Place.
+
+    It is forked from a process that has imported SGLang, unless ``module`` says what a new interpreter runs, or
+    ``prefix``, what runs that. ``before_start`` is called with the server.
+    """
 
     @contextlib.contextmanager
-    def launch(tp_size, *arguments, model=checkpoint, env=None, module=LAUNCHER, prefix=(), before_start=None):
+    def launch(tp_size, *arguments, model=checkpoint, env=None, module=None, prefix=(), before_start=None):
         place = Place(tmp_path_factory.mktemp("server") / "log")
-        env = place.env | (env or {})
-        server = Server(model, tp_size, *ARGUMENTS, *OVERLAP, *arguments, log=place.log, module=module, env=env)
+        arguments = (model, tp_size, *ARGUMENTS, *OVERLAP, *arguments)
+        options = {"log": place.log, "env": place.env | (env or {})}
+        if module is None and not prefix:
+            server = ForkedServer(forge, *arguments, **options)
+        else:
+            server = Server(*arguments, module=module or LAUNCHER, **options)
+            server._command = [*prefix, *server._command]
         server.place = place
-        server._command = [*prefix, *server._command]
         if before_start is not None:
             before_start(server)
         try:
@@ -63,7 +70,7 @@ def shared_with_overlap(launch, checkpoint, tmp_path_factory):
     cache = launch_file.cache(tmp_path_factory.mktemp("hub"), checkpoint)
     env = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     flags = ("--anchor-hang-timeout", str(HANG_TIMEOUT_S), "--anchor-overlap", "on")
-    with launch(4, *launch_file.ARGUMENTS, *flags, model=launch_file.REPOSITORY, env=env) as server:
+    with launch(4, *launch_file.ARGUMENTS, *flags, model=launch_file.REPOSITORY, env=env, module=LAUNCHER) as server:
         yield server, Unbroken(server)
 
 

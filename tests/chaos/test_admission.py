@@ -24,9 +24,8 @@ REFUSED = {
     ],
     "/v1/chat/completions": [
         CHAT | {"return_hidden_states": True},
-        CHAT | {"lora_path": "adapter"},
     ],
-    "/v1/completions": [COMPLETION | {"return_hidden_states": True}, COMPLETION | {"lora_path": "adapter"}],
+    "/v1/completions": [COMPLETION | {"return_hidden_states": True}],
 }
 
 

@@ -1,5 +1,8 @@
 """Families whose KV is of another kind lose a rank, then a device: what is kept is used again, and no token is lost."""
 
+import json
+import urllib.error
+
 import pytest
 from faults import kill_rank, lose_device
 from histories import Unbroken, prompt, request
@@ -8,13 +11,14 @@ from survival import survive
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 REQUESTS = [request(prompt(5000 + seed, 90), 60) for seed in range(4)]
+IMAGE = "data:image/png;base64,iVBORw0KGgo="
 
 
 @pytest.mark.parametrize(
     ("family", "shape", "flags"),
     [
         pytest.param("deepseek_v3", {"num_layers": 3}, ("--ep-size", "3"), id="latents"),
-        pytest.param("gemma3_text", {"num_layers": 6, "sliding_window": 64}, (), id="windows"),
+        pytest.param("gemma3", {"num_layers": 6, "sliding_window": 64}, (), id="windows-of-a-multimodal-model"),
     ],
 )
 def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, tmp_path, family, shape, flags):
@@ -29,3 +33,27 @@ def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, tmp_path, family,
         if family == "deepseek_v3":  # each device has all latents, so none of them is lost
             assert device["kv"]["slots_restored"] == 0
             assert device["tokens_reused"] >= len(REQUESTS) * 90
+        if family == "gemma3":
+            check_that_images_are_refused(server, model)
+
+
+def check_that_images_are_refused(server, model):
+    """By /generate and in chats, where texts are still served in parts; the model has the name of its own folder."""
+    assert [one["id"] for one in server.get("/v1/models")["data"]] == [str(model)]
+    assert "images" in refusal(server, "/generate", {"text": "a", "image_data": IMAGE})
+    text = {"type": "text", "text": "What is this?"}
+    image = {"type": "image_url", "image_url": {"url": IMAGE}}
+    assert "image" in refusal(server, "/v1/chat/completions", chat(model, text, image))
+    assert server.post("/v1/chat/completions", chat(model, text))["usage"]["completion_tokens"] == 4
+
+
+def chat(model, *parts):
+    return {"model": str(model), "max_tokens": 4, "messages": [{"role": "user", "content": list(parts)}]}
+
+
+def refusal(server, path, body):
+    """The text of the 400 that a call gets."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        server.post(path, body)
+    assert error.value.code == 400
+    return json.dumps(json.loads(error.value.read()))

@@ -22,6 +22,7 @@ from constrained import (
     whole,
 )
 from faults import kill_rank, kill_standby, recovered
+from forge import LAUNCHER
 from fronts import front
 from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
@@ -46,7 +47,7 @@ def plain(launch, model):
 @pytest.fixture(scope="module")
 def with_overlap(launch, model):
     """With SGLang's overlap schedule; every 100th step retracts requests."""
-    with launch(2, *FLAGS, *PARSERS, "--anchor-overlap", "on", model=model, env=RETRACTING) as server:
+    with launch(2, *FLAGS, *PARSERS, "--anchor-overlap", "on", model=model, env=RETRACTING, module=LAUNCHER) as server:
         yield server, Unbroken(server)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from faults import kill, kill_rank, recovered
+from forge import LAUNCHER
 from histories import Unbroken, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.testing.streams import Streams
@@ -23,7 +24,7 @@ def poisoned(launch, tmp_path_factory):
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(POISON)])
     marker = tmp_path_factory.mktemp("poison") / "start"
     env = {"PYTHONPATH": path, "ANCHORTP_POISONED_START": str(marker)}
-    with launch(2, "--anchor-hang-timeout", "4", env=env) as server:
+    with launch(2, "--anchor-hang-timeout", "4", env=env, module=LAUNCHER) as server:
         server.marker = marker
         yield server
 

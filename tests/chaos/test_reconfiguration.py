@@ -338,7 +338,7 @@ def test_a_device_that_was_lost_comes_back_with_the_cache(server, unbroken):
     assert record["reload_bytes"] == 0 and record["kv"]["slots_dropped"] == 0
 
 
-def test_a_server_starts_with_what_can_be_started_and_grows_when_the_rest_appears(launch, tmp_path):
+def test_without_a_warm_standby_a_server_grows_when_devices_appear_and_changes_on_order(launch, tmp_path):
     """A directory in the place of its socket keeps an anchor from starting."""
     obstacle = []
 
@@ -348,7 +348,8 @@ def test_a_server_starts_with_what_can_be_started_and_grows_when_the_rest_appear
         obstacle[0].parent.chmod(0o700)
 
     arguments = ("--anchor-run-dir", str(tmp_path), "--anchor-start-devices", "available", "--anchor-rejoin", "auto")
-    with launch(2, *arguments, "--anchor-min-devices", "1", before_start=obstruct) as server:
+    arguments += ("--anchor-standby", "cold", "--anchor-min-devices", "1")
+    with launch(2, *arguments, before_start=obstruct) as server:
         alone = server.status()
         assert alone["state"] == "degraded" and states(server) == ["serving", "lost"]
         assert "anchor-1.fds" in alone["devices"][1]["reason"]
@@ -357,7 +358,17 @@ def test_a_server_starts_with_what_can_be_started_and_grows_when_the_rest_appear
             pass
         until(lambda: states(server) == ["serving"] * 2, "it does not grow", 60, 0.1)
         assert server.status()["devices"][1]["reason"] == ""
-        check(Unbroken(server)(REQUESTS), streams)
+        expected = Unbroken(server)(REQUESTS)
+        check(expected, streams)
+        with Streams(server.url, REQUESTS) as streams:
+            streams.wait_tokens(10)
+            change(server, drain=[0])
+            assert states(server) == ["drained", "serving"]
+            streams.wait_tokens(60)
+            change(server, rejoin=[0])
+            assert states(server) == ["serving"] * 2
+        check(expected, streams)
+        assert not standbys(server)
 
 
 def test_devices_come_and_go_while_ranks_die(server, unbroken):

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faults import child_named, holders, kill, kill_rank
+from forge import LAUNCHER
 from histories import prompt, request, until
 from remains import Place, Remains, shm
 
@@ -24,7 +25,7 @@ UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc")
 
 def test_sigterm_in_a_recovery_lets_requests_finish_and_leaves_nothing_behind(launch):
     """And so does another fault, while SGLang waits for them."""
-    with launch(2) as server:
+    with launch(2, module=LAUNCHER) as server:
         with Streams(server.url, SHORT) as streams:
             streams.wait_tokens(5)
             remains = Remains(server)
@@ -103,7 +104,7 @@ def zombies(process):
 
 
 def test_sigkill_of_the_server_ends_its_processes_and_the_next_one_removes_its_files(launch):
-    with launch(2, "--enable-metrics") as server:
+    with launch(2, "--enable-metrics", module=LAUNCHER) as server:
         with Streams(server.url, ENDLESS) as streams:
             streams.wait_tokens(5)
             remains = Remains(server)

@@ -1,4 +1,4 @@
-"""One preloaded process and one of each checkpoint for all engine tests."""
+"""One of each checkpoint for all engine tests."""
 
 import shutil
 import tempfile
@@ -6,30 +6,23 @@ from pathlib import Path
 
 import leftovers
 import pytest
-from forge import Forge
 
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
+MULTIMODAL = ("mistral3", "qwen2_5_vl", "qwen3_vl_moe")
 CHECKPOINTS = {
     "qwen3": {"num_layers": 4, "shards": 2},
     "qwen2": {"num_layers": 4, "num_kv_heads": 2, "tie_word_embeddings": True},
     "llama": {"num_layers": 4},
     **{
         family: {"num_layers": 3}
-        for family in ("mistral", "phi3", "glm4", "gemma2", "olmo2", "mixtral", "qwen3_moe", "deepseek_v2")
+        for family in ("phi3", "glm4", "gemma2", "olmo2", "mixtral", "qwen3_moe", "deepseek_v2", *MULTIMODAL)
     },
     # A full layer after five with a window, which the longest prompt outgrows.
-    "gemma3_text": {"num_layers": 6, "sliding_window": 64},
+    "gemma3": {"num_layers": 6, "sliding_window": 64},
     "deepseek_v3": {"num_layers": 3, "num_dense_layers": 1},
 }
 """Untied with explicit head_dim; tied with qkv bias and two KV heads; head_dim derived from hidden_size; others."""
-
-
-@pytest.fixture(scope="session")
-def forge(tmp_path_factory):
-    made = Forge(tmp_path_factory.mktemp("forge"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What engine tests do inside forked processes. Returns go back as JSON."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,39 +14,45 @@ from pathlib import Path
 ENGINE_FLAGS = {"dtype": "float32", "max_total_tokens": 4096, "random_seed": 1}
 
 
-def stock_generate(model, prompts, max_new_tokens, latents):
+def stock_generate(model, prompts, max_new_tokens, latents=False, adapters=None, lora_paths=None):
     """Stock SGLang's Engine at TP=1, with none of our hooks. Its processes are forked, not spawned: they
-    run the same code, without importing it again. ``latents``: tell it how to attend over them on a CPU."""
+    run the same code, without importing it again. ``latents``: tell it how to attend over them on a CPU.
+    ``lora_paths``: let it serve adapters there; ``adapters``: the one of each prompt."""
     from sglang.srt.entrypoints.engine import Engine
 
-    from anchortp_sglang.platforms.cpu import latent_attention
+    from anchortp_sglang.platforms.cpu import latent_attention, sgl_kernel_stub, unpinned
     from anchortp_sglang.platforms.cpu.environment import cpu_defaults
 
     if latents:
         latent_attention.register()
+    if lora_paths:
+        unpinned.register()
+    sgl_kernel_stub.install_operators()
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *args, **kwargs: None
-    flags = cpu_defaults({}, os.environ, 1, [0]).flags
-    engine = Engine(model_path=model, tp_size=1, log_level="error", **flags, **ENGINE_FLAGS)
-    answers = _generate(engine, prompts, max_new_tokens)
-    engine.shutdown()
+    flags = cpu_defaults({}, os.environ, 1, [0]).flags | ENGINE_FLAGS
+    engine = Engine(model_path=model, tp_size=1, log_level="error", lora_paths=lora_paths, **flags)
+    answers = _generate(engine, prompts, max_new_tokens, adapters)
+    with contextlib.suppress(AttributeError):  # for Mistral-3, of a cache that its processor does not have
+        engine.shutdown()
     return answers
 
 
-def anchored_generate(model, prompts, max_new_tokens, **arguments):
+def anchored_generate(model, prompts, max_new_tokens, adapters=None, **arguments):
     """Ours."""
     from anchortp_sglang import Engine
 
     engine = Engine(model_path=model, **(ENGINE_FLAGS | arguments))
-    answers = _generate(engine, prompts, max_new_tokens)
+    answers = _generate(engine, prompts, max_new_tokens, adapters)
     engine.shutdown()
     return answers
 
 
-def _generate(engine, prompts, max_new_tokens):
+def _generate(engine, prompts, max_new_tokens, adapters=None):
     """Greedy, all prompts in one batch; per prompt its tokens and the logprobs of prompt and answer."""
     sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-    answers = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+    logprobs = {"return_logprob": True, "logprob_start_len": 0}
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling, lora_path=adapters, **logprobs)
     return [
         {
             "ids": answer["output_ids"],

@@ -111,7 +111,9 @@ def launched(argv):
         (["--ep-size", "2"], ["Qwen3ForCausalLM has no experts"]),
         (["--speculative-algorithm", "NEXTN"], ["--speculative-algorithm", "leave it out"]),
         (["--disaggregation-mode", "prefill"], ["--disaggregation-mode", "one server"]),
-        (["--enable-lora"], ["--enable-lora", "merge the adapter"]),
+        (["--enable-lora"], ["--lora-paths", "--max-lora-rank", "--lora-target-modules"]),
+        (["--lora-paths", "a=b", "--lora-backend", "triton"], ["--lora-backend triton", "torch_native"]),
+        (["--lora-paths", "a=b", "--anchor-rotate-heads"], ["--enable-lora", "--anchor-rotate-heads"]),
         (["--quantization", "fp8"], ["--quantization fp8", "unquantized"]),
         (["--use-ray"], ["--use-ray"]),
         (["--kv-cache-dtype", "fp8_e5m2"], ["--kv-cache-dtype fp8_e5m2", "auto"]),
@@ -127,16 +129,16 @@ def test_a_flag_that_cannot_be_honoured_is_named_with_a_way_out(forge, places, a
 
 
 def test_every_unsupported_flag_is_named_at_once(forge, places, argv):
-    message = refused(forge, places, [*argv, "--enable-lora", "--dp-size", "2", "--quantization", "fp8"])
-    assert [flag for flag in ("--enable-lora", "--dp-size", "--quantization") if flag not in message] == []
+    message = refused(forge, places, [*argv, "--use-ray", "--dp-size", "2", "--quantization", "fp8"])
+    assert [flag for flag in ("--use-ray", "--dp-size", "--quantization") if flag not in message] == []
 
 
 def test_flags_of_a_config_file_are_judged_like_those_of_the_command_line(forge, places, argv, tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("pp-size: 2\nenable-lora: true\n")
+    config.write_text("pp-size: 2\nuse-ray: true\n")
     message = refused(forge, places, [*argv, "--config", str(config)])
     assert "--pp-size 2" in message
-    assert "--enable-lora" in message
+    assert "--use-ray" in message
 
 
 # ---- checkpoints

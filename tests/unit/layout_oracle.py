@@ -109,9 +109,13 @@ def _expert(prefix: str, which: str, whole: Tensors, share: Share) -> np.ndarray
 
 
 def _stacked_w13(prefix: str, bias: str, whole: Tensors, share: Share) -> np.ndarray:
-    """Gate and up take turns in the last dimension of the checkpoint, and in the middle one of the parameter."""
+    """In the last dimension of GPT-OSS's checkpoint gate and up take turns, as in the middle one of the parameter; in
+    Qwen3-VL's gate comes first."""
     found = whole[f"{prefix}gate_up_proj{bias}"]
     found = found if share.experts is None else found[share.experts]
+    if share.config["model_type"] == "qwen3_moe":
+        gate, up = (half[..., share.columns] for half in np.split(found, 2, axis=-1))
+        return np.concatenate([gate, up], axis=-1).swapaxes(1, 2)
     pairs = found.reshape(*found.shape[:-1], -1, 2)[..., share.columns, :]
     turns = pairs.reshape(*found.shape[:-1], -1)
     return turns if bias else turns.swapaxes(1, 2)

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from anchortp_sglang.options import AnchorOptions, OptionsError, add_arguments, from_kwargs, split_argv
+from anchortp_sglang.option_values import OptionsError
+from anchortp_sglang.options import AnchorOptions, add_arguments, from_kwargs, split_argv
 
 SGLANG = [
     "--model-path",

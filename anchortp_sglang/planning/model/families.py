@@ -27,6 +27,7 @@ from anchortp_sglang.planning.model.rules import (
     summed,
     vector,
 )
+from anchortp_sglang.planning.model.wrappers import STACKED_EXPERTS
 
 # models/llama.py, `LlamaDecoderLayer`: the biases follow `attention_bias or bias`; `LlamaMLP` has none.
 _LLAMA_BIAS = ("attention_bias", "bias")
@@ -58,10 +59,32 @@ _QWEN3 = Family(
 )
 
 # models/qwen3_moe.py, `Qwen3MoeSparseMoeBlock`: SGLang gives every layer experts, whatever config.json says.
+# In checkpoints of Qwen3-VL all experts of a layer are one tensor, (expert, in, out), gate before up.
+_STACKED_EXPERTS = "mlp.experts."
+_ROUTER, *_SEPARATE = experts("mlp.", "gate_proj", "up_proj", "down_proj")
 _QWEN3_MOE = replace(
     _QWEN3,
     dense=(),
-    sparse=experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+    sparse=(
+        _ROUTER,
+        *(replace(rule, unless=STACKED_EXPERTS) for rule in _SEPARATE),
+        Rule(
+            _STACKED_EXPERTS + "w13_weight",
+            ((_STACKED_EXPERTS + "gate_up_proj", "expert_column"),) * 2,
+            dim=1,
+            rest=("experts", "hidden"),
+            only_if=(STACKED_EXPERTS,),
+            transposed=True,
+        ),
+        Rule(
+            _STACKED_EXPERTS + "w2_weight",
+            ((_STACKED_EXPERTS + "down_proj", "expert_column"),),
+            dim=2,
+            rest=("experts", "hidden"),
+            only_if=(STACKED_EXPERTS,),
+            transposed=True,
+        ),
+    ),
     columns=(("expert_column", "moe_intermediate_size"),),
     experts="num_local_experts",
     aliases=(("num_experts", "num_local_experts"),),
@@ -124,7 +147,12 @@ _GEMMA2 = Family(
     ),
     after=(NORM,),
     layer_types=("full_attention", "sliding_attention"),
-    defaults=(("num_key_value_heads", 4), ("head_dim", 256), ("tie_word_embeddings", True)),
+    defaults=(
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("head_dim", 256),
+        ("tie_word_embeddings", True),
+    ),
     caveats=(
         (
             "attn_logit_softcapping",
@@ -137,6 +165,7 @@ _GEMMA2 = Family(
 # models/gemma3_causal.py: the same with norms of q and k, each over one head, and with all embeddings on every rank.
 _GEMMA3 = replace(
     _GEMMA2,
+    defaults=(*_GEMMA2.defaults, ("vocab_size", 262208)),
     before=(plain("model.embed_tokens.weight", "vocab_row"),),
     layer=(BEFORE_ATTENTION, qkv(), qkv_bias(_BIAS), *QK_NORM, O_PROJ, o_bias(_BIAS), BEFORE_MLP),
     refused=(("use_bidirectional_attention", "its tokens see later ones; only causal attention is resumed"),),
@@ -163,7 +192,6 @@ _OLMO2 = Family(
 # models/gpt_oss.py: all experts of a layer in one tensor, (expert, in, out), gate and up taking turns in its columns;
 # SGLang has them the other way round (but not with the MoE runner triton_kernel). `_load_normal_weights` gives the bias
 # of down to the first rank alone.
-_STACKED_EXPERTS = "mlp.experts."
 _GPT_OSS = Family(
     before=(EMBED,),
     layer=(

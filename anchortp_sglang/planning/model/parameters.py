@@ -138,6 +138,6 @@ def _stacked(
     spec = _spec(rule, sizes, prefix, layer, dtype)
     if not whole_experts:
         return spec
-    (block,) = spec.blocks
-    shape = (*spec.rest[1 : spec.dim], block.elements_per_unit, *spec.rest[spec.dim :])
-    return replace(spec, blocks=(Block(block.source, "expert", 1),), dim=0, rest=shape)
+    columns = sum(block.elements_per_unit for block in spec.blocks)
+    shape = (*spec.rest[1 : spec.dim], columns, *spec.rest[spec.dim :])
+    return replace(spec, blocks=(Block(spec.blocks[0].source, "expert", 1),), dim=0, rest=shape)

@@ -107,7 +107,7 @@ REFUSED: tuple[tuple[str, str], ...] = (
 UNUSED_SOURCES: tuple[str, ...] = (
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$",
     r"\.(k|v|kv)_scale$",
-    r"projector|^model\.vision_tower",
+    r"projector|^(model\.)?(vision_tower|visual)\.",
 )
 """Checkpoint tensors that SGLang's ``load_weights`` skips (regex, searched): values it computes itself, scales of a
 quantized KV cache (``maybe_remap_kv_scale_name``), and the parts that turn images into embeddings."""

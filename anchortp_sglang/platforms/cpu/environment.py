@@ -46,6 +46,8 @@ _FLAGS: dict[str, object] = {
     "sleep_on_idle": True,
     # Otherwise GroupCoordinator.__init__ tries it and logs a warning for each group (dispatch_custom_allreduce).
     "disable_custom_all_reduce": True,
+    # The only backend of adapters without triton.
+    "lora_backend": "torch_native",
 }
 
 

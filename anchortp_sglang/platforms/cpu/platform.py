@@ -35,6 +35,7 @@ class CpuPlatform:
     rules: ClassVar[DeviceRules] = DeviceRules(
         device="cpu",
         attention_backends=("torch_native",),
+        lora_backends=("torch_native",),
         why_no_fp8_kv="SGLang has it on CPUs with AMX only, whose kernels are not supported",
     )
     identity: ClassVar[tuple[str, ...]] = ()
@@ -61,7 +62,7 @@ class CpuPlatform:
         kv = plan_kv(model, ownership, view, options.device_bytes, available, options.standby in (None, "warm"))
         mirror, mirror_text = plan_mirror(model, ownership, kv, options, available)
         standby, standby_text = plan_standby(model, ownership, kv, mirror, options, view, available)
-        return MemoryPlan(self, kv, mirror, mirror_text, standby, standby_text)
+        return MemoryPlan(self, kv, mirror, mirror_text, standby, standby_text, options.min_devices or 1)
 
     def graph_batch_sizes(self, view: Any) -> tuple[int, ...]:
         """Return none: there are no graphs on CPU."""

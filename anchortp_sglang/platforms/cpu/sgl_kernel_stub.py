@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _PACKAGE = "sgl_kernel"
 
@@ -36,6 +36,26 @@ def install() -> None:
         submodule = _StandIn(f"{_PACKAGE}.{name}")
         sys.modules[submodule.__name__] = submodule
         setattr(package, name, submodule)
+
+
+def install_operators() -> None:
+    """Make missing operators of sgl_kernel's CPU build refuse to be called, instead of to be named; imports torch.
+
+    For stock SGLang only: its processors of Qwen's images import modules that take such operators by name when loaded
+    (``fused_sigmoid_mul_cpu`` in models.qwen3_5, among others).
+    """
+    import torch
+
+    class Operators(type(torch.ops.sgl_kernel)):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if not name.endswith("_cpu"):
+                    raise
+                return _refuse(f"torch.ops.{_PACKAGE}.{name}")
+
+    torch.ops.sgl_kernel = Operators(_PACKAGE)
 
 
 def _real_one_loads() -> bool:

@@ -1,5 +1,6 @@
 """Plans GPU ranks before they start: KV slots within the GPUs' budgets, and decode graphs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,32 +55,62 @@ def check_gpu_plan(model: ModelAxes, view: Any, options: AnchorOptions, spreads:
 
 
 def plan_gpu_kv(
-    model: ModelAxes, ownership: Ownership, gpus: Sequence[GpuShare], min_devices: int, view: Any
-) -> KVPlan:
+    model: ModelAxes,
+    ownership: Ownership,
+    gpus: Sequence[GpuShare],
+    min_devices: int | None,
+    view: Any,
+    starting: int | None = None,
+) -> tuple[KVPlan, int]:
     """Plan as many slots as fit all generations down to ``min_devices``, or those the operator asks for, if they fit.
 
-    Assumes that devices are lost from the last to the first. A survivor must hold, for a moment, its old and its new
-    weights besides the new KV. Raises ValueError for the operator.
+    Also return the fewest devices: ``min_devices``, or if that is None the fewest that have room for a third of what
+    all have room for (where each holds one KV head, the next loss costs half already), or for what the operator asks
+    for; at most ``starting``, if the server starts with fewer than all. Assumes that devices are lost from the last to
+    the first. A survivor must hold, for a moment, its old and its new weights besides the new KV. Raises ValueError for
+    the operator.
     """
-    page_size = view.page_size or 1
-    fits = min(_slots_that_fit(model, old, new, gpus) for old, new in _down_to(model, ownership, min_devices))
-    fits = max(0, fits - page_size) // page_size * page_size
-    slots = min(view.max_total_tokens or fits, fits) // page_size * page_size
-    if slots < 1 or slots < (view.max_total_tokens or 0):
+    page_size, asked = view.page_size or 1, view.max_total_tokens
+    fits = _slots_by_width(model, ownership, gpus, page_size)
+    if min_devices is None:
+        enough = asked or max(fits[ownership.tp_size] // 3, 1)
+        min_devices = min((width for width, slots in fits.items() if slots >= enough), default=ownership.tp_size)
+        min_devices = min(min_devices, starting or min_devices)
+    most = min(slots for width, slots in fits.items() if width >= min_devices)
+    slots = min(asked or most, most) // page_size * page_size
+    if slots < 1 or slots < (asked or 0):
         raise ValueError(
-            f"the GPUs have room for {fits} KV slots besides weights, down to {min_devices} of {len(gpus)} devices: "
+            f"the GPUs have room for {most} KV slots besides weights, down to {min_devices} of {len(gpus)} devices: "
             "lower --max-total-tokens, raise --anchor-min-devices or --mem-fraction-static, or use a smaller model"
         )
-    return KVPlan(slots, page_size, model.dtype_bytes)
+    return KVPlan(slots, page_size, model.dtype_bytes), min_devices
 
 
-def _down_to(model: ModelAxes, ownership: Ownership, min_devices: int) -> Iterator[tuple[Ownership | None, Ownership]]:
+def describe_losses(devices: int, min_devices: int, kv: KVPlan, chosen_here: bool) -> str:
+    """Describe how many losses of devices can be survived, with how many KV slots, and how to change that."""
+    losses = devices - min_devices
+    survives = f"the loss of {losses} of {devices} GPUs" if losses else f"no loss of a GPU: all {devices} are needed"
+    way_out = "; --anchor-min-devices trades losses for slots" if chosen_here and devices > 1 else ""
+    return f"{kv.slots} KV slots fit, and the server survives {survives}{way_out}"
+
+
+def _slots_by_width(model: ModelAxes, ownership: Ownership, gpus: Sequence[GpuShare], page_size: int) -> dict[int, int]:
+    """Return TP size -> the slots that all generations down to it have room for."""
+    fits: dict[int, int] = {}
+    least: float = math.inf
+    for old, new in _down_to_one(model, ownership):
+        least = min(least, _slots_that_fit(model, old, new, gpus))
+        fits[new.tp_size] = max(0, int(least) - page_size) // page_size * page_size
+    return fits
+
+
+def _down_to_one(model: ModelAxes, ownership: Ownership) -> Iterator[tuple[Ownership | None, Ownership]]:
     """Yield (old, new) of the first generation, and of those that follow the loss of one device after the other."""
     old: Ownership | None = None
     new = ownership
     while True:
         yield old, new
-        if new.tp_size <= min_devices:
+        if new.tp_size == 1:
             return
         try:
             old, new = new, reconfigure(model, new, list(new.devices[:-1]))

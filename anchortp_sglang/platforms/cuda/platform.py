@@ -66,7 +66,9 @@ class CudaPlatform:
         plan.check_gpu_plan(model, view, options, spreads_experts)
         shares = share_out(self.gpus, ownership.tp_size, view.mem_fraction_static or 0.8, options.share_gpus)
         _log_shares(shares)
-        kv = plan.plan_gpu_kv(model, ownership, shares, options.min_devices, view)
+        starting = len(options.start_devices) if isinstance(options.start_devices, tuple) else None
+        kv, min_devices = plan.plan_gpu_kv(model, ownership, shares, options.min_devices, view, starting)
+        log.info("anchortp: %s", plan.describe_losses(len(shares), min_devices, kv, options.min_devices is None))
         mirror_text = "off: KV in a GPU's memory is not mirrored yet, and is lost with its device"
         if options.standby == "warm":
             raise ValueError(
@@ -74,7 +76,8 @@ class CudaPlatform:
                 " not been seen to fit and run on one; use cold"
             )
         standby = options.standby or "cold"
-        return MemoryPlan(CudaPlatform(shares=shares), kv, None, mirror_text, standby, f"{standby}: spare ranks only")
+        standby_text = f"{standby}: spare ranks only"
+        return MemoryPlan(CudaPlatform(shares=shares), kv, None, mirror_text, standby, standby_text, min_devices)
 
     @property
     def identity(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from anchortp_sglang.planning.layout.moves import Move
 from anchortp_sglang.planning.layout.shards import Piece
+from anchortp_sglang.planning.model.wrappers import language_tensor
 
 _PLAIN = {torch.float32, torch.float16, torch.bfloat16}
 
@@ -25,10 +26,11 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
+        """A tensor's file and its name there, by its name in a checkpoint of the language model alone."""
         for path in _shards(folder):
             opened = self._stack.enter_context(_open(path))
-            self._files |= dict.fromkeys(opened.keys(), opened)
+            self._files |= {language_tensor(name): (opened, name) for name in list(opened.keys())}
         _check_index(folder, self._files)
 
     def __enter__(self) -> Self:
@@ -40,7 +42,7 @@ class Checkpoint:
         self._stack.close()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        return {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in self._files.items()}
 
     def fill(self, into: torch.Tensor, piece: Piece | Move) -> None:
         """Copy a piece's slice of a checkpoint tensor, converted to the dtype of ``into``. Raises like ``read``."""
@@ -60,9 +62,10 @@ class Checkpoint:
         return found
 
     def _slice(self, piece: Piece | Move) -> torch.Tensor:
-        stored = self._files[piece.source].get_slice(piece.source)
+        file, name = self._files[piece.source]
+        stored = file.get_slice(name)
         if not stored.get_shape():
-            scalar: torch.Tensor = self._files[piece.source].get_tensor(piece.source)
+            scalar: torch.Tensor = file.get_tensor(name)
             return scalar[None]
         dims = list(range(len(stored.get_shape())))
         if piece.transposed:
@@ -108,6 +111,6 @@ def _check_index(folder: Path, files: dict[str, Any]) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return
-    absent = sorted(set(_weight_map(index)) - files.keys())
+    absent = sorted(set(map(language_tensor, _weight_map(index))) - files.keys())
     if absent:
         raise CheckpointError(f"{folder}: {len(absent)} tensors of the index are in no file ({absent[0]}, …)")

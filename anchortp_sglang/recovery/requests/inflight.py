@@ -13,19 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sglang.srt.managers.io_struct import (
-    AbortReq,
-    ContinueGenerationReqInput,
-    FlushCacheReqInput,
-    GetInternalStateReq,
-    PauseGenerationReqInput,
-    ShutdownReq,
-)
+from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
 
 from anchortp_sglang.kv.namespaces import Key
 from anchortp_sglang.rank.messages import GenerationStart, Reseed
 from anchortp_sglang.recovery.requests import journal
 from anchortp_sglang.recovery.requests.continued import Continued
+from anchortp_sglang.recovery.requests.control import PAUSES, ControlMessages
 from anchortp_sglang.recovery.requests.down import ControlCalls, ServerDown
 from anchortp_sglang.recovery.requests.isolation import Evidence, Isolation
 from anchortp_sglang.recovery.requests.pause import PauseGate
@@ -33,16 +27,6 @@ from anchortp_sglang.recovery.requests.records import Record, encode, records_of
 
 log = logging.getLogger(__name__)
 
-
-_REPEATABLE: dict[str, type] = {
-    "get_internal_state_communicator": GetInternalStateReq,
-    "flush_cache_communicator": FlushCacheReqInput,
-}
-"""TokenizerManager's control calls, by the attribute that awaits their answer: all that reach ranks
-(``check_message``). Each may be sent twice."""
-
-_PAUSES = (PauseGenerationReqInput, ContinueGenerationReqInput)
-"""Messages of which the last one holds for new ranks, too: they pause before they take a request."""
 
 _STALE_RECORDS = 64
 _ERROR_TYPES = {400: "BadRequestError", 500: "InternalServerError"}
@@ -62,10 +46,7 @@ class InflightRequests:
         self._tm = tokenizer_manager
         self._send = send
         self._records: dict[str, Record] = {}
-        self._held: list[tuple[type, bytes]] = []
-        """Control messages of an outage; requests wait in ``isolation``."""
-        self._control: dict[type, bytes] = {}  # the last message of each repeatable kind
-        self._pause: bytes | None = None  # the message that has paused the ranks
+        self.control = ControlMessages(tokenizer_manager, send)
         self._wake: Any = None
         self._task: Any = None
         self.isolation = Isolation()
@@ -80,8 +61,9 @@ class InflightRequests:
         """Take a message that TM wants to send to the scheduler. Raises ServerDown if it would not be answered."""
         if isinstance(message, AbortReq):
             return self._abort(message)
-        if isinstance(message, _PAUSES):
-            return self._dispatch_pause(message)
+        if isinstance(message, PAUSES):
+            self.control.dispatch(message, encode(message), self.outage)
+            return self._release()
         if self.refusal is not None and not isinstance(message, ShutdownReq):  # TM's sigterm_watchdog must not fail
             raise ServerDown(self.refusal)
         encoded = encode(message)
@@ -92,7 +74,7 @@ class InflightRequests:
             encoded = b""  # no message has just those that are left
         self._records |= requests
         if not requests and encoded:
-            self._dispatch_control(type(message), encoded)
+            self.control.dispatch(message, encoded, self.outage)
         elif not self.outage:
             admitted = {rid for rid in requests if self.isolation.admit(rid, time.monotonic())}
             self._begin(requests, admitted, encoded)
@@ -118,26 +100,6 @@ class InflightRequests:
             self._drop(rid)
         elif not self.outage:
             self._begin({rid: record}, {rid} if self.isolation.admit(rid, time.monotonic()) else set(), b"")
-
-    def _dispatch_control(self, kind: type, encoded: bytes) -> None:
-        if kind in _REPEATABLE.values():
-            self._control[kind] = encoded
-        if self.outage:
-            self._held.append((kind, encoded))
-        else:
-            self._send(encoded)
-
-    def _dispatch_pause(self, message: Any) -> None:
-        encoded = encode(message)
-        self._pause = encoded if isinstance(message, PauseGenerationReqInput) else None
-        if not self.outage:
-            self._send(encoded)
-            self._release()
-
-    @property
-    def ranks_pause(self) -> bool:
-        """Whether ranks have been told to pause, and new ones will be."""
-        return self._pause is not None
 
     @property
     def has_open(self) -> bool:
@@ -252,18 +214,14 @@ class InflightRequests:
         self.forget_finished()
         self.outage, self.refusal = False, None
         self.send(GenerationStart(generation=generation))
-        if self._pause is not None:
-            self._send(self._pause)
-        self._repeat_control()
+        self.control.repeat()
         for rid in [rid for rid in self._records if self._tm.rid_to_state[rid].abort_sent]:
             self._drop(rid)  # the abort died with the scheduler
         states = self._tm.rid_to_state
         resumed = sum(record.begun for record in self._records.values())
         self.isolation.replay([(rid, bool(states[rid].output_ids)) for rid in self._records], time.monotonic())
         self._release()
-        held, self._held = self._held, []
-        for _, message in held:
-            self._send(message)
+        self.control.release()
         return resumed
 
     def send(self, message: Any) -> None:
@@ -272,7 +230,7 @@ class InflightRequests:
 
     def _release(self) -> None:
         """Send the requests that may go to the ranks by now; none that waits while these pause."""
-        if self.outage or self.ranks_pause or not self.isolation.waiting:
+        if self.outage or self.control.ranks_pause or not self.isolation.waiting:
             return
         self.forget_finished()  # a waiting request may have ended: its client left, or it was aborted
         now = time.monotonic()
@@ -294,7 +252,9 @@ class InflightRequests:
         for rid, record in self._records.items():
             request, delivered = record.request(), self._tm.rid_to_state[rid].output_ids
             tokens = np.array([*request.input_ids, *delivered], np.int64)
-            yield (request.extra_key, request.cache_salt or None), tokens
+            # As Req.__init__ (managers/schedule_batch.py) makes it.
+            extra_key = request.extra_key if request.lora_id is None else (request.extra_key or "") + request.lora_id
+            yield (extra_key, request.cache_salt or None), tokens
 
     def reseed(self) -> Reseed:
         """Make the message that tells a new detokenizer of the requests with delivered tokens."""
@@ -316,7 +276,7 @@ class InflightRequests:
     def give_up(self, reason: str) -> int:
         """End every open request with a clear error, and refuse new ones until a replay; return how many ended."""
         self.refusal = reason
-        self._held.clear()
+        self.control.forget_held()
         self.control_calls.end()
         ended = self.end_open(reason)
         self._look_at_gate()
@@ -325,17 +285,6 @@ class InflightRequests:
     def _look_at_gate(self) -> None:
         if self._tm.is_pause:
             self._task = self._tm.event_loop.create_task(self.gate.look())  # asyncio keeps no reference of its own
-
-    def _repeat_control(self) -> None:
-        """Repeat control messages that the dead scheduler did not answer."""
-        held = {kind for kind, _ in self._held}
-        for name, kind in _REPEATABLE.items():
-            call: Any = getattr(self._tm, name, None)
-            if call is None or call._result_event is None or call._result_event.is_set():
-                continue
-            if kind in self._control and kind not in held:
-                call._result_values.clear()
-                self._send(self._control[kind])
 
     def _abort(self, message: AbortReq) -> None:
         """End requests that are not with the ranks; tell ranks of the others (``abort_request`` takes prefixes)."""

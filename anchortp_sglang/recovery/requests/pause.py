@@ -50,7 +50,7 @@ class PauseGate(asyncio.Condition):
 async def pause_and_abort(tokenizer_manager: Any, inflight: Any) -> None:
     """Let new requests wait and end the open ones; return when none is left, or the server is continued."""
     tokenizer_manager.is_pause = True
-    if inflight.ranks_pause:  # they would not notice an abort
+    if inflight.control.ranks_pause:  # they would not notice an abort
         inflight.dispatch(ContinueGenerationReqInput(torch_empty_cache=False))
     loop = asyncio.get_running_loop()
     while tokenizer_manager.is_pause and inflight.abort_open():

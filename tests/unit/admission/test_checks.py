@@ -97,8 +97,8 @@ def test_every_refused_environment_variable_request_field_and_key_exists():
         ("--encoder-only", {"encoder_only": True}),
         ("--enable-multimodal", {"enable_multimodal": True}),
         ("--speculative-algorithm", {"speculative_algorithm": "NGRAM"}),
-        ("--enable-lora", {"enable_lora": True}),
-        ("--lora-paths", {"lora_paths": ["a=b"]}),
+        ("--enable-lora-overlap-loading", {"enable_lora_overlap_loading": True}),
+        ("--lora-backend", {"lora_backend": "triton", "lora_paths": ["a=b"]}),
         ("--quantization", {"quantization": "fp8"}),
         ("--load-format", {"load_format": "gguf"}),
         ("--model-loader-extra-config", {"model_loader_extra_config": '{"a": 1}'}),
@@ -133,11 +133,11 @@ def test_a_switch_is_not_mistaken_for_the_size_one(defaults):
 
 
 def test_all_refusals_are_told_at_once(defaults):
-    found = asked(defaults, device="cuda", dp_size=2, enable_lora=True)
+    found = asked(defaults, device="cuda", dp_size=2, use_ray=True)
     text = str(UnsupportedError(found))
     assert len(text.splitlines()) == 4
     assert "--dp-size 2:" in text
-    assert "--enable-lora:" in text
+    assert "--use-ray:" in text
     assert "--device cuda: anchors hold no memory of such devices; use --device cpu" in text
 
 
@@ -180,7 +180,7 @@ def request(**fields):
         {},
         {"sampling_params": None},
         {"sampling_params": [{"n": 4, "regex": "a+"}, {"json_schema": "{}", "beam_width": 1}]},
-        {"image_data": [None, None], "lora_path": [None], "custom_logit_processor": [None, None]},
+        {"image_data": [None, None], "lora_path": [None, "adapter"], "custom_logit_processor": [None, None]},
         {"return_hidden_states": [False, False], "bootstrap_room": [None], "return_logprob": [False]},
         {"stream": True, "priority": 3, "extra_key": "k", "cache_salt": "s", "session_id": "s"},
         {"return_sampling_mask": [False, True], "return_hidden_states": [False, "last"]},
@@ -199,7 +199,7 @@ def test_plain_requests_and_batches_of_nothing_special_are_admitted(fields):
         ("image_data", {"image_data": object()}),
         ("audio_data", {"audio_data": "a.wav"}),
         ("input_embeds", {"input_embeds": [[0.0] * 8] * 4}),
-        ("lora_path", {"lora_path": [None, "adapter"]}),
+        ("lora_id", {"lora_id": [None, "adapter"]}),
         ("return_routed_experts", {"return_routed_experts": True}),
         ("max_thinking_tokens", {"max_thinking_tokens": 5}),
         ("bootstrap_room", {"bootstrap_room": 0}),

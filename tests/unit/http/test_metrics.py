@@ -1,8 +1,10 @@
 """The series anchortp_*, as SGLang's /metrics shows them: from the files of prometheus_client's multiprocess mode."""
 
+import asyncio
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -10,6 +12,8 @@ import pytest
 import yaml
 from places import ROOT
 from prometheus_rules import problems, value
+
+from anchortp_sglang.http import metrics
 
 SERVER = """
 import sys
@@ -131,3 +135,34 @@ def test_promtool_accepts_the_alerts():
         ["promtool", "check", "rules", str(ROOT / "launch/prometheus-alerts.yml")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_file_that_a_process_has_just_begun_is_waited_for(tmp_path, monkeypatch):
+    from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
+
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, path=str(tmp_path))
+    app, scope = make_asgi_app(registry), {"type": "http", "method": "GET", "path": "/", "headers": []}
+    begun, sent, tries = tmp_path / "counter_1.db", [], []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    async def answer():
+        tries.append(None)
+        if len(tries) == 3:
+            begun.write_bytes(bytes(1 << 16))  # as the process does next
+        await app(scope | {"query_string": b""}, receive, send)
+
+    begun.write_bytes(b"")
+    asyncio.run(metrics.scrape(answer))
+    assert len(tries) == 3 and [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == 200
+
+    begun.write_bytes(b"")
+    monkeypatch.setattr(metrics, "_SCRAPE_TIMEOUT_S", 0.05)
+    with pytest.raises(struct.error):
+        asyncio.run(metrics.scrape(answer))

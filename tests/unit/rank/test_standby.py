@@ -115,7 +115,7 @@ def test_priority_is_low_for_a_while_and_then_as_before_in_all_threads():
     assert (priority_of(thread), os.getpriority(os.PRIO_PROCESS, 0)) == (usual, usual)
     ended.set()
     thread.join()
-    assert during == (min(usual + 10, 19) if standby._can_go_back(usual, 19) else usual)
+    assert during == (19 if standby._can_go_back(usual, 19) else usual)
 
 
 def test_priority_stays_where_it_could_not_be_taken_back(monkeypatch):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 from anchortp_sglang.testing.tiny_families import FAMILIES, Family
+from anchortp_sglang.testing.tiny_wrappers import WRAPPED
 
 NEW = [family for family in FAMILIES if family not in ("llama", "qwen2", "qwen3")]
 SMALL: dict[str, Any] = {"num_layers": 3, "hidden_size": 96, "num_q_heads": 6, "num_kv_heads": 2}
@@ -115,6 +116,18 @@ def test_transformers_loads_other_shapes_with_nothing_missing_or_left_over(
     tmp_path: Path, family: Any, shape: dict[str, Any]
 ) -> None:
     assert load(write_checkpoint(tmp_path, family, **(SMALL | shape)))[1] == {}
+
+
+@pytest.mark.parametrize("model_type", WRAPPED)
+def test_transformers_loads_multimodal_models_with_nothing_missing_or_left_over(
+    tmp_path: Path, model_type: Any
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    folder = write_checkpoint(tmp_path, model_type, **SMALL)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == config_of(folder)["architectures"][0]
+    assert {kind: names for kind, names in info.items() if names} == {}
 
 
 def test_a_tensor_that_is_not_there_would_be_noticed(tmp_path: Path) -> None:

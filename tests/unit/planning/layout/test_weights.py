@@ -15,19 +15,22 @@ from anchortp_sglang.planning.layout.coverage import check_coverage, check_sourc
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes, read_model_axes
 from anchortp_sglang.planning.model.families import FAMILIES as RULES
+from anchortp_sglang.planning.model.wrappers import WRAPPERS, language_tensor
 from anchortp_sglang.planning.ownership.ownership import Ownership, split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure, rotating_split
 from anchortp_sglang.startup.preflight import read_config
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 from anchortp_sglang.testing.tiny_families import FAMILIES as TINY_FAMILIES
+from anchortp_sglang.testing.tiny_wrappers import WRAPPED
 
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 96, "num_q_heads": 8, "num_kv_heads": 4, "shards": 2}
 SHAPE |= {"intermediate_size": 72, "moe_intermediate_size": 24, "vocab_size": 512}
-EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_vl_moe")
 FAMILIES = [
     *("llama", "qwen2", "qwen3", "mistral", "phi3", "glm4", "gemma2", "gemma3_text", "olmo2"),
     *EXPERTS,
     "deepseek_v2 without q_lora",
+    *("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl"),
 ]
 
 
@@ -42,7 +45,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def whole_tensors(folder: Path) -> Tensors:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    """The checkpoint's tensors; of a multimodal model under the names that its language model alone would have."""
+    files = [load_file(path) for path in folder.glob("*.safetensors")]
+    return {language_tensor(name): tensor for file in files for name, tensor in file.items()}
 
 
 def read_ranks(folder: Path, model: ModelAxes, ownership: Ownership) -> list[Tensors]:
@@ -116,4 +121,6 @@ def test_the_planner_counts_the_bytes_of_the_shards(
 
 def test_these_are_all_families() -> None:
     names = {family.split()[0] for family in FAMILIES}
-    assert {TINY_FAMILIES[name].architecture for name in names} == set(RULES)  # type: ignore[index]
+    assert names == TINY_FAMILIES.keys() | WRAPPED.keys()
+    assert {family.architecture for family in TINY_FAMILIES.values()} == set(RULES)
+    assert {one.architecture for one in WRAPPED.values()} == set(WRAPPERS)

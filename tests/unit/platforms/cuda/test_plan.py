@@ -10,12 +10,13 @@ from planning_cases import model
 
 from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
+from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.ownership.ownership import Ownership, split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
 from anchortp_sglang.platforms.cuda.environment import cuda_defaults
 from anchortp_sglang.platforms.cuda.health import reason_of_xid
-from anchortp_sglang.platforms.cuda.plan import check_gpu_plan, graph_batch_sizes, plan_gpu_kv
+from anchortp_sglang.platforms.cuda.plan import check_gpu_plan, describe_losses, graph_batch_sizes, plan_gpu_kv
 from anchortp_sglang.platforms.cuda.probe import GpuFacts
 from anchortp_sglang.platforms.cuda.shares import share_out
 
@@ -66,9 +67,15 @@ class TestSlots:
     """Budgets are such that everything but KV just fits a device."""
 
     def plan(self, budget_bytes: int, min_devices: int = 1, asked: int | None = None) -> int:
+        return self.plan_and_fewest(budget_bytes, min_devices, asked)[0]
+
+    def plan_and_fewest(
+        self, budget_bytes: int, min_devices: int | None = None, asked: int | None = None, starting: int | None = None
+    ) -> tuple[int, int]:
         gpus = [GpuShare(uuid, budget_bytes) for uuid in UUIDS]
         view = SimpleNamespace(page_size=1, max_total_tokens=asked)
-        return plan_gpu_kv(MODEL, split(MODEL, (0, 1, 2, 3)), gpus, min_devices, view).slots
+        kv, fewest = plan_gpu_kv(MODEL, split(MODEL, (0, 1, 2, 3)), gpus, min_devices, view, starting)
+        return kv.slots, fewest
 
     def test_the_last_survivor_holds_all_heads_and_for_a_moment_two_shards(self) -> None:
         budget = 4 * GIB
@@ -87,6 +94,38 @@ class TestSlots:
 
     def test_fewer_losses_to_survive_leave_more_slots(self) -> None:
         assert self.plan(4 * GIB, min_devices=4) > self.plan(4 * GIB, min_devices=2) > self.plan(4 * GIB, min_devices=1)
+
+    @pytest.mark.parametrize("budget_mib, fewest", [(450, 4), (1100, 4), (3000, 3), (40 * 1024, 2)])
+    def test_a_model_that_needs_its_gpus_starts_and_survives_what_leaves_a_third_of_the_slots(
+        self, budget_mib: int, fewest: int
+    ) -> None:
+        by_width = [self.plan_or_none(budget_mib << 20, width) for width in (1, 2, 3, 4)]
+        slots, found = self.plan_and_fewest(budget_mib << 20)
+        assert found == fewest and slots == by_width[fewest - 1]
+        assert 3 * slots >= by_width[3] and all(3 * less < by_width[3] for less in by_width[: fewest - 1])
+
+    def plan_or_none(self, budget_bytes: int, min_devices: int) -> int:
+        try:
+            return self.plan(budget_bytes, min_devices)
+        except ValueError:
+            return 0
+
+    def test_who_asks_for_slots_gets_them_with_as_many_losses_as_they_allow(self) -> None:
+        two = self.plan(4 * GIB, min_devices=2)
+        assert self.plan_and_fewest(4 * GIB, asked=two) == (two, 2)
+        assert self.plan_and_fewest(4 * GIB, asked=100) == (100, 1)
+
+    def test_who_starts_with_fewer_devices_gets_what_these_have_room_for(self) -> None:
+        assert self.plan_and_fewest(1100 << 20, starting=3) == (self.plan(1100 << 20, min_devices=3), 3)
+        with pytest.raises(ValueError, match="room for 0 KV slots besides weights, down to 3 of 4"):
+            self.plan_and_fewest(450 << 20, starting=3)
+
+    @pytest.mark.parametrize(
+        "fewest, text", [(1, "the loss of 3 of 4 GPUs"), (4, "no loss of a GPU: all 4 are needed")]
+    )
+    def test_a_start_says_what_it_survives(self, fewest: int, text: str) -> None:
+        said = describe_losses(4, fewest, KVPlan(1000, 1, 2), chosen_here=True)
+        assert said.startswith(f"1000 KV slots fit, and the server survives {text}; --anchor-min-devices")
 
     def test_the_operator_gets_the_slots_asked_for_or_a_refusal(self) -> None:
         assert self.plan(4 * GIB, asked=1000) == 1000

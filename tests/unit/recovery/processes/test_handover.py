@@ -116,9 +116,9 @@ def test_two_threads_may_ask_one_rank():
 
 def test_a_start_says_which_way_is_left():
     lines = run("""
-        import logging
+        import logging, sys
         from types import SimpleNamespace
-        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, stream=os.fdopen(1, "w"))
+        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, stream=sys.stdout, force=True)
         generation = SimpleNamespace(ranks=[child], infos=[{"fds": {(0, "weights"): (one, 3)}}])
         descriptors.log_ways(generation)
         forbid()

@@ -1,4 +1,4 @@
-"""The zygote with real processes, in an interpreter of its own (pytest has threads and must not fork)."""
+"""The zygote with real processes, in a process of its own (pytest has threads and must not fork)."""
 
 import signal
 import time

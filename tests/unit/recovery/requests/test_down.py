@@ -60,7 +60,7 @@ def test_calls_are_answered_again_when_another_try_brings_the_server_back(mode):
         inflight.give_up(REASON)
         await asyncio.gather(before, return_exceptions=True)
         sent = []
-        inflight._send = sent.append
+        inflight.control._send = sent.append
         inflight.outage, inflight.refusal = False, None  # as InflightRequests.replay does
         after = asyncio.create_task(call())
         await asyncio.sleep(0.01)

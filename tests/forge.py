@@ -1,17 +1,27 @@
-"""Jobs in processes of their own, forked from one that has imported SGLang already (forge_main.py).
+"""Jobs and servers in processes of their own, forked from one that has imported SGLang already (forge_main.py).
 
 What is under test runs as it would from a command line; only the import has been done before.
 """
 
+import atexit
+import functools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from anchortp_sglang.testing.server import Server
+
+LAUNCHER = "anchortp_sglang.launch_server"
 HERE = Path(__file__).parent
+MODULES = (HERE, HERE / "engine", HERE / "unit")
 
 
 @dataclass(frozen=True)
@@ -47,12 +57,13 @@ class Job:
 
 
 class Forge:
-    """Start jobs with ``start("module:function", argument=…)``; modules are those of this folder."""
+    """Start jobs with ``start("module:function", argument=…)``; modules are those of MODULES."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
-        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._lock = threading.Lock()
+        path = os.pathsep.join([*map(str, MODULES), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(folder / "forge.log", "w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "forge_main.py")],
@@ -65,20 +76,22 @@ class Forge:
         assert self._answer()["threads"] == 1
 
     def ask(self, **command):
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        with self._lock:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+            return self._answer()
 
     def _answer(self):
         line = self._process.stdout.readline()
         assert line, (self._folder / "forge.log").read_text()[-4000:]
         return json.loads(line)
 
-    def start(self, call: str, *, env: dict[str, str] | None = None, **arguments) -> Job:
+    def start(self, call: str, *, env: dict[str, str] | None = None, output: Path | None = None, **arguments) -> Job:
+        """``output``: a file that what it prints is appended to."""
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
-        files = {name: str(folder / name) for name in ("output", "result")}
+        files = {"output": str(output or folder / "output"), "result": str(folder / "result")}
         answer = self.ask(call=call, arguments=arguments, env=env or {}, **files)
         return Job(self, answer["pid"], folder)
 
@@ -94,3 +107,54 @@ class Forge:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait(30)
+        shutil.rmtree(self._folder)
+
+
+@functools.cache
+def shared() -> Forge:
+    """The one of this test run."""
+    made = Forge(Path(tempfile.mkdtemp(prefix="forge-")))
+    atexit.register(made.close)
+    return made
+
+
+class ForkedProcess:
+    """A job with what a Server asks of subprocess.Popen."""
+
+    def __init__(self, forge: Forge, pid: int) -> None:
+        self._forge = forge
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._forge.ask(poll=self.pid)["code"]
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (timeout or float("inf"))
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked server", timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkedServer(Server):
+    """Ours, as from a command line but for the import of SGLang, which has been done: half of a start."""
+
+    def __init__(self, forge: Forge, *arguments, env: dict[str, str], **more) -> None:
+        super().__init__(*arguments, env=env, **more)
+        self._forge, self._changed = forge, env
+
+    def _spawn(self):
+        argv = self._command[3:]  # without python -m module
+        job = self._forge.start("engine_jobs:launch", env=self._changed, output=self.log, argv=argv)
+        return ForkedProcess(self._forge, job.pid)

@@ -28,6 +28,8 @@ def main() -> None:
         command = json.loads(line)
         if "wait" in command:
             _say(answers, code=_wait(command["wait"], command["timeout_s"]))
+        elif "poll" in command:
+            _say(answers, code=_poll(command["poll"]))
         else:
             _say(answers, pid=_fork(command))
     os._exit(0)  # a second less than taking all of SGLang apart
@@ -53,7 +55,10 @@ def _fork(job) -> int:
 
 def _run(job) -> int:
     os.setsid()
-    for target, path, flags in ((0, os.devnull, os.O_RDONLY), (1, job["output"], os.O_WRONLY | os.O_CREAT)):
+    for target, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+    ):
         os.dup2(os.open(path, flags, 0o600), target)
     os.dup2(1, 2)
     os.environ.update(job["env"])
@@ -71,13 +76,17 @@ def _run(job) -> int:
     return 0
 
 
+def _poll(pid: int) -> int | None:
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
 def _wait(pid: int, timeout_s: float) -> int | None:
     """The exit code as a shell has it; None (and the job's whole process group is killed) when time is up."""
     deadline = time.monotonic() + timeout_s
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        if (code := _poll(pid)) is not None:
+            return code
         if time.monotonic() > deadline:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

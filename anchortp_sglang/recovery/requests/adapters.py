@@ -1,0 +1,74 @@
+"""The LoRA adapters that were loaded and unloaded since the start, which new ranks have to be told of.
+
+Ranks load those of ``--lora-paths`` when they are made; messages bring them from there to what main serves. Adapters
+are read from their files again, which must be as they were.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
+
+__all__ = ["MESSAGES", "Adapters"]
+
+MESSAGES = (LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput)
+
+
+class Adapters:
+    """A journal of messages, and the call that waits for an answer to one, of which there is one at a time."""
+
+    def __init__(self) -> None:
+        self._journal: dict[str, bytes] = {}
+        """By adapter: its loading, or its unloading if ranks load it when they are made."""
+        self._sent: tuple[Any, bytes] | None = None
+        self._repeated = asyncio.Event()
+        """Set when all messages that no call waited behind have been answered."""
+        self._repeated.set()
+
+    async def run(self, call: Callable[[], Awaitable[Sequence[Any]]]) -> Sequence[Any]:
+        """Return the result of a control call, whatever repeated messages are answered before it or meanwhile."""
+        while not self._repeated.is_set():
+            await self._repeated.wait()  # set, too, if other ranks are told again
+        try:
+            results = await call()
+            self._note(results)
+            return results[-1:]
+        finally:
+            self._sent = None
+
+    def sent(self, message: Any, encoded: bytes) -> None:
+        """Note a message on its way to the ranks."""
+        self._sent = message, encoded
+        if isinstance(message, UnloadLoRAAdapterReqInput) and self._journal.pop(message.lora_id, None) is None:
+            self._journal[message.lora_id] = encoded
+
+    def repeat(self, call: Any, held: bool) -> list[bytes]:
+        """Return the messages for new ranks. ``call``: the communicator that awaits answers of ranks.
+
+        ``held``: whether the message that it awaits the answer of is sent later anyhow.
+        """
+        self._repeated.set()  # the ranks that were told before are dead
+        awaited = call._result_event is not None and self._sent is not None
+        if awaited and call._result_event.is_set():  # the dead ranks' answer, which nobody has read yet
+            self._note(call._result_values)
+            awaited = False
+        messages = list(self._journal.values())
+        if awaited:
+            assert self._sent is not None
+            _, encoded = self._sent
+            messages = [one for one in messages if one != encoded]
+            call._result_values.clear()
+            call._result_fan_out = len(messages) + 1
+            messages += [] if held else [encoded]
+        elif messages:  # their answers must not be taken for those of the next call
+            self._repeated = call._result_event = asyncio.Event()
+            call._result_values, call._result_fan_out = [], len(messages)
+        return messages
+
+    def _note(self, results: Sequence[Any]) -> None:
+        if self._sent is None or not results or not results[-1].success:
+            return
+        message, encoded = self._sent
+        if isinstance(message, LoadLoRAAdapterReqInput):
+            self._journal[message.lora_id] = encoded
