@@ -136,7 +136,7 @@ async def around_control_call(original: Callable[..., Any], communicator: Any, m
     if isinstance(message, adapters.MESSAGES):
 
         def call(*arguments: Any) -> Any:
-            return inflight.control.adapters.run(partial(original, *arguments))
+            return inflight.control.adapters.run(partial(original, *arguments), message)
 
     return await inflight.control_calls.run(call, communicator, message)
 

@@ -1,6 +1,6 @@
 """What a server with LoRA adapters checks at its start."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel
 
 _SERVED = {"q_head", "kv_head", "mlp", "vocab"}
 """Axes of models whose adapters are cut by our rules."""
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What PEFT's "all-linear" means for them."""
 
 
 def check_adapters(model: ModelAxes, rotate_heads: bool) -> None:
@@ -22,6 +24,34 @@ def check_adapters(model: ModelAxes, rotate_heads: bool) -> None:
             "--enable-lora with --anchor-rotate-heads is not supported: SGLang's buffers of adapters have one size for "
             "all layers; leave one of them out"
         )
+
+
+def uses_adapters(view: Any) -> bool:
+    """Return whether resolved ServerArgs ask for LoRA, as SGLang takes them."""
+    return bool(view.enable_lora or (view.lora_paths and view.enable_lora is None))
+
+
+def shapes_of(view: Any, adapters: Sequence[Any]) -> dict[str, Any]:
+    """Return --max-lora-rank and --lora-target-modules, unless they are given, as SGLang infers them from ``adapters``.
+
+    So buffers stay as they are when new ranks cannot read one of them. Raises ValueError if one cannot be read now.
+    """
+    from sglang.srt.lora.lora_config import LoRAConfig
+
+    if not adapters or (view.max_lora_rank is not None and view.lora_target_modules):
+        return {}
+    ranks, modules = [0], set[str]()
+    for adapter in adapters:
+        try:
+            config = LoRAConfig(adapter.lora_path)
+            ranks.append(int(config.r))
+            modules.update(_LINEAR if isinstance(config.target_modules, str) else config.target_modules)
+        except Exception as error:  # files, JSON, the hub
+            raise ValueError(
+                f"--lora-paths: the adapter {adapter.lora_name} in {adapter.lora_path} cannot be read: {error!r}"
+            ) from None
+    inferred = {"max_lora_rank": max(ranks), "lora_target_modules": sorted(modules)}
+    return {name: value for name, value in inferred.items() if not getattr(view, name)}
 
 
 def check_adapter_flags(server_args: Any) -> None:

@@ -42,7 +42,13 @@ from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
 from anchortp_sglang.startup import text_model
-from anchortp_sglang.startup.adapters import adapter_identity, check_adapter_flags, check_adapters
+from anchortp_sglang.startup.adapters import (
+    adapter_identity,
+    check_adapter_flags,
+    check_adapters,
+    shapes_of,
+    uses_adapters,
+)
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.startup.fork_guard import unfit_to_fork
 from anchortp_sglang.startup.preflight import read_config, reserve_port
@@ -128,7 +134,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     refuse_layout_only(model)
-    if view.enable_lora or view.lora_paths:
+    if uses_adapters(view):
         check_adapters(model, options.rotate_heads)
     for caveat in caveats(config):
         log.warning("anchortp: %s", caveat)
@@ -150,7 +156,9 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
     log.info("anchortp: standby: %s", memory.standby_text)
     records = _records(raw, view, memory.kv, memory.platform.rank_overrides)
-    adapters = _view(records(view.tp_size)).lora_paths or ()
+    adapters = (_view(records(view.tp_size)).lora_paths or ()) if uses_adapters(view) else ()
+    if shapes_inferred := shapes_of(view, adapters):
+        records = _records(raw | shapes_inferred, view, memory.kv, memory.platform.rank_overrides)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     load_plugins()  # the operator's plugins, for all processes: SGLang loads them in each, after the fork
@@ -299,7 +307,7 @@ def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, A
             ep_size = tp_size if (view.ep_size or 1) > 1 else 1
             made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
             made[tp_size].resolve_once()
-            if view.enable_lora or view.lora_paths:
+            if uses_adapters(view):
                 check_adapter_flags(made[tp_size])
         return made[tp_size]
 

@@ -5,8 +5,10 @@ server then neither loads nor holds what turns images into embeddings, and a req
 """
 
 import atexit
+import fcntl
 import json
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -43,6 +45,7 @@ def text_folder(checkpoint: Path) -> Path | None:
     if shown == config:
         return None
     folder = Path(tempfile.mkdtemp(prefix="anchortp-text-"))
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)  # systemd-tmpfiles spares locked directories
     ending.on_end(lambda: remove(folder))
     atexit.register(remove, folder)  # not run by children, which end with os._exit
     for path in checkpoint.iterdir():
@@ -67,6 +70,7 @@ def _write_template(folder: Path) -> None:
     """Write the chat template where tokenizers look for it; older releases have it in a processor's file alone."""
     old, new = folder / _TEMPLATE, folder / "chat_template.jinja"
     if old.exists() and not new.exists():
-        template: Any = json.loads(old.read_text()).get("chat_template")
+        read: Any = json.loads(old.read_text())
+        template = read.get("chat_template") if isinstance(read, dict) else None
         if isinstance(template, str):
             new.write_text(template)

@@ -99,6 +99,25 @@ def test_an_adapter_of_another_model_is_refused_when_it_is_loaded(served, tmp_pa
     assert server.status()["generation"] == before
 
 
+def test_an_adapter_of_the_start_that_is_gone_ends_its_own_requests_until_it_is_loaded_again(served, folders, tmp_path):
+    server, unbroken = served
+    requests = asking("given", None)
+    expected = unbroken(requests)
+    shutil.copytree(folders["given"], tmp_path / "kept")
+    shutil.rmtree(folders["given"])
+    recovered(server, kill_rank(server, 0), "process")
+    assert all("could not be loaded again" in history.error for history in run(server, asking("given")))
+    assert_identical(unbroken(asking(None)), outcomes(run(server, asking(None))))
+    shutil.copytree(tmp_path / "kept", folders["given"])
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        load(server, "given", folders["given"])
+    assert refused.value.code == 400 and b"unload it first" in refused.value.read()
+    unload(server, "given")
+    load(server, "given", folders["given"])
+    recovered(server, kill_rank(server, 1), "process")
+    assert_identical(expected, outcomes(run(server, requests)))
+
+
 def during_a_kill(server, seed, call):
     """Make a call, and kill a rank at a random moment of it."""
     pause_s, faults = random.Random(seed).uniform(0, 0.03), []

@@ -4,7 +4,8 @@ SGLang reads an adapter whole and gives each rank equal parts. Where shares are 
 rank's own size, as they follow the base layers.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,15 +14,37 @@ import torch
 from anchortp_sglang.planning.intervals import Intervals
 from anchortp_sglang.planning.layout.whole import runs_of_whole, whole_shape
 from anchortp_sglang.rank.attachment import current
+from anchortp_sglang.rank.heartbeat import Counters
+
+log = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 """Rows and columns of whole weights, by the names of their modules."""
+
+_READ_LIMIT_S = 600.0
+"""How long the reading of an adapter may take before its ranks count as hung: it may come over a network."""
+
+
+def around_init_lora_adapters(
+    original: Callable[..., Any], manager: Any, lora_paths: Sequence[Any] | None = None
+) -> None:
+    """AROUND LoRAManager.init_lora_adapters: after the first generation, do without an adapter that cannot be read.
+
+    Its own requests then end with an error (``refuse_unknown_adapter``).
+    """
+    if _is_first_generation():
+        return original(manager, lora_paths)
+    original(manager, None)
+    for adapter in lora_paths or ():
+        result = manager._load_lora_adapter(adapter)
+        if not result.success:
+            _leave_out(manager, adapter.lora_id, adapter.lora_name, result.error_message)
 
 
 def after_init_lora_modules(result: None, manager: Any) -> None:
     """AFTER LoRAManager.init_lora_modules, which wraps each layer that adapters may change.
 
-    Raises ValueError for adapters of embeddings and heads, or of another model.
+    Raises ValueError for adapters of embeddings and heads, and at a start for one of another model.
     """
     attachment = current()
     if attachment is None:
@@ -40,34 +63,85 @@ def after_init_lora_modules(result: None, manager: Any) -> None:
                 module.slice_lora_b_weights = partial(_rows, runs)
             else:
                 module.slice_lora_a_weights = partial(_columns, runs)
-    for adapter in manager.loras.values():
-        _check(manager, shapes, adapter)
+    for lora_id, adapter in list(manager.loras.items()):
+        try:
+            check(manager, shapes, adapter)
+        except ValueError as error:
+            if _is_first_generation():
+                raise
+            _leave_out(manager, lora_id, manager.lora_refs[lora_id].lora_name, str(error))
     manager.load_lora_weights = partial(_load_checked, manager.load_lora_weights, manager, shapes)
+    manager.load_lora_adapter = partial(_load_beating, manager.load_lora_adapter, attachment.counters)
+
+
+def _is_first_generation() -> bool:
+    attachment = current()
+    return attachment is None or attachment.assignment.generation == 0
+
+
+def _leave_out(manager: Any, lora_id: str, name: str, why: str) -> None:
+    log.error("anchortp: the adapter %s could not be loaded again, so its requests end with an error: %s", name, why)
+    for kept in (manager.loras, manager.configs):
+        kept.pop(lora_id, None)
+    if (known := manager.lora_refs.pop(lora_id, None)) is not None:
+        manager.num_pinned_loras -= int(known.pinned)
+
+
+def _load_beating(load: Callable[[Any], Any], counters: Counters, adapter: Any) -> Any:
+    with counters.beating(_READ_LIMIT_S):
+        return load(adapter)
 
 
 def _load_checked(load: Callable[[Any], None], manager: Any, shapes: Shapes, adapter: Any) -> None:
-    """Load an adapter as LoRAManager.load_lora_weights does. Raises ValueError for one of another model.
+    """Load an adapter as LoRAManager.load_lora_weights does. Raises ValueError for one that does not fit the model.
 
     SGLang would notice that only in the middle of a step, and end the rank.
     """
-    load(adapter)
     try:
-        _check(manager, shapes, manager.loras[adapter.lora_id])
-    except ValueError:
-        del manager.loras[adapter.lora_id], manager.configs[adapter.lora_id]
+        load(adapter)
+        check(manager, shapes, manager.loras[adapter.lora_id])
+    except Exception:
+        manager.loras.pop(adapter.lora_id, None)
+        manager.configs.pop(adapter.lora_id, None)
         raise
 
 
-def _check(manager: Any, shapes: Shapes, adapter: Any) -> None:
+def check(manager: Any, shapes: Shapes, adapter: Any) -> None:
+    """Raise ValueError for an adapter that LoRAMemoryPool.load_lora_weight_to_buffer could not take.
+
+    ``adapter``: SGLang's LoRAAdapter, of which q, k and v, or gate and up, have been stacked.
+    """
+    from sglang.srt.lora.utils import get_stacked_multiply, get_target_module_name
+
+    rank = adapter.config.r
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"the adapter's rank r is {rank!r}, which is no whole number above 0")
+    if getattr(adapter, "embedding_layers", None) or getattr(adapter, "added_tokens_embeddings", None):
+        raise ValueError("adapters of embed_tokens and lm_head are not supported")
     for layer, modules in zip(adapter.layers, manager.lora_modules, strict=True):
+        parts: dict[str, set[str]] = {}
         for name, tensor in layer.weights.items():
-            module = next((module for module in modules if f".{module.rpartition('.')[2]}." in name), None)
+            try:
+                target = get_target_module_name(name, manager.target_modules)
+            except ValueError:
+                raise ValueError(
+                    f"{name} belongs to none of the adapted modules {sorted(manager.target_modules)}"
+                ) from None
+            module = next((module for module in modules if module.rpartition(".")[2] == target), None)
             if module is None:
-                continue
+                raise ValueError(f"the adapter is of another model: it has {name}")
             rows, columns = shapes[module]
-            found, wanted = (tensor.shape[-1], columns) if "lora_A" in name else (tensor.shape[0], rows)
-            if found != wanted:
-                raise ValueError(f"the adapter is of another model: {name} is for {found} elements, not {wanted}")
+            part = "lora_A" if "lora_A" in name else "lora_B"
+            stacked = rank * get_stacked_multiply(target, manager.base_model)
+            wanted = (stacked, columns) if part == "lora_A" else (rows, rank)
+            if tuple(tensor.shape) != wanted:
+                raise ValueError(
+                    f"the adapter is of another model or rank: {name} is {tuple(tensor.shape)}, not {wanted}"
+                )
+            parts.setdefault(module, set()).add(part)
+        for module, found in parts.items():
+            if len(found) < 2:
+                raise ValueError(f"the adapter has lora_A or lora_B alone of {module}")
 
 
 def _rows(runs: Intervals, tensor: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,11 @@ are read from their files again, which must be as they were.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
-from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput
+from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoRAUpdateOutput, UnloadLoRAAdapterReqInput
 
 __all__ = ["MESSAGES", "Adapters"]
 
@@ -16,9 +17,13 @@ MESSAGES = (LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput)
 
 
 class Adapters:
-    """A journal of messages, and the call that waits for an answer to one, of which there is one at a time."""
+    """A journal of messages, and the call that waits for an answer to one, of which there is one at a time.
 
-    def __init__(self) -> None:
+    ``served`` returns the names of the adapters that main serves.
+    """
+
+    def __init__(self, served: Callable[[], Collection[str]]) -> None:
+        self._served = served
         self._journal: dict[str, bytes] = {}
         """By adapter: its loading, or its unloading if ranks load it when they are made."""
         self._sent: tuple[Any, bytes] | None = None
@@ -26,8 +31,12 @@ class Adapters:
         """Set when all messages that no call waited behind have been answered."""
         self._repeated.set()
 
-    async def run(self, call: Callable[[], Awaitable[Sequence[Any]]]) -> Sequence[Any]:
-        """Return the result of a control call, whatever repeated messages are answered before it or meanwhile."""
+    async def run(self, call: Callable[[], Awaitable[Sequence[Any]]], message: Any) -> Sequence[Any]:
+        """Return the result of ``message``, which ``call`` sends, whatever repeated ones are answered meanwhile."""
+        if isinstance(message, LoadLoRAAdapterReqInput) and message.lora_name in self._served():
+            # Ranks that could not read it again would take it, under an id that main does not know.
+            why = f"the adapter {message.lora_name} is loaded already; unload it first"
+            return [LoRAUpdateOutput(success=False, error_message=why, loaded_adapters={})]
         while not self._repeated.is_set():
             await self._repeated.wait()  # set, too, if other ranks are told again
         try:
@@ -50,7 +59,8 @@ class Adapters:
         """
         self._repeated.set()  # the ranks that were told before are dead
         awaited = call._result_event is not None and self._sent is not None
-        if awaited and call._result_event.is_set():  # the dead ranks' answer, which nobody has read yet
+        unread = awaited and call._result_event.is_set()
+        if unread:  # the dead ranks' answer, which the caller reads in the loop's next round
             self._note(call._result_values)
             awaited = False
         messages = list(self._journal.values())
@@ -62,8 +72,12 @@ class Adapters:
             call._result_fan_out = len(messages) + 1
             messages += [] if held else [encoded]
         elif messages:  # their answers must not be taken for those of the next call
-            self._repeated = call._result_event = asyncio.Event()
-            call._result_values, call._result_fan_out = [], len(messages)
+            self._repeated = asyncio.Event()
+            collect = partial(_collect, call, self._repeated, len(messages))
+            if unread:
+                asyncio.get_running_loop().call_soon(collect)
+            else:
+                collect()
         return messages
 
     def _note(self, results: Sequence[Any]) -> None:
@@ -72,3 +86,8 @@ class Adapters:
         message, encoded = self._sent
         if isinstance(message, LoadLoRAAdapterReqInput):
             self._journal[message.lora_id] = encoded
+
+
+def _collect(call: Any, event: asyncio.Event, count: int) -> None:
+    """Have a communicator take ``count`` answers that nobody awaits, and set ``event`` then."""
+    call._result_event, call._result_values, call._result_fan_out = event, [], count

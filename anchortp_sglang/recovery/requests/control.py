@@ -38,7 +38,7 @@ class ControlMessages:
         self._held: list[tuple[type, bytes]] = []
         self._last: dict[type, bytes] = {}  # of each repeatable kind
         self._pause: bytes | None = None  # the message that has paused the ranks
-        self.adapters = Adapters()
+        self.adapters = Adapters(lambda: tokenizer_manager.lora_registry.get_all_adapters())
 
     @property
     def ranks_pause(self) -> bool:
