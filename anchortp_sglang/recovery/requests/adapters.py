@@ -35,7 +35,7 @@ class Adapters:
         """Return the result of ``message``, which ``call`` sends, whatever repeated ones are answered meanwhile."""
         if isinstance(message, LoadLoRAAdapterReqInput) and message.lora_name in self._served():
             # Ranks that could not read it again would take it, under an id that main does not know.
-            why = f"the adapter {message.lora_name} is loaded already; unload it first"
+            why = f"the adapter {message.lora_name} is already loaded; unload it first"  # SGLang looks for these words
             return [LoRAUpdateOutput(success=False, error_message=why, loaded_adapters={})]
         while not self._repeated.is_set():
             await self._repeated.wait()  # set, too, if other ranks are told again
