@@ -24,6 +24,11 @@ import zmq
 
 log = logging.getLogger(__name__)
 
+_IDLE_S = 1.5
+"""How long a standby is built in what processors leave idle alone: shorter than those wait whom it talks to (2 s,
+anchor/handles.py). After that it has a small share of a machine that is never idle, too."""
+_LOWEST = 19
+
 _APART = "inproc://standby-"
 APART_ID = "-standby"
 
@@ -71,19 +76,40 @@ def rename(rank: int) -> str:
 
 @contextmanager
 def low_priority() -> Iterator[None]:
-    """Run a block at the lowest priority that is not starved, if the kernel allows to take that back."""
-    usual, lower = os.getpriority(os.PRIO_PROCESS, 0), 19
-    if not _can_go_back(usual, lower):
+    """Run a block at a lower priority than the processes that serve, if the kernel allows to take that back.
+
+    Its threads get what others leave idle: a rank that serves and wakes up takes a processor from them at once, where
+    it would wait for the end of a nice process's time slice, in each step.
+    """
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    if not _can_go_back(usual, _LOWEST):
         log.info("anchortp: a standby is built at the usual priority: lowering it for a while takes CAP_SYS_NICE")
         yield
         return
-    os.setpriority(os.PRIO_PROCESS, 0, lower)
+    _schedule(0, os.SCHED_IDLE, _LOWEST)
+    patience = threading.Timer(_IDLE_S, _schedule_all, (os.SCHED_OTHER, _LOWEST))
+    patience.daemon = True
+    patience.start()
     try:
         yield
     finally:
-        for thread in Path("/proc/self/task").iterdir():  # those that were started meanwhile have it, too
-            with suppress(ProcessLookupError):
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), usual)
+        patience.cancel()
+        _schedule_all(os.SCHED_OTHER, usual)  # the timer, too, or it might be long in ending
+        patience.join()
+        _schedule_all(os.SCHED_OTHER, usual)  # should it have been at it
+
+
+def _schedule(thread: int, policy: int, nice: int) -> None:
+    """``thread``: its number; 0 for the one that calls."""
+    os.sched_setscheduler(thread, policy, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, thread, nice)
+
+
+def _schedule_all(policy: int, nice: int) -> None:
+    """Of this process, also those threads that were started meanwhile."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            _schedule(int(thread.name), policy, nice)
 
 
 def _can_go_back(usual: int, lower: int) -> bool:
@@ -92,8 +118,8 @@ def _can_go_back(usual: int, lower: int) -> bool:
 
     def attempt() -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, 0, lower)
-            os.setpriority(os.PRIO_PROCESS, 0, usual)
+            _schedule(0, os.SCHED_IDLE, lower)
+            _schedule(0, os.SCHED_OTHER, usual)
         except OSError:
             return
         allowed.append(True)

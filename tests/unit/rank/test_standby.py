@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -99,23 +101,51 @@ def test_its_arguments_are_a_copy(ports):
     assert ports.rpc_ipc_name.startswith("ipc://") and apart.rpc_ipc_name.startswith("inproc://")
 
 
-def priority_of(thread: threading.Thread) -> int:
-    assert thread.native_id is not None
-    return os.getpriority(os.PRIO_PROCESS, thread.native_id)
+def scheduling_of(thread: threading.Thread | None = None) -> tuple[int, int]:
+    number = thread.native_id if thread else 0
+    assert number is not None
+    return os.sched_getscheduler(number), os.getpriority(os.PRIO_PROCESS, number)
 
 
-def test_priority_is_low_for_a_while_and_then_as_before_in_all_threads():
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    ended = threading.Event()
-    thread = threading.Thread(target=ended.wait)
-    with standby.low_priority():
-        during = os.getpriority(os.PRIO_PROCESS, 0)
-        thread.start()
-        assert priority_of(thread) == during
-    assert (priority_of(thread), os.getpriority(os.PRIO_PROCESS, 0)) == (usual, usual)
+@pytest.fixture
+def thread() -> Iterator[Callable[[], threading.Thread]]:
+    """A function that starts a thread, which lives as long as the test."""
+    ended, threads = threading.Event(), []
+
+    def start() -> threading.Thread:
+        threads.append(threading.Thread(target=ended.wait))
+        threads[-1].start()
+        return threads[-1]
+
+    yield start
     ended.set()
-    thread.join()
-    assert during == (19 if standby._can_go_back(usual, 19) else usual)
+    for each in threads:
+        each.join()
+
+
+needs_way_back = pytest.mark.skipif(not standby._can_go_back(0, 19), reason="takes CAP_SYS_NICE")
+
+
+@needs_way_back
+def test_it_is_built_in_what_is_left_idle_and_then_all_threads_are_as_before(thread):
+    usual = scheduling_of()
+    with standby.low_priority():
+        meanwhile = thread()
+        assert scheduling_of() == scheduling_of(meanwhile) == (os.SCHED_IDLE, 19)
+    assert scheduling_of() == scheduling_of(meanwhile) == usual
+
+
+@needs_way_back
+def test_it_is_built_on_a_machine_that_is_never_idle_too(thread, monkeypatch):
+    monkeypatch.setattr(standby, "_IDLE_S", 0.01)
+    usual = scheduling_of()
+    with standby.low_priority():
+        meanwhile = thread()
+        deadline = time.monotonic() + 5
+        while not scheduling_of() == scheduling_of(meanwhile) == (os.SCHED_OTHER, 19):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert scheduling_of() == scheduling_of(meanwhile) == usual
 
 
 def test_priority_stays_where_it_could_not_be_taken_back(monkeypatch):
