@@ -29,7 +29,7 @@ class Autoscale(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FleetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the fleet is made of.
+    """The arguments of a fleet: its model, servers and ingresses.
 
     ``arguments``: further flags of ``anchortp_sglang.launch_server``, as a list or as one string. ``gpus``, ``cpus``:
     what Ray reserves for a server; by default a GPU for each device, or with ``--device cpu`` a CPU for each.

@@ -165,11 +165,12 @@ class Gateway:
             except (aiohttp.ClientError, OSError, TimeoutError):
                 return 503
 
-        codes = await asyncio.gather(
-            *(ask(member, content) for member in self._members for content in self._aborts(target, body))
-        )
+        members, contents = list(self._members), self._aborts(target, body)
+        codes = await asyncio.gather(*(ask(member, content) for member in members for content in contents))
         failed = [code for code in codes if code != 200]
-        await client.answer(failed[0] if failed or not codes else 200, {"success": not failed, "servers": len(codes)})
+        if not members:
+            return await client.answer(503, {"success": False, "servers": 0})
+        await client.answer(failed[0] if failed else 200, {"success": not failed, "servers": len(members)})
 
     def _aborts(self, target: str, body: bytes) -> list[bytes]:
         """Return a body for all servers; to abort a request, one for each name that it may have after moves."""

@@ -38,7 +38,6 @@ class Member:
     open: int = 0
     up: bool = True
     missed: int = 0
-    state: str = ""
     scopes: set[asyncio.Timeout] = field(default_factory=set)
 
     @contextmanager

@@ -56,7 +56,7 @@ class Client(Protocol):
 
 @dataclass
 class Tally:
-    """What an ingress has served. ``pauses_s``: of the last moves, from the loss to the next piece of the answer."""
+    """Counts of an ingress's requests. ``pauses_s``: of the last moves, from the loss to the answer's next piece."""
 
     served: int = 0
     moved: int = 0

@@ -37,7 +37,7 @@ def stand_by(spec: SpareSpec | None, pipe: Connection) -> None:
     """Warm up, then wait until main assigns a role or closes the pipe. Sends None when ready for that."""
     try:
         warm_up()
-    except Exception:
+    except Exception:  # whatever it is, it comes again in the rank if it matters, and is reported there
         log.exception("anchortp: the warm-up of a spare rank failed; it is used without")
     if spec is not None:
         _join(spec)

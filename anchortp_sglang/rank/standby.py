@@ -100,13 +100,13 @@ def low_priority() -> Iterator[None]:
 
 
 def _schedule(thread: int, policy: int, nice: int) -> None:
-    """``thread``: its number; 0 for the one that calls."""
+    """Schedule one thread. ``thread``: its number; 0 for the one that calls."""
     os.sched_setscheduler(thread, policy, os.sched_param(0))
     os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 def _schedule_all(policy: int, nice: int) -> None:
-    """Of this process, also those threads that were started meanwhile."""
+    """Schedule all threads of this process, those included that were started meanwhile."""
     for thread in Path("/proc/self/task").iterdir():
         with suppress(ProcessLookupError):
             _schedule(int(thread.name), policy, nice)

@@ -52,7 +52,7 @@ class Housekeeping:
         while self._serving() is generation:
             try:
                 await in_thread(self._processes.prepare_next, generation, self._standby)
-            except Exception:
+            except Exception:  # whatever it is, the checks must go on: without them nothing is ready for a fault
                 log.exception(
                     "anchortp: a check of the helper processes failed; the next one is in %g s", _LOOK_EVERY_S
                 )

@@ -1,4 +1,4 @@
-"""What a server with LoRA adapters checks at its start."""
+"""Checks of a server's LoRA flags and adapters at its start, and what is inferred from them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel
 _SERVED = {"q_head", "kv_head", "mlp", "vocab"}
 """Axes of models whose adapters are cut by our rules."""
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What PEFT's "all-linear" means for them."""
+"""The modules that PEFT's "all-linear" names in models of these axes."""
 
 
 def check_adapters(model: ModelAxes, rotate_heads: bool) -> None:

@@ -5,6 +5,7 @@ server then neither loads nor holds what turns images into embeddings, and a req
 """
 
 import atexit
+import contextlib
 import fcntl
 import json
 import logging
@@ -45,7 +46,8 @@ def text_folder(checkpoint: Path) -> Path | None:
     if shown == config:
         return None
     folder = Path(tempfile.mkdtemp(prefix="anchortp-text-"))
-    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)  # systemd-tmpfiles spares locked directories
+    with contextlib.suppress(OSError):  # not every file system has locks
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)  # systemd-tmpfiles spares locked directories
     ending.on_end(lambda: remove(folder))
     atexit.register(remove, folder)  # not run by children, which end with os._exit
     for path in checkpoint.iterdir():

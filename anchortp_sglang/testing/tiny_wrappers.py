@@ -13,7 +13,7 @@ from anchortp_sglang.testing.tiny_layers import Part, Sizes, Tensors
 Wrapped = Literal["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 
 _WIDTH, _INNER, _BLOCKS, _HEADS = 32, 64, 2, 4
-"""Of every vision tower."""
+"""Widths, depth and heads of every vision tower."""
 
 _IMAGE_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
 """Ids of bytes that no test prompt takes for an image's: random weights know none."""

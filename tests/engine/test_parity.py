@@ -80,7 +80,7 @@ def test_tokens_and_logprobs_are_those_of_stock_on_one_device(forge, checkpoint,
 
 
 def test_adapters_are_cut_like_the_weights_they_adapt(forge, places, tmp_path):
-    """Of one batch some prompts have an adapter of all projections, some one of a few, and some none."""
+    """Prompts of one batch have an adapter of all projections, one of a few, or none."""
     model = write_checkpoint(tmp_path / "qwen3", "qwen3", num_layers=3)
     few = write_adapter(tmp_path / "few", model, seed=2, rank=2, projections=("q_proj", "v_proj", "down_proj"))
     adapters = {

@@ -134,7 +134,7 @@ def test_aborts_and_disconnects_reach_the_servers(fleet):
     long = request(prompt(20, 30), 1500) | {"rid": "of-mine"}
     with Streams(fleet.url, [long]) as streams:
         streams.wait_tokens(5)
-        fleet.post("/abort_request", {"rid": "of-mine"})
+        assert fleet.post("/abort_request", {"rid": "of-mine"}) == {"success": True, "servers": 2}
         until(lambda: streams.histories[0].done, "the aborted stream ends", 30)
     assert streams.histories[0].finish_reason["type"] == "abort"
     until(lambda: is_idle(fleet), "the abort reaches the server", 30)

@@ -43,7 +43,7 @@ class Mirroring(threading.Thread):
     def run(self) -> None:
         try:
             self._mirror_on()
-        except Exception:
+        except Exception:  # whatever it is, a rank serves without its mirror
             log.exception("anchortp: KV is not mirrored any more; after the loss of a device its KV is computed again")
 
     def _mirror_on(self) -> None:

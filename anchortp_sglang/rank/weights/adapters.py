@@ -100,7 +100,7 @@ def _load_checked(load: Callable[[Any], None], manager: Any, shapes: Shapes, ada
     try:
         load(adapter)
         check(manager, shapes, manager.loras[adapter.lora_id])
-    except Exception:
+    except Exception:  # of files that anybody may have written; SGLang answers with its text
         manager.loras.pop(adapter.lora_id, None)
         manager.configs.pop(adapter.lora_id, None)
         raise

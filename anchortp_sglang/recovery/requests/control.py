@@ -30,7 +30,10 @@ Each may be sent twice."""
 
 
 class ControlMessages:
-    """What ranks were told, and what they are to be told after an outage. ``send`` takes an encoded message to them."""
+    """Sends ranks messages, holds them back in an outage, and repeats to new ranks those that they must know.
+
+    ``send`` takes an encoded message to them.
+    """
 
     def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any]) -> None:
         self._tm = tokenizer_manager
