@@ -21,8 +21,13 @@ set -e
 mount --make-rprivate /
 mount -t tmpfs -o mode=755 image "$NEW"
 for folder in $IMAGE; do
-  if [ -L "$folder" ]; then cp -P "$folder" "$NEW$folder"
-  elif [ -d "$folder" ]; then mkdir -p "$NEW$folder"; mount --bind -o ro "$folder" "$NEW$folder"; fi
+  mkdir -p "$NEW$(dirname "$folder")"
+  if [ -L "$folder" ]; then
+    cp -P "$folder" "$NEW$folder"
+    folder=$(readlink -f "$folder")
+    mkdir -p "$NEW$(dirname "$folder")"
+  fi
+  if [ -d "$folder" ] && [ ! -e "$NEW$folder" ]; then mkdir "$NEW$folder"; mount --bind -o ro "$folder" "$NEW$folder"; fi
 done
 mkdir -p "$NEW/proc" "$NEW/dev" "$NEW/sys" "$NEW/models/model"
 mount -t proc proc "$NEW/proc"
