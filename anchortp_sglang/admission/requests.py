@@ -61,7 +61,8 @@ ROUTES = {
     "/send_weights_to_remote_instance": _FORGOTTEN,
     "/get_remote_instance_transfer_engine_info": _FORGOTTEN,
     "/remote_instance_transfer_engine_info": _FORGOTTEN,
-    "/load_lora_adapter_from_tensors": "adapters are read from their files again after a fault; load it from a folder",
+    "/load_lora_adapter_from_tensors": "its tensors are handles of a process that may end before the next fault;"
+    " load the adapter from a folder",
     "/open_session": _FORGOTTEN,
     "/close_session": _FORGOTTEN,
     "/set_internal_state": _FORGOTTEN,
@@ -97,8 +98,7 @@ _SERVED_ROUTES = """
 SERVED_ROUTES = frozenset(_SERVED_ROUTES.split())
 
 # Messages (classes of ``managers/io_struct.py``) that TokenizerManager may send to the ranks; all others are refused.
-# They leave only log levels and frozen garbage in the ranks, which a new generation does not need, and pauses and
-# adapters, which main repeats to it.
+# What they leave in the ranks (pauses, log levels, frozen garbage, adapters), main repeats to a new generation.
 _SERVED_MESSAGES = """
     TokenizedGenerateReqInput BatchTokenizedGenerateReqInput AbortReq FlushCacheReqInput GetInternalStateReq
     ConfigureLoggingReq FreezeGCReq ShutdownReq PauseGenerationReqInput ContinueGenerationReqInput

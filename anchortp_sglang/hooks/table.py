@@ -96,12 +96,6 @@ HOOKS: tuple[Hook, ...] = (
         "norms over all heads: it would gather parts of equal size",
     ),
     Hook(
-        _LORA + "init_lora_adapters",
-        "around",
-        adapters.around_init_lora_adapters,
-        "after a fault an adapter whose files are gone ends its own requests, not the server",
-    ),
-    Hook(
         _LORA + "init_lora_modules",
         "after",
         adapters.after_init_lora_modules,

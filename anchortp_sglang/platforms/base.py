@@ -50,12 +50,18 @@ class Platform(Protocol):
     # ---- the plan of a server
 
     def plan_memory(
-        self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
+        self,
+        model: ModelAxes,
+        ownership: Ownership,
+        view: Any,
+        options: AnchorOptions,
+        spreads_experts: bool,
+        adapter_bytes: int,
     ) -> MemoryPlan:
         """Decide what each device is, the number of KV slots, whether there is a mirror, and what stands by.
 
-        ``view``: SGLang's resolved arguments. ``spreads_experts``: experts are dealt by counts. Raises ValueError for a
-        plan that does not fit or is not supported.
+        ``view``: SGLang's resolved arguments. ``spreads_experts``: experts are dealt by counts. ``adapter_bytes``: what
+        LoRA adapters and their buffers take. Raises ValueError for a plan that does not fit or is not supported.
         """
 
     @property

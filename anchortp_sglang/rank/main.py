@@ -28,7 +28,6 @@ from anchortp_sglang.rank.spare import await_order, rendezvous
 from anchortp_sglang.rank.stamps import Stamps
 from anchortp_sglang.rank.warmup import warm_up
 from anchortp_sglang.rank.weights import loader
-from anchortp_sglang.rank.weights.adapters import refuse_unknown_adapter
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +203,6 @@ def after_create_generation_req(req: Any, scheduler: Any, received: Any, *args: 
         req.anchortp_resumed_at = len(req.origin_input_ids) + len(received.delivered)
         if received.delivered:
             _seed(scheduler, req, received)
-    refuse_unknown_adapter(scheduler, req)
     return req
 
 

@@ -30,6 +30,7 @@ from anchortp_sglang.recovery.rejoin import take_back_lost
 from anchortp_sglang.recovery.report.kv_usage import KVUsage
 from anchortp_sglang.recovery.report.progress import RecoveryProgress
 from anchortp_sglang.recovery.report.record import Recoveries
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.recovery.requests.culprits import Culprits
 from anchortp_sglang.recovery.requests.evidence import evidence
 from anchortp_sglang.recovery.requests.fence import FenceLine
@@ -48,9 +49,10 @@ _LEFT_END_AFTER_S = 0.5
 
 
 class Coordinator:
-    """Leads a server through its recoveries; there is one per server."""
+    """Leads a server through its recoveries; there is one per server. ``copies``: those of its adapters' files."""
 
-    def __init__(self, processes: ServerProcesses, ownership: Ownership, policy: Policy) -> None:
+    def __init__(self, processes: ServerProcesses, ownership: Ownership, policy: Policy, copies: AdapterCopies) -> None:
+        self._copies = copies
         self.processes = processes
         self.configured = ownership
         self.policy = policy
@@ -128,7 +130,7 @@ class Coordinator:
         assert self.generation is not None
         self._tm, self._loop = tokenizer_manager, tokenizer_manager.event_loop
         self._fence_line = FenceLine(tokenizer_manager, self.processes.port_args.detokenizer_ipc_name)
-        self.inflight = InflightRequests(tokenizer_manager, tokenizer_manager.send_to_scheduler.send)
+        self.inflight = InflightRequests(tokenizer_manager, tokenizer_manager.send_to_scheduler.send, self._copies)
         self.inflight.continued.reseed = self._fence_line.reseed
         tokenizer_manager.is_pause_cond = self.inflight.gate
         self.inflight.replay(self.generation.number)

@@ -135,8 +135,8 @@ async def around_control_call(original: Callable[..., Any], communicator: Any, m
     call = original
     if isinstance(message, adapters.MESSAGES):
 
-        def call(*arguments: Any) -> Any:
-            return inflight.control.adapters.run(partial(original, *arguments), message)
+        def call(communicator: Any, message: Any) -> Any:
+            return inflight.control.adapters.run(partial(original, communicator), message)
 
     return await inflight.control_calls.run(call, communicator, message)
 

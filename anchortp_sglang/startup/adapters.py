@@ -1,10 +1,12 @@
 """Checks of a server's LoRA flags and adapters at its start, and what is inferred from them."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel
+from anchortp_sglang.planning.ownership.ownership import Ownership
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, adapter_files
 
 _SERVED = {"q_head", "kv_head", "mlp", "vocab"}
 """Axes of models whose adapters are cut by our rules."""
@@ -34,15 +36,14 @@ def uses_adapters(view: Any) -> bool:
 def shapes_of(view: Any, adapters: Sequence[Any]) -> dict[str, Any]:
     """Return --max-lora-rank and --lora-target-modules, unless they are given, as SGLang infers them from ``adapters``.
 
-    So buffers stay as they are when new ranks cannot read one of them. Raises ValueError if one cannot be read now.
+    Raises ValueError if one cannot be read.
     """
     from sglang.srt.lora.lora_config import LoRAConfig
 
-    if not adapters or (view.max_lora_rank is not None and view.lora_target_modules):
-        return {}
     ranks, modules = [0], set[str]()
     for adapter in adapters:
         try:
+            adapter_files(adapter.lora_path)
             config = LoRAConfig(adapter.lora_path)
             ranks.append(int(config.r))
             modules.update(_LINEAR if isinstance(config.target_modules, str) else config.target_modules)
@@ -50,18 +51,63 @@ def shapes_of(view: Any, adapters: Sequence[Any]) -> dict[str, Any]:
             raise ValueError(
                 f"--lora-paths: the adapter {adapter.lora_name} in {adapter.lora_path} cannot be read: {error!r}"
             ) from None
+    if not adapters:
+        return {}
     inferred = {"max_lora_rank": max(ranks), "lora_target_modules": sorted(modules)}
     return {name: value for name, value in inferred.items() if not getattr(view, name)}
 
 
-def check_adapter_flags(server_args: Any) -> None:
-    """Resolve the flags of LoRA in a record of ranks, as SGLang does when it launches. Raises ValueError for a flag."""
+def named_adapters(raw: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the LoRARefs of --lora-paths. ``raw``: unresolved ServerArgs. Raises ValueError for a flag of LoRA."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    record = ServerArgs(**raw)
+    record.resolve_once()
+    _resolve_flags(record)
+    return resolving_view(record).lora_paths or ()
+
+
+def read_copies(record: Any, copies: AdapterCopies) -> None:
+    """Let a record of ranks, resolved ServerArgs, name the copies of the adapters of --lora-paths."""
+    from msgspec.structs import replace
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    _resolve_flags(record)
+    shown = [replace(ref, lora_path=copies.path(ref.lora_id)) for ref in resolving_view(record).lora_paths or ()]
+    declare_resolution(record, "anchortp", lora_paths=shown)
+
+
+def _resolve_flags(record: Any) -> None:
+    """Resolve the flags of LoRA as SGLang does when it launches. Raises ValueError for one."""
     from sglang.srt.arg_groups.lora_hook import check_lora_server_args
 
     try:
-        check_lora_server_args(server_args)
+        check_lora_server_args(record)
     except AssertionError as error:
         raise ValueError(str(error)) from None
+
+
+def adapter_bytes(model: ModelAxes, ownership: Ownership, raw: Mapping[str, Any], adapters: Iterable[Any]) -> int:
+    """Return the memory of all ranks' buffers of adapters, and of ``adapters`` in main and, whole, in each rank.
+
+    ``raw``: ServerArgs with ``shapes_of``. Buffers are LoRAMemoryPool's: for each adapted module the parts A and B of
+    --max-loras-per-batch adapters, cut like the module's weight.
+    """
+    from sglang.srt.lora.utils import get_normalized_target_modules, get_stacked_multiply
+
+    asked = get_normalized_target_modules(raw["lora_target_modules"])
+    targets = get_normalized_target_modules(_LINEAR) if "all" in asked else asked
+    numbers = 0
+    for rank in range(ownership.tp_size):
+        for placed in shard_layout(model, ownership, rank).params:
+            module = placed.name.removesuffix(".weight").rpartition(".")[2]
+            if module in targets and len(placed.shape) == 2:
+                rows, columns = placed.shape
+                numbers += rows + get_stacked_multiply(module) * columns
+    buffers = numbers * raw["max_lora_rank"] * raw["max_loras_per_batch"] * model.dtype_bytes
+    files = sum(path.stat().st_size for adapter in adapters for path in adapter_files(adapter.lora_path))
+    return buffers + files * (1 + ownership.tp_size)
 
 
 def adapter_identity(adapters: Iterable[Any]) -> Iterator[str]:
@@ -71,6 +117,6 @@ def adapter_identity(adapters: Iterable[Any]) -> Iterator[str]:
     """
     for adapter in adapters:
         yield f"{adapter.lora_name}={adapter.lora_path}"
-        for path in sorted(Path(adapter.lora_path).glob("*")):
+        for path in adapter_files(adapter.lora_path):
             stat = path.stat()
             yield f"{path.name} {stat.st_size} {stat.st_mtime_ns}"

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from anchortp_sglang import start_log
 from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.keeper import RunDirKeeper
-from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
@@ -41,11 +41,14 @@ from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.startup import text_model
 from anchortp_sglang.startup.adapters import (
+    adapter_bytes,
     adapter_identity,
-    check_adapter_flags,
     check_adapters,
+    named_adapters,
+    read_copies,
     shapes_of,
     uses_adapters,
 )
@@ -134,8 +137,11 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     refuse_layout_only(model)
+    adapters: Sequence[Any] = ()
     if uses_adapters(view):
         check_adapters(model, options.rotate_heads)
+        adapters = named_adapters(raw)
+        raw |= shapes_of(view, adapters)
     for caveat in caveats(config):
         log.warning("anchortp: %s", caveat)
     devices = tuple(range(view.tp_size))
@@ -152,13 +158,10 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         with Checkpoint(checkpoint) as opened:
             shapes = opened.shapes()
     _check_plan(model, ownership, shapes)
-    memory = platform.plan_memory(model, ownership, view, options, spreads_experts=counts is not None)
+    of_adapters = adapter_bytes(model, ownership, raw, adapters) if uses_adapters(view) else 0
+    memory = platform.plan_memory(model, ownership, view, options, counts is not None, of_adapters)
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
     log.info("anchortp: standby: %s", memory.standby_text)
-    records = _records(raw, view, memory.kv, memory.platform.rank_overrides)
-    adapters = (_view(records(view.tp_size)).lora_paths or ()) if uses_adapters(view) else ()
-    if shapes_inferred := shapes_of(view, adapters):
-        records = _records(raw | shapes_inferred, view, memory.kv, memory.platform.rank_overrides)
     start_log.step("flags, model and plan are checked")
     install_all(allow_drift=options.allow_drift)
     load_plugins()  # the operator's plugins, for all processes: SGLang loads them in each, after the fork
@@ -170,7 +173,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
-        run_dir = prepare_run_dir(base, key)
+        run_dir, copies = _prepare_run_dir(base, key, adapters)
     except BaseException:
         zygote.kill()
         if reserve is not None:
@@ -189,7 +192,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         expert_counts=counts,
         mirror=memory.mirror,
         linger_s=options.linger_s,
-        server_args=records,
+        server_args=_records(raw, view, memory.kv, memory.platform.rank_overrides, copies),
         controller_pid=os.getpid(),
         platform=memory.platform,
         stale_anchors=run_dir.stale_anchors,
@@ -202,7 +205,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     keeper.start()
     processes = ServerProcesses(plan, zygote, reserve, keeper)
     log.info("anchortp: %s", processes.kv_capacity(ownership))
-    coordinator = Coordinator(processes, ownership, _policy(options, memory))
+    coordinator = Coordinator(processes, ownership, _policy(options, memory), copies)
     if view.enable_trace:
         coordinator.recoveries.on_finished.append(tracing.export)
     install_coordinator(coordinator)
@@ -280,6 +283,18 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
     return spawn_zygote(), None
 
 
+def _prepare_run_dir(base: Path | None, key: str, adapters: Iterable[Any]) -> tuple[RunDir, AdapterCopies]:
+    run_dir = prepare_run_dir(base, key)
+    copies = AdapterCopies(run_dir.path / "adapters")
+    try:
+        for adapter in adapters:
+            copies.add(adapter.lora_id, adapter.lora_path)
+    except BaseException:
+        remove_run_dir(run_dir)
+        raise
+    return run_dir, copies
+
+
 def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:
     return Policy(
         min_devices=memory.min_devices,
@@ -292,10 +307,13 @@ def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:
     )
 
 
-def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, Any]) -> Any:
-    """Return a function from tp_size to resolved ServerArgs.
+def _records(
+    raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, Any], copies: AdapterCopies
+) -> Callable[[int], Any]:
+    """Return a function from tp_size to the resolved ServerArgs of ranks that are made now.
 
     They equal the first generation's in all that must not change between generations, except for ``changed`` on ranks.
+    Adapters of ``--lora-paths`` are read from their copies, which are shown again should their links be gone.
     """
     from sglang.srt.server_args import ServerArgs
 
@@ -308,7 +326,8 @@ def _records(raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, A
             made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
             made[tp_size].resolve_once()
             if uses_adapters(view):
-                check_adapter_flags(made[tp_size])
+                read_copies(made[tp_size], copies)
+        copies.show()
         return made[tp_size]
 
     return record

@@ -10,6 +10,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+import requests
 import requests_of_all_kinds as kinds
 from calls import AtOnce, assert_same, post
 from faults import kill_rank, kill_standby, lose_device, recovered
@@ -254,6 +255,23 @@ def test_main_answers_what_needs_no_ranks_during_a_recovery(flagged):
     assert during == calm
     for path in ("/server_info", "/get_server_info", "/v1/loads"):
         assert flagged.get(path)
+
+
+def test_log_levels_and_frozen_garbage_hold_for_new_ranks(flagged):
+    def frozen():
+        return flagged.log.read_text().count("Freezing GC in Scheduler")  # said at debug level
+
+    def ask(path, body):
+        assert requests.post(flagged.url + path, json=body, timeout=10).status_code == 200
+
+    ask("/configure_logging", {"log_level": "debug"})
+    try:
+        ask("/freeze_gc", {})
+        until(lambda: frozen() == 2, "ranks did not freeze")
+        recovered(flagged, kill_rank(flagged, 1), "process")
+        until(lambda: frozen() == 4, "new ranks did not")
+    finally:
+        ask("/configure_logging", {"log_level": "info"})
 
 
 NOT_SERVED = {

@@ -27,7 +27,10 @@ for folder in $IMAGE; do
     folder=$(readlink -f "$folder")
     mkdir -p "$NEW$(dirname "$folder")"
   fi
-  if [ -d "$folder" ] && [ ! -e "$NEW$folder" ]; then mkdir "$NEW$folder"; mount --bind -o ro "$folder" "$NEW$folder"; fi
+  if [ -d "$folder" ] && [ ! -e "$NEW$folder" ]; then
+    mkdir "$NEW$folder"
+    mount --bind -o ro "$folder" "$NEW$folder"
+  fi
 done
 mkdir -p "$NEW/proc" "$NEW/dev" "$NEW/sys" "$NEW/models/model"
 mount -t proc proc "$NEW/proc"

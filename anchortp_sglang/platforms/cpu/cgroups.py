@@ -23,7 +23,9 @@ class MemoryRoom:
 
     def less(self, nbytes: int) -> MemoryRoom:
         """Subtract ``nbytes`` that will be taken."""
-        return MemoryRoom(max(0, self.nbytes - nbytes), f"{self.bound}, less {nbytes >> 20} MiB for processes")
+        return MemoryRoom(
+            max(0, self.nbytes - nbytes), f"{self.bound}, less {nbytes >> 20} MiB for processes and adapters"
+        )
 
     def __str__(self) -> str:
         return f"{self.nbytes >> 20} MiB are available ({self.bound})"

@@ -51,14 +51,20 @@ class CpuPlatform:
         return cpu_defaults(given, environ, tp_size, sorted(os.sched_getaffinity(0)), cpu_quota(), _limited_bytes())
 
     def plan_memory(
-        self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
+        self,
+        model: ModelAxes,
+        ownership: Ownership,
+        view: Any,
+        options: AnchorOptions,
+        spreads_experts: bool,
+        adapter_bytes: int,
     ) -> MemoryPlan:
         """Plan slots and mirror within the memory that is available now, beside this server's processes."""
         from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, plan_standby, process_bytes
 
         room = memory_room(psutil.virtual_memory().available)
         log.info("anchortp: %s", room)
-        available = room.less(process_bytes(ownership.tp_size))
+        available = room.less(process_bytes(ownership.tp_size) + adapter_bytes)
         kv = plan_kv(model, ownership, view, options.device_bytes, available, options.standby in (None, "warm"))
         mirror, mirror_text = plan_mirror(model, ownership, kv, options, available)
         standby, standby_text = plan_standby(model, ownership, kv, mirror, options, view, available)

@@ -60,7 +60,13 @@ class CudaPlatform:
         return replace(defaults, env=defaults.env | answers)
 
     def plan_memory(
-        self, model: ModelAxes, ownership: Ownership, view: Any, options: AnchorOptions, spreads_experts: bool
+        self,
+        model: ModelAxes,
+        ownership: Ownership,
+        view: Any,
+        options: AnchorOptions,
+        spreads_experts: bool,
+        adapter_bytes: int,
     ) -> MemoryPlan:
         """Plan shares of GPUs, and slots within them; there is no mirror."""
         plan.check_gpu_plan(model, view, options, spreads_experts)

@@ -4,8 +4,7 @@ SGLang reads an adapter whole and gives each rank equal parts. Where shares are 
 rank's own size, as they follow the base layers.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,35 +15,17 @@ from anchortp_sglang.planning.layout.whole import runs_of_whole, whole_shape
 from anchortp_sglang.rank.attachment import current
 from anchortp_sglang.rank.heartbeat import Counters
 
-log = logging.getLogger(__name__)
-
 Shapes = dict[str, tuple[int, ...]]
 """Rows and columns of whole weights, by the names of their modules."""
 
-_READ_LIMIT_S = 600.0
-"""How long the reading of an adapter may take before its ranks count as hung: it may come over a network."""
-
-
-def around_init_lora_adapters(
-    original: Callable[..., Any], manager: Any, lora_paths: Sequence[Any] | None = None
-) -> None:
-    """AROUND LoRAManager.init_lora_adapters: after the first generation, do without an adapter that cannot be read.
-
-    Its own requests then end with an error (``refuse_unknown_adapter``).
-    """
-    if _is_first_generation():
-        return original(manager, lora_paths)
-    original(manager, None)
-    for adapter in lora_paths or ():
-        result = manager._load_lora_adapter(adapter)
-        if not result.success:
-            _leave_out(manager, adapter.lora_id, adapter.lora_name, result.error_message)
+_READ_LIMIT_S = 120.0
+"""How long the reading of an adapter, from main's memory, may take before its ranks count as hung."""
 
 
 def after_init_lora_modules(result: None, manager: Any) -> None:
     """AFTER LoRAManager.init_lora_modules, which wraps each layer that adapters may change.
 
-    Raises ValueError for adapters of embeddings and heads, and at a start for one of another model.
+    Raises ValueError for adapters of embeddings and heads, and for one of another model.
     """
     attachment = current()
     if attachment is None:
@@ -63,28 +44,10 @@ def after_init_lora_modules(result: None, manager: Any) -> None:
                 module.slice_lora_b_weights = partial(_rows, runs)
             else:
                 module.slice_lora_a_weights = partial(_columns, runs)
-    for lora_id, adapter in list(manager.loras.items()):
-        try:
-            check(manager, shapes, adapter)
-        except ValueError as error:
-            if _is_first_generation():
-                raise
-            _leave_out(manager, lora_id, manager.lora_refs[lora_id].lora_name, str(error))
+    for adapter in manager.loras.values():
+        check(manager, shapes, adapter)
     manager.load_lora_weights = partial(_load_checked, manager.load_lora_weights, manager, shapes)
     manager.load_lora_adapter = partial(_load_beating, manager.load_lora_adapter, attachment.counters)
-
-
-def _is_first_generation() -> bool:
-    attachment = current()
-    return attachment is None or attachment.assignment.generation == 0
-
-
-def _leave_out(manager: Any, lora_id: str, name: str, why: str) -> None:
-    log.error("anchortp: the adapter %s could not be loaded again, so its requests end with an error: %s", name, why)
-    for kept in (manager.loras, manager.configs):
-        kept.pop(lora_id, None)
-    if (known := manager.lora_refs.pop(lora_id, None)) is not None:
-        manager.num_pinned_loras -= int(known.pinned)
 
 
 def _load_beating(load: Callable[[Any], Any], counters: Counters, adapter: Any) -> Any:
@@ -150,13 +113,3 @@ def _rows(runs: Intervals, tensor: torch.Tensor) -> torch.Tensor:
 
 def _columns(runs: Intervals, tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor[:, start:stop] for start, stop in runs], dim=1)
-
-
-def refuse_unknown_adapter(scheduler: Any, req: Any) -> None:
-    """End a request whose adapter this rank does not have, as it could not be loaded again after a fault."""
-    if req.lora_id is None or req.lora_id in scheduler.tp_worker.model_runner.lora_manager.lora_refs:
-        return
-    req.lora_id = None
-    req.set_finish_with_abort(
-        "the request's adapter could not be loaded again after a fault; the server's log says why"
-    )

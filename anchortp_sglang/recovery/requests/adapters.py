@@ -1,15 +1,18 @@
 """The LoRA adapters that were loaded and unloaded since the start, which new ranks have to be told of.
 
-Ranks load those of ``--lora-paths`` when they are made; messages bring them from there to what main serves. Adapters
-are read from their files again, which must be as they were.
+Ranks load those of ``--lora-paths`` when they are made; messages bring them from there to what main serves. Main keeps
+a copy of each adapter's files, and ranks read nothing else.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import copy
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoRAUpdateOutput, UnloadLoRAAdapterReqInput
+
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 
 __all__ = ["MESSAGES", "Adapters"]
 
@@ -19,11 +22,11 @@ MESSAGES = (LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput)
 class Adapters:
     """A journal of messages, and the call that waits for an answer to one, of which there is one at a time.
 
-    ``served`` returns the names of the adapters that main serves.
+    ``copies`` takes the files of those that are loaded from now on.
     """
 
-    def __init__(self, served: Callable[[], Collection[str]]) -> None:
-        self._served = served
+    def __init__(self, copies: AdapterCopies) -> None:
+        self._copies = copies
         self._journal: dict[str, bytes] = {}
         """By adapter: its loading, or its unloading if ranks load it when they are made."""
         self._sent: tuple[Any, bytes] | None = None
@@ -31,20 +34,31 @@ class Adapters:
         """Set when all messages that no call waited behind have been answered."""
         self._repeated.set()
 
-    async def run(self, call: Callable[[], Awaitable[Sequence[Any]]], message: Any) -> Sequence[Any]:
+    async def run(self, call: Callable[[Any], Awaitable[Sequence[Any]]], message: Any) -> Sequence[Any]:
         """Return the result of ``message``, which ``call`` sends, whatever repeated ones are answered meanwhile."""
-        if isinstance(message, LoadLoRAAdapterReqInput) and message.lora_name in self._served():
-            # Ranks that could not read it again would take it, under an id that main does not know.
-            why = f"the adapter {message.lora_name} is already loaded; unload it first"  # SGLang looks for these words
-            return [LoRAUpdateOutput(success=False, error_message=why, loaded_adapters={})]
+        if isinstance(message, LoadLoRAAdapterReqInput):
+            try:
+                message = await self._with_copy(message)
+            except ValueError as error:
+                return [LoRAUpdateOutput(success=False, error_message=str(error), loaded_adapters={})]
         while not self._repeated.is_set():
             await self._repeated.wait()  # set, too, if other ranks are told again
         try:
-            results = await call()
+            results = await call(message)
             self._note(results)
             return results[-1:]
         finally:
             self._sent = None
+            if message.lora_id not in self._journal:
+                self._copies.discard(message.lora_id)
+
+    async def _with_copy(self, message: LoadLoRAAdapterReqInput) -> LoadLoRAAdapterReqInput:
+        """Copy the adapter's files, and return the message with the copy's folder. SGLang lists it by its own one."""
+        assert message.lora_id is not None
+        await asyncio.to_thread(self._copies.add, message.lora_id, message.lora_path)
+        message = copy.copy(message)
+        message.lora_path = self._copies.path(message.lora_id)
+        return message
 
     def sent(self, message: Any, encoded: bytes) -> None:
         """Note a message on its way to the ranks."""
@@ -64,6 +78,7 @@ class Adapters:
             self._note(call._result_values)
             awaited = False
         messages = list(self._journal.values())
+        self._copies.show()
         if awaited:
             assert self._sent is not None
             _, encoded = self._sent

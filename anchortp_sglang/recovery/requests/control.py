@@ -7,19 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers.io_struct import (
+    ConfigureLoggingReq,
     ContinueGenerationReqInput,
     FlushCacheReqInput,
+    FreezeGCReq,
     GetInternalStateReq,
     PauseGenerationReqInput,
 )
 
 from anchortp_sglang.recovery.requests import adapters
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.recovery.requests.adapters import Adapters
 
 __all__ = ["PAUSES", "ControlMessages"]
 
 PAUSES = (PauseGenerationReqInput, ContinueGenerationReqInput)
 """Messages of which the last one holds for new ranks, too: they pause before they take a request."""
+
+_LASTING = (ConfigureLoggingReq, FreezeGCReq)
+"""Messages without an answer, of each of which the last one holds for new ranks."""
 
 _REPEATABLE: dict[str, type] = {
     "get_internal_state_communicator": GetInternalStateReq,
@@ -32,16 +38,16 @@ Each may be sent twice."""
 class ControlMessages:
     """Sends ranks messages, holds them back in an outage, and repeats to new ranks those that they must know.
 
-    ``send`` takes an encoded message to them.
+    ``send`` takes an encoded message to them. ``copies``: those of adapters' files.
     """
 
-    def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any]) -> None:
+    def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any], copies: AdapterCopies) -> None:
         self._tm = tokenizer_manager
         self._send = send
         self._held: list[tuple[type, bytes]] = []
-        self._last: dict[type, bytes] = {}  # of each repeatable kind
+        self._last: dict[type, bytes] = {}  # of each repeatable or lasting kind
         self._pause: bytes | None = None  # the message that has paused the ranks
-        self.adapters = Adapters(lambda: tokenizer_manager.lora_registry.get_all_adapters())
+        self.adapters = Adapters(copies)
 
     @property
     def ranks_pause(self) -> bool:
@@ -53,19 +59,22 @@ class ControlMessages:
         kind = type(message)
         if kind in PAUSES:
             self._pause = encoded if kind is PauseGenerationReqInput else None
-        elif kind in _REPEATABLE.values():
+        elif kind in _LASTING or kind in _REPEATABLE.values():
             self._last[kind] = encoded
         elif kind in adapters.MESSAGES:
             self.adapters.sent(message, encoded)
         if not outage:
             self._send(encoded)
-        elif kind not in PAUSES:
+        elif kind not in PAUSES + _LASTING:
             self._held.append((kind, encoded))
 
     def repeat(self) -> None:
-        """Tell new ranks, before any request, of the pause, of adapters, and of calls that were not answered."""
+        """Tell new ranks, before any request, of the pause, log levels, adapters, and calls that were not answered."""
         if self._pause is not None:
             self._send(self._pause)
+        for kind in _LASTING:
+            if kind in self._last:
+                self._send(self._last[kind])
         held = {kind for kind, _ in self._held}
         update: Any = getattr(self._tm, "update_lora_adapter_communicator", None)
         if update is not None:

@@ -18,6 +18,7 @@ from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
 from anchortp_sglang.kv.namespaces import Key
 from anchortp_sglang.rank.messages import GenerationStart, Reseed
 from anchortp_sglang.recovery.requests import journal
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.recovery.requests.continued import Continued
 from anchortp_sglang.recovery.requests.control import PAUSES, ControlMessages
 from anchortp_sglang.recovery.requests.down import ControlCalls, ServerDown
@@ -37,16 +38,17 @@ class TokenCountMismatch(AssertionError):
 
 
 class InflightRequests:
-    """Requests between TM and the scheduler. ``send`` takes an encoded message to the scheduler.
+    """Requests between TM and the scheduler.
 
+    ``send`` takes an encoded message to the scheduler. ``copies``: those of adapters' files.
     ``isolation`` decides which open requests go to a new generation, and when.
     """
 
-    def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any]) -> None:
+    def __init__(self, tokenizer_manager: Any, send: Callable[[bytes], Any], copies: AdapterCopies) -> None:
         self._tm = tokenizer_manager
         self._send = send
         self._records: dict[str, Record] = {}
-        self.control = ControlMessages(tokenizer_manager, send)
+        self.control = ControlMessages(tokenizer_manager, send, copies)
         self._wake: Any = None
         self._task: Any = None
         self.isolation = Isolation()

@@ -90,7 +90,7 @@ def test_a_tree_without_plugins_needs_seams(release, changed):
     try:
         code, checks = judge(release)
         assert code == 1
-        assert "there is no plugin system, and no seam at 65 symbols" in checks["plugins"]["detail"]
+        assert "there is no plugin system, and no seam at 64 symbols" in checks["plugins"]["detail"]
         patch = patches_folder() / "sglang-0.5.23.patch"
         subprocess.run(["git", "apply", "-p3", str(patch)], cwd=release, check=True)
         code, checks = judge(release)

@@ -72,7 +72,7 @@ def in_host_memory(planned: Platform) -> bool:
 
 def plan(platform: Platform, **flags: Any) -> Any:
     options, view = AnchorOptions(), SimpleNamespace(**(VIEW | flags))
-    return platform.plan_memory(MODEL, OWNERSHIP, view, options, spreads_experts=False)
+    return platform.plan_memory(MODEL, OWNERSHIP, view, options, spreads_experts=False, adapter_bytes=0)
 
 
 @pytest.fixture

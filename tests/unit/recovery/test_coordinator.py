@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from anchortp_sglang.recovery.policy import Policy
 from anchortp_sglang.recovery.processes.generation import Generation
 from anchortp_sglang.recovery.processes.pidfd import process_state
 from anchortp_sglang.recovery.processes.zygote import Child
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.recovery.state_machine import Phase, Verdict
 
 AXES = model()
@@ -110,7 +112,7 @@ def processes() -> SimpleNamespace:
 
 async def prepared(next_generation: SlowNextGeneration) -> Coordinator:
     """A coordinator that serves."""
-    made = Coordinator(processes(), OWNERSHIP, Policy(1, 30.0, 60.0, standby="off"))
+    made = Coordinator(processes(), OWNERSHIP, Policy(1, 30.0, 60.0, standby="off"), AdapterCopies(Path("unused")))
     made._steps.generation = sleeping_generation(0, next_generation.weights)
     made._tm = SimpleNamespace(
         rid_to_state={"a": 1}, gracefully_exit=False, is_pause=False, server_status=SimpleNamespace(value="Up")

@@ -116,7 +116,9 @@ def test_too_little_memory_is_refused():
 
 def test_a_refusal_names_the_limit_and_what_the_processes_take():
     limit = MemoryRoom(3 << 30, "/sys/fs/cgroup/memory.max is 3072 MiB").less(process_bytes(2))
-    with pytest.raises(ValueError, match=r"1792 MiB are available \(\S+max is 3072 MiB, less 1280 MiB for processes\)"):
+    with pytest.raises(
+        ValueError, match=r"1792 MiB are available \(\S+max is 3072 MiB, less 1280 MiB for processes and adapters\)"
+    ):
         plan_kv(MODEL, OWNERSHIP, view(max_total_tokens=10**8), None, limit)
     with pytest.raises(ValueError, match="0 MiB are available"):
         plan_kv(MODEL, OWNERSHIP, view(), None, MemoryRoom(1 << 20, "x").less(process_bytes(2)))

@@ -1,11 +1,17 @@
 """New ranks are told of the adapters that are loaded, whatever a fault interrupts, and a call gets its own answer."""
 
 import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import pytest
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoRAUpdateOutput, UnloadLoRAAdapterReqInput
 
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.recovery.requests.adapters import Adapters
 from anchortp_sglang.recovery.requests.records import decode, encode
 
@@ -13,16 +19,16 @@ from anchortp_sglang.recovery.requests.records import decode, encode
 class Main:
     """TokenizerManager's communicator, and what it has sent to ranks."""
 
-    def __init__(self) -> None:
-        self.served: set[str] = set()
-        self.adapters = Adapters(lambda: self.served)
+    def __init__(self, folder: Path) -> None:
+        self.copies = AdapterCopies(folder / "copies")
+        self.adapters = Adapters(self.copies)
         self.call: FanOutCommunicator[Any] = FanOutCommunicator(self._dispatch, 1)
 
     def _dispatch(self, message: Any) -> None:
         self.adapters.sent(message, encode(message))
 
     def begin(self, message: Any) -> Any:
-        return asyncio.ensure_future(self.adapters.run(lambda: self.call(message), message))
+        return asyncio.ensure_future(self.adapters.run(self.call, message))
 
     def repeated(self, held: bool = False) -> list[str]:
         messages = [decode(one) for one in self.adapters.repeat(self.call, held)]
@@ -31,49 +37,90 @@ class Main:
     def answer(self, success: bool = True) -> None:
         self.call.handle_recv(LoRAUpdateOutput(success=success, error_message="", loaded_adapters={}))
 
-    async def done(self, message: Any, success: bool = True) -> Any:
+    async def begun(self, message: Any) -> Any:
         call = self.begin(message)
-        await asyncio.sleep(0)
+        await settle()
+        return call
+
+    async def done(self, message: Any, success: bool = True) -> Any:
+        call = await self.begun(message)
         self.answer(success)
         return await call
 
 
-def load(name: str) -> Any:
-    return LoadLoRAAdapterReqInput(lora_name=name, lora_path=f"/{name}", lora_id=name)
+class InThisThread(ThreadPoolExecutor):
+    """Runs what is for threads at once, so that rounds of the loop can be counted."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[str], Any]:
+    def made(name: str) -> Any:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(name.encode())
+        return LoadLoRAAdapterReqInput(lora_name=name, lora_path=str(folder), lora_id=name)
+
+    return made
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[[Callable[[Main], Awaitable[None]]], None]:
+    """Run a scenario, and check that there is a copy of each adapter that may be repeated, and of no other."""
+
+    async def main(scenario: Callable[[Main], Awaitable[None]]) -> None:
+        asyncio.get_running_loop().set_default_executor(InThisThread())
+        made = Main(tmp_path)
+        await scenario(made)
+        copies = tmp_path / "copies"
+        shown = sorted(os.listdir(copies)) if copies.exists() else []
+        assert shown == sorted(name[1:] for name in made.repeated() if name.startswith("+"))
+        assert all((copies / name / "adapter_model.safetensors").read_bytes() == name.encode() for name in shown)
+
+    return lambda scenario: asyncio.run(main(scenario))
 
 
 def unload(name: str) -> Any:
     return UnloadLoRAAdapterReqInput(lora_name=name, lora_id=name)
 
 
-def test_what_is_loaded_is_repeated_in_order() -> None:
-    async def scenario() -> None:
-        main = Main()
+def test_what_is_loaded_is_repeated_in_order(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
         for name in "abc":
             await main.done(load(name))
         await main.done(unload("b"))
         await main.done(load("broken"), success=False)
         assert main.repeated() == ["+a", "+c"]
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
-def test_an_adapter_of_the_flags_that_was_unloaded_is_unloaded_again() -> None:
-    async def scenario() -> None:
-        main = Main()
+def test_an_adapter_of_the_flags_that_was_unloaded_is_unloaded_again(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
         await main.done(unload("given"))
         await main.done(load("a"))
         assert main.repeated() == ["-given", "+a"]
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
-def test_a_call_gets_its_own_answer_after_those_of_what_was_repeated() -> None:
-    async def scenario() -> None:
-        main = Main()
+def test_a_call_gets_its_own_answer_after_those_of_what_was_repeated(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
         await main.done(load("a"))
-        call = main.begin(load("b"))
-        await asyncio.sleep(0)
+        call = await main.begun(load("b"))
         assert main.repeated() == ["+a", "+b"]
         main.answer(success=True)
         await asyncio.sleep(0)
@@ -83,34 +130,29 @@ def test_a_call_gets_its_own_answer_after_those_of_what_was_repeated() -> None:
         assert not answer.success
         assert main.repeated() == ["+a"]
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
-def test_a_message_of_an_outage_is_not_sent_twice() -> None:
-    async def scenario() -> None:
-        main = Main()
+def test_a_message_of_an_outage_is_not_sent_twice(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
         await main.done(load("a"))
-        call = main.begin(unload("a"))
-        await asyncio.sleep(0)
+        call = await main.begun(unload("a"))
         assert main.repeated(held=True) == []
         main.answer()
         await call
         assert main.repeated() == []
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
-def test_an_answer_that_nobody_has_read_before_the_next_ranks_counts() -> None:
-    async def scenario() -> None:
-        main = Main()
-        call = main.begin(load("a"))
-        await asyncio.sleep(0)
+def test_an_answer_that_nobody_has_read_before_the_next_ranks_counts(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
+        call = await main.begun(load("a"))
         main.answer()
         assert main.repeated() == ["+a"]
         (answer,) = await call  # the ranks are not as fast as a round of the loop
         assert answer.success
-        following = main.begin(load("b"))
-        await asyncio.sleep(0)
+        following = await main.begun(load("b"))
         main.answer()
         for _ in range(3):
             await asyncio.sleep(0)
@@ -119,15 +161,13 @@ def test_an_answer_that_nobody_has_read_before_the_next_ranks_counts() -> None:
         assert (await following)[0].success
         assert main.repeated() == ["+a", "+b"]
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
-def test_a_second_fault_repeats_all_of_it() -> None:
-    async def scenario() -> None:
-        main = Main()
+def test_a_second_fault_repeats_all_of_it(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
         await main.done(load("a"))
-        call = main.begin(load("b"))
-        await asyncio.sleep(0)
+        call = await main.begun(load("b"))
         main.repeated()
         main.answer()
         assert main.repeated() == ["+a", "+b"]
@@ -136,17 +176,15 @@ def test_a_second_fault_repeats_all_of_it() -> None:
         (answer,) = await call
         assert answer.success
 
-    asyncio.run(scenario())
+    run(scenario)
 
 
-def test_a_call_that_comes_after_the_fault_waits_for_the_answers_to_what_was_repeated() -> None:
-    async def scenario() -> None:
-        main = Main()
+def test_a_call_that_comes_after_the_fault_waits_for_the_answers_to_what_was_repeated(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
         for name in "ab":
             await main.done(load(name))
         assert main.repeated() == ["+a", "+b"]
-        call = main.begin(load("c"))
-        await asyncio.sleep(0)
+        call = await main.begun(load("c"))
         main.answer()
         assert main.repeated() == ["+a", "+b"]  # other ranks are told again
         for _ in range(2):
@@ -161,18 +199,4 @@ def test_a_call_that_comes_after_the_fault_waits_for_the_answers_to_what_was_rep
         assert not answer.success
         assert main.repeated() == ["+a", "+b"]
 
-    asyncio.run(scenario())
-
-
-def test_an_adapter_that_main_serves_is_not_loaded_again() -> None:
-    """Ranks without it, as its files were gone at a fault, would take it under another id."""
-
-    async def scenario() -> None:
-        main = Main()
-        await main.done(load("a"))
-        main.served.add("a")
-        (answer,) = await main.begin(load("a"))
-        assert not answer.success and "unload it first" in answer.error_message
-        assert main.repeated() == ["+a"]
-
-    asyncio.run(scenario())
+    run(scenario)

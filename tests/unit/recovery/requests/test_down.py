@@ -1,6 +1,7 @@
 """A inflight that has given up: what awaits the ranks ends with the reason, with SGLang's own communicators."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 
 import fastapi
@@ -8,6 +9,7 @@ import pytest
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ShutdownReq
 
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.recovery.requests.down import ServerDown
 from anchortp_sglang.recovery.requests.inflight import InflightRequests
 
@@ -16,7 +18,8 @@ FLUSH = FlushCacheReqInput()
 
 
 def ledger_and_calls(mode):
-    inflight = InflightRequests(SimpleNamespace(rid_to_state={}, is_pause=False), lambda message: None)
+    manager = SimpleNamespace(rid_to_state={}, is_pause=False)
+    inflight = InflightRequests(manager, lambda message: None, AdapterCopies(Path("unused")))
     inflight.outage = False
     communicator = FanOutCommunicator(inflight.dispatch, 1, mode)
     return inflight, lambda: inflight.control_calls.run(FanOutCommunicator.__call__, communicator, FLUSH), communicator

@@ -4,7 +4,13 @@ import asyncio
 
 import pytest
 from open_requests import dispatch
-from sglang.srt.managers.io_struct import AbortReq, ContinueGenerationReqInput, PauseGenerationReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    ConfigureLoggingReq,
+    ContinueGenerationReqInput,
+    FreezeGCReq,
+    PauseGenerationReqInput,
+)
 
 from anchortp_sglang.admission.hooks import asking
 from anchortp_sglang.recovery.requests.down import ServerDown
@@ -33,6 +39,20 @@ def test_new_ranks_pause_before_they_take_a_request_and_get_it_when_they_go_on(i
     assert kinds(sent) == ["GenerationStart", "PauseGenerationReqInput"]
     inflight.dispatch(CONTINUE)
     assert kinds(sent)[2:] == ["ContinueGenerationReqInput", "Resume"]
+
+
+def test_new_ranks_are_told_the_last_log_level_and_of_frozen_garbage_once(inflight, sent):
+    inflight.dispatch(ConfigureLoggingReq(log_level="debug"))
+    inflight.outage = True
+    sent.clear()
+    inflight.dispatch(ConfigureLoggingReq(log_level="info"))
+    inflight.dispatch(FreezeGCReq())
+    assert sent == []
+    for generation in (1, 2):
+        inflight.replay(generation)
+        assert kinds(sent) == ["GenerationStart", "ConfigureLoggingReq", "FreezeGCReq"]
+        assert sent[1].log_level == "info"
+        sent.clear()
 
 
 def test_continued_in_the_outage_new_ranks_do_not_pause(inflight, manager, sent):
