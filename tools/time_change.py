@@ -18,6 +18,7 @@ from pathlib import Path
 from anchortp_sglang.bench.load import Load
 from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize, make_model
 from anchortp_sglang.cli.client import reconfigure
+from anchortp_sglang.testing.memory import touch
 from anchortp_sglang.testing.server import Server
 from anchortp_sglang.testing.streams import Streams
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=600, help="of each stream")
     parser.add_argument("--standby", default="warm", choices=("warm", "cold"))
+    parser.add_argument("--touch-gib", type=float, default=0.0, help="of free memory before each change (memory.touch)")
     parser.add_argument("--log", help="keep the server's log here")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
@@ -56,6 +58,7 @@ def measure(server, options) -> None:
     for number in range(options.rounds):
         for kind in found:
             time.sleep(SETTLE_S)
+            touch(options.touch_gib)
             change = {kind: [number % options.tp]}
             with Streams(server.url, requests) as streams:
                 streams.wait_tokens(60)

@@ -19,6 +19,7 @@ from anchortp_sglang.bench.load import Load
 from anchortp_sglang.bench.model_sizes import VOCAB_SIZE, ModelSize, make_model
 from anchortp_sglang.bench.recovery_stats import percentile
 from anchortp_sglang.recovery.report import stages
+from anchortp_sglang.testing.memory import touch
 from anchortp_sglang.testing.server import Server
 from anchortp_sglang.testing.streams import Streams
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--overlap", action="store_true", help="use SGLang's overlap schedule")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=120, help="of each stream")
+    parser.add_argument("--touch-gib", type=float, default=0.0, help="of free memory before each fault (memory.touch)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers are stopped then, too
     with tempfile.TemporaryDirectory(prefix="anchortp-time-") as folder:
@@ -59,6 +61,7 @@ def with_server(model, options, folder, faults, records, pauses, starts) -> None
             for request in requests:
                 request["sampling_params"]["max_new_tokens"] = options.tokens
             with Streams(server.url, requests) as streams:
+                touch(options.touch_gib)
                 streams.wait_tokens(min(30, options.tokens // 2))
                 generation = server.status()["generation"]
                 server.inject(device, kind)

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py
     PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py --chain 4000 --insert --slots 1048576
-    PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py --followed
+    PYTHONPATH=. $(make -s print-python) tools/time_slot_table.py --followed [--page-size 64]
 
 Chains of random tokens, in slots in random order; least of the repetitions, in ms:
 
@@ -29,7 +29,6 @@ import mmap
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--chain", type=int, default=4000, help="tokens of each chain")
     parser.add_argument("--insert", action="store_true", help="insert them in SGLang's tree too (imports SGLang)")
     parser.add_argument("--followed", action="store_true", help="time a standby that has followed (imports SGLang)")
+    parser.add_argument("--page-size", type=int, default=1, help="slots of a page, with --followed")
     parser.add_argument("--repeat", type=int, default=10)
     options = parser.parse_args()
     if options.insert or options.followed:
@@ -60,7 +60,7 @@ def main() -> None:
     if options.followed:
         print("     slots   changed since    " + "".join(f"{name:>10}" for name in (*FOLLOWED, "first", "look")))
         for slots in map(int, options.slots.split(",")):
-            measure_followed(slots, options.chain, options.repeat)
+            measure_followed(slots, options.chain, options.page_size, options.repeat)
         return
     print("     slots" + "".join(f"{name:>10}" for name in COLUMNS))
     for slots in map(int, options.slots.split(",")):
@@ -104,28 +104,32 @@ def measure(slots: int, chain: int, repeat: int, insert: bool) -> dict[str, floa
     return took
 
 
-def measure_followed(slots: int, chain: int, repeat: int) -> None:
+def measure_followed(slots: int, chain: int, page_size: int, repeat: int) -> None:
     """Print a line for each kind of change, and one for a rank that has not followed."""
-    chain = min(chain, slots // 16)
+    chain = min(chain, slots // 16) // page_size * page_size
+
+    def read_whole(entries: Entries) -> RetainedSlots:
+        return retain(entries, None, slots, page_size)
+
     for kind, change in ("steps", take_steps), ("prefill", prefill):
         best: dict[str, float] = {}
         for _ in range(repeat):
-            table, chains, free = full_table(slots, chain)
-            followed = FollowedTable(table)
+            table, chains, free = full_table(slots, chain, page_size)
+            followed = FollowedTable(table, page_size)
+
+            def read(entries: Entries, followed: FollowedTable = followed) -> RetainedSlots:
+                return followed.retained(entries, WORTHWHILE) or read_whole(entries)
+
             first = cpu_time(followed.look)
             look = min(cpu_time(followed.look) for _ in range(5))
             change(table, chains, free)
             changed = followed.compare()
             assert changed is not None
-            took = take_over(table, partial(read_followed, followed)) | {"first": first, "look": look}
+            took = take_over(table, page_size, read) | {"first": first, "look": look}
             best = {name: min(took[name], best.get(name, 1e9)) for name in took}
         print_followed(slots, f"{len(changed):10} {kind:9}", best)
-    whole = [take_over(table, lambda entries: retain(entries, None, slots, 1)) for _ in range(repeat)]
+    whole = [take_over(table, page_size, read_whole) for _ in range(repeat)]
     print_followed(slots, "not followed".rjust(20), {name: min(took[name] for took in whole) for name in whole[0]})
-
-
-def read_followed(followed: FollowedTable, entries: Entries) -> RetainedSlots:
-    return followed.retained(entries, WORTHWHILE) or retain(entries, None, len(entries.hashes), 1)
 
 
 def print_followed(slots: int, kind: str, took: dict[str, float]) -> None:
@@ -133,13 +137,19 @@ def print_followed(slots: int, kind: str, took: dict[str, float]) -> None:
     print(f"{slots:10}{kind:20}{found}", flush=True)
 
 
-def full_table(slots: int, chain: int) -> tuple[SlotTable, list[np.ndarray], np.ndarray]:
-    """Return a table that is full but for 8 steps of its chains, up to 256 of them; its chains and its free slots."""
+def full_table(slots: int, chain: int, page_size: int) -> tuple[SlotTable, list[np.ndarray], np.ndarray]:
+    """Return a table that is full but for 8 steps of its chains, up to 256 of them; its chains and its free slots.
+
+    Free slots: int64[8, chains], the next ones of each chain. Those of a chain are in pages.
+    """
     table = SlotTable.create(bytearray(SlotTable.nbytes(slots)), slots, MODEL)
     rng = np.random.default_rng(0)
-    places = rng.permutation(slots - 1) + 1
-    free = places[: 8 * min(256, slots // chain)]
-    used, chains = places[len(free) :], []
+    pages = rng.permutation(slots // page_size - 1) + 1
+    places = (pages[:, None] * page_size + np.arange(page_size)).ravel()
+    of_each = -(-8 // page_size) * page_size
+    n_free = of_each * min(256, slots // chain)
+    free = places[:n_free].reshape(-1, of_each)[:, :8].T
+    used, chains = places[n_free:], []
     for begin in range(0, len(used), chain):
         chains.append(used[begin : begin + chain])
         table.commit_run(chains[-1], rng.integers(0, 1 << 40, len(chains[-1])), 0)
@@ -147,8 +157,8 @@ def full_table(slots: int, chain: int) -> tuple[SlotTable, list[np.ndarray], np.
 
 
 def take_steps(table: SlotTable, chains: list[np.ndarray], free: np.ndarray) -> None:
-    ends = np.array([own[-1] for own in chains[: len(free) // 8]])
-    for new in free.reshape(8, -1)[:, : len(ends)]:
+    ends = np.array([own[-1] for own in chains[: free.shape[1]]])
+    for new in free[:, : len(ends)]:
         table.commit_step(new, new, ends)
         ends = new
 
@@ -156,10 +166,10 @@ def take_steps(table: SlotTable, chains: list[np.ndarray], free: np.ndarray) -> 
 def prefill(table: SlotTable, chains: list[np.ndarray], free: np.ndarray) -> None:
     for own in chains[: min(8, len(chains) // 4)]:
         table.invalidate(own)
-        table.commit_run(own[::-1], own, 0)
+        table.commit_run(own, own, 0)
 
 
-def take_over(table: SlotTable, read: Callable[[Entries], RetainedSlots | None]) -> dict[str, float]:
+def take_over(table: SlotTable, page_size: int, read: Callable[[Entries], RetainedSlots]) -> dict[str, float]:
     """Time the parts of a take-over."""
     import torch
 
@@ -169,10 +179,9 @@ def take_over(table: SlotTable, read: Callable[[Entries], RetainedSlots | None])
     torch.set_num_threads(1)
     heap = HeapReserve(table.slots)
     heap.release()
-    tree, entries, times = new_tree(table.slots), table.entries(), [time.perf_counter()]
+    tree, entries, times = new_tree(table.slots, page_size), table.entries(), [time.perf_counter()]
     retained = read(entries)
     times.append(time.perf_counter())
-    assert retained is not None
     chains = retained.chains()
     times.append(time.perf_counter())
     retained.digest()
@@ -223,25 +232,29 @@ def insertion(retained: RetainedSlots, slots: int, repeat: int) -> float:
     from anchortp_sglang.rank.kv.prefixes import insert
 
     torch.set_num_threads(1)
-    made = [new_tree(slots) for _ in range(repeat)]
+    made = [new_tree(slots, 1) for _ in range(repeat)]
     return least(repeat, lambda: insert(retained, made.pop()))
 
 
-def new_tree(slots: int) -> Any:
+def new_tree(slots: int, page_size: int) -> Any:
     """Return what SGLang's kv_cache_builder.build_kv_cache returns, as far as it is read."""
     import torch
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-    allocator = TokenToKVPoolAllocator(slots - 1, torch.float32, "cpu", None, False)  # type: ignore[arg-type]
+    pool: Any = None
+    allocator: Any = TokenToKVPoolAllocator(slots - 1, torch.float32, "cpu", pool, False)
+    if page_size > 1:
+        allocator = PagedTokenToKVPoolAllocator(slots - page_size, page_size, torch.float32, "cpu", pool, False)
     params = CacheInitParams(
         disable=False,
         req_to_token_pool=ReqToTokenPool(1, 1, "cpu", False),
         token_to_kv_pool_allocator=allocator,
-        page_size=1,
+        page_size=page_size,
         tree_components=(ComponentType.FULL,),
     )
     return SimpleNamespace(token_to_kv_pool_allocator=allocator, tree_cache=UnifiedRadixCache(params))

@@ -232,15 +232,38 @@ def sort(where: Nodes, ascending: Ids) -> int:
     return found
 
 
-@compiled(HASHES, IDS, NODES, HASH, NODES, NODES, _TO_NODES, _TO_NODES)
-def find_copies(
-    hashes: Hashes, tokens: Ids, parents: Nodes, factor: Any, after: Nodes, where: Nodes, index: Nodes, first: Nodes
-) -> bool:
-    """Write to ``first`` (int32[slots], NONE) the least slot of equal hash for each slot in a run that has copies.
+@compiled(NODES, NODES, ID, _TO_NODES)
+def find_incomplete(where: Nodes, parents: Nodes, page_size: int, found: Nodes) -> int:
+    """Write to ``found`` the slots in runs that are not in full pages of consecutive tokens, below a page's end.
 
-    Returns false if equal tokens below equal parents do not prove that chains of equal hashes are equal.
+    Returns how many. What is below them in other pages is not among them.
     """
-    for slot in range(len(where)):
+    count = 0
+    for begin in range(0, len(where), page_size):
+        end = min(begin + page_size, len(where))
+        whole = end - begin == page_size
+        for slot in range(begin, end):
+            parent = parents[slot]
+            follows = parent == slot - 1 if slot > begin else parent <= 0 or (parent + 1) % page_size == 0
+            whole = whole and where[slot] >= 0 and follows
+        if not whole:
+            for slot in range(begin, end):
+                found[count] = slot
+                count += where[slot] >= 0
+    return count
+
+
+@compiled(HASHES, IDS, NODES, HASH, NODES, NODES, ID, _TO_NODES, _TO_NODES)
+def find_copies(
+    hashes: Hashes, tokens: Ids, parents: Nodes, factor: Any, after: Nodes, where: Nodes, page_size: int,
+    index: Nodes, first: Nodes,
+) -> bool:  # fmt: skip
+    """Write to ``first`` (int32[slots], NONE) the slots of the least page of equal chains, for pages that have copies.
+
+    All runs are in full pages. Returns false if equal tokens below equal parents do not prove that chains of equal
+    hashes are equal.
+    """
+    for slot in range(page_size - 1, len(where), page_size):
         if where[slot] < 0 or after[slot] < 0:
             continue
         head = first_with(hashes, factor, index, hashes[slot])
@@ -248,10 +271,14 @@ def find_copies(
             continue
         each = least = head
         while each >= 0:
+            if (each + 1) % page_size:
+                return False
             least, each = min(least, each), int(after[each])
         each = head
         while each >= 0:
-            first[each], each = least, int(after[each])
+            for back in range(page_size):
+                first[each - back] = least - back
+            each = int(after[each])
     for slot in range(len(where)):
         least = first[slot]
         if least < 0:

@@ -6,7 +6,7 @@ other, and one that was read while it was written differs at the next look. ``re
 is no longer written to. It finds what ``retained_slots.retain`` finds, whatever was seen before: what one rank has
 followed to a later moment than another does not show.
 
-For pages of one slot, and a next generation with the same slots.
+For a next generation with the same slots.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class Runs:
 class FollowedTable:
     """Remembers what was seen of ``table`` at the last look, and its chains. Not thread-safe.
 
-    It takes about 100 bytes for each slot that was ever used.
+    It takes about 100 bytes for each slot that was ever used. ``page_size``: slots of a page.
     """
 
-    def __init__(self, table: SlotTable) -> None:
+    def __init__(self, table: SlotTable, page_size: int = 1) -> None:
         slots = table.slots
-        self._table = table
+        self._table, self._page_size = table, page_size
         self.last_changed = 0
         """Number of slots that ``retained`` found changed."""
         # Secret numbers: clients choose tokens, but not which entries look alike here.
@@ -112,7 +112,7 @@ class FollowedTable:
             self._rebuild()
 
     def retained(self, old: Entries, most_changed: float = 1.0) -> RetainedSlots | None:
-        """Return ``retain(old, None, slots, 1)``, and be of no more use. ``old``: the table's entries, at their end.
+        """Return ``retain(old, None, slots, page_size)``, and be of no more use. ``old``: the table's last entries.
 
         None if it cannot be told from what was followed, or more than ``most_changed`` of the slots have changed.
         """
@@ -124,14 +124,16 @@ class FollowedTable:
         if len(changed) > most_changed * self._table.slots:
             return None
         self._follow(changed, old)
-        known = int(self._counts[loops.NODES_] + self._counts[loops.ORPHANS])
-        n_orphans = int(self._counts[loops.ORPHANS])
+        n_nodes, n_orphans = int(self._counts[loops.NODES_]), int(self._counts[loops.ORPHANS])
+        if self._page_size > 1:
+            self._leave_incomplete()
+        n_incomplete = n_nodes - int(self._counts[loops.NODES_])
         joined = bool(self._counts[loops.COPIES])
         if not self._complete or (joined and not self._join()):
             return None
         slots = self._ascending[: loops.sort(self._where, self._ascending)]
         hashes, parents = old.hashes, old.parents
-        if len(slots) < known:
+        if len(slots) < n_nodes + n_orphans:
             hashes = np.where(self._where >= 0, hashes, np.uint64(UNKNOWN))
         if joined:
             parents = parents.copy()
@@ -142,7 +144,7 @@ class FollowedTable:
         namespaces = {place: key for place, key in old.namespaces.items() if place in places}
         entries = replace(old, hashes=hashes, parents=parents, namespaces=namespaces)
         runs = Runs(np.ascontiguousarray(run), self._run_slots, self._run_tokens)
-        dropped = {"broken_chain": n_orphans, "lost_with_device": 0, "incomplete_page": 0, "no_room": 0}
+        dropped = {"broken_chain": n_orphans, "lost_with_device": 0, "incomplete_page": n_incomplete, "no_room": 0}
         return RetainedSlots(slots, slots, entries, runs, dropped, self._sums)  # type: ignore[arg-type]
 
     def _clear(self) -> None:
@@ -204,15 +206,23 @@ class FollowedTable:
             self._sibling, self._run_slots, self._run_tokens, self._run, self._counts, self._sums,
         )  # fmt: skip
 
+    def _leave_incomplete(self) -> None:
+        """Leave out what is not in full pages. What was noted is then no longer what is in the table."""
+        slots = self._found[: loops.find_incomplete(self._where, self._parents, self._page_size, self._found)]
+        found = self._detach(slots, np.zeros(MOST_NAMESPACES, np.bool_))
+        self._hashes[slots] = UNKNOWN
+        self._attach(found)
+
     def _join(self) -> bool:
-        """Leave one of all slots with equal chains, the parent of all their children; return whether that is possible.
+        """Leave one page of all with equal chains, the parent of all their children; return whether that is possible.
 
         As ``retained_slots.retain`` does. What was noted is then no longer what is in the table.
         """
         first = np.full(self._table.slots, NONE, np.int32)
         if not loops.find_copies(
-            self._hashes, self._tokens, self._parents, self._factor, self._after, self._where, self._index, first
-        ):
+            self._hashes, self._tokens, self._parents, self._factor, self._after, self._where, self._page_size,
+            self._index, first,
+        ):  # fmt: skip
             return False
         copies = np.flatnonzero(first >= 0).astype(np.int32)
         found = self._detach(copies, np.zeros(MOST_NAMESPACES, np.bool_))

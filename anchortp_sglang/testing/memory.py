@@ -1,5 +1,6 @@
-"""Memory of a whole server: its processes' pages, with shared ones counted once, and unmapped memfds."""
+"""Memory of a whole server, and of the machine that a server is measured on."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+) +(.*)$")
 
 
 def total_bytes(pids: Sequence[int]) -> int:
-    """Return the PSS of all processes plus the pages of their memfds that no mapping accounts for, in bytes.
+    """Return the memory of a server's processes, in bytes: their PSS, and pages of their memfds that none has mapped.
 
     Processes that end meanwhile do not count.
     """
@@ -29,6 +30,20 @@ def total_bytes(pids: Sequence[int]) -> int:
             except FileNotFoundError:
                 continue
     return pss + sum(max(0, size - mapped.get(inode, 0)) for inode, size in allocated.items())
+
+
+def touch(gib: float) -> None:
+    """Take ``gib`` GiB of free memory, and give them back.
+
+    A virtual machine may have given memory that is free back to its host (free page reporting of the balloon device).
+    Then the next process waits for each page, which is nothing of the program that is measured.
+    """
+    zeros, fd = bytes(1 << 20), os.memfd_create("anchortp-touch")
+    try:
+        for _ in range(int(gib * 1024)):
+            os.write(fd, zeros)
+    finally:
+        os.close(fd)
 
 
 def _read_smaps(pid: int, mapped: dict[int, int]) -> int:

@@ -48,15 +48,17 @@ class HeapReserve:
 
 
 class Following(threading.Thread):
-    """Follows ``table`` from ``start`` until ``take``. ``identity``: of its memory, as ``os.fstat`` tells it.
+    """Follows ``table``, of pages of ``page_size`` slots, from ``start`` until ``take``.
+
+    ``identity``: of the table's memory, as ``os.fstat`` tells it.
 
     Make it in the thread that fills the prefix tree later, for which it reserves memory.
     """
 
-    def __init__(self, table: SlotTable, identity: tuple[int, int]) -> None:
+    def __init__(self, table: SlotTable, page_size: int, identity: tuple[int, int]) -> None:
         super().__init__(name="anchortp-follow", daemon=True)
         self.identity = identity
-        self._table = table
+        self._table, self._page_size = table, page_size
         self._followed: FollowedTable | None = None
         self._stopped = threading.Event()
         self._heap = HeapReserve(table.slots)
@@ -64,7 +66,7 @@ class Following(threading.Thread):
     def run(self) -> None:
         try:
             os.setpriority(os.PRIO_PROCESS, 0, min(os.getpriority(os.PRIO_PROCESS, 0) + _NICER, 19))  # of this thread
-            self._follow(FollowedTable(self._table))
+            self._follow(FollowedTable(self._table, self._page_size))
         except Exception:  # of whatever kind, the table can still be read as a whole
             log.exception("anchortp: a rank that stands by follows the slot table no more; it will read it as a whole")
             self._followed = None
@@ -99,7 +101,7 @@ class Following(threading.Thread):
 def follow(attachment: Attachment) -> Following | None:
     """Begin to follow the table that a rank that stands by will take over; None if it cannot go on with it as it is."""
     assignment = attachment.assignment
-    if assignment.previous is None or assignment.kv.page_size != 1:
+    if assignment.previous is None:
         return None
     segment = slot_table_segment(assignment.previous.ownership, assignment.previous_kv)
     if segment != slot_table_segment(assignment.ownership, assignment.kv):
@@ -110,6 +112,6 @@ def follow(attachment: Attachment) -> Following | None:
     except SlotTableMismatch as error:
         log.info("anchortp: a rank that stands by does not follow the slot table: %s", error)
         return None
-    following = Following(table, identity)
+    following = Following(table, assignment.kv.page_size, identity)
     following.start()
     return following

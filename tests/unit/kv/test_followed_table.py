@@ -37,11 +37,11 @@ def as_values(retained):
     }
 
 
-def assert_as_whole(followed, table):
+def assert_as_whole(followed, table, page_size=1):
     """Compare what was followed with a whole reading of the table, of which nothing was seen before."""
     found = followed.retained(table.entries())
     assert found is not None
-    assert as_values(found) == as_values(retain(table.entries(), None, table.slots, 1))
+    assert as_values(found) == as_values(retain(table.entries(), None, table.slots, page_size))
     return found
 
 
@@ -147,12 +147,58 @@ class History:
         monkeypatch.undo()
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 9, 60, 60, 400]), st.integers(0, 80))
-def test_what_was_followed_is_what_is_there_at_the_end_whatever_was_seen_before(seed, slots, steps):
+class PagedHistory(History):
+    """Requests whose slots are pages, as SGLang's allocator gives them; and now and then any slots."""
+
+    page_size = 1
+
+    def take(self, n):
+        if self.rng.random() < 0.05:
+            return super().take(n)
+        whole = self.table.slots // self.page_size * self.page_size
+        free = np.flatnonzero((self.table.hashes[:whole].reshape(-1, self.page_size) == 0).all(axis=1))
+        pages = self.rng.choice(free, min(-(-n // self.page_size), len(free)), replace=False)
+        return (pages[:, None] * self.page_size + np.arange(self.page_size)).ravel()[:n]
+
+    def used(self, n):
+        found = super().used(n)
+        if self.rng.random() < 0.5:  # ends of pages
+            found = found[(found + 1) % self.page_size == 0]
+        return found
+
+    def again(self):
+        """Compute a chain again from the start of a page on."""
+        chains = self.table.entries().intact_chains()
+        if chains:
+            chain = chains[self.rng.integers(len(chains))]
+            begin = int(self.rng.integers(len(chain.slots))) // self.page_size * self.page_size
+            new = self.take(len(chain.slots) - begin)
+            self.table.commit_run(
+                new, chain.tokens[begin : begin + len(new)], int(self.table.parents[chain.slots[begin]])
+            )
+
+    def step(self):
+        above = np.unique(self.used(6))
+        inside = above[(above + 1) % self.page_size > 0]
+        inside = inside[inside + 1 < self.table.slots]
+        inside = inside[self.table.hashes[inside + 1] == 0]
+        self.table.commit_step(inside + 1, self.tokens(len(inside)), inside)
+
+    STEPS = [*History.STEPS, History.prompt, again, step, step]
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([2, 9, 60, 60, 400]),
+    st.integers(0, 80),
+    st.sampled_from([1, 1, 1, 2, 4, 4, 16]),
+)
+def test_what_was_followed_is_what_is_there_at_the_end_whatever_was_seen_before(seed, slots, steps, page_size):
     rng = np.random.default_rng(seed)
-    history = History(rng, slots)
-    followers = [FollowedTable(history.table) for _ in range(3)]
+    history = History(rng, slots) if page_size == 1 else PagedHistory(rng, slots)
+    history.page_size = page_size
+    followers = [FollowedTable(history.table, page_size) for _ in range(3)]
 
     def looks():
         for follower in followers:
@@ -161,10 +207,23 @@ def test_what_was_followed_is_what_is_there_at_the_end_whatever_was_seen_before(
 
     with pytest.MonkeyPatch.context() as patch:
         history.play(patch, looks, steps)
-        followers.append(FollowedTable(history.table))  # one that begins in the middle
+        followers.append(FollowedTable(history.table, page_size))  # one that begins in the middle
         history.play(patch, looks, steps // 4)
     for follower in followers:
-        assert_as_whole(follower, history.table)
+        assert_as_whole(follower, history.table, page_size)
+
+
+def test_in_whole_pages_copies_are_joined_page_by_page():
+    table = new_table(40)
+    followed = FollowedTable(table, 4)
+    for begin, last in (4, 3), (8, 3), (12, 9):  # the third differs in the last token of its page
+        table.commit_run(np.arange(begin, begin + 4), [1, 1, 1, last], 0)
+        followed.look()
+    table.commit_run(np.arange(16, 22), [5, 6, 7, 8, 9, 9], 11)  # below the second; two tokens of a page
+    found = assert_as_whole(followed, table, 4)
+    assert found.slots.tolist() == [4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 19]
+    assert found.dropped["incomplete_page"] == 2
+    assert found.entries.parents[16] == 7
 
 
 def test_a_look_that_is_stopped_does_nothing():
