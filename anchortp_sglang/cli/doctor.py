@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from anchortp_sglang.hooks import fork, manifest
-from anchortp_sglang.platforms.cpu.cgroups import memory_room
+from anchortp_sglang.memory.cgroups import memory_room
 
 GIB = 1 << 30
 OLDEST_PYTHON = (3, 11)

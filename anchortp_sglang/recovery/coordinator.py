@@ -160,6 +160,7 @@ class Coordinator:
         """End every process and free all memory. Needs no event loop."""
         self.stop()
         self.processes.shut_down(self._next.number)
+        self._copies.close()
 
     # ---- callbacks of the other parts
 

@@ -1,12 +1,13 @@
 """Checks of a server's LoRA flags and adapters at its start, and what is inferred from them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, adapter_files
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, adapter_files, adapter_folder
 
 _SERVED = {"q_head", "kv_head", "mlp", "vocab"}
 """Axes of models whose adapters are cut by our rules."""
@@ -43,7 +44,7 @@ def shapes_of(view: Any, adapters: Sequence[Any]) -> dict[str, Any]:
     ranks, modules = [0], set[str]()
     for adapter in adapters:
         try:
-            adapter_files(adapter.lora_path)
+            adapter_files(Path(adapter.lora_path))
             config = LoRAConfig(adapter.lora_path)
             ranks.append(int(config.r))
             modules.update(_LINEAR if isinstance(config.target_modules, str) else config.target_modules)
@@ -51,21 +52,30 @@ def shapes_of(view: Any, adapters: Sequence[Any]) -> dict[str, Any]:
             raise ValueError(
                 f"--lora-paths: the adapter {adapter.lora_name} in {adapter.lora_path} cannot be read: {error!r}"
             ) from None
-    if not adapters:
-        return {}
-    inferred = {"max_lora_rank": max(ranks), "lora_target_modules": sorted(modules)}
-    return {name: value for name, value in inferred.items() if not getattr(view, name)}
+    shapes = {"max_lora_rank": max(ranks), "lora_target_modules": sorted(modules)} if adapters else {}
+    shapes = {name: value for name, value in shapes.items() if not getattr(view, name)}
+    if set(view.lora_target_modules or ()) == {"all"}:
+        shapes["lora_target_modules"] = list(_LINEAR)  # SGLang would add embed_tokens and lm_head
+    return shapes
 
 
-def named_adapters(raw: Mapping[str, Any]) -> Sequence[Any]:
-    """Return the LoRARefs of --lora-paths. ``raw``: unresolved ServerArgs. Raises ValueError for a flag of LoRA."""
+def find_adapters(raw: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the LoRARefs of --lora-paths, whose paths are folders then. ``raw``: unresolved ServerArgs.
+
+    Raises ValueError for a flag of LoRA, or an adapter that cannot be had.
+    """
+    from msgspec.structs import replace
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
     record = ServerArgs(**raw)
     record.resolve_once()
     _resolve_flags(record)
-    return resolving_view(record).lora_paths or ()
+    named = resolving_view(record).lora_paths or ()
+    for number, adapter in enumerate(named):
+        if adapter.lora_id in {other.lora_id for other in named[:number]}:
+            raise ValueError(f"--lora-paths names the adapter {adapter.lora_name} twice")
+    return [replace(adapter, lora_path=str(adapter_folder(adapter.lora_path))) for adapter in named]
 
 
 def read_copies(record: Any, copies: AdapterCopies) -> None:
@@ -88,16 +98,17 @@ def _resolve_flags(record: Any) -> None:
         raise ValueError(str(error)) from None
 
 
-def adapter_bytes(model: ModelAxes, ownership: Ownership, raw: Mapping[str, Any], adapters: Iterable[Any]) -> int:
+def adapter_bytes(
+    model: ModelAxes, ownership: Ownership, raw: Mapping[str, Any], adapters: Iterable[Any], generations: int
+) -> int:
     """Return the memory of all ranks' buffers of adapters, and of ``adapters`` in main and, whole, in each rank.
 
-    ``raw``: ServerArgs with ``shapes_of``. Buffers are LoRAMemoryPool's: for each adapted module the parts A and B of
-    --max-loras-per-batch adapters, cut like the module's weight.
+    ``raw``: ServerArgs with ``shapes_of``. ``generations``: how many there are at a time, with a standby. Buffers are
+    LoRAMemoryPool's: for each adapted module the parts A and B of --max-loras-per-batch adapters, cut like its weight.
     """
     from sglang.srt.lora.utils import get_normalized_target_modules, get_stacked_multiply
 
-    asked = get_normalized_target_modules(raw["lora_target_modules"])
-    targets = get_normalized_target_modules(_LINEAR) if "all" in asked else asked
+    targets = get_normalized_target_modules(raw["lora_target_modules"])
     numbers = 0
     for rank in range(ownership.tp_size):
         for placed in shard_layout(model, ownership, rank).params:
@@ -106,8 +117,8 @@ def adapter_bytes(model: ModelAxes, ownership: Ownership, raw: Mapping[str, Any]
                 rows, columns = placed.shape
                 numbers += rows + get_stacked_multiply(module) * columns
     buffers = numbers * raw["max_lora_rank"] * raw["max_loras_per_batch"] * model.dtype_bytes
-    files = sum(path.stat().st_size for adapter in adapters for path in adapter_files(adapter.lora_path))
-    return buffers + files * (1 + ownership.tp_size)
+    files = sum(path.stat().st_size for adapter in adapters for path in adapter_files(Path(adapter.lora_path)))
+    return files + generations * (buffers + files * ownership.tp_size)
 
 
 def adapter_identity(adapters: Iterable[Any]) -> Iterator[str]:
@@ -117,6 +128,6 @@ def adapter_identity(adapters: Iterable[Any]) -> Iterator[str]:
     """
     for adapter in adapters:
         yield f"{adapter.lora_name}={adapter.lora_path}"
-        for path in adapter_files(adapter.lora_path):
+        for path in adapter_files(Path(adapter.lora_path)):
             stat = path.stat()
             yield f"{path.name} {stat.st_size} {stat.st_mtime_ns}"

@@ -15,7 +15,7 @@ from anchortp_sglang import start_log
 from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.keeper import RunDirKeeper
-from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
@@ -41,13 +41,13 @@ from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
-from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, copy_adapter
 from anchortp_sglang.startup import text_model
 from anchortp_sglang.startup.adapters import (
     adapter_bytes,
     adapter_identity,
     check_adapters,
-    named_adapters,
+    find_adapters,
     read_copies,
     shapes_of,
     uses_adapters,
@@ -140,7 +140,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     adapters: Sequence[Any] = ()
     if uses_adapters(view):
         check_adapters(model, options.rotate_heads)
-        adapters = named_adapters(raw)
+        adapters = find_adapters(raw)
         raw |= shapes_of(view, adapters)
     for caveat in caveats(config):
         log.warning("anchortp: %s", caveat)
@@ -158,7 +158,8 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         with Checkpoint(checkpoint) as opened:
             shapes = opened.shapes()
     _check_plan(model, ownership, shapes)
-    of_adapters = adapter_bytes(model, ownership, raw, adapters) if uses_adapters(view) else 0
+    generations = 1 if options.standby in ("off", "cold") else 2
+    of_adapters = adapter_bytes(model, ownership, raw, adapters, generations) if uses_adapters(view) else 0
     memory = platform.plan_memory(model, ownership, view, options, counts is not None, of_adapters)
     log.info("anchortp: KV mirror: %s", memory.mirror_text)
     log.info("anchortp: standby: %s", memory.standby_text)
@@ -173,17 +174,22 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
-        run_dir, copies = _prepare_run_dir(base, key, adapters)
+        identity = _identity(checkpoint, model, ownership, memory, view, adapters)
+        files = [(adapter, copy_adapter(adapter.lora_path)) for adapter in adapters]
+        run_dir = prepare_run_dir(base, key)
     except BaseException:
         zygote.kill()
         if reserve is not None:
             reserve.kill()
         raise
     ending.on_end(lambda: remove_run_dir(run_dir) if run_dir.path.exists() else None)
+    copies = AdapterCopies(run_dir.path / "adapters")
+    for adapter, its_files in files:
+        copies.keep(adapter.lora_id, adapter.lora_path, its_files)
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
-        identity=_identity(checkpoint, model, ownership, memory, view, adapters),
+        identity=identity,
         checkpoint=checkpoint.resolve(),
         model=model,
         kv=memory.kv,
@@ -281,18 +287,6 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
         return fork_zygote(), fork_zygote()
     log.warning("anchortp: this process cannot fork a zygote (%s); starting one that imports SGLang anew", reason)
     return spawn_zygote(), None
-
-
-def _prepare_run_dir(base: Path | None, key: str, adapters: Iterable[Any]) -> tuple[RunDir, AdapterCopies]:
-    run_dir = prepare_run_dir(base, key)
-    copies = AdapterCopies(run_dir.path / "adapters")
-    try:
-        for adapter in adapters:
-            copies.add(adapter.lora_id, adapter.lora_path)
-    except BaseException:
-        remove_run_dir(run_dir)
-        raise
-    return run_dir, copies
 
 
 def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:

@@ -7,12 +7,12 @@ processes will take (``MemoryRoom.less``, ``process_bytes``).
 from typing import Any
 
 from anchortp_sglang.admission.checks import KV_DTYPE_BYTES
+from anchortp_sglang.memory.cgroups import MemoryRoom
 from anchortp_sglang.options import AnchorOptions, StandbyMode
 from anchortp_sglang.planning.layout.kv_layout import KVPlan, MirrorPlan, fit_slots, kv_layout, mirror_moves
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.platforms.cpu.cgroups import MemoryRoom
 
 _MOST_OF_MEMORY = 0.9
 """Share of the available memory that weights, KV and mirror may take together; beyond it the mirror is left out."""

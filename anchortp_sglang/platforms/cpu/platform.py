@@ -13,11 +13,11 @@ import psutil
 from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.memory.arena import Part, map_together
 from anchortp_sglang.memory.arena_kinds import HOST_MEMORY, ArenaSpec
+from anchortp_sglang.memory.cgroups import cpu_quota, memory_room
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.model.axes import ModelAxes
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.platforms.base import Defaults, MemoryPlan
-from anchortp_sglang.platforms.cpu.cgroups import cpu_quota, memory_room
 from anchortp_sglang.platforms.cpu.environment import cpu_defaults
 
 if TYPE_CHECKING:

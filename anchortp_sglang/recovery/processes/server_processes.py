@@ -274,6 +274,7 @@ class ServerProcesses:
     ) -> Iterator[RankSpec]:
         """Yield what each rank of a generation is told, in rank order."""
         plan, ownership = self.plan, weights.ownership
+        server_args = plan.server_args(ownership.tp_size)
         for index, device in enumerate(ownership.devices):
             assignment = Assignment(
                 generation=number,
@@ -296,7 +297,7 @@ class ServerProcesses:
                 leaving=leaving,
                 fill_bytes_per_s=plan.change_bytes_per_s / ownership.tp_size if standby else 0.0,
             )
-            yield RankSpec(assignment, plan.server_args(ownership.tp_size), self.port_args, store_port)
+            yield RankSpec(assignment, server_args, self.port_args, store_port)
 
     # ---- end
 

@@ -4,99 +4,155 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any
 
-__all__ = ["AdapterCopies", "adapter_files"]
+import psutil
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = (".safetensors", ".bin", ".pt")
+from anchortp_sglang.memory.cgroups import memory_room
+
+__all__ = ["AdapterCopies", "Files", "adapter_files", "adapter_folder", "copy_adapter"]
+
+_CONFIG, _ADDED_TOKENS = "adapter_config.json", "added_tokens.json"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+"""In SGLang's order (DefaultModelLoader._prepare_weights): files of the first kind that is there are read."""
+_MOST_FILES = 100
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+Files = Mapping[str, IO[bytes]]
+"""Copies of an adapter's files, by their names. Their memory is freed with these objects."""
 
 
 class AdapterCopies:
-    """Copies of adapters' files, by the ids that SGLang gives to adapters.
+    """The copies of adapters' files, by the ids that SGLang gives to adapters. Thread-safe.
 
-    Each is shown as a folder of links to this process's memory, below ``folder`` in the run directory.
+    Each is shown as a folder of links to this process's memory, below ``folder`` in the run directory, which is removed
+    if it is there.
     """
 
     def __init__(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # links to the memory of a server that was killed
         self._folder = folder
-        self._files: dict[str, dict[str, int]] = {}
+        self._kept: dict[str, tuple[str, Files]] = {}
+        self._lock = threading.Lock()
 
-    def add(self, adapter_id: str, source: str) -> None:
-        """Copy an adapter from its folder, or from the repository of the Hugging Face hub that ``source`` names.
-
-        Raises ValueError, with a text for the operator, for one that cannot be read.
-        """
-        copies: dict[str, int] = {}
-        try:
-            for path in adapter_files(source):
-                copies[path.name] = _copy(path)
-        except BaseException as error:
-            _close(copies.values())
-            if isinstance(error, OSError):
-                raise ValueError(f"the adapter in {source} cannot be read: {error}") from None
-            raise
-        self._files[adapter_id] = copies
-        self.show()
+    def keep(self, adapter_id: str, source: str, files: Files) -> None:
+        """Keep the copy of an adapter. ``source``: how the operator or a client has named it. Raises OSError."""
+        with self._lock:
+            self._kept[adapter_id] = source, files
+            self._show()
 
     def path(self, adapter_id: str) -> str:
         """Return the folder that shows an adapter's copy."""
         return str(self._folder / adapter_id)
 
+    def source(self, path: str) -> str:
+        """Return how the adapter was named whose copy ``path`` shows; ``path`` itself for any other."""
+        with self._lock:
+            source, _ = self._kept.get(os.path.basename(path), (path, {}))
+        return source if path == self.path(os.path.basename(path)) else path
+
     def discard(self, adapter_id: str) -> None:
-        """Free the memory of a copy once no rank reads it any more; do nothing if there is none."""
-        if (copies := self._files.pop(adapter_id, None)) is not None:
-            shutil.rmtree(self.path(adapter_id), ignore_errors=True)
-            _close(copies.values())
+        """Let go of a copy, if there is one. Ranks that read it have it for as long as they want."""
+        with self._lock:
+            if self._kept.pop(adapter_id, None) is not None:
+                shutil.rmtree(self.path(adapter_id), ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of all copies."""
+        with self._lock:
+            self._kept.clear()
 
     def show(self) -> None:
-        """Make the links that are missing: a cleaner of files may have removed the run directory."""
-        for adapter_id, copies in self._files.items():
+        """Make the links that are missing: a cleaner of files may have removed the run directory. Raises OSError."""
+        with self._lock:
+            self._show()
+
+    def _show(self) -> None:
+        if not self._kept:
+            return
+        with contextlib.suppress(FileExistsError):
+            self._folder.mkdir(mode=0o700)
+        for adapter_id, (_, files) in self._kept.items():
             folder = Path(self.path(adapter_id))
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name, fd in copies.items():
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+            for name, file in files.items():
                 with contextlib.suppress(FileExistsError):
-                    (folder / name).symlink_to(f"/proc/{os.getpid()}/fd/{fd}")
+                    (folder / name).symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
-def adapter_files(source: str) -> list[Path]:
-    """Return the files of an adapter: its weights, and its JSON.
+def copy_adapter(source: str) -> Files:
+    """Copy an adapter's files to memory. ``source``: as in ``adapter_folder``.
 
-    ``source``: its folder, or its repository on the hub, which is downloaded unless the cache has it, as SGLang does.
-    Raises ValueError for one that lacks its configuration or its weights, OSError if it cannot be read.
+    Raises ValueError, with a text for the operator, for one that cannot be read, or does not fit in memory.
     """
-    folder = Path(source) if os.path.isdir(source) else _snapshot(source)
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", *_WEIGHTS) and path.is_file()]
-    if not any(path.name == _CONFIG for path in files):
-        raise ValueError(f"the adapter in {source} has no {_CONFIG}")
-    if not any(path.suffix in _WEIGHTS for path in files):
-        raise ValueError(f"the adapter in {source} has no file of weights (*.safetensors, *.bin)")
-    return files
+    try:
+        paths = adapter_files(adapter_folder(source))
+        size, room = sum(path.stat().st_size for path in paths), memory_room(psutil.virtual_memory().available)
+        if size > room.nbytes // 2:
+            raise ValueError(f"the adapter in {source} has {size >> 20} MiB, too many where {room}")
+        return {path.name: _copy(path) for path in paths}
+    except OSError as error:
+        raise ValueError(f"the adapter in {source} cannot be read: {error}") from None
 
 
-def _snapshot(name: str) -> Path:
+def adapter_folder(source: str) -> Path:
+    """Return an adapter's folder: ``source``, or that of the repository on the Hugging Face hub that it names.
+
+    The repository is downloaded unless the cache has it, as SGLang does. Raises ValueError if there is none of both.
+    """
     from huggingface_hub import snapshot_download
 
+    if os.path.isdir(source):
+        return Path(source)
+    wanted: Any = [_CONFIG, _ADDED_TOKENS]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", *(f"*{suffix}" for suffix in _WEIGHTS)]))
+        if (Path(snapshot_download(source, allow_patterns=wanted)) / _CONFIG).exists():
+            wanted += _WEIGHTS
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # of the network, the hub, its cache, and for what is no repository's name
-        raise ValueError(f"the adapter {name} is no folder, and no repository that can be had: {error}") from None
+        raise ValueError(f"the adapter {source} is no folder, and no repository that can be had: {error}") from None
 
 
-def _copy(path: Path) -> int:
-    fd = os.memfd_create(f"anchortp-adapter-{path.name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with path.open("rb") as source, open(fd, "wb", closefd=False) as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+def adapter_files(folder: Path) -> list[Path]:
+    """Return the files in an adapter's folder that SGLang reads.
+
+    Raises ValueError for one that lacks its configuration or its weights, or has many files, OSError for no folder.
+    """
+    config, tokens = folder / _CONFIG, folder / _ADDED_TOKENS
+    if not config.is_file():
+        raise ValueError(f"the adapter in {folder} has no {_CONFIG}")
+    kinds = ([path for path in sorted(folder.glob(kind)) if path.is_file()] for kind in _WEIGHTS)
+    weights = next((kind for kind in kinds if kind), [])
+    if not weights or len(weights) > _MOST_FILES:
+        raise ValueError(f"the adapter in {folder} has {len(weights)} files of weights, not 1 to {_MOST_FILES}")
+    _check_headers(weights)
+    return [config, *([tokens] if tokens.is_file() else []), *weights]
 
 
-def _close(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)
+def _check_headers(weights: list[Path]) -> None:
+    """Raise ValueError for a file in the format of safetensors that is longer or shorter than its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in weights:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="np"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _copy(path: Path) -> IO[bytes]:
+    copy = open(os.memfd_create("anchortp-adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "wb")  # noqa: SIM115 - kept
+    with path.open("rb") as source:
+        left = os.fstat(source.fileno()).st_size
+        while left > 0 and (part := source.read(min(left, 1 << 20))):
+            copy.write(part)
+            left -= len(part)
+    copy.flush()
+    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    return copy

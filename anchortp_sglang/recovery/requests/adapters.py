@@ -6,13 +6,14 @@ a copy of each adapter's files, and ranks read nothing else.
 
 import asyncio
 import copy
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoRAUpdateOutput, UnloadLoRAAdapterReqInput
 
-from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, copy_adapter
+from anchortp_sglang.threads import in_thread
 
 __all__ = ["MESSAGES", "Adapters"]
 
@@ -22,11 +23,12 @@ MESSAGES = (LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput)
 class Adapters:
     """A journal of messages, and the call that waits for an answer to one, of which there is one at a time.
 
-    ``copies`` takes the files of those that are loaded from now on.
+    ``copies`` takes the files of those that are loaded from now on. ``served`` returns the names of those that main
+    serves.
     """
 
-    def __init__(self, copies: AdapterCopies) -> None:
-        self._copies = copies
+    def __init__(self, copies: AdapterCopies, served: Callable[[], Collection[str]]) -> None:
+        self._copies, self._served = copies, served
         self._journal: dict[str, bytes] = {}
         """By adapter: its loading, or its unloading if ranks load it when they are made."""
         self._sent: tuple[Any, bytes] | None = None
@@ -36,29 +38,44 @@ class Adapters:
 
     async def run(self, call: Callable[[Any], Awaitable[Sequence[Any]]], message: Any) -> Sequence[Any]:
         """Return the result of ``message``, which ``call`` sends, whatever repeated ones are answered meanwhile."""
-        if isinstance(message, LoadLoRAAdapterReqInput):
-            try:
-                message = await self._with_copy(message)
-            except ValueError as error:
-                return [LoRAUpdateOutput(success=False, error_message=str(error), loaded_adapters={})]
-        while not self._repeated.is_set():
-            await self._repeated.wait()  # set, too, if other ranks are told again
         try:
+            if isinstance(message, LoadLoRAAdapterReqInput):
+                try:
+                    message = await self._with_copy(message)
+                except (ValueError, OSError) as error:
+                    return [LoRAUpdateOutput(success=False, error_message=str(error), loaded_adapters={})]
+            while not self._repeated.is_set():
+                await self._repeated.wait()  # set, too, if other ranks are told again
             results = await call(message)
             self._note(results)
-            return results[-1:]
+            return [self._with_sources(results[-1])]
         finally:
             self._sent = None
             if message.lora_id not in self._journal:
                 self._copies.discard(message.lora_id)
 
     async def _with_copy(self, message: LoadLoRAAdapterReqInput) -> LoadLoRAAdapterReqInput:
-        """Copy the adapter's files, and return the message with the copy's folder. SGLang lists it by its own one."""
+        """Copy the adapter's files, and return the message with the copy's folder.
+
+        Raises ValueError, as SGLang answers, for one that is loaded or cannot be read.
+        """
+        if message.lora_name in self._served():  # SGLang looks for these words
+            raise ValueError(f"the adapter {message.lora_name} is already loaded; unload it first")
         assert message.lora_id is not None
-        await asyncio.to_thread(self._copies.add, message.lora_id, message.lora_path)
+        files = await in_thread(copy_adapter, message.lora_path)
+        self._copies.keep(message.lora_id, message.lora_path, files)
         message = copy.copy(message)
         message.lora_path = self._copies.path(message.lora_id)
         return message
+
+    def _with_sources(self, result: LoRAUpdateOutput) -> LoRAUpdateOutput:
+        """Return a result in which adapters have the paths that clients know."""
+        result = copy.copy(result)
+        loaded = result.loaded_adapters or {}
+        result.loaded_adapters = {
+            name: self._copies.source(path) if isinstance(path, str) else path for name, path in loaded.items()
+        }
+        return result
 
     def sent(self, message: Any, encoded: bytes) -> None:
         """Note a message on its way to the ranks."""

@@ -47,7 +47,7 @@ class ControlMessages:
         self._held: list[tuple[type, bytes]] = []
         self._last: dict[type, bytes] = {}  # of each repeatable or lasting kind
         self._pause: bytes | None = None  # the message that has paused the ranks
-        self.adapters = Adapters(copies)
+        self.adapters = Adapters(copies, lambda: tokenizer_manager.lora_registry.get_all_adapters())
 
     @property
     def ranks_pause(self) -> bool:

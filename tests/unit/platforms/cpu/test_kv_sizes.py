@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 from planning_cases import model as model_axes
 
+from anchortp_sglang.memory.cgroups import MemoryRoom
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout.kv_layout import KVPlan, MirrorPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.ownership.ownership import split
-from anchortp_sglang.platforms.cpu.cgroups import MemoryRoom
 from anchortp_sglang.platforms.cpu.kv_sizes import plan_kv, plan_mirror, plan_standby, process_bytes, standby_bytes
 
 MODEL = model_axes((12, 4))

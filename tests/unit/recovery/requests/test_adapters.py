@@ -7,10 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoRAUpdateOutput, UnloadLoRAAdapterReqInput
 
+from anchortp_sglang import threads
 from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies
 from anchortp_sglang.recovery.requests.adapters import Adapters
 from anchortp_sglang.recovery.requests.records import decode, encode
@@ -20,8 +23,9 @@ class Main:
     """TokenizerManager's communicator, and what it has sent to ranks."""
 
     def __init__(self, folder: Path) -> None:
+        self.served: set[str] = set()
         self.copies = AdapterCopies(folder / "copies")
-        self.adapters = Adapters(self.copies)
+        self.adapters = Adapters(self.copies, lambda: self.served)
         self.call: FanOutCommunicator[Any] = FanOutCommunicator(self._dispatch, 1)
 
     def _dispatch(self, message: Any) -> None:
@@ -71,24 +75,25 @@ def load(tmp_path: Path) -> Callable[[str], Any]:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
-        (folder / "adapter_model.safetensors").write_bytes(name.encode())
+        save_file({name: np.zeros(1)}, folder / "adapter_model.safetensors")
         return LoadLoRAAdapterReqInput(lora_name=name, lora_path=str(folder), lora_id=name)
 
     return made
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[[Callable[[Main], Awaitable[None]]], None]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Main], Awaitable[None]]], None]:
     """Run a scenario, and check that there is a copy of each adapter that may be repeated, and of no other."""
 
+    monkeypatch.setattr(threads, "_threads", InThisThread())
+
     async def main(scenario: Callable[[Main], Awaitable[None]]) -> None:
-        asyncio.get_running_loop().set_default_executor(InThisThread())
         made = Main(tmp_path)
         await scenario(made)
         copies = tmp_path / "copies"
         shown = sorted(os.listdir(copies)) if copies.exists() else []
         assert shown == sorted(name[1:] for name in made.repeated() if name.startswith("+"))
-        assert all((copies / name / "adapter_model.safetensors").read_bytes() == name.encode() for name in shown)
+        assert all(list(load_file(copies / name / "adapter_model.safetensors")) == [name] for name in shown)
 
     return lambda scenario: asyncio.run(main(scenario))
 
@@ -198,5 +203,46 @@ def test_a_call_that_comes_after_the_fault_waits_for_the_answers_to_what_was_rep
         (answer,) = await call
         assert not answer.success
         assert main.repeated() == ["+a", "+b"]
+
+    run(scenario)
+
+
+def test_one_that_is_loaded_or_cannot_be_read_is_refused_before_ranks_are_asked(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
+        await main.done(load("a"))
+        main.served.add("a")
+        gone = LoadLoRAAdapterReqInput(lora_name="gone", lora_path="/no/such/folder", lora_id="gone")
+        again = LoadLoRAAdapterReqInput(lora_name="a", lora_path=load("b").lora_path, lora_id="other")
+        for message, text in (gone, "is no folder"), (again, "already loaded"):
+            (answer,) = await main.begin(message)
+            assert not answer.success and text in answer.error_message
+        assert main.repeated() == ["+a"]
+
+    run(scenario)
+
+
+def test_a_client_is_told_the_paths_that_it_gave(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
+        message = load("a")
+        call = await main.begun(message)
+        sent = decode(main.adapters.repeat(main.call, held=False)[0])
+        assert sent.lora_path == main.copies.path("a") != message.lora_path
+        loaded = {"a": sent.lora_path, "other": "/other"}
+        main.call.handle_recv(LoRAUpdateOutput(success=True, error_message="", loaded_adapters=loaded))
+        (answer,) = await call
+        assert answer.loaded_adapters == {"a": message.lora_path, "other": "/other"}
+
+    run(scenario)
+
+
+def test_a_load_that_is_given_up_leaves_no_copy(load: Any, run: Any) -> None:
+    async def scenario(main: Main) -> None:
+        await main.done(load("a"))
+        main.repeated()  # whose answers do not come
+        call = await main.begun(load("b"))
+        assert not call.done()
+        call.cancel()
+        await settle()
+        assert call.cancelled()
 
     run(scenario)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from anchortp_sglang.platforms.cpu.cgroups import cpu_quota, memory_room
+from anchortp_sglang.memory.cgroups import cpu_quota, memory_room
 
 MIB = 1 << 20
 HOST = 64 << 30
@@ -136,7 +136,7 @@ def test_a_real_group_is_what_a_process_in_it_is_told():
     with memory_group(300 * MIB) as group:
         code = (
             f"open('{group}/cgroup.procs', 'w').write('0')\n"
-            "from anchortp_sglang.platforms.cpu.cgroups import memory_room\n"
+            "from anchortp_sglang.memory.cgroups import memory_room\n"
             "held = bytearray(b'x') * (100 << 20)\n"
             "print(memory_room(1 << 40).nbytes >> 20)"
         )
