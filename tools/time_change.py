@@ -2,12 +2,13 @@
 
     PYTHONPATH=. $(make -s print-python) tools/time_change.py [--tp 4] [--rounds 5] [--size tiny] [--standby warm]
 
-For each change: seconds from the request to the answer; the clients' longest pause (median over the streams); and the
-tokens per second while the next generation is built, as a share of those before. Tokens are compared with those of the
-same requests when nothing changes.
+For each change: seconds from the request to the answer; the clients' longest pause when the new generation took over
+(median over the streams); and the tokens per second while it was built, as a share of those before. Tokens are compared
+with those of the same requests when nothing changes.
 """
 
 import argparse
+import itertools
 import signal
 import statistics
 import sys
@@ -23,6 +24,8 @@ from anchortp_sglang.testing.server import Server
 from anchortp_sglang.testing.streams import Streams
 
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384")
+TOOK_OVER_S = 1.0
+"""Within how long of the answer the new generation has taken over."""
 SETTLE_S = 6.0
 """Pause before a change: spare ranks and the standby are there again."""
 
@@ -68,8 +71,9 @@ def measure(server, options) -> None:
             assert all(history.error is None for history in streams.histories), streams.histories
             assert [history.output_ids for history in streams.histories] == expected, "tokens differ"
             record = server.status()["recoveries"][-1]
-            pause = statistics.median(history.longest_pause_s() for history in streams.histories)
-            built_at = statistics.median(history.longest_pause()[0] for history in streams.histories)
+            pauses = [pause_around(history, began + took) for history in streams.histories]
+            pause = statistics.median(length for length, _ in pauses)
+            built_at = statistics.median(at for _, at in pauses)
             share = rate(streams, began, built_at) / rate(streams, began - 1.0, began)
             found[kind].append((took, pause, share, record["tfs_s"] or 0.0))
             print(
@@ -83,6 +87,13 @@ def measure(server, options) -> None:
         longest = max(row[1] for row in rows)
         pauses = f"pause {pause:.3f} s (longest {longest:.3f})"
         print(f"{kind}, medians: {took:.2f} s, {pauses}, TFS {tfs:.3f} s, tokens/s while it is built {share:.2f}")
+
+
+def pause_around(history, answered_at: float) -> tuple[float, float]:
+    """Return a stream's longest pause when the new generation took over, and its begin (monotonic, in seconds)."""
+    times = [at for at, _ in history.arrivals]
+    pauses = [(after - at, at) for at, after in itertools.pairwise(times)]
+    return max(pause for pause in pauses if answered_at - TOOK_OVER_S < sum(pause) < answered_at + TOOK_OVER_S)
 
 
 def mib(nbytes: int) -> str:
