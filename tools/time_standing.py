@@ -1,11 +1,11 @@
 """What a standby costs while nothing fails, and while it is built again after a kill: two real servers in turns.
 
-    PYTHONPATH=. $(make -s print-python) tools/time_standing.py [--tp 4] [--turns 40] [--kills 8] [--slots 16384]
+    PYTHONPATH=. $(make -s print-python) tools/time_standing.py [--beside off|cold] [--turns 40] [--kills 8]
 
-One server has a warm standby, the other has none. First their memory, as long as both are idle. Then both are asked
-batches of 8 prompts in turns: tokens per second, as ratios of neighbouring turns, and the processor time of the
-standby's processes. Then ranks of the first one are killed in the middle of 8 streams: tokens per second from the first
-new ones until the next standby is ready, as a share of those after that.
+One server has a warm standby, the other has none, or spare ranks. Both are asked batches of 8 prompts in turns: tokens
+per second, as ratios of neighbouring turns, and the processor time of the standby's processes; then their memory. Then
+ranks of the first one are killed in the middle of 8 streams: tokens per second from the first new ones until the next
+standby is ready, as a share of those after that.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from anchortp_sglang.testing.server import Server
 from anchortp_sglang.testing.streams import Streams
 
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--anchor-allow-injection", "--anchor-standby")
-STANDBYS = ("warm", "off")
 STREAMS = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--beside", default="off", choices=("off", "cold"), help="the standby of the other server")
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--slots", type=int, default=16384)
@@ -42,14 +42,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="anchortp-time-") as folder:
         model, servers = make_model(Path(folder) / "model", ModelSize.TINY), {}
         try:
-            for standby in STANDBYS:
+            for standby in ("warm", options.beside):
                 flags = (*FLAGS, standby, "--max-total-tokens", str(options.slots))
                 servers[standby] = Server(model, options.tp, *flags, log=Path(folder) / standby)
                 servers[standby].start()
             wait_ready(servers["warm"])
             measure_turns(servers, options.turns, options.tokens)
             measure_memory(servers)
-            servers["off"].stop()
+            servers[options.beside].stop()
             measure_renewal(servers["warm"], options.kills, options.tp)
         finally:
             for server in servers.values():
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def measure_memory(servers: dict[str, Server]) -> None:
-    warm, off = (total_bytes([server.pid, *(c.pid for c in children(server))]) for server in servers.values())
-    print(f"memory: {warm >> 20} MiB with a standby, {off >> 20} without: {warm / off - 1:+.1%}", flush=True)
+    warm, other = (total_bytes([server.pid, *(c.pid for c in children(server))]) for server in servers.values())
+    print(f"memory: {warm >> 20} MiB with a warm standby, {other >> 20} otherwise: {warm / other - 1:+.1%}", flush=True)
 
 
 def measure_turns(servers: dict[str, Server], turns: int, tokens: int) -> None:
@@ -77,11 +77,11 @@ def measure_turns(servers: dict[str, Server], turns: int, tokens: int) -> None:
                 rates[name].append(steady_rate(streams))
                 shares.append((standby_cpu_s(servers["warm"]) - busy) / (time.monotonic() - began))
             server.flush_cache()
-    ratios = [warm / off for warm, off in zip(rates["warm"], rates["off"], strict=True)]
+    ratios = [warm / other for warm, other in zip(*rates.values(), strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     print(
-        f"decode with a standby {statistics.median(ratios):.1%} of without (median of {turns} turns, half of them from "
-        f"{low:.1%} to {high:.1%}); its processes take {statistics.fmean(shares):.2%} of a core",
+        f"decode with a warm standby {statistics.median(ratios):.1%} of the other (median of {turns} turns, half of "
+        f"them from {low:.1%} to {high:.1%}); its processes take {statistics.fmean(shares):.2%} of a core",
         flush=True,
     )
 

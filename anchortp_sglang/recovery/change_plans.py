@@ -114,7 +114,8 @@ class Planner:
             target = self._next.target_for(wanted, widths, units)
             summary = change_of(plan.model, serving.weights, target.weights)
             slots = [plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
-            return target, summary | {"kv_slots": slots}
+            least_s = round(self._processes.moving_s(target.weights), 3)
+            return target, summary | {"kv_slots": slots, "least_s": least_s}
 
         try:
             return await in_thread(work)

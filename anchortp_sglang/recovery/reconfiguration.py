@@ -98,21 +98,22 @@ class Reconfiguration:
     async def change(self, wish: Wish, generation: int | None = None, dry_run: bool = False) -> dict[str, Any]:
         """Make a wish come true; answer with what was moved, or would be.
 
-        ``generation``: the one that must serve, or None. Nothing is done if it is so already. Cancelled before the new
-        generation takes over, nothing is changed. Raises ChangeRefused.
+        ``generation``: the one that must serve, or None. Nothing is done if it is so already, whatever serves.
+        Cancelled before the new generation takes over, nothing is changed. Raises ChangeRefused.
         """
         serving = self._seams.serving()
         if serving is None:
             down = self._seams.is_down()
             text = "is down: its status says why" if down else "does not serve: wait until it has recovered"
             raise ChangeRefused(409, f"the server {text}")
-        if generation is not None and generation != serving.number:
-            raise ChangeRefused(409, f"generation {serving.number} serves, not {generation}: look at the status again")
-        if self._busy:
-            raise ChangeRefused(409, "a change of devices is under way, or being planned")
         before = frozenset(serving.ownership.devices)
         wanted, away = wish.after(before), wish.away(self._configured)
         self._check(wanted, away)
+        is_so = wanted == before and away <= self.drained and wish.widths is None and wish.rebalance is None
+        if generation not in (None, serving.number) and not is_so:
+            raise ChangeRefused(409, f"generation {serving.number} serves, not {generation}: look at the status again")
+        if self._busy:
+            raise ChangeRefused(409, "a change of devices is under way, or being planned")
         answer: dict[str, Any] = {"changed": False, "generation": serving.number, "devices": sorted(before)}
         self._busy, carried_on = True, False
         try:

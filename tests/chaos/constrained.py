@@ -132,6 +132,12 @@ def nested(depth: int, title: str) -> str:
 
 TOOL = {"type": "function", "function": {"name": "book", "parameters": SCHEMA, "strict": True}}
 NAMED = {"type": "function", "function": {"name": "book"}}
+LOOSE = {"type": "function", "function": {"name": "book", "parameters": SCHEMA}}
+CALL = (
+    '<tool_call>\\n\\{"name": "book", "arguments": \\{"name": "[a-z ]{5,20}", "age": [1-9][0-9]{0,3}, '
+    '"tags": \\["a"(, "(a|bc)"){5,7}\\]\\}\\}\\n</tool_call>'
+)
+"""What a model says that chooses to call a tool, in the format that the parser qwen25 reads."""
 CHAT_TOKENS = 80
 TOOL_TOKENS = 180
 
@@ -146,6 +152,7 @@ def calls(bias: dict[str, float]) -> dict[str, dict[str, Any]]:
         "tool_choice required": tools | {"tool_choice": "required", "max_tokens": TOOL_TOKENS},
         "tool_choice named": tools | {"tool_choice": NAMED, "max_tokens": TOOL_TOKENS},
         "tool_choice auto": tools | {"tool_choice": "auto"},
+        "tool_choice auto, a call": {"tools": [LOOSE], "extra_body": {"regex": CALL}, "max_tokens": TOOL_TOKENS},
         "n=2": {"response_format": schema, "n": 2},
         "regex": {"extra_body": {"regex": WORDS}},
     }

@@ -21,7 +21,7 @@ from constrained import (
     thinking_checkpoint,
     whole,
 )
-from faults import kill_rank, kill_standby, recovered
+from faults import kill_rank, kill_standby, lose_device, recovered
 from forge import LAUNCHER
 from fronts import front
 from histories import Unbroken, assert_exactly_once, assert_identical, outcomes, prompt, request, until
@@ -148,7 +148,7 @@ def test_the_unbroken_chats_reason_and_answer_as_asked(chats):
             assert said.reasoning and said.reasoning[-1] != ">", name
             if name in ("response_format json_schema", "n=2"):
                 jsonschema.validate(json.loads(said.content), SCHEMA)
-            if name in ("tool_choice required", "tool_choice named"):
+            if name in ("tool_choice required", "tool_choice named", "tool_choice auto, a call"):
                 tool, arguments = said.tools[0]
                 assert tool == "book", name
                 jsonschema.validate(json.loads(arguments), SCHEMA)
@@ -167,6 +167,59 @@ def test_chats_with_formats_tools_and_reasoning_go_on_as_unbroken(served, chats)
     assert clock.histories[0].error is None
     for name, answer in expected.items():
         assert broken.given[name] == answer, name
+
+
+def test_a_lost_device_costs_no_token_of_any_grammar_or_chat(served, asked, chats):
+    server, unbroken = served
+    requests, checks = asked
+    bodies, answers = chats
+    expected = unbroken(requests)
+    try:
+        with Chats(server, bodies) as broken, Streams(server.url, [*CLOCK, *requests]) as streams:
+            streams.wait_tokens(10)
+            assert not broken.given, "an answer was complete before the loss"
+            recovered(server, lose_device(server, 1), "device")
+        assert server.status()["tp_size"] == 1
+    finally:
+        server.post("/anchortp/reconfigure", {"rejoin": [1]})
+    check(expected, streams.histories[1:])
+    for history, is_right in zip(streams.histories[1:], checks, strict=True):
+        is_right(history.text)
+    for name, answer in answers.items():
+        assert broken.given[name] == answer, name
+
+
+def test_a_list_of_requests_with_grammars_goes_on_as_unbroken(served, asked):
+    server, _ = served
+    listed = [one for one in asked[0] if one.keys() == {"input_ids", "sampling_params"}]
+    body = {name: [one[name] for one in listed] for name in ("input_ids", "sampling_params")}
+    assert len(listed) > 6
+    given = []
+    asking = threading.Thread(target=lambda: given.append(server.post("/generate", body)))
+    expected = server.post("/generate", body)
+    with Streams(server.url, CLOCK) as clock:
+        clock.wait_tokens(2)
+        asking.start()
+        clock.wait_tokens(14)
+        assert not given
+        recovered(server, kill_rank(server, 0), "process")
+        asking.join(60)
+    assert [each["output_ids"] for each in given[0]] == [each["output_ids"] for each in expected]
+
+
+@pytest.mark.parametrize("backend", ["llguidance", "outlines"])
+def test_grammars_of_other_backends_go_on_as_unbroken(launch, model, backend):
+    kinds = grammars({})
+    requests = [generate(name, kinds[name][0], 70 + seed, 60) for seed in range(2) for name in ("json_schema", "regex")]
+    with launch(2, *FLAGS, "--grammar-backend", backend, model=model) as server:
+        expected = Unbroken(server)(requests)
+        for cause, fault in ("process", kill_rank), ("device", lose_device):
+            with Streams(server.url, requests) as streams:
+                streams.wait_tokens(12)
+                recovered(server, fault(server, 1), cause)
+            check(expected, streams.histories)
+            for history, outcome in zip(streams.histories, requests, strict=True):
+                kinds["regex" if "regex" in outcome["sampling_params"] else "json_schema"][1](history.text)
 
 
 def test_chats_and_grammars_that_move_to_another_server_go_on_as_unbroken(served, chats, asked):

@@ -75,6 +75,8 @@ def test_with_fewer_slots_running_requests_keep_theirs_and_none_fails(limited):
     assert status["kv"]["slots"] == SLOTS_OF_THREE
     assert 0.9 * SLOTS_OF_THREE < record["kv"]["slots_kept"] <= SLOTS_OF_THREE
     assert record["kv"]["slots_dropped"] > 500, "of the cached prompt, which no running request shares"
+    grown = limited.post("/anchortp/reconfigure", {"rejoin": [2]})
+    assert grown["plan"]["kv_slots"] == [SLOTS_OF_THREE, SLOTS] and limited.status()["kv"]["slots"] == SLOTS
     # At least by the first to be taken up; those that wait for room lose what they had to those that run.
     assert record["tokens_reused"] >= LEAST_HELD
 

@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from faults import kill_rank, kill_standby, lose_device, memfds_of, recovered
+from faults import kill_rank, kill_standby, lose_device, memfds_of, recovered, standing_by
 from histories import Unbroken, ask_at_once, assert_exactly_once, assert_identical, outcomes, prompt, request, until
 
 from anchortp_sglang.testing.streams import Streams
@@ -181,9 +181,11 @@ def test_pages_in_bfloat16_under_a_tree_in_python_lose_no_kv_either(launch):
     with launch(3, *arguments, env=STRICT | PYTHON_TREE) as server:
         expected = Unbroken(server)(RUNNING)
         ask_at_once(server, TOGETHER, 4)
+        standing_by(server, 0)
         with Streams(server.url, RUNNING) as streams:
             streams.wait_tokens(30)
             recovered(server, kill_rank(server, 0), "process")
+            assert "slots have changed since the slot table was looked at" in server.log.read_text()
             until(lambda: server.status()["kv"]["mirror"]["coverage"] > 0.98, "the mirror does not keep up")
             recovered(server, lose_device(server, 1), "device")
         for history in streams.histories:

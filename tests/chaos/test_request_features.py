@@ -157,7 +157,15 @@ def test_what_a_seed_draws_does_not_depend_on_others_of_the_batch(flagged, calls
 SCORED = 40
 
 
-def test_scoring_goes_on(flagged):
+@pytest.fixture(params=["process", "device"])
+def fault(flagged, request):
+    """A function that kills a rank, or takes a device away until the test is over, and waits for the recovery."""
+    fail = kill_rank if request.param == "process" else lose_device
+    yield lambda: recovered(flagged, fail(flagged, 1), request.param)
+    flagged.post("/anchortp/reconfigure", {"devices": [0, 1]})
+
+
+def test_scoring_goes_on(flagged, fault):
     body = {"model": "any", "query": prompt(741, 20), "label_token_ids": [3, 4], "apply_softmax": True}
     body["items"] = [prompt(742 + number, 120) for number in range(SCORED)]
     score = {"score": post("/v1/score", body)}
@@ -169,7 +177,7 @@ def test_scoring_goes_on(flagged):
     with AtOnce(flagged, score) as asked:
         time.sleep(took_s / 4)
         assert not asked.given, "all was scored before the fault"
-        recovered(flagged, kill_rank(flagged, 0), "process")
+        fault()
     assert_same(calm.given, asked.given)
     assert len(calm.given["score"]["scores"]) == SCORED
     assert flagged.status()["recoveries"][-1]["requests_replayed"] > SCORED // 2
@@ -210,14 +218,14 @@ def test_a_processor_that_fails_ends_its_own_request_only(flagged):
     assert_identical(outcomes(calm.histories), outcomes(clock.histories))
 
 
-def test_a_cancelled_response_stays_cancelled(flagged):
+def test_a_cancelled_response_stays_cancelled(flagged, fault):
     """One in the background, that a recovery has taken up again."""
     model = flagged.get("/v1/models")["data"][0]["id"]
     body = {"model": model, "input": "Why?", "max_output_tokens": 4000, "temperature": 0, "background": True}
     with Streams(flagged.url, [CLOCK]) as clock:
         path = f"/v1/responses/{flagged.post('/v1/responses', body)['id']}"
         clock.wait_tokens(5)
-        recovered(flagged, kill_rank(flagged, 0), "process")
+        fault()
         assert flagged.get(path)["status"] in ("queued", "in_progress")
         assert flagged.post(f"{path}/cancel", {})["status"] == "cancelled"
     flush(flagged)  # would wait for a request that still ran
@@ -257,7 +265,7 @@ def test_main_answers_what_needs_no_ranks_during_a_recovery(flagged):
         assert flagged.get(path)
 
 
-def test_log_levels_and_frozen_garbage_hold_for_new_ranks(flagged):
+def test_log_levels_and_frozen_garbage_hold_for_new_ranks(flagged, fault):
     def frozen():
         return flagged.log.read_text().count("Freezing GC in Scheduler")  # said at debug level
 
@@ -266,10 +274,12 @@ def test_log_levels_and_frozen_garbage_hold_for_new_ranks(flagged):
 
     ask("/configure_logging", {"log_level": "debug"})
     try:
+        before = frozen()
         ask("/freeze_gc", {})
-        until(lambda: frozen() == 2, "ranks did not freeze")
-        recovered(flagged, kill_rank(flagged, 1), "process")
-        until(lambda: frozen() == 4, "new ranks did not")
+        until(lambda: frozen() == before + 2, "ranks did not freeze")
+        before = frozen()
+        fault()
+        until(lambda: frozen() == before + flagged.status()["tp_size"], "new ranks did not")
     finally:
         ask("/configure_logging", {"log_level": "info"})
 

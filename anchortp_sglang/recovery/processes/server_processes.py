@@ -182,10 +182,10 @@ class ServerProcesses:
             weights = held if target is None else target.weights
             self.standbys.prepare(number, weights, lambda: self._make_standby(number, held, target))
 
-    def _moving_s(self, weights: WeightPlacement) -> float:
-        """Return how long it takes at most to move weights beside a generation that serves, at the rate that is set."""
+    def moving_s(self, weights: WeightPlacement) -> float:
+        """Return how long new weights take beside a generation that serves, at the rate that is set; 0 without one."""
         rate = self.plan.change_bytes_per_s / weights.ownership.tp_size
-        return max(sum(shard.sizes.values()) for shard in weights.shards) / rate if rate else 0.0
+        return max(sum(shard.sizes.values()) - shard.reused_bytes for shard in weights.shards) / rate if rate else 0.0
 
     def _make_standby(self, number: int, held: WeightPlacement, target: Target | None) -> Standby:
         """Begin to build a generation beside the one that serves with ``held``: as wide, or as ``target`` says."""
@@ -195,7 +195,7 @@ class ServerProcesses:
         control = self.anchors.make_standby_control(number, weights.ownership)
         standby = Standby(number, weights, make_store(), control, leaving=leaving)
         if target is not None:
-            standby.build_timeout_s = _MOVE_TIMEOUT_S + self._moving_s(weights)
+            standby.build_timeout_s = _MOVE_TIMEOUT_S + self.moving_s(weights)
         try:
             store_port = standby.store.port
             for spec in self._rank_specs(number, weights, held, True, store_port, leaving=leaving, standby=True):

@@ -14,6 +14,7 @@ PLAN = {
     "moved_bytes": 3 << 20,
     "least_bytes": 2 << 20,
     "kv_slots": [100, 90],
+    "least_s": 0.25,
     "devices": [
         {"id": 0, "weight_bytes": 9 << 20, "stay_bytes": 6 << 20, "local_bytes": 0, "p2p_bytes": 3 << 20}
         | {"reload_bytes": 0}
