@@ -109,7 +109,10 @@ def test_kills_at_random_moments_change_no_answer(flagged, calls, unbroken):
         assert_same(unbroken, got)
 
 
-OF_OTHER_APIS = ("messages, streamed", "ollama chat, streamed", "ollama generate, streamed", "responses, streamed")
+OF_OTHER_APIS = (
+    *("messages, streamed", "ollama chat, streamed", "ollama generate, streamed", "responses, streamed"),
+    "invocations, streamed",
+)
 NOT_KEPT = (
     *("sampling mask, greedy", "sampling mask, drawn", "hidden states, streamed"),
     "flat logprobs of the prompt, streamed",
