@@ -120,7 +120,8 @@ def _describe(answer: dict[str, Any], dry_run: bool) -> str:
         )
     before, after = plan["kv_slots"]
     lines.append(f"  moved: {_mib(plan['moved_bytes'])}; shares of this size need {_mib(plan['least_bytes'])} at least")
-    lines.append(f"  that takes {plan['least_s']:g} s at least, by --anchor-change-gbps, while requests run")
+    if plan["least_s"]:
+        lines.append(f"  that takes {plan['least_s']:g} s at least, by --anchor-change-gbps, while requests run")
     lines.append(f"  KV slots: {before} before, {after} after")
     return "\n".join(lines)
 

@@ -124,6 +124,8 @@ class FollowedTable:
         if len(changed) > most_changed * self._table.slots:
             return None
         self._follow(changed, old)
+        if not self._complete:
+            return None
         n_nodes, n_orphans = int(self._counts[loops.NODES_]), int(self._counts[loops.ORPHANS])
         if self._page_size > 1:
             self._leave_incomplete()

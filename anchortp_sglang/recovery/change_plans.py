@@ -114,8 +114,7 @@ class Planner:
             target = self._next.target_for(wanted, widths, units)
             summary = change_of(plan.model, serving.weights, target.weights)
             slots = [plan.kv_of(each).slots for each in (serving.ownership, target.ownership)]
-            least_s = round(self._processes.moving_s(target.weights), 3)
-            return target, summary | {"kv_slots": slots, "least_s": least_s}
+            return target, summary | {"kv_slots": slots}
 
         try:
             return await in_thread(work)

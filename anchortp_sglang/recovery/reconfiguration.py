@@ -124,6 +124,9 @@ class Reconfiguration:
                 answer |= found
             elif wanted != before or wish.widths is not None:
                 target, answer["plan"] = await self._planner.devices(serving, wanted, wish.widths)
+            if target is not None:
+                moving_s = self._processes.moving_s(target.weights) if self._built_ahead else 0.0
+                answer["plan"]["least_s"] = round(moving_s, 3)
             if dry_run:
                 return answer
             if target is None or target.ownership == serving.ownership:

@@ -15,7 +15,7 @@ from anchortp_sglang import start_log
 from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.keeper import RunDirKeeper
-from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
@@ -41,7 +41,7 @@ from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
-from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, copy_adapter
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, Files, copy_adapter
 from anchortp_sglang.startup import text_model
 from anchortp_sglang.startup.adapters import (
     adapter_bytes,
@@ -175,17 +175,15 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
         identity = _identity(checkpoint, model, ownership, memory, view, adapters)
-        files = [(adapter, copy_adapter(adapter.lora_path)) for adapter in adapters]
+        files = [copy_adapter(adapter.lora_path, view.tp_size) for adapter in adapters]
         run_dir = prepare_run_dir(base, key)
+        copies = _keep_copies(run_dir, adapters, files, view.tp_size)
     except BaseException:
         zygote.kill()
         if reserve is not None:
             reserve.kill()
         raise
     ending.on_end(lambda: remove_run_dir(run_dir) if run_dir.path.exists() else None)
-    copies = AdapterCopies(run_dir.path / "adapters")
-    for adapter, its_files in files:
-        copies.keep(adapter.lora_id, adapter.lora_path, its_files)
     plan = ServerPlan(
         run_dir=run_dir.path,
         run_id=run_dir.run_id,
@@ -289,6 +287,18 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
     return spawn_zygote(), None
 
 
+def _keep_copies(run_dir: RunDir, adapters: Sequence[Any], files: Sequence[Files], readers: int) -> AdapterCopies:
+    """Keep copies of the adapters of --lora-paths. Raises ValueError, and removes the directory, if it has no room."""
+    try:
+        copies = AdapterCopies(run_dir.path / "adapters", readers)
+        for adapter, its_files in zip(adapters, files, strict=True):
+            copies.keep(adapter.lora_id, adapter.lora_path, its_files, stays=True)
+    except OSError as error:
+        remove_run_dir(run_dir)
+        raise ValueError(f"adapters cannot be shown in the run directory {run_dir.path}: {error}") from None
+    return copies
+
+
 def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:
     return Policy(
         min_devices=memory.min_devices,
@@ -317,10 +327,11 @@ def _records(
     def record(tp_size: int) -> Any:
         if tp_size not in made:
             ep_size = tp_size if (view.ep_size or 1) > 1 else 1
-            made[tp_size] = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
-            made[tp_size].resolve_once()
+            new = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
+            new.resolve_once()
             if uses_adapters(view):
-                read_copies(made[tp_size], copies)
+                read_copies(new, copies)
+            made[tp_size] = new
         copies.show()
         return made[tp_size]
 

@@ -396,11 +396,13 @@ def test_devices_come_and_go_while_ranks_and_devices_die(server, unbroken):
             devices = sorted(rng.sample(range(4), widths[number % len(widths)]))
             server.wait_serving(0)
             if number % 2:  # a rank dies at some moment of the change, which may have to be asked for again
-                dying = threading.Timer(2 * rng.random(), kill, [rng.choice(serving_pids(server))])
+                pidfd = os.pidfd_open(rng.choice(serving_pids(server)))
+                dying = threading.Timer(rng.random(), signal.pidfd_send_signal, [pidfd, signal.SIGKILL])
                 dying.start()
                 with contextlib.suppress(urllib.error.HTTPError):
                     change(server, devices=devices)
                 dying.join()
+                os.close(pidfd)
                 until(lambda: serves_again(server), "the server does not recover", 60)
                 change(server, devices=devices)
             else:

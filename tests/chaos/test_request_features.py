@@ -282,7 +282,7 @@ def test_log_levels_and_frozen_garbage_hold_for_new_ranks(flagged, fault):
         until(lambda: frozen() == before + 2, "ranks did not freeze")
         before = frozen()
         fault()
-        until(lambda: frozen() == before + flagged.status()["tp_size"], "new ranks did not")
+        until(lambda: frozen() >= before + flagged.status()["tp_size"], "new ranks did not")
     finally:
         ask("/configure_logging", {"log_level": "info"})
 

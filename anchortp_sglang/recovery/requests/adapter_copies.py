@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import threading
@@ -14,6 +15,8 @@ import psutil
 from anchortp_sglang.memory.cgroups import memory_room
 
 __all__ = ["AdapterCopies", "Files", "adapter_files", "adapter_folder", "copy_adapter"]
+
+log = logging.getLogger(__name__)
 
 _CONFIG, _ADDED_TOKENS = "adapter_config.json", "added_tokens.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
@@ -29,19 +32,26 @@ class AdapterCopies:
     """The copies of adapters' files, by the ids that SGLang gives to adapters. Thread-safe.
 
     Each is shown as a folder of links to this process's memory, below ``folder`` in the run directory, which is removed
-    if it is there.
+    if it is there. ``readers``: the number of ranks.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, readers: int = 1) -> None:
+        self.readers = readers
         shutil.rmtree(folder, ignore_errors=True)  # links to the memory of a server that was killed
         self._folder = folder
         self._kept: dict[str, tuple[str, Files]] = {}
+        self._stay: set[str] = set()
         self._lock = threading.Lock()
 
-    def keep(self, adapter_id: str, source: str, files: Files) -> None:
-        """Keep the copy of an adapter. ``source``: how the operator or a client has named it. Raises OSError."""
+    def keep(self, adapter_id: str, source: str, files: Files, stays: bool = False) -> None:
+        """Keep the copy of an adapter. ``source``: how the operator or a client has named it. Raises OSError.
+
+        ``stays``: new ranks need it whatever becomes of the adapter, so it is never discarded.
+        """
         with self._lock:
             self._kept[adapter_id] = source, files
+            if stays:
+                self._stay.add(adapter_id)
             self._show()
 
     def path(self, adapter_id: str) -> str:
@@ -54,11 +64,18 @@ class AdapterCopies:
             source, _ = self._kept.get(os.path.basename(path), (path, {}))
         return source if path == self.path(os.path.basename(path)) else path
 
-    def discard(self, adapter_id: str) -> None:
-        """Let go of a copy, if there is one. Ranks that read it have it for as long as they want."""
+    def discard(self, adapter_id: str) -> bool:
+        """Let go of a copy, if there is one that need not stay; return false if it has to.
+
+        Ranks have what they have opened of it for as long as they want.
+        """
         with self._lock:
-            if self._kept.pop(adapter_id, None) is not None:
+            if adapter_id in self._stay:
+                return False
+            gone = self._kept.pop(adapter_id, None)
+            if gone is not None:
                 shutil.rmtree(self.path(adapter_id), ignore_errors=True)
+        return True
 
     def close(self) -> None:
         """Let go of all copies."""
@@ -66,9 +83,15 @@ class AdapterCopies:
             self._kept.clear()
 
     def show(self) -> None:
-        """Make the links that are missing: a cleaner of files may have removed the run directory. Raises OSError."""
-        with self._lock:
-            self._show()
+        """Make the links that are missing: a cleaner of files may have removed the run directory.
+
+        If that is not possible now, ranks cannot read these adapters, and the next attempt of a recovery tries again.
+        """
+        try:
+            with self._lock:
+                self._show()
+        except OSError as error:
+            log.warning("anchortp: the copies of adapters cannot be shown in %s: %s", self._folder, error)
 
     def _show(self) -> None:
         if not self._kept:
@@ -84,16 +107,17 @@ class AdapterCopies:
                     (folder / name).symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
-def copy_adapter(source: str) -> Files:
+def copy_adapter(source: str, readers: int) -> Files:
     """Copy an adapter's files to memory. ``source``: as in ``adapter_folder``.
 
-    Raises ValueError, with a text for the operator, for one that cannot be read, or does not fit in memory.
+    Raises ValueError, with a text for the operator, for one that cannot be read, or of which this copy and those of
+    ``readers`` ranks do not fit in memory.
     """
     try:
         paths = adapter_files(adapter_folder(source))
         size, room = sum(path.stat().st_size for path in paths), memory_room(psutil.virtual_memory().available)
-        if size > room.nbytes // 2:
-            raise ValueError(f"the adapter in {source} has {size >> 20} MiB, too many where {room}")
+        if size * (1 + readers) > room.nbytes:
+            raise ValueError(f"the adapter in {source} takes {1 + readers} times {size >> 20} MiB, and {room}")
         return {path.name: _copy(path) for path in paths}
     except OSError as error:
         raise ValueError(f"the adapter in {source} cannot be read: {error}") from None

@@ -21,7 +21,7 @@ MESSAGES = (LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput)
 
 
 class Adapters:
-    """A journal of messages, and the call that waits for an answer to one, of which there is one at a time.
+    """What messages have come to, and the call that waits for an answer to one, of which there is one at a time.
 
     ``copies`` takes the files of those that are loaded from now on. ``served`` returns the names of those that main
     serves.
@@ -29,8 +29,10 @@ class Adapters:
 
     def __init__(self, copies: AdapterCopies, served: Callable[[], Collection[str]]) -> None:
         self._copies, self._served = copies, served
-        self._journal: dict[str, bytes] = {}
-        """By adapter: its loading, or its unloading if ranks load it when they are made."""
+        self._loaded: dict[str, bytes] = {}
+        """By adapter: the message that loaded it, unless ranks load it when they are made."""
+        self._unloaded: dict[str, bytes] = {}
+        """By adapter: the message that unloaded it, if ranks load it when they are made."""
         self._sent: tuple[Any, bytes] | None = None
         self._repeated = asyncio.Event()
         """Set when all messages that no call waited behind have been answered."""
@@ -51,7 +53,7 @@ class Adapters:
             return [self._with_sources(results[-1])]
         finally:
             self._sent = None
-            if message.lora_id not in self._journal:
+            if isinstance(message, LoadLoRAAdapterReqInput) and message.lora_id not in self._loaded:
                 self._copies.discard(message.lora_id)
 
     async def _with_copy(self, message: LoadLoRAAdapterReqInput) -> LoadLoRAAdapterReqInput:
@@ -62,7 +64,7 @@ class Adapters:
         if message.lora_name in self._served():  # SGLang looks for these words
             raise ValueError(f"the adapter {message.lora_name} is already loaded; unload it first")
         assert message.lora_id is not None
-        files = await in_thread(copy_adapter, message.lora_path)
+        files = await in_thread(copy_adapter, message.lora_path, self._copies.readers)
         self._copies.keep(message.lora_id, message.lora_path, files)
         message = copy.copy(message)
         message.lora_path = self._copies.path(message.lora_id)
@@ -80,8 +82,6 @@ class Adapters:
     def sent(self, message: Any, encoded: bytes) -> None:
         """Note a message on its way to the ranks."""
         self._sent = message, encoded
-        if isinstance(message, UnloadLoRAAdapterReqInput) and self._journal.pop(message.lora_id, None) is None:
-            self._journal[message.lora_id] = encoded
 
     def repeat(self, call: Any, held: bool) -> list[bytes]:
         """Return the messages for new ranks. ``call``: the communicator that awaits answers of ranks.
@@ -94,7 +94,7 @@ class Adapters:
         if unread:  # the dead ranks' answer, which the caller reads in the loop's next round
             self._note(call._result_values)
             awaited = False
-        messages = list(self._journal.values())
+        messages = [*self._unloaded.values(), *self._loaded.values()]
         self._copies.show()
         if awaited:
             assert self._sent is not None
@@ -117,7 +117,11 @@ class Adapters:
             return
         message, encoded = self._sent
         if isinstance(message, LoadLoRAAdapterReqInput):
-            self._journal[message.lora_id] = encoded
+            self._loaded[message.lora_id] = encoded
+            return
+        self._loaded.pop(message.lora_id, None)
+        if not self._copies.discard(message.lora_id):
+            self._unloaded[message.lora_id] = encoded
 
 
 def _collect(call: Any, event: asyncio.Event, count: int) -> None:

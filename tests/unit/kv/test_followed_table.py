@@ -301,13 +301,16 @@ def unmixed(value):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 40])
-def test_work_that_there_is_no_room_for_is_done_by_a_whole_reading(steps, monkeypatch):
+@pytest.mark.parametrize("page_size", [1, 2])
+@pytest.mark.parametrize("looks", [True, False])
+def test_work_that_there_is_no_room_for_is_done_by_a_whole_reading(steps, page_size, looks):
     table = new_table(200)
-    followed = FollowedTable(table)
+    followed = FollowedTable(table, page_size)
     followed._run_slots, followed._run_tokens = np.empty((2, 20), np.int64)
     for step in range(steps):
-        table.commit_run([1 + 4 * step, 2 + 4 * step], [step, 1], 0)
-        followed.look()
+        table.commit_run([2 + 4 * step, 3 + 4 * step], [step, 1], 0)
+        if looks:
+            followed.look()
     found = followed.retained(table.entries())
     assert (found is None) == (steps == 40)
 

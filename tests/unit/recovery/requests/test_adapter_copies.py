@@ -43,7 +43,7 @@ def copies(run_dir: Path) -> AdapterCopies:
 
 
 def keep(copies: AdapterCopies, name: str, source: Path) -> None:
-    copies.keep(name, str(source), copy_adapter(str(source)))
+    copies.keep(name, str(source), copy_adapter(str(source), 4))
 
 
 def shown(copies: AdapterCopies, name: str) -> Path:
@@ -84,9 +84,10 @@ def test_links_that_have_vanished_are_made_again(copies: AdapterCopies, source: 
 def test_the_run_directory_is_made_by_its_keeper_alone(copies: AdapterCopies, source: Path, run_dir: Path) -> None:
     keep(copies, "a", source)
     shutil.rmtree(run_dir)
-    with pytest.raises(FileNotFoundError):
-        copies.show()
+    copies.show()
     assert not run_dir.exists()
+    with pytest.raises(FileNotFoundError):
+        keep(copies, "b", source)
     run_dir.mkdir()
     copies.show()
     shown(copies, "a")
@@ -124,7 +125,7 @@ def test_paths_are_told_as_they_were_given(copies: AdapterCopies, source: Path) 
 
 
 def test_threads_do_not_disturb_one_another(copies: AdapterCopies, source: Path) -> None:
-    files, errors, stop = copy_adapter(str(source)), [], threading.Event()
+    files, errors, stop = copy_adapter(str(source), 4), [], threading.Event()
 
     def repeat(work: object) -> None:
         try:
@@ -158,7 +159,7 @@ def test_threads_do_not_disturb_one_another(copies: AdapterCopies, source: Path)
         (lambda folder: (folder / TENSORS).chmod(0), "cannot be read" if os.geteuid() else None),
         (lambda folder: [(folder / f"{n}.safetensors").touch() for n in range(100)], "101 files of weights"),
         (lambda folder: [path.unlink() for path in folder.iterdir() if path.name != CONFIG], "0 files of weights"),
-        (lambda folder: ((folder / TENSORS).unlink(), os.truncate(folder / "training_args.bin", 1 << 40)), "too many"),
+        (lambda folder: ((folder / TENSORS).unlink(), os.truncate(folder / "training_args.bin", 1 << 40)), "5 times"),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_adapter_is_refused(spoil: object, text: str | None, source: Path) -> None:
@@ -166,7 +167,7 @@ def test_a_folder_that_is_no_adapter_is_refused(spoil: object, text: str | None,
     before = open_files()
     if text is not None:
         with pytest.raises(ValueError, match=text):
-            copy_adapter(str(source))
+            copy_adapter(str(source), 4)
         assert open_files() == before
 
 
@@ -183,3 +184,10 @@ def test_what_is_neither_a_folder_nor_to_be_had_is_refused(monkeypatch: pytest.M
     for name in ("nobody/nothing", "/no/such/folder", ""):
         with pytest.raises(ValueError, match="is no folder"):
             adapter_folder(name)
+
+
+def test_what_new_ranks_need_is_not_discarded(copies: AdapterCopies, source: Path) -> None:
+    copies.keep("a", "it", copy_adapter(str(source), 1), stays=True)
+    assert not copies.discard("a")
+    shown(copies, "a")
+    assert copies.discard("b")
