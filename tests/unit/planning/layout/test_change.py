@@ -7,7 +7,9 @@ from planning_cases import model
 
 from anchortp_sglang.planning.layout.change import change_of
 from anchortp_sglang.planning.layout.extents import hold
-from anchortp_sglang.planning.ownership.ownership import split
+from anchortp_sglang.planning.layout.moves import fill_moves, moved_bytes
+from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.ownership.ownership import Ownership, split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
 
 AXES = model((32, 8))
@@ -37,6 +39,34 @@ def test_chains_of_changes_move_no_more_than_balance_needs_besides_the_vocabular
             parts = ("stay_bytes", "local_bytes", "p2p_bytes")
             assert sum(device[part] for part in parts) <= device["weight_bytes"]
         held = after
+
+
+def held_bytes(ownership: Ownership, rank: int) -> int:
+    return sum(moved_bytes(fill_moves(AXES, ownership, rank, None)).values())
+
+
+def bytes_of_all_ranks(axes: ModelAxes) -> int:
+    """Bytes that every rank has, however many there are."""
+    one, two = (held_bytes(split(axes, range(n)), 0) for n in (1, 2))
+    both = two + held_bytes(split(axes, range(2)), 1)
+    return both - one
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_chains_of_losses_and_rejoins_reload_what_nobody_holds_and_move_the_least(data: st.DataObject) -> None:
+    ownership, everywhere = split(AXES, range(4)), bytes_of_all_ranks(AXES)
+    for _ in range(5):
+        alive = set(ownership.devices)
+        lost = data.draw(st.sets(st.sampled_from(sorted(alive)), max_size=len(alive) - 1))
+        joining = set() if lost else data.draw(st.sets(st.sampled_from(range(4)))) - alive
+        before, ownership = ownership, reconfigure(AXES, ownership, sorted((alive - lost) | joining))
+        had = {device: held_bytes(before, rank) for rank, device in enumerate(before.devices)}
+        moved = [moved_bytes(fill_moves(AXES, ownership, rank, before)) for rank in range(ownership.tp_size)]
+        assert sum(each["reload"] for each in moved) == sum(had[device] - everywhere for device in lost)
+        new = [held_bytes(ownership, rank) - had.get(device, 0) for rank, device in enumerate(ownership.devices)]
+        least = sum(max(0, missing) for missing in new)
+        assert least <= sum(each["reload"] + each["p2p"] for each in moved) <= least + vocabulary(AXES)
 
 
 @pytest.mark.parametrize("devices", [(0, 1, 3), (1, 2), (3,)])
