@@ -26,7 +26,7 @@ def started(table, monkeypatch):
     made = []
 
     def start():
-        made.append(Following(table, (1, 2)))
+        made.append(Following(table, 1, (1, 2)))
         made[-1].start()
         return made[-1]
 
@@ -82,7 +82,7 @@ def test_its_priority_is_lower_than_that_of_its_process(started):
 
 def test_comparisons_take_a_two_hundredth_of_a_core(table, monkeypatch):
     monkeypatch.setattr(module, "_LEAST_PAUSE_S", 0.0)
-    following = Following(table, (1, 2))
+    following = Following(table, 1, (1, 2))
     pauses = []
     table.commit_run([3], [7], 0)
     clock = iter([0.0, 0.5, 1.0, 9.0])
