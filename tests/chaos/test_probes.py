@@ -95,7 +95,7 @@ def test_liveness_does_not_wait_behind_a_long_prefill(server):
 
 def test_liveness_and_streams_do_not_wait_for_a_long_text(server, unbroken):
     expected = unbroken(REQUESTS)
-    text = "the anchor holds " * 100_000
+    text = "the anchor holds " * 300_000
     with Prober(server, "/health") as probe, Streams(server.url, REQUESTS) as streams:
         streams.wait_tokens(10)
         began = time.monotonic()
