@@ -1,4 +1,4 @@
-"""What a standby costs while nothing fails, and while it is built again after a kill: two real servers in turns.
+"""Times what a standby costs while nothing fails, and while it is built again after a kill: two servers in turns.
 
     PYTHONPATH=. $(make -s print-python) tools/time_standing.py [--beside off|cold] [--turns 40] [--kills 8]
 
@@ -91,7 +91,7 @@ def measure_renewal(server: Server, kills: int, tp: int) -> None:
     for number in range(kills):
         requests = Load(1.0, STREAMS, VOCAB_SIZE).requests()
         for request in requests:
-            request["sampling_params"]["max_new_tokens"] = 500
+            request["sampling_params"]["max_new_tokens"] = 1000
         with Streams(server.url, requests) as streams:
             streams.wait_tokens(30)
             generation = server.status()["generation"]
@@ -100,7 +100,7 @@ def measure_renewal(server: Server, kills: int, tp: int) -> None:
             began = time.monotonic()
             wait_ready(server)
             ready = time.monotonic()
-            streams.wait_tokens(450)
+            streams.wait_tokens(100 + max(len(history.output_ids) for history in streams.histories))
             end = time.monotonic()
         shares.append(rate(streams, began + 0.3, ready) / rate(streams, ready, end))
         built.append(ready - began)

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from anchortp_sglang.anchor.launch import RunDir, remove_run_dir
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel
 from anchortp_sglang.planning.ownership.ownership import Ownership
-from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, adapter_files, adapter_folder
+from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, Files, adapter_files, adapter_folder
 
 _SERVED = {"q_head", "kv_head", "mlp", "vocab"}
 """Axes of models whose adapters are cut by our rules."""
@@ -76,6 +77,18 @@ def find_adapters(raw: Mapping[str, Any]) -> Sequence[Any]:
         if adapter.lora_id in {other.lora_id for other in named[:number]}:
             raise ValueError(f"--lora-paths names the adapter {adapter.lora_name} twice")
     return [replace(adapter, lora_path=str(adapter_folder(adapter.lora_path))) for adapter in named]
+
+
+def keep_copies(run_dir: RunDir, adapters: Sequence[Any], files: Sequence[Files], readers: int) -> AdapterCopies:
+    """Keep copies of the adapters of --lora-paths. Raises ValueError, and removes the directory, if it has no room."""
+    try:
+        copies = AdapterCopies(run_dir.path / "adapters", readers)
+        for adapter, its_files in zip(adapters, files, strict=True):
+            copies.keep(adapter.lora_id, adapter.lora_path, its_files, stays=True)
+    except OSError as error:
+        remove_run_dir(run_dir)
+        raise ValueError(f"adapters cannot be shown in the run directory {run_dir.path}: {error}") from None
+    return copies
 
 
 def read_copies(record: Any, copies: AdapterCopies) -> None:

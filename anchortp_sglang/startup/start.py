@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from anchortp_sglang import start_log
 from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.anchor.client import AnchorError
 from anchortp_sglang.anchor.keeper import RunDirKeeper
-from anchortp_sglang.anchor.launch import AnchorStartError, RunDir, RunDirError, prepare_run_dir, remove_run_dir
+from anchortp_sglang.anchor.launch import AnchorStartError, RunDirError, prepare_run_dir, remove_run_dir
 from anchortp_sglang.hooks.install import HookError
 from anchortp_sglang.hooks.manifest import DriftError
 from anchortp_sglang.http import metrics
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout.coverage import check_coverage, check_sources, foreign_sources
-from anchortp_sglang.planning.layout.kv_layout import KVPlan
 from anchortp_sglang.planning.layout.shards import shard_layout
 from anchortp_sglang.planning.model.axes import ModelAxes, caveats, read_model_axes, refuse_layout_only
 from anchortp_sglang.planning.ownership.ownership import Ownership, split, validate
@@ -41,45 +40,23 @@ from anchortp_sglang.recovery.processes.server_plan import ServerPlan
 from anchortp_sglang.recovery.processes.server_processes import ServerProcesses
 from anchortp_sglang.recovery.processes.zygote import Zygote, fork_zygote, spawn_zygote, tile_folder
 from anchortp_sglang.recovery.report import tracing
-from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, Files, copy_adapter
+from anchortp_sglang.recovery.requests.adapter_copies import copy_adapter
 from anchortp_sglang.startup import text_model
 from anchortp_sglang.startup.adapters import (
     adapter_bytes,
     adapter_identity,
     check_adapters,
     find_adapters,
-    read_copies,
+    keep_copies,
     shapes_of,
     uses_adapters,
 )
 from anchortp_sglang.startup.expert_counts import FLAG, NONE, read_expert_counts
 from anchortp_sglang.startup.fork_guard import unfit_to_fork
 from anchortp_sglang.startup.preflight import read_config, reserve_port
+from anchortp_sglang.startup.rank_records import rank_records
 
 log = logging.getLogger(__name__)
-
-_PINNED = (
-    "attention_backend",
-    "chunked_prefill_size",
-    "context_length",
-    "dtype",
-    "kv_cache_dtype",
-    "max_prefill_tokens",
-    "mem_fraction_static",
-    "page_size",
-    "random_seed",
-    "sampling_backend",
-    "schedule_conservativeness",
-)
-"""Resolved values of the first generation that later ones keep; SGLang derives some of them from tp_size."""
-
-_FIXED = {
-    # Sliding-window layers keep KV like the others: one pool, one set of slots, one slot table.
-    "disable_hybrid_swa_memory": True,
-    # Shared experts are an axis of their own.
-    "disable_shared_experts_fusion": True,
-}
-"""Values of every generation, whatever the flags say."""
 
 REFUSALS = (ValueError, CheckpointError, RunDirError, DriftError, HookError)
 """Errors of ``start`` for the operator to fix: wrong flags, models, files, directories, another SGLang."""
@@ -177,7 +154,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         identity = _identity(checkpoint, model, ownership, memory, view, adapters)
         files = [copy_adapter(adapter.lora_path, view.tp_size) for adapter in adapters]
         run_dir = prepare_run_dir(base, key)
-        copies = _keep_copies(run_dir, adapters, files, view.tp_size)
+        copies = keep_copies(run_dir, adapters, files, view.tp_size)
     except BaseException:
         zygote.kill()
         if reserve is not None:
@@ -196,7 +173,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
         expert_counts=counts,
         mirror=memory.mirror,
         linger_s=options.linger_s,
-        server_args=_records(raw, view, memory.kv, memory.platform.rank_overrides, copies),
+        server_args=rank_records(raw, view, memory.kv, memory.platform.rank_overrides, copies),
         controller_pid=os.getpid(),
         platform=memory.platform,
         stale_anchors=run_dir.stale_anchors,
@@ -287,18 +264,6 @@ def _make_zygotes(view: Any) -> tuple[Zygote, Zygote | None]:
     return spawn_zygote(), None
 
 
-def _keep_copies(run_dir: RunDir, adapters: Sequence[Any], files: Sequence[Files], readers: int) -> AdapterCopies:
-    """Keep copies of the adapters of --lora-paths. Raises ValueError, and removes the directory, if it has no room."""
-    try:
-        copies = AdapterCopies(run_dir.path / "adapters", readers)
-        for adapter, its_files in zip(adapters, files, strict=True):
-            copies.keep(adapter.lora_id, adapter.lora_path, its_files, stays=True)
-    except OSError as error:
-        remove_run_dir(run_dir)
-        raise ValueError(f"adapters cannot be shown in the run directory {run_dir.path}: {error}") from None
-    return copies
-
-
 def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:
     return Policy(
         min_devices=memory.min_devices,
@@ -309,30 +274,3 @@ def _policy(options: AnchorOptions, memory: MemoryPlan) -> Policy:
         widths=options.widths,
         start_devices=options.start_devices,
     )
-
-
-def _records(
-    raw: dict[str, Any], view: Any, kv: KVPlan, changed: Mapping[str, Any], copies: AdapterCopies
-) -> Callable[[int], Any]:
-    """Return a function from tp_size to the resolved ServerArgs of ranks that are made now.
-
-    They equal the first generation's in all that must not change between generations, except for ``changed`` on ranks.
-    Adapters of ``--lora-paths`` are read from their copies, which are shown again should their links be gone.
-    """
-    from sglang.srt.server_args import ServerArgs
-
-    pins = {name: getattr(view, name) for name in _PINNED} | _FIXED | {"max_total_tokens": kv.slots} | dict(changed)
-    made: dict[int, Any] = {}
-
-    def record(tp_size: int) -> Any:
-        if tp_size not in made:
-            ep_size = tp_size if (view.ep_size or 1) > 1 else 1
-            new = ServerArgs(**(raw | pins | {"tp_size": tp_size, "ep_size": ep_size}))
-            new.resolve_once()
-            if uses_adapters(view):
-                read_copies(new, copies)
-            made[tp_size] = new
-        copies.show()
-        return made[tp_size]
-
-    return record

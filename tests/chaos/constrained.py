@@ -137,7 +137,7 @@ CALL = (
     '<tool_call>\\n\\{"name": "book", "arguments": \\{"name": "[a-z ]{5,20}", "age": [1-9][0-9]{0,3}, '
     '"tags": \\["a"(, "(a|bc)"){5,7}\\]\\}\\}\\n</tool_call>'
 )
-"""What a model says that chooses to call a tool, in the format that the parser qwen25 reads."""
+"""The text of a model that chooses to call a tool, in the format that the parser qwen25 reads."""
 CHAT_TOKENS = 80
 TOOL_TOKENS = 180
 

@@ -21,7 +21,7 @@ MESSAGES = (LoadLoRAAdapterReqInput, UnloadLoRAAdapterReqInput)
 
 
 class Adapters:
-    """What messages have come to, and the call that waits for an answer to one, of which there is one at a time.
+    """Keeps what ranks have been told of adapters, and the call that waits for an answer; there is one at a time.
 
     ``copies`` takes the files of those that are loaded from now on. ``served`` returns the names of those that main
     serves.

@@ -1,4 +1,4 @@
-"""What LoRA flags and adapters come to at a start, before anything is made for them."""
+"""LoRA flags and adapters are checked, and their memory is counted, before anything is made for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a copy of an adapter shows, whatever becomes of its files and of the links to it."""
+"""A copy of an adapter stays what it was, whatever becomes of its files and of the links to it."""
 
 from __future__ import annotations
 
