@@ -3,23 +3,26 @@
 import mmap
 import os
 import signal
-import struct
 import time
 
 _ROWS = 1024
-_ROW = struct.Struct("qq")
+_ROW_BYTES = 8
+_PID_SHIFT = 32
 _REAPED_WITHIN_S = 0.2
 _OWN_FAULT = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
 class Exits:
-    """A ring of (pid, wait status) for the last thousand children; written by one zygote. ``fd``: of the memory."""
+    """A ring of (pid, wait status) for the last thousand children; written by one zygote. ``fd``: of the memory.
+
+    A row is one word, as main reads while the zygote writes: it never finds a pid beside the status of another.
+    """
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.memfd_create("exits") if fd is None else fd
         if fd is None:
-            os.truncate(self.fd, _ROWS * _ROW.size)
-        self._memory = mmap.mmap(self.fd, _ROWS * _ROW.size)
+            os.truncate(self.fd, _ROWS * _ROW_BYTES)
+        self._rows = memoryview(mmap.mmap(self.fd, _ROWS * _ROW_BYTES)).cast("Q")
         self._next = 0
 
     def close(self) -> None:
@@ -28,7 +31,7 @@ class Exits:
 
     def note(self, pid: int, status: int) -> None:
         """Note how a child ended."""
-        _ROW.pack_into(self._memory, self._next * _ROW.size, pid, status)
+        self._rows[self._next] = pid << _PID_SHIFT | status
         self._next = (self._next + 1) % _ROWS
 
     def crash_of(self, pid: int) -> str:
@@ -45,8 +48,5 @@ class Exits:
         return signal.Signals(number).name if number in _OWN_FAULT else ""
 
     def _status(self, pid: int) -> int | None:
-        for row in range(_ROWS):
-            found, status = _ROW.unpack_from(self._memory, row * _ROW.size)
-            if found == pid:
-                return int(status)
-        return None
+        found = (row for row in self._rows if row >> _PID_SHIFT == pid)
+        return next((row & (1 << _PID_SHIFT) - 1 for row in found), None)
