@@ -22,6 +22,7 @@ def main(control_fd: int, exits_fd: int) -> None:
 
     preload.import_sglang()
     table.install_all(allow_drift=True)  # main has compared the manifest
+    install.register_models()
     install.load_plugins()
     messages.register()
     warmup.read_ahead()

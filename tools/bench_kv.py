@@ -156,7 +156,7 @@ def measure_restore(rows: int = 16384) -> None:
     rank = max(range(3), key=lambda each: new.units("kv_head", each))
     table = SlotTable.create(bytearray(SlotTable.nbytes(rows)), rows, b"bench")
     table.commit_run(np.arange(1, rows), np.arange(1, rows) % 999, 0)
-    shape = MirrorShape(whole_layout(model, rows, plan.unit_bytes(model)), table.entries().seed)
+    shape = MirrorShape(whole_layout(model, plan, rows), table.entries().seed)
     mirror = KVMirror.attach_or_create(filled(shape.nbytes), shape)
     mirror.begin(0, 4)
     every = np.arange(1, rows)

@@ -50,9 +50,9 @@ class Compared:
 
 
 def served() -> dict[str, str]:
-    """Architecture of each tiny family that is served."""
+    """Architecture of each tiny family that both this package and stock SGLang serve."""
     architectures = {name: family.architecture for name, family in tiny_families.FAMILIES.items()}
-    return {name: one for name, one in architectures.items() if FAMILIES[one].layout_only is None}
+    return {name: one for name, one in architectures.items() if one in FAMILIES and FAMILIES[one].layout_only is None}
 
 
 def comparisons() -> Iterator[Compared]:

@@ -38,7 +38,7 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         splits = ("tp", "ep") if family.experts else ("",)
         for split in splits:
             rows = [one for one in mine if not split or one["experts"] == split]
-            status = "layout only" if family.layout_only else _status(rows)
+            status = "layout only" if family.layout_only else "served" if family.without_stock else _status(rows)
             yield "| " + " | ".join([f"`{architecture}`", status, split or "-", *_cells(rows)]) + " |"
     notes = list(_notes())
     if notes:
@@ -72,6 +72,8 @@ def _notes() -> Iterator[str]:
     for architecture, family in FAMILIES.items():
         if family.layout_only:
             yield _item(f"`{architecture}` is refused at start: {family.layout_only}.")
+        if family.without_stock:
+            yield _item(f"`{architecture}`: {family.without_stock} (`tests/engine/test_parity.py`).")
         for _, caveat in family.caveats:
             yield _item(f"`{architecture}`: {caveat}. The server logs it at start.")
 

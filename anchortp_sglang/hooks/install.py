@@ -74,6 +74,13 @@ def install(hooks: Sequence[Hook]) -> None:
     verify(hooks, originals)
 
 
+def register_models() -> None:
+    """Show SGLang the models of this package; those whose base a fork lacks stay out, with a warning."""
+    importlib.import_module("sglang.srt.models.registry").ModelRegistry.register(
+        "anchortp_sglang.models", overwrite=True
+    )
+
+
 def load_plugins() -> None:
     """Load the plugins that the operator has installed for SGLang, if it has a plugin system."""
     if _registry() is not None:

@@ -37,7 +37,7 @@ class KVSegment:
         for group in layout.groups:
             shape = layout.shape(group)
             start = offset_bytes + group.offset_bytes
-            units = np.frombuffer(memory, f"V{layout.unit_bytes}", int(np.prod(shape)), start)
+            units = np.frombuffer(memory, f"V{group.unit_bytes}", int(np.prod(shape)), start)
             self._groups.append((group, units.reshape(shape)))
 
     def heads(self, first_layer: int, layers: int, head: int, count: int) -> Iterator[tuple[int, Units]]:

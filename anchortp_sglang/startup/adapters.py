@@ -18,10 +18,10 @@ _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def check_adapters(model: ModelAxes, rotate_heads: bool) -> None:
     """Refuse LoRA for models that it was not made for. Raises UnsupportedModel, or ValueError for a flag."""
-    if model.latent_kv or model.axes.keys() - _SERVED:
+    if model.latent_kv or model.axes.keys() - _SERVED or len(set(model.kv)) > 1:
         raise UnsupportedModel(
-            f"--enable-lora: adapters of {model.architecture} are not supported, as it has experts or latent "
-            "attention; merge the adapter into the checkpoint"
+            f"--enable-lora: adapters of {model.architecture} are not supported, as it has experts, latent attention, "
+            "or layers of several shapes; merge the adapter into the checkpoint"
         )
     if rotate_heads:
         raise ValueError(

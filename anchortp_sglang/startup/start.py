@@ -95,12 +95,13 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
 
     Raises subclasses of ValueError with a text for the operator, and leaves nothing behind then.
     """
-    from anchortp_sglang.hooks.install import load_plugins
+    from anchortp_sglang.hooks.install import load_plugins, register_models
     from anchortp_sglang.hooks.table import install_all
 
     _refuse(server_args, platform)
     checkpoint = Path(server_args.model_path)
     config = read_config(checkpoint, server_args.json_model_override_args)
+    register_models()
     folder = text_model.show_language_model(server_args)
     raw = msgspec.structs.asdict(server_args)
     expert_counts = server_args.init_expert_location
@@ -114,6 +115,11 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     refuse_layout_only(model)
+    if options.rotate_heads and None in model.kv:
+        raise ValueError(
+            f"--anchor-rotate-heads is not supported for this {model.architecture}: its last layers read the KV of "
+            "earlier ones, whose heads must lie on the same devices; leave it out"
+        )
     adapters: Sequence[Any] = ()
     if uses_adapters(view):
         check_adapters(model, options.rotate_heads)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from anchortp_sglang.planning.model.wrappers import language_model
+from anchortp_sglang.planning.model.wrappers import shown_config
 from anchortp_sglang.recovery import ending
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def text_folder(checkpoint: Path) -> Path | None:
     It is removed when main ends. Raises ValueError for a model that is not supported.
     """
     config = json.loads((checkpoint / _CONFIG).read_text())
-    shown = language_model(config)
+    shown = shown_config(config)
     if shown == config:
         return None
     folder = Path(tempfile.mkdtemp(prefix="anchortp-text-"))

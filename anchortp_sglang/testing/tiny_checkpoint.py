@@ -131,6 +131,7 @@ class TinyModel:
         for layer in range(sizes.num_layers):
             for part in layer_parts:
                 yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in part(sizes, layer))
+        yield from FAMILIES[self.family].outside(sizes)
         yield "model.norm.weight", (sizes.hidden_size,)
         if not sizes.tie_word_embeddings:
             yield "lm_head.weight", (sizes.vocab_size, sizes.hidden_size)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from anchortp_sglang.testing import tiny_configs
+from anchortp_sglang.testing import tiny_configs, tiny_gemma4
 from anchortp_sglang.testing.tiny_layers import (
     Part,
     Sizes,
+    Tensors,
     attention,
     deepseek_experts,
     experts,
@@ -33,6 +34,9 @@ Family = Literal[
     "glm4",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
+    "gemma4_small",
+    "gemma4_sparse",
     "olmo2",
     "mixtral",
     "qwen3_moe",
@@ -70,6 +74,8 @@ class TinyFamily:
     num_dense_layers: int | None = None
     """None if all layers have experts, or none has."""
     sliding_window: int = 4096
+    outside: Callable[[Sizes], Tensors] = lambda sizes: iter(())
+    """Tensors besides those of the layers that every family has."""
     spread: tuple[tuple[str, Spread], ...] = ()
 
 
@@ -94,6 +100,31 @@ _GEMMA_SPREAD = (
     ("norm.weight", (0.0, 0.05)),
     ("embed_tokens.weight", (0.0, 0.1)),
 )
+
+
+# Gemma-4's norms multiply by their weights as they are.
+_GEMMA4_SPREAD = (
+    ("post_attention_layernorm.weight", (2.0, 0.05)),
+    ("post_feedforward_layernorm.weight", (3.0, 0.05)),
+    ("embed_tokens.weight", (0.0, 0.02)),
+    ("embed_tokens_per_layer.weight", (0.0, 0.25)),
+)
+
+
+def _gemma4(layer: Part, config: Callable[[Sizes], dict[str, Any]], **more: Any) -> TinyFamily:
+    return TinyFamily(
+        "Gemma4ForCausalLM",
+        (layer,),
+        config,
+        omitted=("hidden_act", "rope_theta"),
+        hidden_size=288,
+        head_dim=32,
+        attention_bias=False,
+        tied=True,
+        sliding_window=512,
+        spread=_GEMMA4_SPREAD,
+        **more,
+    )
 
 
 def _deepseek(architecture: str, shared: int, mscale: float, correction_bias: bool, **gate: Any) -> TinyFamily:
@@ -183,6 +214,9 @@ FAMILIES: dict[Family, TinyFamily] = {
         sliding_window=512,
         spread=_GEMMA_SPREAD,
     ),
+    "gemma4_text": _gemma4(tiny_gemma4.large_layer, tiny_gemma4.large),
+    "gemma4_small": _gemma4(tiny_gemma4.small_layer, tiny_gemma4.small, outside=tiny_gemma4.own_inputs),
+    "gemma4_sparse": _gemma4(tiny_gemma4.sparse_layer, tiny_gemma4.sparse, num_experts=8, experts_per_token=2),
     "olmo2": TinyFamily(
         "Olmo2ForCausalLM",
         (
@@ -247,4 +281,4 @@ FAMILIES: dict[Family, TinyFamily] = {
         ep_size=1,
     ),
 }
-"""Families by the `model_type` of their config.json."""
+"""Families by the `model_type` of their config.json, but for the kinds of Gemma-4, which have one."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from anchortp_sglang.testing.tiny_families import Family
 from anchortp_sglang.testing.tiny_layers import Part, Sizes, Tensors
 
-Wrapped = Literal["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
+Wrapped = Literal["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 
 _WIDTH, _INNER, _BLOCKS, _HEADS = 32, 64, 2, 4
 """Widths, depth and heads of every vision tower."""
@@ -58,6 +58,24 @@ def _siglip(sizes: Sizes) -> Tensors:
     yield from _biased(f"{tower}.post_layernorm", _WIDTH)
     yield "multi_modal_projector.mm_input_projection_weight", (_WIDTH, sizes.hidden_size)
     yield "multi_modal_projector.mm_soft_emb_norm.weight", (_WIDTH,)
+
+
+def _gemma4_tower(sizes: Sizes) -> Tensors:
+    tower = "model.vision_tower"
+    yield f"{tower}.patch_embedder.position_embedding_table", (2, 16, _WIDTH)
+    yield f"{tower}.patch_embedder.input_proj.weight", (_WIDTH, 3 * 14 * 14)
+    for block in range(_BLOCKS):
+        name = f"{tower}.encoder.layers.{block}"
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"{name}.self_attn.{projection}.linear.weight", (_WIDTH, _WIDTH)
+        for one in ("q_norm", "k_norm"):
+            yield f"{name}.self_attn.{one}.weight", (_WIDTH // _HEADS,)
+        for projection in ("gate_proj", "up_proj"):
+            yield f"{name}.mlp.{projection}.linear.weight", (_INNER, _WIDTH)
+        yield f"{name}.mlp.down_proj.linear.weight", (_WIDTH, _INNER)
+        for one in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            yield f"{name}.{one}_layernorm.weight", (_WIDTH,)
+    yield "model.embed_vision.embedding_projection.weight", (sizes.hidden_size, _WIDTH)
 
 
 def _pixtral(sizes: Sizes) -> Tensors:
@@ -143,6 +161,21 @@ def _gemma3(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
     )
     ids = {"image_token_index": 3, "boi_token_index": 4, "eoi_token_index": 5, "mm_tokens_per_image": 4}
     return _around("gemma3", "gemma3_text", sizes, text, vision_config=tower, **ids)
+
+
+def _gemma4(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
+    tower = _tower(
+        model_type="gemma4_vision",
+        num_hidden_layers=_BLOCKS,
+        num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS,
+        head_dim=_WIDTH // _HEADS,
+        patch_size=14,
+        position_embedding_size=16,
+    )
+    # transformers reads no text from these ids, so that they must be some that random weights do not answer with.
+    ids = dict.fromkeys(("image_token_id", "audio_token_id", "video_token_id"), text["pad_token_id"])
+    return _around("gemma4", "gemma4_text", sizes, text, vision_config=tower, audio_config=None, **ids)
 
 
 def _mistral3(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +295,20 @@ WRAPPED: dict[Wrapped, TinyWrapper] = {
                 "size": {"height": 56, "width": 56},
             },
             "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+        },
+    ),
+    "gemma4": TinyWrapper(
+        "Gemma4ForConditionalGeneration",
+        "gemma4_text",
+        _in_model,
+        _gemma4_tower,
+        _gemma4,
+        {
+            "preprocessor_config.json": {
+                "image_processor_type": "Gemma4ImageProcessor",
+                "processor_class": "Gemma4Processor",
+                "patch_size": 14,
+            },
         },
     ),
     "mistral3": TinyWrapper(

@@ -19,6 +19,9 @@ IMAGE = "data:image/png;base64,iVBORw0KGgo="
     [
         pytest.param("deepseek_v3", {"num_layers": 3}, ("--ep-size", "3"), id="latents"),
         pytest.param("gemma3", {"num_layers": 6, "sliding_window": 64}, (), id="windows-of-a-multimodal-model"),
+        pytest.param("gemma4", {"num_layers": 4, "sliding_window": 64}, (), id="heads-of-two-sizes"),
+        pytest.param("gemma4_small", {"num_layers": 6, "sliding_window": 64}, (), id="layers-that-share-kv"),
+        pytest.param("gemma4_sparse", {"num_layers": 4}, ("--ep-size", "3"), id="experts-beside-an-mlp"),
     ],
 )
 def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, tmp_path, family, shape, flags):
@@ -33,7 +36,7 @@ def test_a_killed_rank_and_a_lost_device_cost_no_token(launch, tmp_path, family,
         if family == "deepseek_v3":  # each device has all latents, so none of them is lost
             assert device["kv"]["slots_restored"] == 0
             assert device["tokens_reused"] >= len(REQUESTS) * 90
-        if family == "gemma3":
+        if family in ("gemma3", "gemma4"):
             check_that_images_are_refused(server, model)
 
 

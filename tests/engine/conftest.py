@@ -20,6 +20,8 @@ CHECKPOINTS = {
     },
     # A full layer after five with a window, which the longest prompt outgrows.
     "gemma3": {"num_layers": 6, "sliding_window": 64},
+    **{kind: {"num_layers": 4, "sliding_window": 64} for kind in ("gemma4", "gemma4_small")},
+    "gemma4_sparse": {"num_layers": 3, "sliding_window": 64},
     "deepseek_v3": {"num_layers": 3, "num_dense_layers": 1},
 }
 """Untied with explicit head_dim; tied with qkv bias and two KV heads; head_dim derived from hidden_size; others."""

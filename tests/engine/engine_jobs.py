@@ -38,6 +38,25 @@ def stock_generate(model, prompts, max_new_tokens, latents=False, adapters=None,
     return answers
 
 
+def transformers_generate(model, prompts, max_new_tokens):
+    """Hugging Face's own code, for models that stock SGLang does not serve on a CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    answers = []
+    for ids in prompts:
+        with torch.no_grad():
+            whole = loaded.generate(
+                torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[]
+            )
+            logprobs = loaded(whole).logits[0, :-1].log_softmax(-1)
+        given = logprobs.gather(1, whole[0, 1:, None])[:, 0].tolist()
+        prompt, new = given[: len(ids) - 1], given[len(ids) - 1 :]
+        answers.append({"ids": whole[0, len(ids) :].tolist(), "prompt_logprobs": prompt, "logprobs": new})
+    return answers
+
+
 def anchored_generate(model, prompts, max_new_tokens, adapters=None, **arguments):
     """Ours."""
     from anchortp_sglang import Engine

@@ -1,4 +1,7 @@
-"""Unequal shards compute what one device computes: tokens and logprobs of stock SGLang at TP=1."""
+"""Unequal shards compute what one device computes: tokens and logprobs of stock SGLang at TP=1.
+
+Gemma-4's are those of transformers: stock SGLang has no attention for it on a CPU without AMX.
+"""
 
 import functools
 import json
@@ -32,6 +35,12 @@ LAYOUTS = [
     pytest.param("glm4", {"tp_size": 3}, id="glm4-tp3"),
     pytest.param("gemma2", {"tp_size": 3}, id="gemma2-tp3"),
     pytest.param("gemma3", {"tp_size": 3, "anchor_widths": "1,2,1"}, id="gemma3-1,2,1-window"),
+    pytest.param("gemma4", {"tp_size": 1}, id="gemma4-tp1"),
+    pytest.param("gemma4", {"tp_size": 3}, id="gemma4-tp3-replicated-full-heads"),
+    pytest.param("gemma4", {"tp_size": 3, "anchor_rotate_heads": True}, id="gemma4-tp3-rotating"),
+    pytest.param("gemma4_small", {"tp_size": 3, "anchor_widths": "1,2,1"}, id="gemma4_small-1,2,1-shared-kv"),
+    pytest.param("gemma4_sparse", {"tp_size": 2}, id="gemma4_sparse-tp2-columns"),
+    pytest.param("gemma4_sparse", {"tp_size": 3, "ep_size": 3}, id="gemma4_sparse-ep3"),
     pytest.param("olmo2", {"tp_size": 3}, id="olmo2-tp3-norm-over-heads"),
     pytest.param("olmo2", {"tp_size": 5}, id="olmo2-tp5-norm-over-replicated-heads"),
     pytest.param("mixtral", {"tp_size": 3}, id="mixtral-tp3-columns"),
@@ -51,16 +60,15 @@ LAYOUTS = [
 
 @pytest.fixture(scope="session")
 def reference(forge, checkpoint):
-    """family -> what stock SGLang answers, asked once for each."""
-    return functools.cache(
-        lambda family: forge.value(
-            "engine_jobs:stock_generate",
-            model=str(checkpoint[family]),
-            prompts=PROMPTS,
-            max_new_tokens=NEW_TOKENS,
-            latents=family.startswith("deepseek"),
-        )
-    )
+    """family -> what stock SGLang, or transformers, answers, asked once for each."""
+
+    def ask(family):
+        asked = {"model": str(checkpoint[family]), "prompts": PROMPTS, "max_new_tokens": NEW_TOKENS}
+        if family.startswith("gemma4"):
+            return forge.value("engine_jobs:transformers_generate", **asked)
+        return forge.value("engine_jobs:stock_generate", **asked, latents=family.startswith("deepseek"))
+
+    return functools.cache(ask)
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

@@ -27,7 +27,7 @@ class Share:
             each.axis: [unit * each.unit + n for unit in held[each.axis] for n in range(each.unit)]
             for each in model.columns
         }
-        self.is_first, self.config, self.head_dim = rank == 0, config, model.head_dim
+        self.is_first, self.config, self.head_dim, self.layer = rank == 0, config, model.head_dim, layer
         self.q, self.kv, self.vocab = held["q_head"], held["kv_head"], held["vocab"]
         self.mlp, self.shared = columns.get("mlp"), columns.get("shared_expert")
         self.columns = columns.get("expert_column", slice(None))
@@ -46,6 +46,8 @@ def layer_of(name: str) -> int:
 
 def expected(name: str, whole: Tensors, share: Share) -> np.ndarray:
     """A parameter of a rank; ``whole`` are the checkpoint's tensors."""
+    if share.config["model_type"] == "gemma4_text":
+        return _gemma4(name, whole, share)
     if name in ("model.embed_tokens.weight", "lm_head.weight") and share.config["model_type"] != "gemma3_text":
         padded = np.zeros((share.vocab[-1] + 1, whole[name].shape[1]), whole[name].dtype)
         padded[: len(whole[name])] = whole[name][: len(padded)]
@@ -60,6 +62,47 @@ def expected(name: str, whole: Tensors, share: Share) -> np.ndarray:
     if "mlp." in name:
         return _mlp(name, whole, share.shared if "shared_experts" in name else share.mlp)
     return whole[name]
+
+
+def _gemma4(name: str, whole: Tensors, share: Share) -> np.ndarray:
+    if match := re.fullmatch(r"(.*)moe\.(experts\.w13_weight|experts\.w2_weight|per_expert_scale)", name):
+        return _gemma4_experts(match[1], match[2], whole, share)
+    if "self_attn." in name:
+        return _gemma4_attention(*re.fullmatch(r"(.*self_attn\.)(.*)", name).groups(), whole, share)
+    if ".mlp." in name:
+        # In wider layers a unit has twice as many columns.
+        times = len(whole[name.replace("gate_up", "up").replace("down", "up")]) // share.config["intermediate_size"]
+        return _mlp(name, whole, [times * column + n for column in share.mlp for n in range(times)])
+    return whole[name]
+
+
+def _gemma4_attention(prefix: str, part: str, whole: Tensors, share: Share) -> np.ndarray:
+    config = share.config
+    window = config["layer_types"][share.layer] == "sliding_attention"
+    size = config["swa_head_dim"] if window else config["head_dim"]
+    full, of_window = config["num_key_value_heads"], config["swa_num_key_value_heads"]
+    together = config["num_attention_heads"] // of_window if of_window != full else 1
+    q = share.of_heads([unit * together + n for unit in share.q for n in range(together)], size)
+    kv = share.of_heads(share.q if window and of_window != full else share.kv, size)
+    if part == "o_proj.weight":
+        return whole[f"{prefix}o_proj.weight"][:, q]
+    if part == "qkv_proj.weight":
+        k = whole.get(f"{prefix}k_proj.weight")
+        if k is None:  # it reads the KV of an earlier layer
+            return np.concatenate([whole[f"{prefix}q_proj.weight"][q], np.zeros((2 * len(kv), config["hidden_size"]))])
+        v = whole.get(f"{prefix}v_proj.weight", k)
+        return np.concatenate([whole[f"{prefix}q_proj.weight"][q], k[kv], v[kv]])
+    return whole[prefix + part] if prefix + part in whole else np.zeros(size)
+
+
+def _gemma4_experts(prefix: str, part: str, whole: Tensors, share: Share) -> np.ndarray:
+    if part == "per_expert_scale":
+        return whole[f"{prefix}router.per_expert_scale"]
+    found = whole[f"{prefix}experts.{'gate_up_proj' if 'w13' in part else 'down_proj'}"]
+    found = found if share.experts is None else found[share.experts]
+    if "w2" in part:
+        return found[:, :, share.columns]
+    return np.concatenate([half[:, share.columns] for half in np.split(found, 2, axis=1)], axis=1)
 
 
 def _attention(name: str, whole: Tensors, share: Share) -> np.ndarray:

@@ -4,7 +4,7 @@ SGLang's own weight loaders do not notice every tensor that they could not place
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
@@ -57,7 +57,7 @@ def check_sources(
         found = tuple(source_shapes.get(source, ()))
         if found != needed.shape and (found, needed.shape) != ((1,), ()):
             raise CoverageError(f"{source} has shape {found} in the checkpoint; config.json says {needed.shape}")
-    read = _reads(layouts_of_all_ranks)
+    read = _reads(layouts_of_all_ranks, _times_read(model))
     for source, needed in expected.items():
         _check_read(source, needed.extent, read.get(source, []))
     if strangers := read.keys() - expected.keys():
@@ -120,8 +120,13 @@ def _check_names(model: ModelAxes, expected: Mapping[str, Source], names: set[st
     return tuple(sorted(others))
 
 
-def _reads(layouts: Sequence[ShardLayout]) -> dict[str, Runs]:
-    """Return the runs of each source that the ranks read. Raises CoverageError if a rank reads an element twice."""
+def _times_read(model: ModelAxes) -> Mapping[str, int]:
+    """Count how often a rank reads the elements that it needs of a source, where that is not once (K that is V too)."""
+    return Counter(block.source for spec in model.params if spec.repeats for block in spec.blocks)
+
+
+def _reads(layouts: Sequence[ShardLayout], times: Mapping[str, int]) -> dict[str, Runs]:
+    """Return the runs of each source that the ranks read. Raises CoverageError if a rank reads an element too often."""
     read: defaultdict[str, Runs] = defaultdict(list)
     for rank, layout in enumerate(layouts):
         mine: defaultdict[str, Runs] = defaultdict(list)
@@ -129,6 +134,8 @@ def _reads(layouts: Sequence[ShardLayout]) -> dict[str, Runs]:
             mine[piece.source].append((piece.source_start, piece.source_start + piece.length))
         for source, runs in mine.items():
             ordered = sorted(runs)
+            if set(Counter(ordered).values()) == {times.get(source)}:
+                ordered = sorted(set(ordered))
             if any(left[1] > right[0] for left, right in pairwise(ordered)):
                 raise CoverageError(f"rank {rank} reads elements of {source} twice: {ordered}")
             read[source].extend(runs)

@@ -30,13 +30,14 @@ class KVPlan:
     def rows(self) -> int:
         return self.slots + self.page_size
 
-    def unit_bytes(self, model: ModelAxes) -> int:
-        """Return the bytes of one head of one plane of one layer in one slot: the smallest unit that is moved."""
-        return model.kv_row // planes(model) * self.dtype_bytes
+    def unit_bytes(self, model: ModelAxes, layer: int) -> int:
+        """Return the bytes of one head of one plane of a layer in one slot: the smallest unit that is moved."""
+        kv = model.kv[layer]
+        return 0 if kv is None else kv.row // planes(model) * self.dtype_bytes
 
     def slot_bytes(self, model: ModelAxes) -> int:
         """Return the bytes of one slot over all heads and layers, each head counted once."""
-        return model.num_layers * model.num_kv_heads * model.kv_row * self.dtype_bytes
+        return sum(kv.heads * kv.row for kv in model.kv if kv is not None) * self.dtype_bytes
 
 
 def planes(model: ModelAxes) -> int:
@@ -54,21 +55,27 @@ class MirrorPlan:
 
 @dataclass(frozen=True)
 class KVGroup:
-    """Consecutive layers of equal heads: an array of (layers, planes, rows, heads) units at ``offset_bytes``."""
+    """Consecutive layers of equal heads: an array of (layers, planes, rows, heads) units at ``offset_bytes``.
+
+    ``heads`` are units of the axis along which the layers' KV is dealt (``LayerKV``).
+    """
 
     first_layer: int
     layers: int
     heads: Intervals
+    unit_bytes: int
     offset_bytes: int
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """One rank's KV segment. Layouts of equal digest store the same slots in the same bytes."""
+    """One rank's KV segment. Layouts of equal digest store the same slots in the same bytes.
+
+    Layers that read the KV of others are in no group.
+    """
 
     rows: int
     planes: int
-    unit_bytes: int
     groups: tuple[KVGroup, ...]
 
     @property
@@ -76,7 +83,7 @@ class KVLayout:
         return sum(self.group_bytes(group) for group in self.groups)
 
     def group_bytes(self, group: KVGroup) -> int:
-        return group.layers * self.planes * self.rows * total(group.heads) * self.unit_bytes
+        return group.layers * self.planes * self.rows * total(group.heads) * group.unit_bytes
 
     def shape(self, group: KVGroup) -> tuple[int, int, int, int]:
         """Return (layers, planes, rows, heads), in units."""
@@ -104,22 +111,27 @@ class KVMove:
 
 
 def held_heads(model: ModelAxes, ownership: Ownership, rank: int, layer: int) -> Intervals:
-    """Return the KV heads of a layer that a rank holds."""
-    return ownership.of("kv_head", rank, layer)
+    """Return the KV heads of a layer that a rank holds; none of a layer that reads the KV of another."""
+    kv = model.kv[layer]
+    return () if kv is None else ownership.of(kv.axis, rank, layer)
 
 
 def kv_layout(model: ModelAxes, plan: KVPlan, ownership: Ownership, rank: int) -> KVLayout:
     """Lay out a rank's KV segment."""
+    return _laid_out(model, plan, plan.rows, [held_heads(model, ownership, rank, n) for n in range(model.num_layers)])
+
+
+def _laid_out(model: ModelAxes, plan: KVPlan, rows: int, heads_of: Sequence[Intervals]) -> KVLayout:
     groups: list[KVGroup] = []
-    offset_bytes, unit_bytes = 0, plan.unit_bytes(model)
-    heads_of = [held_heads(model, ownership, rank, layer) for layer in range(model.num_layers)]
-    first = 0
-    for heads, layers in groupby(heads_of):
+    offset_bytes = first = 0
+    alike = groupby((heads, plan.unit_bytes(model, layer)) for layer, heads in enumerate(heads_of))
+    for (heads, unit_bytes), layers in alike:
         count = len(list(layers))
-        groups.append(KVGroup(first, count, heads, offset_bytes))
-        offset_bytes += count * planes(model) * plan.rows * total(heads) * unit_bytes
+        if unit_bytes:
+            groups.append(KVGroup(first, count, heads, unit_bytes, offset_bytes))
+        offset_bytes += count * planes(model) * rows * total(heads) * unit_bytes
         first += count
-    return KVLayout(plan.rows, planes(model), unit_bytes, tuple(groups))
+    return KVLayout(rows, planes(model), tuple(groups))
 
 
 def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes: int | None) -> KVPlan:
@@ -141,9 +153,9 @@ def fit_slots(model: ModelAxes, most: KVPlan, ownership: Ownership, device_bytes
     return replace(most, slots=slots)
 
 
-def whole_layout(model: ModelAxes, rows: int, unit_bytes: int) -> KVLayout:
-    """Lay out all heads of all layers, as in the mirror."""
-    return KVLayout(rows, planes(model), unit_bytes, (KVGroup(0, model.num_layers, ((0, model.num_kv_heads),), 0),))
+def whole_layout(model: ModelAxes, plan: KVPlan, rows: int) -> KVLayout:
+    """Lay out ``rows`` slots of all heads of all layers, as in the mirror."""
+    return _laid_out(model, plan, rows, [((0, kv.heads),) if kv is not None else () for kv in model.kv])
 
 
 def kv_moves(
@@ -154,7 +166,8 @@ def kv_moves(
     ``leaving``: devices of ``old`` that are not in ``new``, but whose memory is still there.
     """
     sources = _in_turn(new, rank, old, leaving)
-    return _merged([tuple(_layer_moves(model, new, rank, old, sources, layer)) for layer in range(model.num_layers)])
+    by_layer = [tuple(_layer_moves(model, new, rank, old, sources, layer)) for layer in range(model.num_layers)]
+    return _merged(model, by_layer)
 
 
 def lost_heads(model: ModelAxes, new: Ownership, old: Ownership, leaving: Sequence[int] = ()) -> bool:
@@ -176,17 +189,17 @@ def mirror_moves(model: ModelAxes, ownership: Ownership, rank: int) -> tuple[KVM
         held = held_heads(model, ownership, rank, layer)
         mine = mirrored_heads(model, ownership, rank, layer)
         by_layer.append(tuple((start, stop - start, device, locate(held, start)) for start, stop in mine))
-    return _merged(by_layer)
+    return _merged(model, by_layer)
 
 
 _Part = tuple[int, int, int | None, int]  # head, count, device, source_head
 
 
-def _merged(by_layer: Sequence[tuple[_Part, ...]]) -> tuple[KVMove, ...]:
+def _merged(model: ModelAxes, by_layer: Sequence[tuple[_Part, ...]]) -> tuple[KVMove, ...]:
     """Merge the moves of consecutive layers that are alike."""
     moves: list[KVMove] = []
     first = 0
-    for parts, layers in groupby(by_layer):
+    for (parts, _), layers in groupby(zip(by_layer, model.kv, strict=True)):
         count = len(list(layers))
         moves += [KVMove(first, count, *part) for part in parts]
         first += count

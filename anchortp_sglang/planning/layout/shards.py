@@ -117,7 +117,7 @@ def spans(model: ModelAxes, spec: ParamSpec, ownership: Ownership, rank: int) ->
     held = [_held(block, ownership, rank, spec.layer) for block in spec.blocks]
     bases = accumulate((total(runs) for runs in held[:-1]), initial=0)
     return tuple(
-        Span(block, base, runs, 0 if block.first_rank_only and rank else block_extent(model, block))
+        Span(block, base, runs, _filled_extent(model, block, rank))
         for block, base, runs in zip(spec.blocks, bases, held, strict=True)
     )
 
@@ -197,6 +197,11 @@ def _column_major(model: ModelAxes, spec: ParamSpec) -> bool:
     return plain and spec.dim == 1 and len(spec.rest) == 1
 
 
+def _filled_extent(model: ModelAxes, block: Block, rank: int) -> int:
+    empty = not block.source or (block.first_rank_only and rank > 0)
+    return 0 if empty else block_extent(model, block)
+
+
 def block_extent(model: ModelAxes, block: Block) -> int:
     """Count a block's elements along the split dimension, over all ranks."""
     if block.axis is None:
@@ -209,7 +214,7 @@ def sources(model: ModelAxes) -> dict[str, Source]:
     """Return every checkpoint tensor that the model needs, by name."""
     found: dict[str, Source] = {}
     for spec in model.params:
-        for block in spec.blocks:
+        for block in (block for block in spec.blocks if block.source):
             # The last of several blocks of a source reaches to its end.
             extent = block.offset + block_extent(model, block)
             shape = swapped(_shape(spec, extent), spec.transposed)

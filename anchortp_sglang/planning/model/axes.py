@@ -9,12 +9,20 @@ from anchortp_sglang.planning.model.families import FAMILIES
 from anchortp_sglang.planning.model.parameters import DTYPE_BYTES, Block, ParamSpec, param_specs
 from anchortp_sglang.planning.model.quantization import read_quantization
 from anchortp_sglang.planning.model.rules import REFUSED, UNUSED_SOURCES, Family
-from anchortp_sglang.planning.model.sizes import Columns, UnsupportedModel, positive_size, read_sizes
+from anchortp_sglang.planning.model.sizes import (
+    Columns,
+    LayerKV,
+    UnsupportedModel,
+    layer_shape,
+    positive_size,
+    read_sizes,
+)
 
 __all__ = [
     "Block",
     "Columns",
     "Intervals",
+    "LayerKV",
     "ModelAxes",
     "ParamSpec",
     "UnsupportedModel",
@@ -44,9 +52,10 @@ class ModelAxes:
     """A model's sizes, axes and parameters. Sizes are the whole model's, in elements unless named otherwise.
 
     ``columns``: the axes besides heads and vocabulary. ``params``: in the order of execution. ``unused_sources``:
-    regular expressions (searched) for checkpoint tensors that are not needed. ``kv_row``: elements that a KV head
-    stores per token and layer. ``latent_kv``: there is one KV head, of the latents. ``heads_per_unit``: query heads
-    that are dealt together. ``quantization``: its name, None for a plain checkpoint.
+    regular expressions (searched) for checkpoint tensors that are not needed. ``kv``: what each layer keeps; None for
+    a layer that reads the KV of an earlier one. ``num_kv_heads`` and ``head_dim`` are those of layers with full
+    attention. ``latent_kv``: there is one KV head, of the latents. ``heads_per_unit``: query heads that are dealt
+    together. ``quantization``: its name, None for a plain checkpoint.
     """
 
     architecture: str
@@ -56,7 +65,7 @@ class ModelAxes:
     heads_per_unit: int
     num_kv_heads: int
     head_dim: int
-    kv_row: int
+    kv: tuple[LayerKV | None, ...]
     latent_kv: bool
     vocab_size: int
     tie_word_embeddings: bool
@@ -79,6 +88,11 @@ class ModelAxes:
             **{columns.axis: columns.units for columns in self.columns},
             "vocab": padded_vocab_rows(self.vocab_size, 1),
         }
+
+    @property
+    def window_kv_axis(self) -> str:
+        """Axis along which the KV of layers with a sliding window is dealt."""
+        return next((kv.axis for kv in self.kv if kv is not None and kv.axis != "kv_head"), "kv_head")
 
     @property
     def group_size(self) -> int:
@@ -132,6 +146,7 @@ def _read(config: Mapping[str, Any], dtype: str | None, whole_experts: bool) -> 
         raise UnsupportedModel(f"this {architecture} has no experts: leave --ep-size out")
     heads, columns, sizes = read_sizes(family, config, group, whole_experts)
     num_layers = positive_size(config, "num_hidden_layers")
+    layers = tuple(layer_shape(family, config, layer, heads, sizes) for layer in range(num_layers))
     tied = bool(config.get("tie_word_embeddings", False))
     dtype = _dtype(config, dtype)
     return ModelAxes(
@@ -142,16 +157,17 @@ def _read(config: Mapping[str, Any], dtype: str | None, whole_experts: bool) -> 
         heads_per_unit=heads.heads_per_unit,
         num_kv_heads=heads.num_kv_heads,
         head_dim=heads.head_dim,
-        kv_row=heads.kv_row,
+        kv=tuple(layer.kv for layer in layers),
         latent_kv=family.latent_kv,
         vocab_size=sizes["vocab"].elements,
         tie_word_embeddings=tied,
         dtype=dtype,
         dtype_bytes=DTYPE_BYTES[dtype],
         columns=columns,
-        params=param_specs(family, config, sizes, num_layers, dtype, whole_experts, quantization),
+        params=param_specs(family, config, sizes, layers, dtype, whole_experts, quantization),
         unused_sources=(
             *UNUSED_SOURCES,
+            *family.unused,
             *(() if quantization is None else quantization.unused),
             *((r"^lm_head\.weight$",) if tied else ()),
             # Layers after the last one, those for multi-token prediction among them (`get_layer_id`, `end_layer`).

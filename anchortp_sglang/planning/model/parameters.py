@@ -1,14 +1,14 @@
 """The parameters of a model: what SGLang creates, from which checkpoint tensors, and where it is split."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from anchortp_sglang.planning.model.quantization import FP8, Quantization, quantized, scaled_size
 from anchortp_sglang.planning.model.rules import Family, Rule
-from anchortp_sglang.planning.model.sizes import Size
+from anchortp_sglang.planning.model.sizes import LayerShape, Size
 
 DTYPE_BYTES = {FP8: 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
 """Bytes per element, by torch's names of dtypes."""
@@ -19,7 +19,7 @@ class Block:
     """A run of a parameter along its split dimension, filled from one checkpoint tensor from element ``offset`` on.
 
     ``axis`` None: every rank holds the whole extent, which is ``elements_per_unit``; with ``first_rank_only`` it is
-    zero on all but the first.
+    zero on all but the first. ``source`` "": nothing reads these elements, and they are zero.
     """
 
     source: str
@@ -37,7 +37,7 @@ class ParamSpec:
     decoder layers. A parameter over experts has one spec per expert, named ``parameter[expert]`` and in order: a rank's
     slices lie side by side. ``expert`` is set where experts are dealt whole: a rank holds the slice if it holds that
     unit of the axis "expert". ``transposed``: the checkpoint has the last two dimensions swapped. ``scalars``: each
-    element is a checkpoint tensor without dimensions.
+    element is a checkpoint tensor without dimensions. ``repeats``: blocks of one source hold the same elements.
     """
 
     name: str
@@ -49,6 +49,7 @@ class ParamSpec:
     expert: int | None = None
     transposed: bool = False
     scalars: bool = False
+    repeats: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -58,7 +59,9 @@ class ParamSpec:
     @cached_property
     def likeness(self) -> tuple[object, ...]:
         """Key that is equal for parameters that differ only in names, such as those of layers and experts."""
-        blocks = tuple((one.axis, one.elements_per_unit, one.offset, one.first_rank_only) for one in self.blocks)
+        blocks = tuple(
+            (one.axis, one.elements_per_unit, one.offset, one.first_rank_only, bool(one.source)) for one in self.blocks
+        )
         return blocks, self.dim, self.rest, self.dtype, self.transposed
 
 
@@ -66,15 +69,18 @@ def param_specs(
     family: Family,
     config: Mapping[str, Any],
     sizes: Mapping[str, Size],
-    num_layers: int,
+    layers: Sequence[LayerShape],
     dtype: str,
     whole_experts: bool,
     quantization: Quantization | None,
 ) -> tuple[ParamSpec, ...]:
     """List a model's parameters in the order of execution, from its family's rules and the numbers of ``sizes``."""
+    whole = LayerShape(config, sizes, None)
 
-    def specs(rules: Iterable[Rule], prefix: str = "", layer: int | None = None) -> Iterator[ParamSpec]:
-        present = [rule for rule in rules if rule.exists(config)]
+    def specs(
+        rules: Iterable[Rule], prefix: str = "", layer: int | None = None, shape: LayerShape = whole
+    ) -> Iterator[ParamSpec]:
+        present, sizes = [rule for rule in rules if rule.exists(shape.config)], shape.sizes
         for rule in present if quantization is None else quantized(present, quantization, prefix):
             if rule.rest[:1] == ("experts",):
                 yield _stacked(rule, sizes, prefix, layer, dtype, whole_experts)
@@ -88,7 +94,7 @@ def param_specs(
 
     return (
         *specs(family.before),
-        *(spec for n in range(num_layers) for spec in specs(layer_rules(n), f"model.layers.{n}.", n)),
+        *(spec for n, shape in enumerate(layers) for spec in specs(layer_rules(n), f"model.layers.{n}.", n, shape)),
         *specs(family.after),
     )
 
@@ -96,9 +102,9 @@ def param_specs(
 def _spec(rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None, dtype: str) -> ParamSpec:
     blocks, ends = [], defaultdict[str, int](int)
     for tensor, name in rule.sources:
-        source, size = prefix + tensor, _size(sizes, name)
+        source, size = prefix + tensor if tensor else "", _size(sizes, name)
         blocks.append(Block(source, size.axis, size.per_unit, ends[source], rule.first_rank_only))
-        ends[source] += size.elements
+        ends[source] += 0 if rule.repeats else size.elements
     return ParamSpec(
         prefix + rule.name,
         tuple(blocks),
@@ -108,6 +114,7 @@ def _spec(rule: Rule, sizes: Mapping[str, Size], prefix: str, layer: int | None,
         rule.dtype or dtype,
         transposed=rule.transposed,
         scalars=rule.sources[0][1] == "scalar",
+        repeats=rule.repeats,
     )
 
 

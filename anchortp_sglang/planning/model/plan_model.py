@@ -154,7 +154,8 @@ def _unit_bytes(model: ModelAxes) -> dict[tuple[_Place, str], int]:
 
 def _group(model: ModelAxes, axis: str, scope: str, layer: int | None, stage: int, unit_bytes: int) -> AxisGroup:
     """Make a group. ``unit_bytes`` are those of the model's axis, where a unit of the vocabulary is one row."""
-    token_bytes = model.kv_row * model.dtype_bytes if layer is not None else 0
+    kv = None if layer is None else model.kv[layer]
+    token_bytes = 0 if kv is None else kv.row * model.dtype_bytes
     if axis == "replicated":
         # Latent attention has one row of KV for all heads, on every device; its layers have replicated projections.
         latent = token_bytes if model.latent_kv else 0
@@ -174,5 +175,5 @@ def _group(model: ModelAxes, axis: str, scope: str, layer: int | None, stage: in
         unit_bytes=unit_bytes,
         grain=model.group_size if grouped else 1,
         follows=follows,
-        kv_bytes_per_token=token_bytes if follows else 0,
+        kv_bytes_per_token=token_bytes if kv is not None and axis == kv.axis else 0,
     )

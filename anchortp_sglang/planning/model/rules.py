@@ -3,7 +3,7 @@
 Sizes are names ("q_head", "hidden", ...); ``sizes.read_sizes`` gives their numbers. Written against SGLang 0.5.23.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ class Rule:
 
     ``sources`` are ``(checkpoint tensor, size)`` in the order in which the parameter stacks them along ``dim``; a size
     is an axis ("q_head", "kv_head", "mlp", "expert_column", "vocab", ...) or a whole extent ("hidden", "head_dim",
-    "experts", ...). A tensor named several times holds those sizes one after the other. ``rest`` names the other
+    "experts", ...). A tensor named several times holds those sizes one after the other, or with ``repeats`` the same
+    elements serve for all of them. A tensor "" stands for elements that nothing reads. ``rest`` names the other
     dimensions in order. The parameter exists if a config key in ``only_if`` is true (or ``only_if`` is empty) and
     ``unless`` is not. With ``{expert}`` in its tensors' names it has a leading dimension over the experts; with
     "experts" first in ``rest`` its tensor has that dimension too.
@@ -34,6 +35,7 @@ class Rule:
     transposed: bool = False
     first_rank_only: bool = False
     dtype: str | None = None
+    repeats: bool = False
 
     @property
     def over_experts(self) -> bool:
@@ -75,6 +77,14 @@ class Family:
     caveats: tuple[tuple[str, str], ...] = ()
     """Pairs a config key with what SGLang silently does otherwise on this platform if it is true."""
     layout_only: str | None = None
+    without_stock: str | None = None
+    """Why stock SGLang cannot serve it on this platform, where this package can."""
+    of_layer: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None
+    """Returns config.json as a layer has it, where layers differ in heads and columns."""
+    extents: tuple[tuple[str, ...], ...] = ()
+    """Pairs a size of its own, which every rank has whole, with the config keys whose product it is."""
+    unused: tuple[str, ...] = ()
+    """Checkpoint tensors that are not needed (regex, searched)."""
 
     def resolved(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return config.json with aliases renamed and missing keys set to their defaults."""

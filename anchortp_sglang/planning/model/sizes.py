@@ -1,10 +1,11 @@
 """The numbers behind the sizes that a family's rules name, read from a HF config.json."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import Any
 
+from anchortp_sglang.planning.model.gemma4 import SHARED_KV, WINDOW_KV_HEADS
 from anchortp_sglang.planning.model.rules import Family
 
 
@@ -40,18 +41,29 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class LayerKV:
+    """The KV of a layer: ``heads`` units of ``axis``, each of which stores ``row`` elements per token.
+
+    That is K and V of a head, or the latent that replaces both.
+    """
+
+    axis: str
+    heads: int
+    row: int
+
+
+@dataclass(frozen=True)
 class Heads:
     """Query and KV heads; with latent attention a single KV head, which all query heads share.
 
-    ``kv_row``: elements that a KV head stores per token and layer: K and V of ``head_dim`` each, or the latent that
-    replaces both. ``heads_per_unit``: query heads that are dealt together. ``sizes``: those that attention's rules
-    name.
+    ``head_dim`` and ``kv`` are those of layers with full attention. ``heads_per_unit``: query heads that are dealt
+    together. ``sizes``: those that attention's rules name.
     """
 
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    kv_row: int
+    kv: LayerKV
     heads_per_unit: int
     sizes: Mapping[str, Size]
 
@@ -83,12 +95,41 @@ def read_sizes(
         "hidden": Size(None, positive_size(config, "hidden_size")),
         "experts": Size(None, experts),
         "one": Size(None, 1),
+        **{name: Size(None, prod(config.get(key) or 0 for key in keys)) for name, *keys in family.extents},
         "scalar": Size(None, 1),
     }
     if whole_experts:
         sizes |= {name: Size(None, sizes[name].elements) for name in ("expert_column", "expert_column_pair")}
         columns = (*(each for each in columns if each.axis != "expert_column"), Columns("expert", experts, 1, None))
     return heads, columns, sizes
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer: its config.json, the sizes that its rules name, and its KV; None if it reads that of an earlier one."""
+
+    config: Mapping[str, Any]
+    sizes: Mapping[str, Size]
+    kv: LayerKV | None
+
+
+def layer_shape(
+    family: Family, config: Mapping[str, Any], layer: int, heads: Heads, sizes: Mapping[str, Size]
+) -> LayerShape:
+    """Return the shape of a layer, which is that of the others but for families with ``of_layer``."""
+    if family.of_layer is None:
+        return LayerShape(config, sizes, heads.kv)
+    config = family.of_layer(config, layer)
+    head_dim, kv_heads = positive_size(config, "head_dim"), positive_size(config, "num_key_value_heads")
+    axis, mlp = "kv_head" if kv_heads == heads.num_kv_heads else "q_head", sizes["mlp"]
+    own = {
+        "q_head": replace(sizes["q_head"], per_unit=head_dim * heads.heads_per_unit),
+        "kv_head": Size(axis, head_dim, kv_heads),
+        "head_dim": Size(None, head_dim),
+        "mlp": replace(mlp, per_unit=positive_size(config, "intermediate_size") // mlp.units),
+    }
+    kv = None if config[SHARED_KV] else LayerKV(axis, kv_heads, 2 * head_dim)
+    return LayerShape(config, {**sizes, **own}, kv)
 
 
 def _heads(family: Family, config: Mapping[str, Any], group: int) -> Heads:
@@ -104,13 +145,27 @@ def _heads(family: Family, config: Mapping[str, Any], group: int) -> Heads:
             "config.json does not describe grouped-query attention"
         )
     head_dim = config.get("head_dim") or _derived_head_dim(hidden_size, num_q_heads)
+    unit = _heads_per_unit(config, num_q_heads, num_kv_heads)
     sizes = {
-        "q_head": Size("q_head", head_dim, num_q_heads),
+        "q_head": Size("q_head", head_dim * unit, num_q_heads // unit),
         "kv_head": Size("kv_head", head_dim, num_kv_heads),
-        "head": Size("q_head", 1, num_q_heads),
+        "head": Size("q_head", unit, num_q_heads // unit),
         "head_dim": Size(None, head_dim),
     }
-    return Heads(num_q_heads, num_kv_heads, head_dim, 2 * head_dim, 1, sizes)
+    return Heads(num_q_heads, num_kv_heads, head_dim, LayerKV("kv_head", num_kv_heads, 2 * head_dim), unit, sizes)
+
+
+def _heads_per_unit(config: Mapping[str, Any], num_q_heads: int, num_kv_heads: int) -> int:
+    """Deal the query heads of a KV head together where layers with a sliding window have more KV heads than others."""
+    of_windows = config.get(WINDOW_KV_HEADS) or num_kv_heads
+    if of_windows == num_kv_heads:
+        return 1
+    if num_q_heads % of_windows or of_windows % num_kv_heads:
+        raise UnsupportedModel(
+            f"num_key_value_heads={of_windows} with a sliding window, {num_kv_heads} without, and "
+            f"num_attention_heads={num_q_heads}: the larger numbers are no multiples of the smaller ones"
+        )
+    return int(num_q_heads // of_windows)
 
 
 def _latent_heads(config: Mapping[str, Any], num_q_heads: int, group: int) -> Heads:
@@ -129,7 +184,7 @@ def _latent_heads(config: Mapping[str, Any], num_q_heads: int, group: int) -> He
         "kv_lora": Size(None, latent),
         "latent": Size(None, latent + rope),
     }
-    return Heads(num_q_heads, 1, nope + rope, latent + rope, unit, sizes)
+    return Heads(num_q_heads, 1, nope + rope, LayerKV("kv_head", 1, latent + rope), unit, sizes)
 
 
 def _columns(family: Family, config: Mapping[str, Any], num_layers: int, group: int) -> tuple[Columns, ...]:
@@ -139,7 +194,7 @@ def _columns(family: Family, config: Mapping[str, Any], num_layers: int, group: 
         raise UnsupportedModel(
             "config.json has layers without experts (mlp_only_layers, decoder_sparse_step); SGLang's model has none"
         )
-    rules = (*(family.dense if False in kinds else ()), *(family.sparse if True in kinds else ()))
+    rules = (*family.layer, *(family.dense if False in kinds else ()), *(family.sparse if True in kinds else ()))
     used = {size.removesuffix("_pair") for rule in rules if rule.exists(config) for _, size in rule.sources}
     found = []
     for axis, *keys in family.columns:

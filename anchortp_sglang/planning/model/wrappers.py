@@ -1,16 +1,17 @@
 """Multimodal models that wrap a language model: the config.json and the tensor names of the language model alone.
 
-Only text is served of such a model, so its language model is served as a model of its own. Written against the released
-checkpoints and SGLang 0.5.23.
+Only text is served of such a model, so its language model is served as a model of its own: as one that SGLang has, or
+(Gemma-4) as one of ``anchortp_sglang.models``. Written against the released checkpoints and SGLang 0.5.23.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anchortp_sglang.planning.model.gemma4 import flattened
 from anchortp_sglang.planning.model.sizes import UnsupportedModel
 
-__all__ = ["STACKED_EXPERTS", "WRAPPERS", "Wrapper", "language_model", "language_tensor"]
+__all__ = ["STACKED_EXPERTS", "WRAPPERS", "Wrapper", "language_model", "language_tensor", "shown_config"]
 
 STACKED_EXPERTS = "stacked_experts"
 """Key of our own in a config: the checkpoint has all experts of a layer in one tensor, gate beside up."""
@@ -18,15 +19,27 @@ STACKED_EXPERTS = "stacked_experts"
 
 @dataclass(frozen=True)
 class Wrapper:
-    """The language model of a multimodal architecture, by the names of its own ``architecture`` and ``model_type``."""
+    """The language model of a multimodal architecture, by the names of its own ``architecture`` and ``model_type``.
+
+    ``inside``: SGLang reads it inside of the multimodal model's config.json alone.
+    """
 
     architecture: str
     model_type: str
     stacked_experts: bool = False
+    inside: bool = False
 
+
+_GEMMA4 = Wrapper("Gemma4TextForCausalLM", "gemma4_text", inside=True)
+_GEMMA4_MOE = "Gemma4TextMoeForCausalLM"
 
 WRAPPERS: dict[str, Wrapper] = {
     "Gemma3ForConditionalGeneration": Wrapper("Gemma3ForCausalLM", "gemma3_text"),
+    "Gemma4ForCausalLM": _GEMMA4,
+    "Gemma4ForConditionalGeneration": _GEMMA4,
+    "Gemma4TextForCausalLM": _GEMMA4,
+    "Gemma4TextMoeForCausalLM": _GEMMA4,
+    "Gemma4UnifiedForConditionalGeneration": _GEMMA4,
     "Mistral3ForConditionalGeneration": Wrapper("MistralForCausalLM", "mistral"),
     "Qwen2_5_VLForConditionalGeneration": Wrapper("Qwen2ForCausalLM", "qwen2"),
     "Qwen3VLForConditionalGeneration": Wrapper("Qwen3ForCausalLM", "qwen3"),
@@ -40,6 +53,7 @@ _INHERITED = ("torch_dtype", "dtype", "tie_word_embeddings", "quantization_confi
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 # Old config.json of Qwen-VL have the language model's keys at the top, among those of images.
 _OF_IMAGES = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_SHOWN_BESIDE = ("transformers_version", *_OF_WRAPPER, *_INHERITED)
 
 _PREFIXES = (
     ("language_model.model.", "model."),
@@ -67,7 +81,29 @@ def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= {key: config[key] for key in _OF_WRAPPER if config.get(key) is not None}
     found |= {key: _rope_of_text(str(name), text[key]) for key in _ROPE_KEYS if text.get(key)}
     found |= {"architectures": [wrapper.architecture], "model_type": wrapper.model_type}
+    if wrapper is _GEMMA4:
+        found = _gemma4(str(name), found)
     return found | ({STACKED_EXPERTS: True} if wrapper.stacked_experts else {})
+
+
+def shown_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json with which SGLang serves a model's language model; of most models that of its own.
+
+    Raises like ``language_model``.
+    """
+    own = language_model(config)
+    wrapper = WRAPPERS.get(str(config["architectures"][0]))
+    if wrapper is None or not wrapper.inside:
+        return own
+    text = config.get("text_config") or config
+    kind = config.get("model_type")
+    return {
+        **{key: config[key] for key in _SHOWN_BESIDE if key in config},
+        "architectures": own["architectures"],
+        "model_type": "gemma4" if kind == wrapper.model_type else kind,
+        "language_model_only": True,
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+    }
 
 
 def language_tensor(name: str) -> str:
@@ -76,6 +112,14 @@ def language_tensor(name: str) -> str:
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)
     return name
+
+
+def _gemma4(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        flat = flattened(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(f"this {name} cannot be served: {error}") from error
+    return flat | ({"architectures": [_GEMMA4_MOE]} if config.get("enable_moe_block") else {})
 
 
 def _rope_of_text(architecture: str, rope: Any) -> Any:

@@ -149,11 +149,14 @@ def validate(model: ModelAxes, ownership: Ownership) -> None:
     """
     if ownership.layers and len(ownership.layers) != model.num_layers:
         raise InvalidOwnership(f"shares of {len(ownership.layers)} layers for a model of {model.num_layers}")
-    for shares in ownership.layouts:
-        _check_layout(model, ownership.devices, dict(shares))
+    for index, shares in enumerate(ownership.layouts):
+        kept = {kv.axis for layer, kv in enumerate(model.kv) if kv and ownership.layout_of(layer) == index}
+        _check_layout(model, ownership.devices, dict(shares), "kv_head" in kept)
 
 
-def _check_layout(model: ModelAxes, devices: Sequence[int], shares: Mapping[str, tuple[Intervals, ...]]) -> None:
+def _check_layout(
+    model: ModelAxes, devices: Sequence[int], shares: Mapping[str, tuple[Intervals, ...]], has_kv_heads: bool
+) -> None:
     if list(shares) != list(model.axes):
         raise InvalidOwnership(f"shares of {list(shares)} for a model of {list(model.axes)}")
     for axis in ("q_head", *(columns.axis for columns in model.columns)):
@@ -162,7 +165,8 @@ def _check_layout(model: ModelAxes, devices: Sequence[int], shares: Mapping[str,
         empty = [axis for axis, ranks in shares.items() if not ranks[rank]]
         if empty:
             raise InvalidOwnership(f"device {device} would hold no units of {', '.join(empty)}; use fewer devices")
-        _check_head_groups(model, device, shares["q_head"][rank], shares["kv_head"][rank])
+        if has_kv_heads:  # where KV heads are dealt with query heads, every cut is one
+            _check_head_groups(model, device, shares["q_head"][rank], shares["kv_head"][rank])
     if shares["vocab"] != equal_vocab_cut(model.vocab_size, len(devices)):
         raise InvalidOwnership(f"vocab is not the equal cut of {model.vocab_size} rows over {len(devices)} ranks")
 

@@ -10,13 +10,20 @@ from collections.abc import Mapping, Sequence
 
 from anchortp_sglang.planning.model.axes import ModelAxes, equal_vocab_cut
 from anchortp_sglang.planning.model.plan_model import PlanModel, served_plan_model
-from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership, Layout, layer_ownership
+from anchortp_sglang.planning.ownership.layer_ownership import LayerOwnership, Layout, followed, layer_ownership
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership, ownership_by_layer, validate
 from anchortp_sglang.planning.placement.migration_types import InfeasiblePlan
 from anchortp_sglang.planning.placement.place import equal_split, place
 
-ROTATING = ("q_head", "kv_head", "expert")
-"""Axes of few units, which may rotate. Columns are so many that one more in every layer does not matter."""
+_ROTATING = ("q_head", "kv_head", "expert")
+
+
+def rotating_axes(model: ModelAxes) -> tuple[str, ...]:
+    """Return the axes of few units, which may rotate: of columns one more in every layer does not matter.
+
+    Heads may not where layers read the KV of others, which must lie on the same device.
+    """
+    return ("expert",) if None in model.kv else _ROTATING
 
 
 def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
@@ -25,7 +32,7 @@ def rotating_split(model: ModelAxes, devices: Sequence[int]) -> Ownership:
     Over all layers each device then has its due to within one of them. Raises InvalidOwnership if there are too few
     units for so many devices.
     """
-    planned = served_plan_model(model, ROTATING)
+    planned = served_plan_model(model, rotating_axes(model))
     try:
         return _as_it_runs(model, planned, equal_split(planned, devices))
     except InfeasiblePlan as error:
@@ -56,7 +63,7 @@ def reconfigure(
     if order == previous.devices and weights is None:
         return previous
     due = tuple(1 if weights is None else weights[device] for device in order)
-    planned = served_plan_model(model, previous.by_layer.union(ROTATING if rotate else ()))
+    planned = served_plan_model(model, previous.by_layer.union(rotating_axes(model) if rotate else ()))
     held = {group.name: previous.ranks(group.axis, group.layer) for group in planned.sharded}
     try:
         old = layer_ownership(previous.devices, held)
@@ -82,6 +89,9 @@ def _as_it_runs(model: ModelAxes, planned: PlanModel, made: LayerOwnership) -> O
         alike.setdefault(group.axis, layout)
         if group.layer is not None:
             by_layer[group.layer][group.axis] = layout
+    for shares in by_layer.values():
+        if "q_head" in shares and not model.latent_kv:  # also where a layer has no KV heads of its own
+            shares["kv_head"] = followed(shares["q_head"], model.group_size)
     ownership = ownership_by_layer(made.devices, [alike | by_layer[layer] for layer in range(model.num_layers)])
     validate(model, ownership)
     return ownership

@@ -7,6 +7,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
 from anchortp_sglang.planning.intervals import total
+from anchortp_sglang.planning.layout.kv_layout import held_heads
 from anchortp_sglang.rank.attachment import Attachment, current
 
 
@@ -14,17 +15,24 @@ def around_create_buffers(original: Callable[..., Any], pool: Any) -> None:
     """AROUND MHATokenToKVPool._create_buffers_normal: use views of the anchor's memory, never zeroed on rebind.
 
     Like stock, K and V of a layer are two halves of one block of (2, rows, heads, head_dim); layers follow one another,
-    each with as many heads as the rank has there.
+    each with as many heads as the rank has there, and of their size. Layers that read the KV of others come last, and
+    have none.
     """
     attachment = current()
     if attachment is None:
         original(pool)
         return
-    assignment, layout = attachment.assignment, attachment.kv_layout
-    shape = (assignment.kv.rows, max(total(group.heads) for group in layout.groups), assignment.model.head_dim)
+    assignment, model = attachment.assignment, attachment.assignment.model
+    full = (model.num_kv_heads, 2 * model.head_dim)  # of layers without a window, whose heads SGLang's pool has
+    heads = max(
+        total(held_heads(model, assignment.ownership, assignment.rank, layer))
+        for layer, kv in enumerate(model.kv)
+        if kv is not None and (kv.heads, kv.row) == full
+    )
+    shape = (assignment.kv.rows, heads, model.head_dim)
     _check_pool(pool, attachment, MHATokenToKVPool, shape, *pool._kv_buffer_shapes())
     pool.k_buffer, pool.v_buffer = [], []
-    for k, v in _layers(pool, attachment, assignment.model.head_dim):
+    for k, v in _layers(pool, attachment):
         pool.k_buffer.append(k)
         pool.v_buffer.append(v)
 
@@ -36,20 +44,26 @@ def around_create_latent_buffers(original: Callable[..., Any], pool: Any) -> Non
         original(pool)
         return
     assignment = attachment.assignment
-    shape = (assignment.kv.rows, 1, assignment.model.kv_row)
-    _check_pool(pool, attachment, MLATokenToKVPool, shape, (pool.size + pool.page_size, 1, pool.kv_cache_dim))
-    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment, assignment.model.kv_row)]
+    unit = assignment.kv.unit_bytes(assignment.model, 0) // assignment.kv.dtype_bytes
+    _check_pool(
+        pool,
+        attachment,
+        MLATokenToKVPool,
+        (assignment.kv.rows, 1, unit),
+        (pool.size + pool.page_size, 1, pool.kv_cache_dim),
+    )
+    pool.kv_buffer = [latents for (latents,) in _layers(pool, attachment)]
 
 
-def _layers(pool: Any, attachment: Attachment, unit: int) -> Iterator[torch.Tensor]:
-    """Yield each layer's (planes, rows, heads, ``unit``) of the store's dtype, in the anchor's memory."""
+def _layers(pool: Any, attachment: Attachment) -> Iterator[torch.Tensor]:
+    """Yield each layer's (planes, rows, heads, elements) of the store's dtype, in the anchor's memory."""
     layout = attachment.kv_layout
     flat, assignment = attachment.kv_tensor(), attachment.assignment
     if not (assignment.platform.new_memory_is_zero or assignment.restore_prefixes):
         flat.zero_()  # it may hold NaNs of its last owner, and attention reads those too
     for group in layout.groups:
         units = flat[group.offset_bytes : group.offset_bytes + layout.group_bytes(group)].view(pool.store_dtype)
-        yield from units.view(*layout.shape(group), unit)
+        yield from units.view(*layout.shape(group), group.unit_bytes // pool.store_dtype.itemsize)
 
 
 def _check_pool(

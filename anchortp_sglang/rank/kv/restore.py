@@ -30,7 +30,7 @@ def mirror_shape(attachment: Attachment) -> MirrorShape:
     """Return the shape of the mirror that this server was planned with."""
     assignment = attachment.assignment
     assert assignment.mirror is not None
-    layout = whole_layout(assignment.model, assignment.mirror.rows, assignment.kv.unit_bytes(assignment.model))
+    layout = whole_layout(assignment.model, assignment.kv, assignment.mirror.rows)
     return MirrorShape(layout, root_hash(attachment.namespace))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from anchortp_sglang.planning.model.gemma4 import WINDOW_KV_HEADS
 from anchortp_sglang.rank.attachment import Assignment, Attachment, current
 
 _DONE = "_anchortp_scaled"
@@ -50,13 +51,13 @@ class _HeadCount(int):
 def _scale(model_config: Any, assignment: Assignment) -> None:
     model, sizes = assignment.model, _largest(assignment)
     _show(model_config, sizes)
-    for config in _hf_configs(model_config):
-        # Many model files derive head_dim as hidden_size // num_attention_heads unless the config names it.
-        if not model.latent_kv:
-            config.head_dim = model.head_dim
-        # models/qwen2.py derives it from this one on CPU, where update_config.py sets it.
-        config.original_num_attention_heads = model.num_q_heads
-        config.original_total_num_kv_heads = model.num_kv_heads
+    config = model_config.hf_text_config
+    # Many model files derive head_dim as hidden_size // num_attention_heads unless the config names it.
+    if not model.latent_kv:
+        config.head_dim = model.head_dim
+    # models/qwen2.py derives it from this one on CPU, where update_config.py sets it.
+    config.original_num_attention_heads = model.num_q_heads
+    config.original_total_num_kv_heads = model.num_kv_heads
     model_config.num_attention_heads = sizes["num_attention_heads"]
     model_config.num_key_value_heads = sizes["num_key_value_heads"]
     if not model.latent_kv and model_config.head_dim != model.head_dim:
@@ -65,18 +66,22 @@ def _scale(model_config: Any, assignment: Assignment) -> None:
 
 def _largest(assignment: Assignment) -> dict[str, int]:
     by_layer = [_sizes(assignment, layer) for layer in range(assignment.model.num_layers)]
-    return {name: max(sizes[name] for sizes in by_layer) for name in by_layer[0]}
+    return {name: max(sizes[name] for sizes in by_layer if name in sizes) for name in set[str]().union(*by_layer)}
 
 
 def _sizes(assignment: Assignment, layer: int) -> dict[str, int]:
     """Return the pretended sizes of a layer, by their names in the config."""
     model, tp_size = assignment.model, assignment.ownership.tp_size
     q_heads = assignment.ownership.units("q_head", assignment.rank, layer) * model.heads_per_unit * tp_size
-    kv_heads = assignment.ownership.units("kv_head", assignment.rank, layer) * tp_size
-    return {
-        "num_attention_heads": _HeadCount(q_heads, model.hidden_size, model.head_dim),
+    kv_heads, window_kv_heads = (
+        assignment.ownership.units(axis, assignment.rank, layer) * tp_size for axis in ("kv_head", model.window_kv_axis)
+    )
+    kv, sizes = model.kv[layer], {WINDOW_KV_HEADS: window_kv_heads}
+    if kv is None or kv.axis == "kv_head":
         # Latent attention has no KV heads to divide: its configs have as many as query heads.
-        "num_key_value_heads": q_heads if model.latent_kv else kv_heads,
+        sizes["num_key_value_heads"] = q_heads if model.latent_kv else kv_heads
+    return sizes | {
+        "num_attention_heads": _HeadCount(q_heads, model.hidden_size, model.head_dim),
         **{
             each.config_key: assignment.ownership.units(each.axis, assignment.rank, layer) * each.unit * tp_size
             for each in model.columns
@@ -86,10 +91,10 @@ def _sizes(assignment: Assignment, layer: int) -> dict[str, int]:
 
 
 def _show(model_config: Any, sizes: dict[str, int]) -> None:
-    for config in _hf_configs(model_config):
-        for name, size in sizes.items():
-            if hasattr(config, name):
-                setattr(config, name, size)
+    config = model_config.hf_text_config
+    for name, size in sizes.items():
+        if hasattr(config, name):
+            setattr(config, name, size)
 
 
 @contextmanager
@@ -122,11 +127,6 @@ def around_make_layers(
         return original(num_hidden_layers, make_one, *args, **kwargs)
     finally:
         _show(model_config, _largest(assignment))
-
-
-def _hf_configs(model_config: Any) -> list[Any]:
-    configs = {id(c): c for c in (model_config.hf_config, model_config.hf_text_config) if c is not None}
-    return list(configs.values())
 
 
 def around_unaligned_cpu_tp(original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:

@@ -215,13 +215,15 @@ class AnchorModelLoader(BaseModelLoader):
 def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
     """Point every parameter at its range in the anchor's memory; return their addresses.
 
-    Raises RuntimeError unless the model's parameters are exactly those of the layout, shape by shape.
+    So are buffers that a checkpoint has (Gemma-4's ``layer_scalar``). Raises RuntimeError unless the model's parameters
+    are exactly those of the layout, shape by shape.
     """
     flat = attachment.weights()
     if attachment.standing_by and attachment.assignment.platform.lazy_memory:
         map_ahead(flat.data_ptr(), flat.numel())  # now there is time for it
     views = _stacked(_views(flat, attachment.layout))
     parameters = dict(model.named_parameters())
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in views}
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())
         raise RuntimeError(f"parameters of the model and of the plan differ: {', '.join(odd[:8])}")

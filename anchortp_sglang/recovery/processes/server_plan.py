@@ -74,5 +74,5 @@ class ServerPlan:
         """Return the shape of the mirror; None without one."""
         if self.mirror is None:
             return None
-        layout = whole_layout(self.model, self.mirror.rows, self.kv.unit_bytes(self.model))
+        layout = whole_layout(self.model, self.kv, self.mirror.rows)
         return MirrorShape(layout, root_hash(self.namespace))

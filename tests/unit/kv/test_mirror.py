@@ -27,7 +27,7 @@ class Rig:
     """Two ranks with two heads each, a slot table and a mirror; KV of a slot is one byte repeated."""
 
     def __init__(self, rows: int = ROWS, mirror_rows: int = ROWS, devices: int = 2) -> None:
-        self.shape = MirrorShape(whole_layout(MODEL, mirror_rows, 8), root_hash(NAMESPACE))
+        self.shape = MirrorShape(whole_layout(MODEL, KVPlan(rows - 1, 1, 4), mirror_rows), root_hash(NAMESPACE))
         self.table = SlotTable.create(bytearray(SlotTable.nbytes(rows)), rows, NAMESPACE)
         self.memory = bytearray(self.shape.nbytes)
         self.mirror = KVMirror.attach_or_create(self.memory, self.shape)
@@ -184,7 +184,7 @@ def test_a_buffer_that_holds_another_mirror_is_not_read():
     with pytest.raises(MirrorMismatch):
         KVMirror.attach(rig.memory, MirrorShape(rig.shape.layout, root_hash(b"another model")))
     with pytest.raises(MirrorMismatch, match="needs"):
-        KVMirror.attach(rig.memory, MirrorShape(whole_layout(MODEL, 99, 8), root_hash(NAMESPACE)))
+        KVMirror.attach(rig.memory, MirrorShape(whole_layout(MODEL, KVPlan(ROWS, 1, 4), 99), root_hash(NAMESPACE)))
     with pytest.raises(MirrorMismatch):
         KVMirror.attach(bytearray(rig.shape.nbytes), rig.shape)
 

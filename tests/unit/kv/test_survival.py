@@ -73,7 +73,7 @@ class KVLife(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        layout = whole_layout(MODEL, self.mirror_rows, 8)
+        layout = whole_layout(MODEL, self.plan(len(DEVICES)), self.mirror_rows)
         self.mirror_shape = MirrorShape(layout, root_hash(NAMESPACE))
         self.mirror_memory = bytearray(self.mirror_shape.nbytes)
         self.now = 0.0

@@ -1,9 +1,13 @@
 """Where KV heads lie in memory, what moves when devices come and go, and how many slots there is room for."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from planning_cases import model as model_axes
 
+from anchortp_sglang.kv.copy import KVSegment, copy_move, copy_slots
 from anchortp_sglang.planning.layout.kv_layout import (
     KVPlan,
     fit_slots,
@@ -12,10 +16,14 @@ from anchortp_sglang.planning.layout.kv_layout import (
     kv_moves,
     lost_heads,
     mirror_moves,
+    whole_layout,
 )
 from anchortp_sglang.planning.layout.shards import shard_layout
+from anchortp_sglang.planning.model.axes import read_model_axes
+from anchortp_sglang.planning.model.wrappers import language_model
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, split
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
+from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
 PLAN = KVPlan(slots=64, page_size=1, dtype_bytes=4)
 CHANGES = [
@@ -49,6 +57,65 @@ def test_moves_fill_every_head_of_a_rank_once_from_whoever_has_it(heads, before,
                 filled[layer, where] = source[move.source_head : move.source_head + move.count]
         for layer in range(model.num_layers):
             assert filled[layer].tolist() == heads_of(model, new, rank, layer)
+
+
+@pytest.mark.parametrize(("before", "after"), [((0, 1, 2, 3), (0, 1, 3)), ((0, 1, 2), (2,)), ((0, 1), (0, 1, 2, 3))])
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma4_small"])
+def test_layers_with_heads_of_their_own_are_moved_whole(tmp_path, kind, before, after):
+    """Bytes of a slot tell layer, head and plane; a survivor's are copied, others come from the mirror."""
+    model = read_model_axes(language_model(config_of(tmp_path, kind)))
+    old = split(model, before)
+    new = reconfigure(model, old, after) if set(after) <= set(before) else split(model, after)
+    mirror_layout = whole_layout(model, PLAN, PLAN.rows)
+    segments = {device: filled_segment(model, kv_layout(model, PLAN, old, r)) for r, device in enumerate(before)}
+    for rank, device in enumerate(before):
+        write_marks(model, old, rank, segments[device])
+    mirror = filled_segment(model, mirror_layout)
+    rows = np.arange(PLAN.rows)
+    for rank, device in enumerate(before):
+        for move in mirror_moves(model, old, rank):
+            for (_, into), (_, source) in zip(
+                mirror.heads(move.first_layer, move.layers, move.head, move.count),
+                segments[device].heads(move.first_layer, move.layers, move.source_head, move.count),
+                strict=True,
+            ):
+                copy_slots(into, rows, source, rows)
+    for rank in range(new.tp_size):
+        target = filled_segment(model, kv_layout(model, PLAN, new, rank))
+        for move in kv_moves(model, new, rank, old):
+            copy_move(target, rows, mirror if move.device is None else segments[move.device], rows, move)
+        expected = filled_segment(model, kv_layout(model, PLAN, new, rank))
+        write_marks(model, new, rank, expected)
+        assert bytes(target.memory) == bytes(expected.memory)
+
+
+def config_of(folder, kind):
+    shape = {"num_layers": 6, "hidden_size": 96, "num_q_heads": 12, "num_kv_heads": 4, "head_dim": 8}
+    write_checkpoint(folder, kind, **shape, intermediate_size=64)
+    return json.loads((folder / "config.json").read_text())
+
+
+class Segment(KVSegment):
+    """A segment that keeps its memory at hand."""
+
+    def __init__(self, memory, layout):
+        super().__init__(memory, layout)
+        self.memory = memory
+
+
+def filled_segment(model, layout):
+    return Segment(bytearray(layout.total_bytes), layout)
+
+
+def write_marks(model, ownership, rank, segment):
+    """Give each unit of each slot bytes that no other has, whatever the rank that holds it."""
+    for layer in range(model.num_layers):
+        for position, head in enumerate(heads_of(model, ownership, rank, layer)):
+            for _, units in segment.heads(layer, 1, position, 1):
+                for plane in range(2):
+                    for row in range(units.shape[2]):
+                        mark = hashlib.sha256(f"{layer} {head} {plane} {row}".encode()).digest()
+                        units[0, plane, row, 0] = np.void((mark * units.itemsize)[: units.itemsize])
 
 
 def test_only_heads_without_a_survivor_are_lost():

@@ -5,6 +5,7 @@ from planning_cases import FAMILIES, config, model, source_names
 
 from anchortp_sglang.planning.layout.shards import source_shape
 from anchortp_sglang.planning.model.axes import (
+    LayerKV,
     ModelAxes,
     UnsupportedModel,
     equal_vocab_cut,
@@ -167,7 +168,8 @@ def latent(**changes: object) -> ModelAxes:
 
 def test_latents_are_one_kv_head_that_all_query_heads_share() -> None:
     axes = latent()
-    assert (axes.num_kv_heads, axes.kv_row, axes.head_dim) == (1, 5 + 2, 4 + 2)
+    assert (axes.num_kv_heads, axes.head_dim) == (1, 4 + 2)
+    assert axes.kv == (LayerKV("kv_head", 1, 5 + 2),) * 2
     assert axes.axes == {
         "q_head": 12,
         "kv_head": 1,
@@ -210,6 +212,7 @@ def test_experts_may_be_counted_by_either_name_and_its_own_goes_first(architectu
 def test_aliases_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     types = {tiny.architecture: name for name, tiny in TINY_FAMILIES.items()}
+    types |= dict.fromkeys(("Gemma4TextForCausalLM", "Gemma4TextMoeForCausalLM"), "gemma4_text")
     for architecture, family in RULES.items():
         assert dict(family.aliases) == transformers.CONFIG_MAPPING[types[architecture]].attribute_map, architecture
 

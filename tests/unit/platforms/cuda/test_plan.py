@@ -164,6 +164,11 @@ class TestWhatIsNotThere:
         with pytest.raises(ValueError, match=r"^latent KV"):
             check_gpu_plan(latent, self.VIEW, AnchorOptions(), spreads=False)
 
+    def test_nor_heads_of_several_sizes(self) -> None:
+        unlike = dataclasses.replace(MODEL, kv=(None, *MODEL.kv[1:]))
+        with pytest.raises(ValueError, match=r"^KV heads of several sizes"):
+            check_gpu_plan(unlike, self.VIEW, AnchorOptions(), spreads=False)
+
 
 class TestGraphs:
     VIEW = SimpleNamespace(cuda_graph_config=SimpleNamespace(decode=SimpleNamespace(backend="full", bs=[1, 2, 4])))

@@ -1,0 +1,105 @@
+"""Gemma-4's config.json in the forms in which it is found, and what its layers keep."""
+
+from typing import Any
+
+import pytest
+
+from anchortp_sglang.planning.model.axes import LayerKV, ModelAxes, UnsupportedModel, read_model_axes
+from anchortp_sglang.planning.model.wrappers import language_model, shown_config
+from anchortp_sglang.planning.ownership.ownership import split
+from anchortp_sglang.planning.placement.reconfiguration import rotating_axes
+
+TEXT: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "attention_k_eq_v": True,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_size": 512,
+    "hidden_size_per_layer_input": 0,
+    "intermediate_size": 2048,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_attention_heads": 32,
+    "num_global_key_value_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 16,
+    "vocab_size": 1024,
+}
+LARGE: dict[str, Any] = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "model_type": "gemma4",
+    "eos_token_id": [1, 106],
+    "text_config": TEXT,
+    "vision_config": {"model_type": "gemma4_vision"},
+}
+
+
+def large(**changes: Any) -> ModelAxes:
+    return read_model_axes(language_model(LARGE | {"text_config": TEXT | changes}))
+
+
+def test_heads_with_a_window_are_dealt_with_their_query_heads_where_there_are_more_of_them() -> None:
+    model = large()
+    assert model.kv == (LayerKV("q_head", 16, 2 * 256), LayerKV("kv_head", 4, 2 * 512))
+    assert (model.axes["q_head"], model.axes["kv_head"], model.heads_per_unit) == (16, 4, 2)
+    eight = split(model, range(8))
+    assert {eight.units("q_head", rank) for rank in range(8)} == {2}
+    assert split(model, range(16)).tp_size == 16
+
+
+def test_heads_of_one_number_are_dealt_alike_and_a_layer_that_reads_anothers_kv_has_none() -> None:
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    shared = {"num_hidden_layers": 3, "layer_types": kinds, "num_kv_shared_layers": 1}
+    model = large(attention_k_eq_v=False, num_key_value_heads=2, **shared)
+    assert model.kv == (LayerKV("kv_head", 2, 512), LayerKV("kv_head", 2, 1024), None)
+    assert model.heads_per_unit == 1
+    assert (rotating_axes(model), rotating_axes(large())) == (("expert",), ("q_head", "kv_head", "expert"))
+
+
+def test_what_transformers_saves_is_what_was_released() -> None:
+    saved = {key: value for key, value in TEXT.items() if "global" not in key}
+    saved |= {"per_layer_config": {"1": {"head_dim": 512, "num_key_value_heads": 4}}}
+    assert read_model_axes(language_model(LARGE | {"text_config": saved})) == large()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"per_layer_config": {"0": {"head_dim": 64}}}, "only layers of full attention may differ"),
+        ({"per_layer_config": {"1": {"num_attention_heads": 8}}}, "only layers of full attention may differ"),
+        ({"per_layer_config": ["head_dim"]}, "cannot be served"),
+        ({"use_bidirectional_attention": "all"}, "only causal attention"),
+        ({"num_global_key_value_heads": 8, "num_key_value_heads": 4}, "no multiples"),
+        ({"num_hidden_layers": 3}, "layer_types names 2 layers"),
+        ({"num_hidden_layers": None}, "num_hidden_layers None"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        large(**changes)
+
+
+def test_images_may_see_later_ones_as_there_are_none() -> None:
+    assert large(use_bidirectional_attention="vision") == large()
+
+
+def test_sglang_is_shown_the_language_model_inside_and_reads_the_same_from_that() -> None:
+    shown = shown_config(LARGE)
+    assert (shown["architectures"], shown["model_type"]) == (["Gemma4TextForCausalLM"], "gemma4")
+    assert shown["eos_token_id"] == [1, 106]
+    assert "vision_config" not in shown
+    assert language_model(shown) == language_model(LARGE)
+    assert language_model(language_model(LARGE)) == language_model(LARGE)
+    assert shown_config(shown) == shown
+
+
+def test_a_checkpoint_of_text_alone_is_shown_inside_of_a_multimodal_one_too() -> None:
+    shown = shown_config(TEXT | {"architectures": ["Gemma4ForCausalLM"], "eos_token_id": [1, 106]})
+    assert (shown["model_type"], shown["text_config"]["num_attention_heads"]) == ("gemma4", 32)
+    assert read_model_axes(language_model(shown)) == large()
+
+
+def test_experts_make_another_architecture() -> None:
+    experts = {"enable_moe_block": True, "num_experts": 8, "moe_intermediate_size": 96}
+    shown = shown_config(LARGE | {"text_config": TEXT | experts})
+    assert shown["architectures"] == ["Gemma4TextMoeForCausalLM"]
+    assert large(**experts).axes["expert_column"] == 96
