@@ -6,7 +6,7 @@ from typing import Any
 
 from anchortp_sglang.anchor.launch import RunDir, remove_run_dir
 from anchortp_sglang.planning.layout.shards import shard_layout
-from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel
+from anchortp_sglang.planning.model.axes import ModelAxes, UnsupportedModel, has_unlike_layers
 from anchortp_sglang.planning.ownership.ownership import Ownership
 from anchortp_sglang.recovery.requests.adapter_copies import AdapterCopies, Files, adapter_files, adapter_folder
 
@@ -18,7 +18,7 @@ _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def check_adapters(model: ModelAxes, rotate_heads: bool) -> None:
     """Refuse LoRA for models that it was not made for. Raises UnsupportedModel, or ValueError for a flag."""
-    if model.latent_kv or model.axes.keys() - _SERVED or len(set(model.kv)) > 1:
+    if model.latent_kv or model.axes.keys() - _SERVED or has_unlike_layers(model):
         raise UnsupportedModel(
             f"--enable-lora: adapters of {model.architecture} are not supported, as it has experts, latent attention, "
             "or layers of several shapes; merge the adapter into the checkpoint"

@@ -11,7 +11,7 @@ from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.anchor.run_base import default_base
 from anchortp_sglang.planning.model.axes import UnsupportedModel, read_model_axes, refuse_layout_only
-from anchortp_sglang.planning.model.wrappers import language_model
+from anchortp_sglang.planning.model.wrappers import language_model, shown_config
 
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
@@ -86,14 +86,15 @@ def read_config(checkpoint: Path, overrides: str | None = None) -> dict[str, Any
     Raises ValueError where SGLang would ask the hub, or fail obscurely, and for overrides that change what the
     checkpoint holds.
     """
-    config = _read_file(checkpoint)
+    stored = _read_file(checkpoint)
     changes = _overrides(overrides)
-    if changes and _other_shapes(config, config | changes):
+    config = language_model(shown_config(stored, changes))
+    if changes and _other_shapes(language_model(stored), config):
         raise ValueError(
             f"--json-model-override-args {overrides} changes the shapes of parameters, which are the checkpoint's:"
             " leave these keys out, or use a checkpoint of that shape"
         )
-    return config | changes
+    return config
 
 
 def _other_shapes(config: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
@@ -123,6 +124,7 @@ _NOT_OVERRIDDEN = {
     "model_type": _OTHER_MODEL,
     "dtype": "use --dtype",
     "torch_dtype": "use --dtype",
+    "text_config": "name its keys themselves",
 }
 
 
@@ -141,7 +143,7 @@ def _read_file(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no JSON object; copy it again")
     if (checkpoint / "hf_quant_config.json").exists():
         raise ValueError(f"{checkpoint} is quantized (hf_quant_config.json); use the unquantized checkpoint")
-    return language_model(config)
+    return config
 
 
 def _value(text: Any) -> Any:

@@ -12,7 +12,9 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from anchortp_sglang.planning.model.wrappers import shown_config
@@ -29,22 +31,25 @@ def show_language_model(server_args: Any) -> Path | None:
 
     The model keeps its name for clients. Returns None, and changes nothing, for any other checkpoint.
     """
-    folder = text_folder(Path(server_args.model_path))
+    changes = json.loads(server_args.json_model_override_args or "{}")
+    folder = text_folder(Path(server_args.model_path), changes)
     if folder is not None:
+        server_args.json_model_override_args = "{}"
         server_args.served_model_name = server_args.served_model_name or server_args.model_path
         server_args.model_path = str(folder)
     return folder
 
 
-def text_folder(checkpoint: Path) -> Path | None:
+def text_folder(checkpoint: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> Path | None:
     """Make a folder that shows a multimodal checkpoint's language model alone; None for any other checkpoint.
 
-    It is removed when main ends. Raises ValueError for a model that is not supported.
+    ``changes``: keys of its config.json that the operator has set (``--json-model-override-args``). It is removed when
+    main ends. Raises ValueError for a model that is not supported.
     """
     config = json.loads((checkpoint / _CONFIG).read_text())
-    shown = shown_config(config)
-    if shown == config:
+    if shown_config(config) == config:
         return None
+    shown = shown_config(config, changes)
     folder = Path(tempfile.mkdtemp(prefix="anchortp-text-"))
     with contextlib.suppress(OSError):  # not every file system has locks
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)  # systemd-tmpfiles spares locked directories

@@ -8,7 +8,7 @@ from anchortp_sglang.planning.intervals import Intervals
 from anchortp_sglang.planning.model.families import FAMILIES
 from anchortp_sglang.planning.model.parameters import DTYPE_BYTES, Block, ParamSpec, param_specs
 from anchortp_sglang.planning.model.quantization import read_quantization
-from anchortp_sglang.planning.model.rules import REFUSED, UNUSED_SOURCES, Family
+from anchortp_sglang.planning.model.rules import HEAD, REFUSED, UNUSED_SOURCES, Family
 from anchortp_sglang.planning.model.sizes import (
     Columns,
     LayerKV,
@@ -28,6 +28,7 @@ __all__ = [
     "UnsupportedModel",
     "caveats",
     "equal_vocab_cut",
+    "has_unlike_layers",
     "padded_vocab_rows",
     "positive_size",
     "read_model_axes",
@@ -170,11 +171,21 @@ def _read(config: Mapping[str, Any], dtype: str | None, whole_experts: bool) -> 
             *family.unused,
             *(() if quantization is None else quantization.unused),
             *((r"^lm_head\.weight$",) if tied else ()),
+            *(
+                rf"^model\.layers\.{n}\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\."
+                for n, layer in enumerate(layers)
+                if layer.kv is None
+            ),
             # Layers after the last one, those for multi-token prediction among them (`get_layer_id`, `end_layer`).
             rf"^model\.layers\.(?!(?:{'|'.join(map(str, range(num_layers)))})\.)\d+\.",
         ),
         quantization=None if quantization is None else quantization.name,
     )
+
+
+def has_unlike_layers(model: ModelAxes) -> bool:
+    """Return whether a family's layers may differ in heads and columns (Gemma-4)."""
+    return FAMILIES[model.architecture].of_layer is not None
 
 
 def refuse_layout_only(model: ModelAxes) -> None:
@@ -211,6 +222,11 @@ def _refuse(config: Mapping[str, Any], architecture: str, family: Family) -> Non
     for key, reason in REFUSED + family.refused:
         if config.get(key):
             raise UnsupportedModel(f"this {architecture} has {key} set in its config.json: {reason}")
+    if config.get("tie_word_embeddings") is False and all(rule.name != HEAD.name for rule in family.after):
+        raise UnsupportedModel(
+            f"this {architecture} has tie_word_embeddings: false in its config.json; SGLang's model has its embedding "
+            "for a head"
+        )
     other = sorted(set(config.get("layer_types") or ()) - set(family.layer_types))
     if other:
         raise UnsupportedModel(

@@ -223,10 +223,7 @@ _GEMMA4 = Family(
         ("own_input", "hidden_size_per_layer_input"),
         ("own_inputs", "num_hidden_layers", "hidden_size_per_layer_input"),
     ),
-    unused=(
-        r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder|multimodal_embedder)\.",
-        r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.",  # of layers that read the KV of others
-    ),
+    unused=(r"^model\.(audio_tower|embed_vision|embed_audio|vision_embedder|multimodal_embedder)\.",),
 )
 _GEMMA4_MOE = replace(
     _GEMMA4,

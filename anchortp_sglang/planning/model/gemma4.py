@@ -22,34 +22,52 @@ _DEFAULTS: dict[str, Any] = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "vocab_size": 262144,
-    "vocab_size_per_layer_input": 262144,
-    "hidden_size_per_layer_input": 256,
     "tie_word_embeddings": True,
 }
+_OWN_INPUT = {"vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256}
+"""Of `Gemma4TextConfig`; `Gemma4UnifiedTextConfig` has no inputs of layers."""
 _PERIOD = 6
 _OF_HEADS = ("head_dim", "num_key_value_heads")
 
 
-def flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+def flattened(config: Mapping[str, Any], unified: bool) -> dict[str, Any]:
     """Return the config.json of a Gemma-4 language model with SGLang's keys, and with every key that rules read.
 
-    Raises ValueError for one that SGLang could not read either.
+    ``unified``: it is a `Gemma4UnifiedTextConfig`. Raises ValueError for one that SGLang could not read either.
     """
     if WINDOW_HEAD_DIM in config:
         return dict(config)
     if config.get("use_bidirectional_attention") == "all":
         raise ValueError("use_bidirectional_attention is all: tokens see later ones; only causal attention is resumed")
-    found = {**_DEFAULTS, **{key: value for key, value in config.items() if key != "per_layer_config"}}
-    count = found["num_hidden_layers"]
+    given = {key: value for key, value in config.items() if key != "per_layer_config"}
+    found = {**_DEFAULTS, **({} if unified else _OWN_INPUT), **given}
+    count = found.get("num_hidden_layers")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_hidden_layers must be positive, but is {count!r}")
     kinds = found.get("layer_types") or [
         "full_attention" if layer % _PERIOD == _PERIOD - 1 else "sliding_attention" for layer in range(count)
     ]
     if len(kinds) != count:
         raise ValueError(f"layer_types names {len(kinds)} layers, num_hidden_layers {count}")
     found["layer_types"] = [*kinds[:-1], "full_attention"]
+    found["vocab_size_per_layer_input"] = found.get("vocab_size_per_layer_input") or found["vocab_size"]
+    _check_sharing(found)
     full = _full_heads(config, found)
     window = {WINDOW_HEAD_DIM: found["head_dim"], WINDOW_KV_HEADS: found["num_key_value_heads"]}
     return found | window | full
+
+
+def _check_sharing(config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each layer that reads the KV of an earlier one has one of its kind to read."""
+    shared, count, kinds = config.get("num_kv_shared_layers") or 0, config["num_hidden_layers"], config["layer_types"]
+    if (
+        not isinstance(shared, int)
+        or not 0 <= shared < count
+        or set(kinds[count - shared :]) - set(kinds[: -shared or None])
+    ):
+        raise ValueError(
+            f"num_kv_shared_layers is {shared!r}: those layers have none of their kind before them to read"
+        )
 
 
 def layer_config(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
@@ -70,14 +88,15 @@ def _full_heads(config: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str
 
     transformers writes them as ``per_layer_config``, the released files under names of their own.
     """
-    by_layer = config.get("per_layer_config")
-    if by_layer is None:
+    saved = config.get("per_layer_config")
+    if saved is None:
         kv_heads = found.get("num_global_key_value_heads") if found.get("attention_k_eq_v") else None
         return {
             "head_dim": found["global_head_dim"],
             "num_key_value_heads": kv_heads or found["num_key_value_heads"],
         }
-    full = [str(layer) for layer, kind in enumerate(found["layer_types"]) if kind == "full_attention"]
+    by_layer = {int(layer): own for layer, own in saved.items()}
+    full = [layer for layer, kind in enumerate(found["layer_types"]) if kind == "full_attention"]
     shapes = [{key: found[key] for key in _OF_HEADS} | by_layer.get(layer, {}) for layer in full]
     if by_layer.keys() - set(full) or any(shape != shapes[0] or shape.keys() - set(_OF_HEADS) for shape in shapes):
         raise ValueError(

@@ -76,6 +76,11 @@ def positive_size(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _extent(config: Mapping[str, Any], key: str) -> int:
+    """Read a size of a part that a model may lack. Raises UnsupportedModel."""
+    return positive_size(config, key) if config.get(key) else 0
+
+
 def read_sizes(
     family: Family, config: Mapping[str, Any], group: int, whole_experts: bool
 ) -> tuple[Heads, tuple[Columns, ...], dict[str, Size]]:
@@ -95,7 +100,7 @@ def read_sizes(
         "hidden": Size(None, positive_size(config, "hidden_size")),
         "experts": Size(None, experts),
         "one": Size(None, 1),
-        **{name: Size(None, prod(config.get(key) or 0 for key in keys)) for name, *keys in family.extents},
+        **{name: Size(None, prod(_extent(config, key) for key in keys)) for name, *keys in family.extents},
         "scalar": Size(None, 1),
     }
     if whole_experts:

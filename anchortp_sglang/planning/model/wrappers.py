@@ -6,6 +6,7 @@ Only text is served of such a model, so its language model is served as a model 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from anchortp_sglang.planning.model.gemma4 import flattened
@@ -67,9 +68,7 @@ def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UnsupportedModel if its text_config is no object, or its positions are not those of text in a plain model.
     """
-    architectures = config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    wrapper = WRAPPERS.get(name) if isinstance(name, str) else None
+    name, wrapper = _named(config)
     if wrapper is None:
         return dict(config)
     text = config.get("text_config")
@@ -79,28 +78,33 @@ def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UnsupportedModel(f"this {name} has a text_config in its config.json that is no object; copy it again")
     found = {key: config[key] for key in _INHERITED if key in config} | dict(text)
     found |= {key: config[key] for key in _OF_WRAPPER if config.get(key) is not None}
-    found |= {key: _rope_of_text(str(name), text[key]) for key in _ROPE_KEYS if text.get(key)}
+    found |= {key: _rope_of_text(name, text[key]) for key in _ROPE_KEYS if text.get(key)}
     found |= {"architectures": [wrapper.architecture], "model_type": wrapper.model_type}
     if wrapper is _GEMMA4:
-        found = _gemma4(str(name), found)
+        found = _gemma4(name, found, "unified" in f"{name} {config.get('model_type')}".lower())
     return found | ({STACKED_EXPERTS: True} if wrapper.stacked_experts else {})
 
 
-def shown_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _named(config: Mapping[str, Any]) -> tuple[str, Wrapper | None]:
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    return str(name), WRAPPERS.get(name) if isinstance(name, str) else None
+
+
+def shown_config(config: Mapping[str, Any], changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Return the config.json with which SGLang serves a model's language model; of most models that of its own.
 
-    Raises like ``language_model``.
+    ``changes``: keys of the language model that the operator has set. Raises like ``language_model``.
     """
-    own = language_model(config)
-    wrapper = WRAPPERS.get(str(config["architectures"][0]))
+    own, (_, wrapper) = language_model(config), _named(config)
     if wrapper is None or not wrapper.inside:
-        return own
-    text = config.get("text_config") or config
+        return own | dict(changes)
+    text = {**(config.get("text_config") or config), **changes}
     kind = config.get("model_type")
     return {
         **{key: config[key] for key in _SHOWN_BESIDE if key in config},
         "architectures": own["architectures"],
-        "model_type": "gemma4" if kind == wrapper.model_type else kind,
+        "model_type": "gemma4" if kind in (None, wrapper.model_type) else kind,
         "language_model_only": True,
         "text_config": {key: value for key, value in text.items() if key != "architectures"},
     }
@@ -114,9 +118,9 @@ def language_tensor(name: str) -> str:
     return name
 
 
-def _gemma4(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma4(name: str, config: Mapping[str, Any], unified: bool) -> dict[str, Any]:
     try:
-        flat = flattened(config)
+        flat = flattened(config, unified)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModel(f"this {name} cannot be served: {error}") from error
     return flat | ({"architectures": [_GEMMA4_MOE]} if config.get("enable_moe_block") else {})

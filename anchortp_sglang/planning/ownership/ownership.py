@@ -149,6 +149,8 @@ def validate(model: ModelAxes, ownership: Ownership) -> None:
     """
     if ownership.layers and len(ownership.layers) != model.num_layers:
         raise InvalidOwnership(f"shares of {len(ownership.layers)} layers for a model of {model.num_layers}")
+    if None in model.kv and not {"q_head", "kv_head"}.isdisjoint(ownership.by_layer):
+        raise InvalidOwnership("heads differ by layer, but some layers read the KV of earlier ones")
     for index, shares in enumerate(ownership.layouts):
         kept = {kv.axis for layer, kv in enumerate(model.kv) if kv and ownership.layout_of(layer) == index}
         _check_layout(model, ownership.devices, dict(shares), "kv_head" in kept)

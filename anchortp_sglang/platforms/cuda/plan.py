@@ -8,7 +8,7 @@ from anchortp_sglang.memory.gpu import GpuShare
 from anchortp_sglang.options import AnchorOptions
 from anchortp_sglang.planning.layout.kv_layout import KVPlan, kv_layout
 from anchortp_sglang.planning.layout.shards import shard_layout
-from anchortp_sglang.planning.model.axes import ModelAxes
+from anchortp_sglang.planning.model.axes import ModelAxes, has_unlike_layers
 from anchortp_sglang.planning.ownership.ownership import InvalidOwnership, Ownership
 from anchortp_sglang.planning.placement.reconfiguration import reconfigure
 
@@ -39,7 +39,7 @@ def check_gpu_plan(model: ModelAxes, view: Any, options: AnchorOptions, spreads:
     """Raise ValueError for features that only the CPU platform has. ``spreads``: experts are dealt by counts."""
     wrong = {
         "latent KV (DeepSeek) has no pool on GPUs; use --device cpu": model.latent_kv,
-        "KV heads of several sizes (Gemma-4) have no pool on GPUs; use --device cpu": len(set(model.kv)) > 1,
+        "layers of several shapes (Gemma-4) are not supported on GPUs; use --device cpu": has_unlike_layers(model),
         f"--page-size {view.page_size} is not supported on GPUs; use 1": (view.page_size or 1) != 1,
         f"--kv-cache-dtype {view.kv_cache_dtype} is not supported on GPUs, whose KV has the model's dtype; "
         "leave it out": view.kv_cache_dtype not in (None, "auto"),

@@ -164,9 +164,9 @@ class TestWhatIsNotThere:
         with pytest.raises(ValueError, match=r"^latent KV"):
             check_gpu_plan(latent, self.VIEW, AnchorOptions(), spreads=False)
 
-    def test_nor_heads_of_several_sizes(self) -> None:
-        unlike = dataclasses.replace(MODEL, kv=(None, *MODEL.kv[1:]))
-        with pytest.raises(ValueError, match=r"^KV heads of several sizes"):
+    def test_nor_layers_of_several_shapes(self) -> None:
+        unlike = dataclasses.replace(MODEL, architecture="Gemma4TextForCausalLM")
+        with pytest.raises(ValueError, match=r"^layers of several shapes"):
             check_gpu_plan(unlike, self.VIEW, AnchorOptions(), spreads=False)
 
 
