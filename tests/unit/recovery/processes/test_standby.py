@@ -9,7 +9,7 @@ PRELUDE = """
     from anchortp_sglang.recovery.processes.pidfd import died_within
     from anchortp_sglang.recovery.processes.standby import Standby, Standbys
     from anchortp_sglang.recovery.processes.zygote import fork_zygote
-    from standby_targets import RUN, fail, stand_by
+    from standby_targets import RUN, fail, hang, stand_by
     zygote = fork_zygote()
     standbys, made = Standbys(), []
     BEGUN = ("building", "ready")  # what is begun may be ready at once
@@ -110,6 +110,20 @@ def test_one_that_cannot_be_built_is_tried_again_with_growing_pauses():
         print(standbys._failure or "forgotten", standbys._pause_s)
     """)
     assert out == "forgotten 0.2\n"
+
+
+def test_one_that_hangs_while_it_is_built_is_ended_in_time_and_another_one_made():
+    out = run("""
+        module._FIRST_PAUSE_S = standbys._pause_s = 0.2
+        prepare(hang)
+        made[0].build_timeout_s = 0.3
+        watched = os.pidfd_open(made[0].ranks[1].pid)
+        until(lambda: prepare() or standbys.state == "failed")
+        print(standbys.progress(2, "weights"), died_within(watched, 5))
+        becomes("ready")
+        print(len(made))
+    """)
+    assert out == "(False, 'it was not built within 0.3 s') True\n2\n"
 
 
 def test_a_standby_for_another_generation_replaces_the_one_that_is_there():
