@@ -73,7 +73,10 @@ def _notes() -> Iterator[str]:
         if family.layout_only:
             yield _item(f"`{architecture}` is refused at start: {family.layout_only}.")
         if family.without_stock:
-            yield _item(f"`{architecture}`: {family.without_stock} (`tests/engine/test_parity.py`).")
+            yield _item(
+                f"`{architecture}` is compared with transformers (`tests/engine/test_parity.py`), as "
+                f"{family.without_stock}."
+            )
         for _, caveat in family.caveats:
             yield _item(f"`{architecture}`: {caveat}. The server logs it at start.")
 

@@ -59,3 +59,10 @@ def test_a_refused_model_is_told_with_the_reason(parity, model, tmp_path):
     assert done.returncode == 2
     assert "cannot start: architecture NobodyKnowsForCausalLM" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_model_that_stock_cannot_serve_is_refused_before_anything_starts(parity, tmp_path):
+    done = parity(model=write_checkpoint(tmp_path, "gemma4_text", num_layers=2))
+    assert done.returncode == 2
+    assert "there is nothing to compare with" in done.stderr
+    assert done.stdout == ""

@@ -27,6 +27,7 @@ QUICK = [
     "spec_server_kits.SpecLogprobKit.test_logprob_start_len",
     "spec_server_kits.SpecLogprobKit.test_logprob_decode_match_prefill",
     "spec_server_kits.SpecLogprobKit.test_token_ids_logprob_ragged",
+    "spec_server_kits.SpecSamplingMaskKit.test_sampling_mask",
 ]
 """Run by ``make test``."""
 
@@ -44,6 +45,7 @@ SLOW = [
     "basic_decode_correctness_kit.BasicDecodeCorrectnessMixin.test_no_repetition_blowup",
     "basic_scheduler_stress_kit.BasicSchedulerStressMixin.test_long_prompt",
     "kl_divergence_kit.KLDivergenceMixin.*",
+    "pause_generation_kit.*",
     "ebnf_constrained_kit.EBNFConstrainedMixin.test_ebnf_generate_email",
     "ebnf_constrained_kit.EBNFConstrainedMixin.test_ebnf_generate_greeting",
     "ebnf_constrained_kit.EBNFConstrainedMixin.test_ebnf_generate_number",
@@ -123,11 +125,7 @@ SKIPPED = {
     "needs a server with SGLANG_REQ_WAITING_TIMEOUT and --max-running-requests 1": [
         "abort_timeout_kit.WaitingTimeoutMixin.test_waiting_timeout"
     ],
-    "return_hidden_states and return_sampling_mask, which a request is refused for": [
-        "spec_server_kits.SpecHiddenStatesKit.*",
-        "spec_server_kits.SpecSamplingMaskKit.*",
-    ],
-    "/pause_generation, which is refused": ["pause_generation_kit.*"],
+    "hidden states of all tokens, which a request is refused for": ["spec_server_kits.SpecHiddenStatesKit.*"],
     "sessions, which a request is refused for": ["streaming_session_kit.*"],
 }
 

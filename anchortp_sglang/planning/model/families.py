@@ -215,8 +215,7 @@ _GEMMA4 = Family(
     after=(NORM,),
     layer_types=("full_attention", "sliding_attention"),
     refused=(("attention_bias", "SGLang's Gemma-4 is untested with biases in attention"),),
-    without_stock="stock SGLang refuses Gemma-4 with the one attention of CPUs without AMX, torch_native, so it is "
-    "compared with transformers",
+    without_stock="stock SGLang refuses Gemma-4 with the one attention backend of CPUs without AMX, torch_native",
     of_layer=layer_config,
     extents=(
         ("own_vocab", "vocab_size_per_layer_input"),
