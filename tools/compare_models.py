@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from anchortp_sglang.planning.model.families import FAMILIES
+from anchortp_sglang.planning.model.wrappers import WRAPPERS
 from anchortp_sglang.testing import tiny_families
 from anchortp_sglang.testing.tiny_checkpoint import write_checkpoint
 
@@ -52,7 +53,12 @@ class Compared:
 def served() -> dict[str, str]:
     """Architecture of each tiny family that both this package and stock SGLang serve."""
     architectures = {name: family.architecture for name, family in tiny_families.FAMILIES.items()}
-    return {name: one for name, one in architectures.items() if one in FAMILIES and FAMILIES[one].layout_only is None}
+    return {name: one for name, one in architectures.items() if _has_both_sides(one)}
+
+
+def _has_both_sides(architecture: str) -> bool:
+    family = FAMILIES[WRAPPERS[architecture].architecture if architecture in WRAPPERS else architecture]
+    return not (family.layout_only or family.without_stock)
 
 
 def comparisons() -> Iterator[Compared]:

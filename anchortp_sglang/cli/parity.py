@@ -119,7 +119,7 @@ def parity(
             lose=lose,
             flags=_flags(dtype, device, tokens),
             our_flags=_our_flags(tp_size, widths, rotate_heads, experts, lose),
-            stock_flags=_stock_flags(model if reference is None else reference),
+            stock_flags=_stock_flags(model if reference is None else reference, stock_answers),
             stock_answers=stock_answers,
             start_timeout_s=start_timeout_s,
         )
@@ -218,15 +218,15 @@ def _stored_answers(job: Job) -> list[Answer] | None:
     return answers
 
 
-def _stock_flags(model: Path) -> tuple[str, ...]:
+def _stock_flags(model: Path, answers: Path | None) -> tuple[str, ...]:
     """Return the flags that stock SGLang needs for a model on a CPU.
 
     They are for a prefill with latent attention, and for a model of images, to start without asking it about one.
-    Raises ValueError for a model that it cannot serve.
+    Raises ValueError for a model that it cannot serve, and of which there are no stored ``answers``.
     """
     family = FAMILIES.get((read_config(model).get("architectures") or [""])[0])
-    if family is not None and family.without_stock:
-        raise ValueError(f"--model: there is nothing to compare with, as {family.without_stock}")
+    if family is not None and family.without_stock and not (answers and answers.exists()):
+        raise ValueError(f"{model}: there is nothing to compare with, as {family.without_stock}")
     of_latents = (ABSORB_LATENTS,) if family is not None and family.latent_kv else ()
     stored = json.loads((model / "config.json").read_text())
     of_images = () if language_model(stored) == stored else ("--skip-server-warmup",)

@@ -76,9 +76,17 @@ def install(hooks: Sequence[Hook]) -> None:
 
 def register_models() -> None:
     """Show SGLang the models of this package; those whose base a fork lacks stay out, with a warning."""
-    importlib.import_module("sglang.srt.models.registry").ModelRegistry.register(
-        "anchortp_sglang.models", overwrite=True
-    )
+    _models().register("anchortp_sglang.models", overwrite=True)
+
+
+def refuse_unknown_model(architecture: str) -> None:
+    """Raise ValueError if SGLang has no model of an architecture: it would try one of transformers, whole."""
+    if architecture not in _models().models:
+        raise ValueError(f"this SGLang has no model for {architecture}; use one that has")
+
+
+def _models() -> Any:
+    return importlib.import_module("sglang.srt.models.registry").ModelRegistry
 
 
 def load_plugins() -> None:

@@ -11,7 +11,7 @@ from anchortp_sglang.admission.checks import UnsupportedError, check_server_args
 from anchortp_sglang.admission.devices import DeviceRules
 from anchortp_sglang.anchor.run_base import default_base
 from anchortp_sglang.planning.model.axes import UnsupportedModel, read_model_axes, refuse_layout_only
-from anchortp_sglang.planning.model.wrappers import language_model, shown_config
+from anchortp_sglang.planning.model.wrappers import changes_are_shown, language_model, shown_config
 
 _DEFAULT_PORT = 30000  # ServerArgs.port
 
@@ -89,7 +89,8 @@ def read_config(checkpoint: Path, overrides: str | None = None) -> dict[str, Any
     stored = _read_file(checkpoint)
     changes = _overrides(overrides)
     config = language_model(shown_config(stored, changes))
-    if changes and _other_shapes(language_model(stored), config):
+    config |= {} if changes_are_shown(stored) else changes
+    if changes and _other_shapes(stored, config):
         raise ValueError(
             f"--json-model-override-args {overrides} changes the shapes of parameters, which are the checkpoint's:"
             " leave these keys out, or use a checkpoint of that shape"
@@ -99,7 +100,7 @@ def read_config(checkpoint: Path, overrides: str | None = None) -> dict[str, Any
 
 def _other_shapes(config: Mapping[str, Any], changed: Mapping[str, Any]) -> bool:
     try:
-        before = read_model_axes(config)
+        before = read_model_axes(language_model(config))
     except UnsupportedModel:
         return False  # what made it so may be changed; the changed one is checked later
     return read_model_axes(changed) != before
@@ -124,7 +125,7 @@ _NOT_OVERRIDDEN = {
     "model_type": _OTHER_MODEL,
     "dtype": "use --dtype",
     "torch_dtype": "use --dtype",
-    "text_config": "name its keys themselves",
+    "text_config": "give the keys inside it directly",
 }
 
 

@@ -95,12 +95,12 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
 
     Raises subclasses of ValueError with a text for the operator, and leaves nothing behind then.
     """
-    from anchortp_sglang.hooks.install import load_plugins, register_models
+    from anchortp_sglang.hooks.install import load_plugins, refuse_unknown_model, register_models
     from anchortp_sglang.hooks.table import install_all
 
     _refuse(server_args, platform)
-    checkpoint = Path(server_args.model_path)
-    config = read_config(checkpoint, server_args.json_model_override_args)
+    checkpoint, overrides = Path(server_args.model_path), server_args.json_model_override_args
+    config = read_config(checkpoint, overrides)
     register_models()
     folder = text_model.show_language_model(server_args)
     raw = msgspec.structs.asdict(server_args)
@@ -115,6 +115,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     port = reserve_port(view.host or "127.0.0.1", view.port) if serves_http else None
     model = read_model_axes(config, view.dtype, whole_experts=(view.ep_size or 1) > 1)
     refuse_layout_only(model)
+    refuse_unknown_model(model.architecture)
     if options.rotate_heads and None in model.kv:
         raise ValueError(
             f"--anchor-rotate-heads is not supported for this {model.architecture}: its last layers read the KV of "
@@ -157,7 +158,7 @@ def start(server_args: Any, options: AnchorOptions, platform: Platform, *, serve
     base = Path(options.run_dir) if options.run_dir else None
     key = f"run-{view.port}" if serves_http else f"engine-{os.getpid()}"
     try:
-        identity = _identity(checkpoint, model, ownership, memory, view, adapters)
+        identity = _identity(checkpoint, overrides, model, ownership, memory, view, adapters)
         files = [copy_adapter(adapter.lora_path, view.tp_size) for adapter in adapters]
         run_dir = prepare_run_dir(base, key)
         copies = keep_copies(run_dir, adapters, files, view.tp_size)
@@ -244,11 +245,17 @@ def _check_plan(model: ModelAxes, ownership: Ownership, shapes: Mapping[str, tup
 
 
 def _identity(
-    checkpoint: Path, model: ModelAxes, ownership: Ownership, memory: MemoryPlan, view: Any, adapters: Iterable[Any]
+    checkpoint: Path,
+    overrides: str,
+    model: ModelAxes,
+    ownership: Ownership,
+    memory: MemoryPlan,
+    view: Any,
+    adapters: Iterable[Any],
 ) -> str:
     """Identify the memory that anchors hold: servers of the same identity could take over each other's."""
     of_weights = [(checkpoint / "config.json").read_text(), model.dtype, ownership.digest()]
-    of_kv = [str(memory.kv), view.kv_cache_dtype, view.json_model_override_args]
+    of_kv = [str(memory.kv), view.kv_cache_dtype, overrides]
     parts = [*of_weights, *of_kv, *memory.platform.identity, str(view.load_format == "dummy")]
     parts += adapter_identity(adapters)
     for path in sorted(checkpoint.glob("*.safetensors")):

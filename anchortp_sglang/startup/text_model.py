@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from anchortp_sglang.planning.model.wrappers import shown_config
+from anchortp_sglang.planning.model.wrappers import changes_are_shown, shown_config
 from anchortp_sglang.recovery import ending
 
 log = logging.getLogger(__name__)
@@ -29,12 +29,15 @@ _LEFT_OUT = (_CONFIG, "processor_config.json", "preprocessor_config.json", "vide
 def show_language_model(server_args: Any) -> Path | None:
     """Let a record that names a multimodal checkpoint name the folder of its language model instead, and return that.
 
-    The model keeps its name for clients. Returns None, and changes nothing, for any other checkpoint.
+    The model keeps its name for clients. ``--json-model-override-args`` moves into the folder's config.json where
+    SGLang would not apply it to the language model (Gemma-4). Returns None, and changes nothing, for any other
+    checkpoint.
     """
     changes = json.loads(server_args.json_model_override_args or "{}")
     folder = text_folder(Path(server_args.model_path), changes)
     if folder is not None:
-        server_args.json_model_override_args = "{}"
+        if changes_are_shown(json.loads((folder / _CONFIG).read_text())):
+            server_args.json_model_override_args = "{}"
         server_args.served_model_name = server_args.served_model_name or server_args.model_path
         server_args.model_path = str(folder)
     return folder
@@ -47,9 +50,9 @@ def text_folder(checkpoint: Path, changes: Mapping[str, Any] = MappingProxyType(
     main ends. Raises ValueError for a model that is not supported.
     """
     config = json.loads((checkpoint / _CONFIG).read_text())
-    if shown_config(config) == config:
-        return None
     shown = shown_config(config, changes)
+    if shown == config:
+        return None
     folder = Path(tempfile.mkdtemp(prefix="anchortp-text-"))
     with contextlib.suppress(OSError):  # not every file system has locks
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)  # systemd-tmpfiles spares locked directories
@@ -61,7 +64,7 @@ def text_folder(checkpoint: Path, changes: Mapping[str, Any] = MappingProxyType(
     (folder / _CONFIG).write_text(json.dumps(shown, indent=2) + "\n")
     _write_template(folder)
     log.info(
-        "anchortp: of %s the language model is served, as %s: requests with images are refused",
+        "anchortp: the language model of %s is served, as %s: requests with images are refused",
         config["architectures"][0],
         shown["architectures"][0],
     )

@@ -167,8 +167,8 @@ def _heads_per_unit(config: Mapping[str, Any], num_q_heads: int, num_kv_heads: i
         return 1
     if num_q_heads % of_windows or of_windows % num_kv_heads:
         raise UnsupportedModel(
-            f"num_key_value_heads={of_windows} with a sliding window, {num_kv_heads} without, and "
-            f"num_attention_heads={num_q_heads}: the larger numbers are no multiples of the smaller ones"
+            f"layers with a sliding window have {of_windows} KV heads, the others {num_kv_heads}; supported is a "
+            f"multiple of the others' that divides num_attention_heads={num_q_heads}"
         )
     return int(num_q_heads // of_windows)
 

@@ -12,7 +12,15 @@ from typing import Any
 from anchortp_sglang.planning.model.gemma4 import flattened
 from anchortp_sglang.planning.model.sizes import UnsupportedModel
 
-__all__ = ["STACKED_EXPERTS", "WRAPPERS", "Wrapper", "language_model", "language_tensor", "shown_config"]
+__all__ = [
+    "STACKED_EXPERTS",
+    "WRAPPERS",
+    "Wrapper",
+    "language_model",
+    "language_tensor",
+    "changes_are_shown",
+    "shown_config",
+]
 
 STACKED_EXPERTS = "stacked_experts"
 """Key of our own in a config: the checkpoint has all experts of a layer in one tensor, gate beside up."""
@@ -22,7 +30,8 @@ STACKED_EXPERTS = "stacked_experts"
 class Wrapper:
     """The language model of a multimodal architecture, by the names of its own ``architecture`` and ``model_type``.
 
-    ``inside``: SGLang reads it inside of the multimodal model's config.json alone.
+    ``inside``: SGLang reads its sizes only from the ``text_config`` of a multimodal config.json, also for a checkpoint
+    of the language model alone.
     """
 
     architecture: str
@@ -32,14 +41,14 @@ class Wrapper:
 
 
 _GEMMA4 = Wrapper("Gemma4TextForCausalLM", "gemma4_text", inside=True)
-_GEMMA4_MOE = "Gemma4TextMoeForCausalLM"
+_GEMMA4_WITH_EXPERTS = "Gemma4TextMoeForCausalLM"
 
 WRAPPERS: dict[str, Wrapper] = {
     "Gemma3ForConditionalGeneration": Wrapper("Gemma3ForCausalLM", "gemma3_text"),
     "Gemma4ForCausalLM": _GEMMA4,
     "Gemma4ForConditionalGeneration": _GEMMA4,
     "Gemma4TextForCausalLM": _GEMMA4,
-    "Gemma4TextMoeForCausalLM": _GEMMA4,
+    _GEMMA4_WITH_EXPERTS: _GEMMA4,
     "Gemma4UnifiedForConditionalGeneration": _GEMMA4,
     "Mistral3ForConditionalGeneration": Wrapper("MistralForCausalLM", "mistral"),
     "Qwen2_5_VLForConditionalGeneration": Wrapper("Qwen2ForCausalLM", "qwen2"),
@@ -80,7 +89,7 @@ def language_model(config: Mapping[str, Any]) -> dict[str, Any]:
     found |= {key: config[key] for key in _OF_WRAPPER if config.get(key) is not None}
     found |= {key: _rope_of_text(name, text[key]) for key in _ROPE_KEYS if text.get(key)}
     found |= {"architectures": [wrapper.architecture], "model_type": wrapper.model_type}
-    if wrapper is _GEMMA4:
+    if wrapper.inside:
         found = _gemma4(name, found, "unified" in f"{name} {config.get('model_type')}".lower())
     return found | ({STACKED_EXPERTS: True} if wrapper.stacked_experts else {})
 
@@ -94,19 +103,38 @@ def _named(config: Mapping[str, Any]) -> tuple[str, Wrapper | None]:
 def shown_config(config: Mapping[str, Any], changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """Return the config.json with which SGLang serves a model's language model; of most models that of its own.
 
-    ``changes``: keys of the language model that the operator has set. Raises like ``language_model``.
+    ``changes``: keys of the language model that the operator has set. They are in what is returned only if SGLang could
+    not apply them itself (``changes_are_shown``). Raises like ``language_model``.
     """
-    own, (_, wrapper) = language_model(config), _named(config)
-    if wrapper is None or not wrapper.inside:
-        return own | dict(changes)
-    text = {**(config.get("text_config") or config), **changes}
+    stored = config.get("text_config") or config
+    if not changes_are_shown(config) or not isinstance(stored, Mapping):
+        return language_model(config)
+    text = {key: value for key, value in stored.items() if key != "architectures"}
+    changed = {**config, **changes, "text_config": _merged(text, changes)}
     kind = config.get("model_type")
     return {
-        **{key: config[key] for key in _SHOWN_BESIDE if key in config},
-        "architectures": own["architectures"],
-        "model_type": "gemma4" if kind in (None, wrapper.model_type) else kind,
+        **{key: changed[key] for key in _SHOWN_BESIDE if key in changed},
+        "architectures": language_model(changed)["architectures"],
+        "model_type": "gemma4" if kind in (None, _GEMMA4.model_type) else kind,
         "language_model_only": True,
-        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+        "text_config": changed["text_config"],
+    }
+
+
+def changes_are_shown(config: Mapping[str, Any]) -> bool:
+    """Return whether an operator's changes must be in what SGLang is shown: it would make them at the top alone."""
+    wrapper = _named(config)[1]
+    return wrapper is not None and wrapper.inside
+
+
+def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change keys; an object is merged with what is there, as SGLang merges those of rotary positions."""
+    return {
+        **old,
+        **{
+            key: _merged(old[key], value) if isinstance(value, Mapping) and isinstance(old.get(key), Mapping) else value
+            for key, value in changes.items()
+        },
     }
 
 
@@ -123,7 +151,7 @@ def _gemma4(name: str, config: Mapping[str, Any], unified: bool) -> dict[str, An
         flat = flattened(config, unified)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModel(f"this {name} cannot be served: {error}") from error
-    return flat | ({"architectures": [_GEMMA4_MOE]} if config.get("enable_moe_block") else {})
+    return flat | ({"architectures": [_GEMMA4_WITH_EXPERTS]} if config.get("enable_moe_block") else {})
 
 
 def _rope_of_text(architecture: str, rope: Any) -> Any:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, nullcontext
 from itertools import groupby
 from typing import Any
@@ -215,15 +215,14 @@ class AnchorModelLoader(BaseModelLoader):
 def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
     """Point every parameter at its range in the anchor's memory; return their addresses.
 
-    So are buffers that a checkpoint has (Gemma-4's ``layer_scalar``). Raises RuntimeError unless the model's parameters
-    are exactly those of the layout, shape by shape.
+    Buffers that the layout has, such as Gemma-4's ``layer_scalar``, are parameters here. Raises RuntimeError unless the
+    model's parameters are exactly those of the layout, shape by shape.
     """
     flat = attachment.weights()
     if attachment.standing_by and attachment.assignment.platform.lazy_memory:
         map_ahead(flat.data_ptr(), flat.numel())  # now there is time for it
     views = _stacked(_views(flat, attachment.layout))
-    parameters = dict(model.named_parameters())
-    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in views}
+    parameters = _parameters(model, views)
     if parameters.keys() != views.keys():
         odd = sorted(parameters.keys() ^ views.keys())
         raise RuntimeError(f"parameters of the model and of the plan differ: {', '.join(odd[:8])}")
@@ -238,8 +237,13 @@ def bind(model: torch.nn.Module, attachment: Attachment) -> dict[str, int]:
     return {name: view.data_ptr() for name, view in views.items()}
 
 
+def _parameters(model: torch.nn.Module, names: Container[str]) -> dict[str, torch.Tensor]:
+    """Return all parameters of a model, and its buffers that are in ``names``."""
+    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in names}
+
+
 def _check_bound(model: torch.nn.Module, addresses: dict[str, int]) -> None:
-    moved = [name for name, p in model.named_parameters() if p.data_ptr() != addresses.get(name)]
+    moved = [name for name, each in _parameters(model, addresses).items() if each.data_ptr() != addresses.get(name)]
     if moved:
         raise RuntimeError(
             f"post-processing took {len(moved)} parameters out of the anchor's memory (first: {moved[0]}); "

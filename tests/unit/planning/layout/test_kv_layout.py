@@ -67,10 +67,10 @@ def test_layers_with_heads_of_their_own_are_moved_whole(tmp_path, kind, before, 
     old = split(model, before)
     new = reconfigure(model, old, after) if set(after) <= set(before) else split(model, after)
     mirror_layout = whole_layout(model, PLAN, PLAN.rows)
-    segments = {device: filled_segment(model, kv_layout(model, PLAN, old, r)) for r, device in enumerate(before)}
+    segments = {device: empty_segment(model, kv_layout(model, PLAN, old, r)) for r, device in enumerate(before)}
     for rank, device in enumerate(before):
         write_marks(model, old, rank, segments[device])
-    mirror = filled_segment(model, mirror_layout)
+    mirror = empty_segment(model, mirror_layout)
     rows = np.arange(PLAN.rows)
     for rank, device in enumerate(before):
         for move in mirror_moves(model, old, rank):
@@ -81,10 +81,10 @@ def test_layers_with_heads_of_their_own_are_moved_whole(tmp_path, kind, before, 
             ):
                 copy_slots(into, rows, source, rows)
     for rank in range(new.tp_size):
-        target = filled_segment(model, kv_layout(model, PLAN, new, rank))
+        target = empty_segment(model, kv_layout(model, PLAN, new, rank))
         for move in kv_moves(model, new, rank, old):
             copy_move(target, rows, mirror if move.device is None else segments[move.device], rows, move)
-        expected = filled_segment(model, kv_layout(model, PLAN, new, rank))
+        expected = empty_segment(model, kv_layout(model, PLAN, new, rank))
         write_marks(model, new, rank, expected)
         assert bytes(target.memory) == bytes(expected.memory)
 
@@ -103,7 +103,7 @@ class Segment(KVSegment):
         self.memory = memory
 
 
-def filled_segment(model, layout):
+def empty_segment(model, layout):
     return Segment(bytearray(layout.total_bytes), layout)
 
 

@@ -80,9 +80,15 @@ def test_unified_models_have_no_inputs_of_layers() -> None:
 
 
 def test_what_the_operator_changes_reaches_the_text_inside() -> None:
-    shown = shown_config(LARGE, {"sliding_window": 128})
+    rope = {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}, "sliding_attention": {"rope_theta": 1e4}}
+    config = LARGE | {"text_config": TEXT | {"rope_parameters": rope, "use_bidirectional_attention": "all"}}
+    changes = {"sliding_window": 128, "eos_token_id": 7, "use_bidirectional_attention": None}
+    changes |= {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}
+    shown = shown_config(config, changes)
     assert shown["text_config"]["sliding_window"] == 128
-    assert language_model(shown)["sliding_window"] == 128
+    assert shown["eos_token_id"] == language_model(shown)["eos_token_id"] == 7
+    merged = rope | {"full_attention": {"rope_theta": 1e6, "rope_type": "yarn"}}
+    assert shown["text_config"]["rope_parameters"] == merged
 
 
 def test_only_a_layer_that_reads_anothers_kv_may_have_projections_that_nothing_uses() -> None:
@@ -112,7 +118,7 @@ def test_heads_of_layers_that_share_kv_may_not_differ_by_layer() -> None:
         ({"per_layer_config": {"1": {"num_attention_heads": 8}}}, "only layers of full attention may differ"),
         ({"per_layer_config": ["head_dim"]}, "cannot be served"),
         ({"use_bidirectional_attention": "all"}, "only causal attention"),
-        ({"num_global_key_value_heads": 8, "num_key_value_heads": 4}, "no multiples"),
+        ({"num_global_key_value_heads": 8, "num_key_value_heads": 4}, "have 4 KV heads, the others 8"),
         ({"num_hidden_layers": 3}, "layer_types names 2 layers"),
         ({"num_hidden_layers": None}, "num_hidden_layers must be positive, but is None"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2"),
