@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 
 from anchortp_sglang.hooks.anchortp_seam import anchortp_seam
@@ -198,3 +199,20 @@ def test_a_plugin_that_comes_later_does_not_cover_a_hook_in_a_seam(registry, toy
     registry.register("toy.work.double", lambda value: -value, kind_of(registry, "replace"))
     registry.apply_hooks()
     assert work.double(2) == 5
+
+
+def test_sglang_knows_the_models_of_this_package_and_a_model_that_it_lacks_is_refused():
+    out = interpreter.run(
+        "from anchortp_sglang.hooks.install import refuse_unknown_model, register_models",
+        """
+        register_models()
+        register_models()
+        for known in ("Gemma4TextForCausalLM", "Gemma4TextMoeForCausalLM", "LlamaForCausalLM"):
+            refuse_unknown_model(known)
+        try:
+            refuse_unknown_model("NobodyKnowsForCausalLM")
+        except ValueError as error:
+            print(error)
+        """,
+    )
+    assert out == "this SGLang has no model for NobodyKnowsForCausalLM; use one that has\n"
