@@ -59,7 +59,7 @@ _LEFT_OUT = "SGLANG_DISABLED_MODEL_ARCHS"
 
 
 def leave_out_other_models(architectures: Sequence[str]) -> None:
-    """Make SGLang's registry import only the modules that define ``architectures``, not the 250 others.
+    """Make SGLang's registry import only the modules, SGLang's or ours, that define ``architectures``, not 250 others.
 
     This saves seconds, and memory in every fork. Call it before SGLang is imported. The operator's setting stays. If no
     module defines one of them, nothing is left out, and SGLang reports the unknown model.
@@ -67,7 +67,8 @@ def leave_out_other_models(architectures: Sequence[str]) -> None:
     spec = importlib.util.find_spec("sglang")
     if spec is None or not spec.submodule_search_locations or _LEFT_OUT in os.environ:
         return
-    modules = {path.stem: path for path in Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py")}
+    folders = (Path(spec.submodule_search_locations[0], "srt", "models"), Path(__file__).parent.parent / "models")
+    modules = {path.stem: path for folder in folders for path in folder.glob("*.py")}
     wanted = re.compile(rf"^class ({'|'.join(map(re.escape, architectures))})\b", re.MULTILINE)
     found = {name for name, path in modules.items() if wanted.search(path.read_text(encoding="utf-8"))}
     if architectures and found:

@@ -23,7 +23,13 @@ def test_all_modules_but_the_models_own_are_left_out(without):
     left_out = os.environ[VARIABLE].split(",")
     assert len(left_out) > 150
     assert "qwen3" not in left_out and "registry" not in left_out
-    assert {"llama", "qwen3_moe", "deepseek_v2"} <= set(left_out)
+    assert {"llama", "qwen3_moe", "deepseek_v2", "gemma4_text"} <= set(left_out)
+
+
+def test_a_model_of_this_package_is_imported_alone(without):
+    preload.leave_out_other_models(["Gemma4TextForCausalLM"])
+    left_out = set(os.environ[VARIABLE].split(","))
+    assert "gemma4_text" not in left_out and {"qwen3", "gemma4_mm"} <= left_out
 
 
 @pytest.mark.parametrize("unknown", [[], ["NoSuchModelForCausalLM"]])
