@@ -9,11 +9,19 @@ from typing import Any, Literal
 
 from anchortp_sglang.testing.tiny_families import Family
 from anchortp_sglang.testing.tiny_layers import Part, Sizes, Tensors
+from anchortp_sglang.testing.tiny_towers import (
+    BLOCKS,
+    HEADS,
+    INNER,
+    WIDTH,
+    gemma4_tower,
+    pixtral,
+    qwen3_tower,
+    qwen25_tower,
+    siglip,
+)
 
 Wrapped = Literal["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-
-_WIDTH, _INNER, _BLOCKS, _HEADS = 32, 64, 2, 4
-"""Widths, depth and heads of every vision tower."""
 
 _IMAGE_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
 """Ids of bytes that no test prompt takes for an image's: random weights know none."""
@@ -38,102 +46,8 @@ class TinyWrapper:
     """Pairs of a part's place in the family's layer, and what is there instead."""
 
 
-def _biased(name: str, rows: int, *inner: int) -> Tensors:
-    yield f"{name}.weight", (rows, *inner)
-    yield f"{name}.bias", (rows,)
-
-
-def _siglip(sizes: Sizes) -> Tensors:
-    tower = "vision_tower.vision_model"
-    yield from _biased(f"{tower}.embeddings.patch_embedding", _WIDTH, 3, 14, 14)
-    yield f"{tower}.embeddings.position_embedding.weight", (16, _WIDTH)
-    for block in range(_BLOCKS):
-        name = f"{tower}.encoder.layers.{block}"
-        yield from _biased(f"{name}.layer_norm1", _WIDTH)
-        yield from _biased(f"{name}.layer_norm2", _WIDTH)
-        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _biased(f"{name}.self_attn.{projection}", _WIDTH, _WIDTH)
-        yield from _biased(f"{name}.mlp.fc1", _INNER, _WIDTH)
-        yield from _biased(f"{name}.mlp.fc2", _WIDTH, _INNER)
-    yield from _biased(f"{tower}.post_layernorm", _WIDTH)
-    yield "multi_modal_projector.mm_input_projection_weight", (_WIDTH, sizes.hidden_size)
-    yield "multi_modal_projector.mm_soft_emb_norm.weight", (_WIDTH,)
-
-
-def _gemma4_tower(sizes: Sizes) -> Tensors:
-    tower = "model.vision_tower"
-    yield f"{tower}.patch_embedder.position_embedding_table", (2, 16, _WIDTH)
-    yield f"{tower}.patch_embedder.input_proj.weight", (_WIDTH, 3 * 14 * 14)
-    for block in range(_BLOCKS):
-        name = f"{tower}.encoder.layers.{block}"
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{name}.self_attn.{projection}.linear.weight", (_WIDTH, _WIDTH)
-        for one in ("q_norm", "k_norm"):
-            yield f"{name}.self_attn.{one}.weight", (_WIDTH // _HEADS,)
-        for projection in ("gate_proj", "up_proj"):
-            yield f"{name}.mlp.{projection}.linear.weight", (_INNER, _WIDTH)
-        yield f"{name}.mlp.down_proj.linear.weight", (_WIDTH, _INNER)
-        for one in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            yield f"{name}.{one}_layernorm.weight", (_WIDTH,)
-    yield "model.embed_vision.embedding_projection.weight", (sizes.hidden_size, _WIDTH)
-
-
-def _pixtral(sizes: Sizes) -> Tensors:
-    yield "vision_tower.patch_conv.weight", (_WIDTH, 3, 14, 14)
-    yield "vision_tower.ln_pre.weight", (_WIDTH,)
-    for block in range(_BLOCKS):
-        name = f"vision_tower.transformer.layers.{block}"
-        yield f"{name}.attention_norm.weight", (_WIDTH,)
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{name}.attention.{projection}.weight", (_WIDTH, _WIDTH)
-        yield f"{name}.ffn_norm.weight", (_WIDTH,)
-        for projection in ("gate_proj", "up_proj"):
-            yield f"{name}.feed_forward.{projection}.weight", (_INNER, _WIDTH)
-        yield f"{name}.feed_forward.down_proj.weight", (_WIDTH, _INNER)
-    yield "multi_modal_projector.norm.weight", (_WIDTH,)
-    yield "multi_modal_projector.patch_merger.merging_layer.weight", (_WIDTH, 4 * _WIDTH)
-    yield "multi_modal_projector.linear_1.weight", (sizes.hidden_size, _WIDTH)
-    yield "multi_modal_projector.linear_2.weight", (sizes.hidden_size, sizes.hidden_size)
-
-
-def _qwen25_tower(sizes: Sizes) -> Tensors:
-    yield "visual.patch_embed.proj.weight", (_WIDTH, 3, 2, 14, 14)
-    for block in range(_BLOCKS):
-        name = f"visual.blocks.{block}"
-        yield f"{name}.norm1.weight", (_WIDTH,)
-        yield f"{name}.norm2.weight", (_WIDTH,)
-        yield from _biased(f"{name}.attn.qkv", 3 * _WIDTH, _WIDTH)
-        yield from _biased(f"{name}.attn.proj", _WIDTH, _WIDTH)
-        yield from _biased(f"{name}.mlp.gate_proj", _INNER, _WIDTH)
-        yield from _biased(f"{name}.mlp.up_proj", _INNER, _WIDTH)
-        yield from _biased(f"{name}.mlp.down_proj", _WIDTH, _INNER)
-    yield "visual.merger.ln_q.weight", (_WIDTH,)
-    yield from _biased("visual.merger.mlp.0", 4 * _WIDTH, 4 * _WIDTH)
-    yield from _biased("visual.merger.mlp.2", sizes.hidden_size, 4 * _WIDTH)
-
-
-def _qwen3_tower(sizes: Sizes) -> Tensors:
-    def merger(name: str, norm: int) -> Tensors:
-        yield from _biased(f"{name}.norm", norm)
-        yield from _biased(f"{name}.linear_fc1", 4 * _WIDTH, 4 * _WIDTH)
-        yield from _biased(f"{name}.linear_fc2", sizes.hidden_size, 4 * _WIDTH)
-
-    yield from _biased("model.visual.patch_embed.proj", _WIDTH, 3, 2, 16, 16)
-    yield "model.visual.pos_embed.weight", (64, _WIDTH)
-    for block in range(_BLOCKS):
-        name = f"model.visual.blocks.{block}"
-        yield from _biased(f"{name}.norm1", _WIDTH)
-        yield from _biased(f"{name}.norm2", _WIDTH)
-        yield from _biased(f"{name}.attn.qkv", 3 * _WIDTH, _WIDTH)
-        yield from _biased(f"{name}.attn.proj", _WIDTH, _WIDTH)
-        yield from _biased(f"{name}.mlp.linear_fc1", _INNER, _WIDTH)
-        yield from _biased(f"{name}.mlp.linear_fc2", _WIDTH, _INNER)
-    yield from merger("model.visual.merger", _WIDTH)
-    yield from merger("model.visual.deepstack_merger_list.0", 4 * _WIDTH)
-
-
 def _tower(**more: Any) -> dict[str, Any]:
-    return {"hidden_size": _WIDTH, "intermediate_size": _INNER, **more}
+    return {"hidden_size": WIDTH, "intermediate_size": INNER, **more}
 
 
 def _around(model_type: str, text_type: str, sizes: Sizes, text: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -153,8 +67,8 @@ def _around(model_type: str, text_type: str, sizes: Sizes, text: dict[str, Any],
 def _gemma3(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
     tower = _tower(
         model_type="siglip_vision_model",
-        num_hidden_layers=_BLOCKS,
-        num_attention_heads=_HEADS,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
         image_size=56,
         patch_size=14,
         vision_use_head=False,
@@ -166,10 +80,10 @@ def _gemma3(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
 def _gemma4(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
     tower = _tower(
         model_type="gemma4_vision",
-        num_hidden_layers=_BLOCKS,
-        num_attention_heads=_HEADS,
-        num_key_value_heads=_HEADS,
-        head_dim=_WIDTH // _HEADS,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=WIDTH // HEADS,
         patch_size=14,
         position_embedding_size=16,
     )
@@ -181,9 +95,9 @@ def _gemma4(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
 def _mistral3(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
     tower = _tower(
         model_type="pixtral",
-        num_hidden_layers=_BLOCKS,
-        num_attention_heads=_HEADS,
-        head_dim=_WIDTH // _HEADS,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        head_dim=WIDTH // HEADS,
         image_size=56,
         patch_size=14,
         rope_theta=10000.0,
@@ -210,8 +124,8 @@ def _qwen2_5_vl(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json as Qwen released it, without a text_config."""
     tower = _tower(
         model_type="qwen2_5_vl",
-        depth=_BLOCKS,
-        num_heads=_HEADS,
+        depth=BLOCKS,
+        num_heads=HEADS,
         out_hidden_size=sizes.hidden_size,
         hidden_act="silu",
         in_chans=3,
@@ -231,8 +145,8 @@ def _qwen3_vl(model_type: str) -> Callable[[Sizes, dict[str, Any]], dict[str, An
     def config(sizes: Sizes, text: dict[str, Any]) -> dict[str, Any]:
         tower = _tower(
             model_type=model_type,
-            depth=_BLOCKS,
-            num_heads=_HEADS,
+            depth=BLOCKS,
+            num_heads=HEADS,
             out_hidden_size=sizes.hidden_size,
             hidden_act="gelu_pytorch_tanh",
             in_channels=3,
@@ -285,7 +199,7 @@ WRAPPED: dict[Wrapped, TinyWrapper] = {
         "Gemma3ForConditionalGeneration",
         "gemma3_text",
         _in_language_model,
-        _siglip,
+        siglip,
         _gemma3,
         {
             "preprocessor_config.json": {
@@ -301,7 +215,7 @@ WRAPPED: dict[Wrapped, TinyWrapper] = {
         "Gemma4ForConditionalGeneration",
         "gemma4_text",
         _in_model,
-        _gemma4_tower,
+        gemma4_tower,
         _gemma4,
         {
             "preprocessor_config.json": {
@@ -315,7 +229,7 @@ WRAPPED: dict[Wrapped, TinyWrapper] = {
         "Mistral3ForConditionalGeneration",
         "mistral",
         _in_language_model,
-        _pixtral,
+        pixtral,
         _mistral3,
         {
             "preprocessor_config.json": {
@@ -338,7 +252,7 @@ WRAPPED: dict[Wrapped, TinyWrapper] = {
         "Qwen2_5_VLForConditionalGeneration",
         "qwen2",
         lambda name: name,
-        _qwen25_tower,
+        qwen25_tower,
         _qwen2_5_vl,
         _qwen_files("Qwen2_5_VLProcessor", 14),
     ),
@@ -346,7 +260,7 @@ WRAPPED: dict[Wrapped, TinyWrapper] = {
         "Qwen3VLForConditionalGeneration",
         "qwen3",
         _in_model,
-        _qwen3_tower,
+        qwen3_tower,
         _qwen3_vl("qwen3_vl"),
         _qwen_files("Qwen3VLProcessor", 16),
     ),
@@ -354,7 +268,7 @@ WRAPPED: dict[Wrapped, TinyWrapper] = {
         "Qwen3VLMoeForConditionalGeneration",
         "qwen3_moe",
         _in_model,
-        _qwen3_tower,
+        qwen3_tower,
         _qwen3_vl("qwen3_vl_moe"),
         _qwen_files("Qwen3VLProcessor", 16),
         parts=((3, _stacked_experts),),
