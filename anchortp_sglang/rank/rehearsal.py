@@ -105,8 +105,13 @@ def _uncounted() -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    logging.disable(logging.INFO)
+    """Let handlers write warnings alone. (``logging.disable`` writes to every logger, which copies their pages.)"""
+    handlers = [*logging.getLogger().handlers, *logging.getLogger("sglang").handlers]
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(max(handler.level, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)

@@ -7,7 +7,6 @@ as it may start OpenMP's threads. ``read_ahead`` is for the process that forks.
 
 import contextlib
 import linecache
-import logging
 import sys
 
 import torch
@@ -34,8 +33,6 @@ def read_ahead() -> None:
 
 def warm_up() -> None:
     """Do a little of a rank's start and first step, on tensors that are dropped."""
-    root = logging.getLogger()
-    root.setLevel(root.level)  # writes to every logger that there is
     torch.manual_seed(0)
     _process_groups()
     with torch.inference_mode():

@@ -5,6 +5,7 @@ Main's end of the socket is in ``zygote.py``.
 """
 
 import ctypes
+import logging
 import os
 import selectors
 import signal
@@ -34,6 +35,7 @@ def serve(control: socket.socket, exits: Exits) -> None:
     ``exits``: where it notes how its children ended.
     """
     _set_title("anchortp::reserve")  # until it is needed
+    share_loggers()
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; main decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main's handler would clean up what is main's
@@ -50,6 +52,23 @@ def serve(control: socket.socket, exits: Exits) -> None:
             _reap(exits)
         if control.fileno() in ready and not _answer_one(control, (wake_read, wake_write)):
             return
+
+
+def share_loggers() -> None:
+    """Let no logger's level be set, here and in children, that is set already.
+
+    To set one writes to every logger that there is, as it clears their caches, and each child would copy their pages
+    (8 MB): SGLang's ranks set what main has set.
+    """
+    logging.Logger.setLevel = _set_other_level  # type: ignore[method-assign,assignment]
+
+
+_set_level = logging.Logger.setLevel
+
+
+def _set_other_level(logger: logging.Logger, level: int | str) -> None:
+    if level not in (logger.level, logging.getLevelName(logger.level)):
+        _set_level(logger, level)
 
 
 def _answer_one(control: socket.socket, close_in_child: tuple[int, ...]) -> bool:

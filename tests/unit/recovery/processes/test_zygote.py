@@ -222,3 +222,24 @@ def _alive(pid: int) -> bool:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_level_that_is_set_already_touches_no_logger():
+    out = interpreter.run(
+        "import logging; from anchortp_sglang.recovery.processes.zygote_loop import share_loggers",
+        """
+        share_loggers()
+        share_loggers()
+        cleared = []
+        logging.root.manager._clear_cache = lambda: cleared.append(True)
+        log = logging.getLogger("a logger of this test")
+        for level in (logging.INFO, "INFO", logging.INFO, "WARNING", 30, "INFO"):
+            log.setLevel(level)
+        print(len(cleared), log.level)
+        try:
+            log.setLevel("NONE OF THEM")
+        except ValueError as error:
+            print(error)
+        """,
+    )
+    assert out == "3 20\nUnknown level: 'NONE OF THEM'\n"
