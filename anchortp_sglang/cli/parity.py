@@ -119,7 +119,7 @@ def parity(
             lose=lose,
             flags=_flags(dtype, device, tokens),
             our_flags=_our_flags(tp_size, widths, rotate_heads, experts, lose),
-            stock_flags=_stock_flags(model if reference is None else reference, stock_answers),
+            stock_flags=_stock_flags(model, stock_answers),
             stock_answers=stock_answers,
             start_timeout_s=start_timeout_s,
         )

@@ -15,11 +15,11 @@ CACHED = [*SYSTEM, *prompt(2, 90)]
 """The prompt of a request that has ended when devices are lost."""
 
 RUNNING = [
-    *(request([*SYSTEM, *prompt(10 + seed, 40 + 30 * seed)], 140) for seed in range(4)),
-    *(request(prompt(20 + seed, 25 + 200 * seed), 140) for seed in range(2)),
+    *(request([*SYSTEM, *prompt(10 + seed, 40 + 30 * seed)], 240) for seed in range(4)),
+    *(request(prompt(20 + seed, 25 + 200 * seed), 240) for seed in range(2)),
     # The same tokens in two namespaces.
-    request([*SYSTEM, *prompt(10, 40)], 140) | {"extra_key": "tenant"},
-    request([*SYSTEM, *prompt(10, 40)], 140) | {"extra_key": "tenant", "cache_salt": "salt"},
+    request([*SYSTEM, *prompt(10, 40)], 240) | {"extra_key": "tenant"},
+    request([*SYSTEM, *prompt(10, 40)], 240) | {"extra_key": "tenant", "cache_salt": "salt"},
 ]
 
 

@@ -9,8 +9,8 @@ from histories import Unbroken, assert_exactly_once, assert_identical, outcomes,
 from anchortp_sglang.testing.streams import Streams
 
 RUNNING = 4
-LOW = [request(prompt(7000 + seed, 40), 120) | {"priority": 0} for seed in range(RUNNING)]
-HIGH = request(prompt(7100, 40), 120) | {"priority": 100}
+LOW = [request(prompt(7000 + seed, 40), 300) | {"priority": 0} for seed in range(RUNNING)]
+HIGH = request(prompt(7100, 40), 300) | {"priority": 100}
 LATE = [request(prompt(7200 + priority, 40), 4) | {"priority": priority} for priority in (5, 6)]
 """Of a higher priority than those that run, but not so much higher that they take their place."""
 
@@ -32,6 +32,8 @@ def test_a_killed_rank_ends_no_request_of_a_full_queue(launch):
                 streams[-1].wait_tokens(2)
             assert not any(stream.histories[0].done for stream in streams), "nobody was put back for the last one"
             recovered(server, kill_rank(server, 1), "process")
+            # One that arrives before the server goes on is kept like those that were open.
+            streams[-1].wait_tokens(len(streams[-1].histories[0].output_ids) + 3)
             late = []
             for each in LATE:
                 late.append(stack.enter_context(Streams(server.url, [each])))
