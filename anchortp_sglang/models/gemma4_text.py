@@ -11,14 +11,14 @@ from sglang.srt.models.gemma4_causal import Gemma4ForCausalLM
 
 
 class Gemma4TextForCausalLM(Gemma4ForCausalLM):
-    """Read the sizes from the ``text_config``."""
+    """Gemma-4's language model without experts. It reads its sizes from the ``text_config``."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__(config.text_config, quant_config, prefix)
 
 
 class Gemma4TextMoeForCausalLM(Gemma4TextForCausalLM):
-    """The same with experts: a name of its own, by which its parameters are known."""
+    """Gemma-4's language model with experts. Its name of its own tells the planner which parameters it has."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__(config, quant_config, prefix)

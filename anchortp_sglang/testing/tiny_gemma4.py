@@ -43,7 +43,7 @@ def _around_mlp(sizes: Sizes, layer: int) -> Tensors:
 
 
 def large_layer(sizes: Sizes, layer: int) -> Tensors:
-    """Layers without a window have half as many KV heads, and take K for V."""
+    """Yield a layer of the large models: without a window it has half as many KV heads, and takes K for V."""
     window = _has_window(sizes, layer)
     yield from _attention(sizes, layer, sizes.num_kv_heads if window else _full_kv_heads(sizes), has_v=window)
     yield from mlp(sizes, layer)
@@ -51,7 +51,7 @@ def large_layer(sizes: Sizes, layer: int) -> Tensors:
 
 
 def sparse_layer(sizes: Sizes, layer: int) -> Tensors:
-    """The same with experts beside the MLP, all in one tensor."""
+    """Yield a layer of the models with experts: a large model's, and experts beside its MLP, all in one tensor."""
     yield from large_layer(sizes, layer)
     count, hidden, inner = sizes.num_experts, sizes.hidden_size, sizes.moe_intermediate_size
     yield "router.proj.weight", (count, hidden)
@@ -64,7 +64,7 @@ def sparse_layer(sizes: Sizes, layer: int) -> Tensors:
 
 
 def small_layer(sizes: Sizes, layer: int) -> Tensors:
-    """The last layers read the KV of earlier ones, and have twice as many columns; each has an input of its own."""
+    """Yield a layer of the small models: each has its own input; the last read earlier KV and are twice as wide."""
     shared = layer >= sizes.num_layers - _shared(sizes)
     yield from _attention(sizes, layer, sizes.num_kv_heads, has_kv=not shared)
     for name, shape in mlp(sizes, layer):

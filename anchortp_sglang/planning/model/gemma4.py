@@ -25,7 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _OWN_INPUT = {"vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256}
-"""Of `Gemma4TextConfig`; `Gemma4UnifiedTextConfig` has no inputs of layers."""
+"""Defaults of `Gemma4TextConfig` for inputs of layers, which `Gemma4UnifiedTextConfig` does not have."""
 _PERIOD = 6
 _OF_HEADS = ("head_dim", "num_key_value_heads")
 

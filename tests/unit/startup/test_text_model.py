@@ -25,7 +25,7 @@ def test_the_folder_has_the_language_models_config_and_links_to_all_but_the_proc
 
 
 def test_what_the_operator_changes_reaches_the_language_model(tmp_path: Path) -> None:
-    """What SGLang would not apply to the text is in the folder; anything else is left to SGLang."""
+    """A change that SGLang would not apply to the text is in the folder; any other one is left to SGLang."""
     changes = '{"sliding_window": 128}'
     for family, in_folder in (("gemma3", False), ("gemma4", True)):
         checkpoint = write_checkpoint(tmp_path / family, family, num_layers=2)  # type: ignore[arg-type]
